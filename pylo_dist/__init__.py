@@ -1,0 +1,19 @@
+"""Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
+
+from ._version import __version__
+from .engine import NonFiniteGradientError
+from .optim.adafac import AdafacLO
+from .optimizer import LearnedOptimizer
+from .weights import Registered, WeightsError, register_weights, registered_weights
+
+
+
+__all__ = [
+    "AdafacLO",
+    "LearnedOptimizer",
+    "NonFiniteGradientError",
+    "Registered",
+    "WeightsError",
+    "register_weights",
+    "registered_weights",
+]

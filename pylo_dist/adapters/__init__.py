@@ -1,0 +1,1 @@
+"""Adapters: they say where a rank's elements live, bring gradients in and parameters out."""

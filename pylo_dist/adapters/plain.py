@@ -1,0 +1,45 @@
+"""Parameters as they are: whole tensors (plain and DDP), and local pieces bound by another adapter. Reads gradients, writes
+parameters back where they could not be viewed as one dimension."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
+
+
+def check_param(fqn: str, param: Tensor) -> None:
+    """Raise ValueError for a parameter that no learned rule can update."""
+    if param.is_sparse or param.layout.__str__() != "torch.strided":
+        raise ValueError(f"{fqn!r} has layout {param.layout}; learned optimizers need dense parameters (torch.strided)")
+    if param.is_complex():
+        raise ValueError(f"{fqn!r} is {param.dtype}; learned optimizers need real parameters: optimize torch.view_as_real of it")
+    if not param.is_floating_point():
+        raise ValueError(f"{fqn!r} is {param.dtype}; learned optimizers need a floating-point parameter")
+
+
+def describe(fqn: str, param: Tensor) -> ShardBinding:
+    """Where the elements of `param` lie, and with whom they are shared."""
+    return bound_shard(param) or ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None)
+
+
+def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
+    """The parameter and its gradient as local 1-D tensors: views where the memory allows, else copies (see `publish`).
+
+    Raises:
+        ValueError: a sparse gradient.
+    """
+    grad, shard = param.grad, binding.shard
+    if grad is not None and grad.is_sparse:
+        raise ValueError(
+            f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
+        )
+    flat = None if grad is None else grad.detach().reshape(-1)
+    present = flat is not None and binding.present
+    return ShardedParam(shard, param.detach().reshape(-1), flat, present, binding.group)
+
+
+def publish(sharded: ShardedParam, param: Tensor) -> None:
+    """Write the values back into `param` where `collect` had to copy them (`param` is modified in place)."""
+    if not param.is_contiguous():
+        param.copy_(sharded.value.view(param.shape))

@@ -1,0 +1,84 @@
+"""The only module that calls torch.distributed collectives. Touches the buffers it is handed and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
+
+
+def default_group() -> Any:
+    """The world's process group, or None when torch.distributed is not initialised."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def size(group: Any) -> int:
+    """Number of ranks of `group`; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank(group: Any) -> int:
+    """This process's rank in `group`; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def serve(phases: Iterable[list[Reduction]]) -> None:
+    """Drive an engine: add every buffer over its group, all groups of a phase at once, until the phases end."""
+    for reductions in phases:
+        works = [dist.all_reduce(buffer, group=group, async_op=True) for group, buffer in reductions]
+        for work in works:
+            work.wait()
+
+
+def reduce_scatter_mean(shard: Tensor, full: Tensor, group: Any) -> None:
+    """shard <- mean over ranks of this rank's part of `full` (`shard` is modified in place).
+
+    Args:
+        shard: (numel,), full: (ranks * numel,).
+    """
+    # gloo has no average of its own for every dtype: divide once, after the sum, in the dtype of the sum
+    dist.reduce_scatter_single(shard, full, group=group) if hasattr(
+        dist, "reduce_scatter_single"
+    ) else dist.reduce_scatter_tensor(shard, full, group=group)
+    shard.div_(size(group))
+
+
+def all_gather(full: Tensor, shard: Tensor, group: Any) -> None:
+    """full <- the shards of all ranks, in rank order (`full` is modified in place; `shard` may be a view of it)."""
+    dist.all_gather_into_tensor(full, shard, group=group)
+
+
+def broadcast_from_first(tensor: Tensor, group: Any) -> None:
+    """tensor <- that of rank 0 of `group` (modified in place)."""
+    dist.broadcast(tensor, group_src=0, group=group)
+
+
+def check_equal(what: str, entries: list[Any], group: Any, device: torch.device) -> None:
+    """Raise ValueError on every rank if the JSON-able `entries` differ between ranks, naming the first that does.
+
+    Called where a disagreement would later be a hang.
+    """
+    digest = hashlib.sha256(json.dumps(entries).encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
+    all_digests = mine.new_empty(size(group))
+    dist.all_gather_into_tensor(all_digests, mine, group=group)
+    if bool((all_digests == all_digests[0]).all()):
+        return
+    gathered: list[Any] = [None] * size(group)
+    dist.all_gather_object(gathered, entries, group=group)
+    for other, theirs in enumerate(gathered):
+        for place in range(max(len(theirs), len(gathered[0]))):
+            here = gathered[0][place] if place < len(gathered[0]) else "nothing"
+            there = theirs[place] if place < len(theirs) else "nothing"
+            if here != there:
+                raise ValueError(
+                    f"the ranks disagree on {what} number {place}: rank 0 has {here}, rank {other} has {there}; "
+                    "build the same model and optimizer on every rank"
+                )

@@ -1,0 +1,193 @@
+"""Drive learned rules in lock step: bring the sums they ask for and judge the gradients. Writes no parameter itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .comm import Reduction
+from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, LearnedRule, Sum
+
+Nonfinite = Literal["error", "skip", "allow"]
+Clip = Literal["global", "per_tensor"]
+
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was changed."""
+
+
+class Engine:
+    """Runs one step of several rules with two packed reductions per process group, however many tensors there are.
+
+    Args:
+        work: each rule with the batch it drives. All ranks hold the same items in the same order.
+        nonfinite: what to do about inf and NaN in raw gradients. "error" and "skip" leave all parameters and state as they were.
+        clip: whether `max_grad_norm` of a group bounds the norm over all tensors or that of each.
+
+    Attributes:
+        go: bool 0-d, whether the last step was taken.
+        grad_norm: float64 0-d, norm of the raw gradients of the last step over all tensors.
+    """
+
+    def __init__(self, work: Sequence[tuple[LearnedRule, Batch]], nonfinite: Nonfinite, clip: Clip) -> None:
+        self.work = list(work)
+        self.nonfinite = nonfinite
+        self.clip = clip
+        device = work[0][1].device if work else torch.device("cpu")
+        self.go = torch.ones((), dtype=torch.bool, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._stats = [_BatchStats(batch) for _, batch in self.work]
+        self._pending: tuple[Any, Tensor, list[Tensor]] | None = None
+
+    def phases(self) -> Iterator[list[Reduction]]:
+        """One step. Yields the buffers to be added over their groups; whoever drives it does so and resumes.
+
+        Raises:
+            NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one before (see `raise_pending`).
+        """
+        self.raise_pending()
+        steps = [rule.step(batch) for rule, batch in self.work]
+        requests = [next(step) for step in steps]
+        for request, (_, batch) in zip(requests, self.work, strict=True):
+            _fill_audits(request, batch)
+        yield from self._reduce(requests)
+        self._judge(requests)
+        while steps:
+            running = [(step, next(step, None)) for step in steps]
+            steps = [step for step, request in running if request is not None]
+            yield from self._reduce([request for _, request in running if request is not None])
+
+    @staticmethod
+    def _reduce(requests: Sequence[Sum]) -> Iterator[list[Reduction]]:
+        """Pack all requests of a phase into one buffer per process group. Unshared tensors need no reduction."""
+        by_group: dict[int, list[Reduction]] = {}
+        for request in requests:
+            for group, buffer, _ in request.buffers:
+                if group is not None and buffer.numel():
+                    by_group.setdefault(id(group), []).append((group, buffer))
+        if not by_group:
+            return
+        packed = [
+            parts[0] if len(parts) == 1 else (parts[0][0], torch.cat([buffer for _, buffer in parts]))
+            for parts in by_group.values()
+        ]
+        yield packed
+        for parts, (_, total) in zip(by_group.values(), packed, strict=True):
+            if len(parts) > 1:
+                for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
+                    buffer.copy_(reduced)
+
+    def _judge(self, requests: Sequence[Sum]) -> None:
+        """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
+        audits = [torch.stack(request.audits) for request in requests if request.audits]
+        batches = [batch for _, batch in self.work if batch.items]
+        if not audits:
+            return
+        device = self.go.device
+        self.grad_norm = sum(a[:, SQUARES].sum().to(device) for a in audits).sqrt()  # type: ignore[union-attr]
+        bad = [(a[:, NONFINITE] > 0) for a in audits]
+        if self.nonfinite == "allow":
+            self.go = torch.ones_like(self.go)
+        else:
+            self.go = ~torch.stack([b.any().to(device) for b in bad]).any()
+            self._flag(bad)
+        for batch, audit, stats in zip(batches, audits, self._stats, strict=True):
+            batch.keep = (audit[:, PRESENT] > 0) & self.go.to(batch.device)
+            limits = [item.hyper.get("max_grad_norm") for item in batch.items]
+            batch.clips = any(limit is not None for limit in limits)
+            if batch.clips:
+                bound = torch.tensor([float("inf") if limit is None else limit for limit in limits], dtype=torch.float64)
+                norm = self.grad_norm.to(batch.device) if self.clip == "global" else audit[:, SQUARES].sqrt()
+                # s = min(1, max_grad_norm / (norm + 1e-6)); an unlimited tensor keeps 1 even beside an infinite norm
+                bound = bound.to(batch.device, non_blocking=True)
+                batch.scale = torch.where(bound.isinf(), 1.0, (bound / (norm + CLIP_EPS)).clamp(max=1.0))
+            stats.after_judgement(audit)
+
+    def _flag(self, bad: list[Tensor]) -> None:
+        """Under "error": raise now on a CPU; elsewhere copy the flag to the host without waiting for it."""
+        if self.nonfinite != "error":
+            return
+        if self.go.device.type == "cpu":
+            self._pending = (None, self.go, bad)
+            self.raise_pending()
+            return
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(self.go, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (event, flag, bad)
+
+    def raise_pending(self) -> None:
+        """Raise the NonFiniteGradientError of the last step, if there is one. It is alike on all ranks."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        event, flag, bad = pending
+        if event is not None:
+            event.synchronize()
+        if bool(flag):
+            return
+        names = [
+            batch.items[i].param.shard.fqn
+            for (_, batch), flags in zip([w for w in self.work if w[1].items], bad, strict=True)
+            for i in flags.nonzero().flatten().tolist()
+        ]
+        shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise NonFiniteGradientError(
+            f'the gradient of {shown} holds inf or NaN; the step was not taken (nonfinite="skip" passes over such steps, '
+            '"allow" takes them as they are)'
+        )
+
+    def stats(self) -> dict[str, dict[str, Tensor]]:
+        """Per parameter, as 0-d tensors on its device, see `LearnedOptimizer.stats`."""
+        merged: dict[str, dict[str, Tensor]] = {}
+        for stats in self._stats:
+            merged.update(stats.table())
+        return merged
+
+
+def _fill_audits(request: Sum, batch: Batch) -> None:
+    """Write presence and the squared update of the step before into the audits, all items of a group at once."""
+    present = torch.tensor([float(item.param.present) for item in batch.items], dtype=torch.float64)
+    present = present.to(batch.device, non_blocking=True)
+    for _, buffer, members in request.buffers:
+        audits = buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
+        every = len(members) == len(batch.items)
+        audits[:, PRESENT] = present if every else present[members]
+        audits[:, UPDATE] = batch.update_squares if every else batch.update_squares[members]
+
+
+class _BatchStats:
+    """Figures about the last steps of a batch, kept on its device."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.shared_update = torch.zeros_like(batch.update_squares)
+        self.shared_param = torch.zeros_like(batch.param_squares)
+        self.clipped = torch.zeros_like(batch.update_squares)
+        self.steps = torch.zeros((), dtype=torch.float64, device=batch.device)
+
+    def after_judgement(self, audit: Tensor) -> None:
+        self.shared_update = audit[:, UPDATE].clone()  # of the step before, over all ranks
+        self.shared_param = self.batch.param_squares.clone()
+        if self.batch.clips:
+            self.clipped += (self.batch.scale < 1.0) & self.batch.keep
+        self.steps += self.batch.keep.any()
+        self.batch.update_squares.zero_()
+
+    def table(self) -> dict[str, dict[str, Tensor]]:
+        rows = {}
+        for i, item in enumerate(self.batch.items):
+            alone = item.param.group is None
+            update = self.batch.update_squares[i] if alone else self.shared_update[i]
+            param = self.batch.param_squares[i] if alone else self.shared_param[i]
+            rows[item.param.shard.fqn] = {
+                "update_ratio": (update / param).sqrt(),
+                "clip_rate": self.clipped[i] / self.steps.clamp(min=1.0),
+            }
+        return rows

@@ -1,0 +1,138 @@
+"""What a learned rule is: items, batches, and the sums a rule may ask for. Writes nothing but those sums.
+
+A rule is a generator. It reads like its paper and yields a `Sum` wherever it needs a quantity of the whole tensor; the engine
+adds the request over the ranks that share each tensor and resumes it. A rule knows no mesh and never reads a value back to
+the host, so that the same code runs sharded, unsharded and on virtual ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..shards import Shape, ShardedParam
+from ..state import StateField
+
+# Slots of the gradient audit, which every item has at the front of the first Sum of a step.
+PRESENT, NONFINITE, SQUARES, UPDATE = range(4)
+AUDIT_SLOTS = 4
+
+
+@dataclass(slots=True)
+class Item:
+    """One parameter in a batch.
+
+    Attributes:
+        param: the sharded parameter, renewed by the adapter before every step.
+        state: state tensors flattened to (*copies, elements), written in place by the rule.
+        hyper: the parameter group (lr, weight_decay, ..., `step` = steps taken before this one, int64 0-d).
+        dims: the factored dimensions (d1, d0) of the global shape, or None.
+    """
+
+    param: ShardedParam
+    state: dict[str, Tensor]
+    hyper: dict[str, Any]
+    dims: tuple[int, int] | None
+
+
+class Sum:
+    """A request: add `vectors` over the ranks that share each item's tensor (in place).
+
+    `vectors[i]` is a float64 vector of the asked length for item i of the batch; `audits[i]` the (AUDIT_SLOTS,) gradient audit
+    if this is the first request of a step. All are views of one packed buffer per process group (`buffers`), audits in front,
+    so that one small all-reduce per group serves any number of tensors.
+    """
+
+    __slots__ = ("audits", "buffers", "vectors")
+
+    def __init__(self, items: Sequence[Item], lengths: Sequence[int], device: torch.device, audited: bool) -> None:
+        groups = {id(item.param.group): item.param.group for item in items}
+        self.vectors: list[Tensor] = [torch.empty(0)] * len(items)
+        self.audits: list[Tensor] = [torch.empty(0)] * len(items)
+        self.buffers: list[tuple[Any, Tensor, list[int]]] = []
+        for key, group in groups.items():
+            members = [i for i, item in enumerate(items) if id(item.param.group) == key]
+            front = AUDIT_SLOTS * len(members) if audited else 0
+            buffer = torch.zeros(front + sum(lengths[i] for i in members), dtype=torch.float64, device=device)
+            self.buffers.append((group, buffer, members))
+            for place, i in enumerate(members):
+                if audited:
+                    self.audits[i] = buffer[place * AUDIT_SLOTS : (place + 1) * AUDIT_SLOTS]
+                self.vectors[i] = buffer[front : front + lengths[i]]
+                front += lengths[i]
+
+    def zero_(self) -> Sum:
+        for _, buffer, _ in self.buffers:
+            buffer.zero_()
+        return self
+
+
+@dataclass(slots=True)
+class Batch:
+    """All parameters that one rule drives, over all parameter groups and process groups of an optimizer, on one device.
+
+    Attributes:
+        items: every parameter, also those without a gradient, in the same order on every rank.
+        keep: bool (items,), which tensors move in this step; set by the engine after the first Sum.
+        scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
+        clips: whether any item can be clipped at all; decided from the parameter groups.
+        param_squares, update_squares: float64 (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor
+            (before the step), and the sum of (p_new - p)^2 over the local elements.
+    """
+
+    items: list[Item]
+    device: torch.device
+    keep: Tensor
+    scale: Tensor
+    param_squares: Tensor
+    update_squares: Tensor
+    clips: bool = False
+    _sums: dict[str, Sum] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, items: list[Item], device: torch.device) -> Batch:
+        def vector(value: float) -> Tensor:
+            return torch.full((len(items),), value, dtype=torch.float64, device=device)
+
+        keep = torch.ones(len(items), dtype=torch.bool, device=device)
+        return cls(items, device, keep, vector(1.0), vector(0.0), vector(0.0))
+
+    def new_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
+        """The zeroed request of this phase; `length` must follow from global shapes alone. Its memory is kept over steps."""
+        if phase not in self._sums:
+            lengths = [length(item) for item in self.items]
+            self._sums[phase] = Sum(self.items, lengths, self.device, audited)
+        return self._sums[phase].zero_()
+
+    def moving(self) -> Iterator[tuple[int, Item]]:
+        """Items that may change in this step: all but the unshared ones without a gradient."""
+        for i, item in enumerate(self.items):
+            if item.param.present or item.param.group is not None:
+                yield i, item
+
+
+class LearnedRule(ABC):
+    """The mathematics of one learned optimizer."""
+
+    name: str
+
+    @abstractmethod
+    def dims(self, shape: Shape) -> tuple[int, int] | None:
+        """The factored dimensions (d1, d0) of a global shape, or None."""
+
+    @abstractmethod
+    def state_fields(self, shape: Shape) -> dict[str, StateField]:
+        """The state of a parameter of this global shape."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Generator[Sum, None, None]:
+        """One step on the batch (its values and states are modified in place).
+
+        The first request must carry the gradient audits (`new_sum(..., audited=True)`); no value or state may be written before
+        it has been answered, since `batch.keep` and `batch.scale` are known only then.
+        """

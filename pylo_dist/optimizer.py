@@ -1,0 +1,317 @@
+"""`LearnedOptimizer`: the `torch.optim.Optimizer` that users see. Owns param_groups and state; the mathematics is its rule's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import comm
+from .adapters import plain
+from .comm import Reduction
+from .engine import Clip, Engine, Nonfinite
+from .optim.base import Batch, Item, LearnedRule
+from .report import Report
+from .shards import ShardBinding
+from .state import allocate_state, state_dtype
+from .weights import MetaNetwork
+
+_REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """A learned optimizer over whole or sharded parameters; the layout is found from the parameters.
+
+    Construct one of its faces (`AdafacLO`, ...) instead. State is made at construction, in float32 (float64 for float64
+    parameters) whatever the parameter's dtype; `param_groups[i]["step"]` counts the steps taken, an int64 0-d tensor.
+
+    Args:
+        params: parameters, groups, or `named_parameters()`.
+        rule: the mathematics.
+        weights: the learned weights the rule computes with, for `report()`.
+        defaults: the hyperparameters a group may override.
+        clip, nonfinite: see `Engine`.
+        process_group: ranks that average the loss; None: the world once torch.distributed is initialised, False: none.
+
+    Raises:
+        ValueError: a parameter or setting that cannot be served, by name.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: LearnedRule,
+        weights: MetaNetwork,
+        defaults: dict[str, Any],
+        *,
+        clip: Clip = "global",
+        nonfinite: Nonfinite = "error",
+        process_group: Any = None,
+    ) -> None:
+        _choose("clip", clip, ("global", "per_tensor"))
+        _choose("nonfinite", nonfinite, ("error", "skip", "allow"))
+        self.rule = rule
+        self.weights = weights
+        self.process_group = process_group
+        self._clip = clip
+        self._nonfinite = nonfinite
+        self._bindings: dict[Tensor, ShardBinding] = {}
+        self._engine: Engine | None = None
+        self._engine_params: list[tuple[Tensor, Item]] = []
+        self._engine_key: list[Tensor] = []
+        self._loading: dict[str, Any] | None = None
+        self._loss: Tensor | None = None
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------ groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters (as in torch); their state is made at once. On an error the optimizer is as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            names = group.get("param_names") or [
+                f"group{len(self.param_groups) - 1}.{j}" for j in range(len(group["params"]))
+            ]
+            bindings = {}
+            for name, param in zip(names, group["params"], strict=True):
+                plain.check_param(name, param)
+                if param in bindings:
+                    raise ValueError(f"{name!r} is in the same group twice; list a tied parameter once")
+                bindings[param] = plain.describe(name, param)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
+        self._bindings.update(bindings)
+        self._forget_engine()
+        self._ready()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for key in _REFUSED:
+            if group.get(key):
+                raise ValueError(f"{key}=True in a parameter group: learned optimizers have no such mode; leave it out")
+        for key in ("lr", "weight_decay", "exp_mult", "step_mult"):
+            value = group.get(key, 0.0)
+            if not isinstance(value, Tensor) and not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+                raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
+        limit = group.get("max_grad_norm")
+        if limit is not None and not (isinstance(limit, (int, float)) and limit > 0.0):
+            raise ValueError(f"max_grad_norm={limit!r}: wanted a number > 0, or None for no clipping")
+
+    # -------------------------------------------------------------------------------------------- step
+
+    def set_loss(self, loss: Tensor) -> None:
+        """Give the loss of the coming step, where `step()` is called by code that cannot pass it."""
+        self._loss = loss.detach()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; a tensor in its place is the loss.
+            loss: scalar training loss of this step; only rules that read the loss need it.
+
+        Returns:
+            The loss as given or as the closure returned it, else None.
+
+        Raises:
+            NonFiniteGradientError: see `nonfinite`.
+        """
+        if isinstance(closure, Tensor):
+            closure, loss = None, closure
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        comm.serve(self.phases())
+        self._loss = None
+        return loss
+
+    def phases(self) -> Iterator[list[Reduction]]:
+        """One step as a generator of the reductions it needs (see `Engine.phases`); `step()` serves them."""
+        engine = self._ready()
+        for param, item in self._engine_params:
+            item.param = plain.collect(self._bindings[param], param)
+        yield from engine.phases()
+        for group in self.param_groups:
+            group["step"].add_(engine.go.to(group["step"].device))
+        for param, item in self._engine_params:
+            plain.publish(item.param, param)
+
+    def _ready(self) -> Engine:
+        """The engine over all trainable, non-empty parameters, made again when their set has changed."""
+        trainable = [
+            (param, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad and self._bindings[param].shard.global_numel
+        ]
+        key = [param for param, _ in trainable]
+        if self._engine is not None and list(map(id, key)) == list(map(id, self._engine_key)):
+            return self._engine
+        by_device: dict[torch.device, list[Item]] = {}
+        self._engine_params = []
+        for param, group in trainable:
+            binding = self._bindings[param]
+            shape = binding.shard.shape
+            fields = self.rule.state_fields(shape)
+            if not self.state[param]:
+                self.state[param] = allocate_state(fields, binding.shard, param)
+            state = {name: fields[name].flat(tensor) for name, tensor in self.state[param].items()}
+            item = Item(plain.collect(binding, param), state, group, self.rule.dims(shape))
+            by_device.setdefault(param.device, []).append(item)
+            self._engine_params.append((param, item))
+        work = [(self.rule, Batch.of(items, device)) for device, items in by_device.items()]
+        self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), key
+        return self._engine
+
+    def _forget_engine(self) -> None:
+        self._engine, self._engine_params, self._engine_key = None, [], []
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the raw gradients of the last step over all tensors and ranks, float64 0-d on the device."""
+        return self._ready().grad_norm
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Raises a NonFiniteGradientError still pending from the last step on a GPU."""
+        if self._engine is not None:
+            self._engine.raise_pending()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its dtype (float32 for bfloat16 parameters) and shares no memory with `state_dict`.
+
+        Raises:
+            ValueError: state that is missing or misshapen, by parameter; nothing has been changed then.
+        """
+
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._check_state(loaded)
+            self._loading = loaded
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def _saved_to_param(self, groups: list[dict[str, Any]]) -> dict[Any, Tensor]:
+        return {
+            saved: param
+            for saved_group, group in zip(groups, self.param_groups, strict=True)
+            for saved, param in zip(saved_group["params"], group["params"], strict=True)
+        }
+
+    def _check_state(self, loaded: dict[str, Any]) -> None:
+        saved_sizes = [len(group["params"]) for group in loaded["param_groups"]]
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != own_sizes:
+            raise ValueError(
+                f"the state holds groups of {saved_sizes} parameters, this optimizer groups of {own_sizes}; "
+                "build the optimizer with the groups that were saved"
+            )
+        for i, group in enumerate(loaded["param_groups"]):
+            if "step" not in group:
+                raise ValueError(f"group {i} of the state has no 'step'; was it saved by another optimizer?")
+        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
+            binding = self._bindings[param]
+            shard = binding.shard
+            state = loaded["state"].get(saved, {})
+            if not state and not self.state.get(param):
+                continue
+            for name, field in self.rule.state_fields(shard.shape).items():
+                wanted = field.local_shape(shard)
+                got = tuple(state[name].shape) if name in state else None
+                if got != wanted:
+                    found = "nothing" if got is None else f"shape {got}"
+                    raise ValueError(
+                        f"state {name!r} of {shard.fqn!r}: found {found}, wanted shape {wanted}; "
+                        "the state belongs to another model, optimizer or layout"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self.__dict__.get("_loading") is not None:
+            state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
+        super().__setstate__(state)
+        self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
+        self._loading = self._loss = None
+        self._forget_engine()
+        for group in self.param_groups:
+            if isinstance(group.get("step"), Tensor) and group["params"]:
+                group["step"] = group["step"].to(group["params"][0].device)
+
+    def _exact_state(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """The loaded state per parameter, copied to its device in its state dtype."""
+        exact: dict[Tensor, dict[str, Tensor]] = copy.copy(self.state)
+        exact.clear()
+        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
+            fields = self.rule.state_fields(self._bindings[param].shard.shape)
+            entries = loaded["state"].get(saved, {})
+            exact[param] = {
+                name: entries[name].detach().to(param.device, state_dtype(param.dtype), copy=True).contiguous()
+                for name in fields
+                if name in entries
+            }
+        return exact
+
+    # ------------------------------------------------------------------------------------------- views
+
+    def report(self) -> Report:
+        """One row per parameter: what it is, where it lies, which rule drives it, and the bytes of its state on this rank."""
+        rows, totals = [], {"parameters": 0, "numel": 0, "global_numel": 0, "sharded_state_bytes": 0, "replicated_state_bytes": 0}
+        for group in self.param_groups:
+            for param in group["params"]:
+                binding = self._bindings[param]
+                fields = self.rule.state_fields(binding.shard.shape)
+                sizes = {name: t.numel() * t.element_size() for name, t in self.state.get(param, {}).items()}
+                rows.append(
+                    {
+                        "fqn": binding.shard.fqn,
+                        "shape": binding.shard.shape,
+                        "start": binding.shard.start,
+                        "numel": binding.shard.numel,
+                        "rule": self.rule.name if param.requires_grad else "frozen",
+                        "dtype": str(param.dtype).removeprefix("torch."),
+                        "state_bytes": sum(sizes.values()),
+                        "group_size": comm.size(binding.group),
+                        "replicas": 1,
+                    }
+                )
+                totals["parameters"] += 1
+                totals["numel"] += binding.shard.numel
+                totals["global_numel"] += binding.shard.global_numel
+                for name, size in sizes.items():
+                    totals["sharded_state_bytes" if fields[name].replicated is None else "replicated_state_bytes"] += size
+        return Report(rows, [f"{type(self).__name__}, {self.weights.describe()}"], totals)
+
+    def stats(self) -> dict[str, dict[str, Tensor]]:
+        """Figures per parameter, as 0-d tensors on its device, without a collective or a synchronisation.
+
+        `update_ratio`: rms of the update over rms of the parameter before it. For a parameter sharded over ranks it is of the
+        last step but one: the squared update is added over the ranks in the first reduction of the step that follows.
+        `clip_rate`: share of the steps since construction in which its gradient was clipped.
+        """
+        return self._ready().stats()
+
+
+_PICKLED = ("rule", "weights", "_clip", "_nonfinite", "_bindings")
+
+
+def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}")

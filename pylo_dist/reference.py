@@ -1,0 +1,363 @@
+"""The passes of the learned optimizers in plain PyTorch, in chunks. Writes only the tensors it is handed.
+
+This is the oracle that faster kernels are compared with, and the path every device has. Mathematics: AdafacMLPLOpt of
+google/learned_optimization (learned_opts/adafac_mlp_lopt.py), called small_fc_lopt. All functions are pure per shard: they add
+partial sums of the local elements, and never ask where the other elements are.
+
+Legend: K = 3 decays, N local elements, M elements of a chunk, R and C lengths of the row and column factors, n elements of the
+whole tensor. d0 is averaged away in `row`, d1 in `col`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .optim.base import NONFINITE, SQUARES
+from .shards import Box, Shape, TensorShard, drop_dim
+
+Dims = tuple[int, int] | None
+
+# Elements per chunk: on a CPU the features of a chunk stay in the second-level cache, on a GPU a chunk fills the device.
+# Either way the scratch of a chunk (about 120 numbers per element) stays below 256 MB.
+CHUNK_CPU = 8192
+CHUNK_GPU = 1 << 18
+
+NUM_FEATURES = 28  # of small_fc, before the time features
+TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
+FACTORED_SUMS = 15  # p, m x3, v, mq x3, q, F(g) x3, F(m) x3
+DIAGONAL_SUMS = 21  # and D x3, rsqrt(D) x3
+
+# Each epsilon once, as in the reference.
+EPS_SQUARE = 1e-30  # added to g^2 before it enters a factor
+EPS_FACTOR = 1e-9  # floor of safe_rsqrt, and added to the row mean and to D
+EPS_RMS = 1e-6  # rsqrt(v + .), and D in the momentum feature of tensors below two dims
+EPS_FEATURE = 1e-8  # rsqrt of a factor as a feature
+EPS_NORMALISE = 1e-5  # rsqrt(mean x^2 + .)
+
+
+def safe_rsqrt(x: Tensor) -> Tensor:
+    """1 / sqrt(max(x, 1e-9))."""
+    return x.clamp_min(EPS_FACTOR).rsqrt()
+
+
+def chunks(shard: TensorShard, device: torch.device) -> Iterator[Box]:
+    """The local elements as blocks of bounded size, in local order."""
+    size = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
+    for box in shard.boxes():
+        yield from box.split(size)
+
+
+class Scratch:
+    """Reused memory for chunks, grown on demand; one per rule, so that a step allocates nothing large."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def __deepcopy__(self, memo: object) -> Scratch:
+        return Scratch()
+
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        return Scratch, ()
+
+    def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised (rows, columns) block, valid until `name` is taken again."""
+        key = (name, like.dtype, like.device)
+        block = self._blocks.get(key)
+        if block is None or block.numel() < rows * columns:
+            block = self._blocks[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+        return block[: rows * columns].view(rows, columns)
+
+
+# ---------------------------------------------------------------------------------------------- pass A
+
+
+def num_gradient_sums(shape: Shape, dims: Dims) -> int:
+    """How many sums pass A makes for a tensor: the lengths of its row and column factors."""
+    if dims is None:
+        return 0
+    return math.prod(drop_dim(shape, dims[1])) + math.prod(drop_dim(shape, dims[0]))
+
+
+def split_gradient_sums(sums: Tensor, shape: Shape, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The vector of pass A as (sum over d0 of g^2, shape without d0) and (sum over d1 of g^2, shape without d1)."""
+    d1, d0 = dims
+    row_shape, col_shape = drop_dim(shape, d0), drop_dim(shape, d1)
+    row, col = sums.split([math.prod(row_shape), math.prod(col_shape)])
+    return row.view(row_shape), col.view(col_shape)
+
+
+def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, audit: Tensor) -> None:
+    """Pass A: add the local part of the row and column sums of g^2, its total, and the count of non-finite entries.
+
+    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range.
+
+    Args:
+        grad: (N,) raw gradient.
+        sums: float64 (R + C,), see `split_gradient_sums` (modified in place).
+        audit: float64 gradient audit (modified in place).
+    """
+    for box in chunks(shard, grad.device):
+        g = box.view(grad)
+        audit[NONFINITE] += g.isfinite().logical_not().sum()
+        square = g.to(torch.float64).square()
+        if dims is None:
+            audit[SQUARES] += square.sum()
+            continue
+        d1, d0 = dims
+        row, col = split_gradient_sums(sums, shard.shape, dims)
+        over_d0 = square.sum(d0, keepdim=True)
+        box.window(row, d0).add_(over_d0)
+        box.window(col, d1).add_(square.sum(d1, keepdim=True))
+        audit[SQUARES] += over_d0.sum()
+
+
+# ------------------------------------------------------------------------------- between A and B
+
+
+@dataclass(slots=True)
+class Factors:
+    """The updated row and column factors of one tensor and what the passes read of them, each (K, ...), replicated.
+
+    row, col: Adafactor accumulators; row_scale, col_scale: F_k(x) = x * row_scale * col_scale;
+    row_rsqrt, col_rsqrt: the features rsqrt(row + 1e-8), rsqrt(col + 1e-8).
+    """
+
+    row: Tensor
+    col: Tensor
+    row_scale: Tensor
+    col_scale: Tensor
+    row_rsqrt: Tensor
+    col_rsqrt: Tensor
+
+
+def update_factors(
+    row: Tensor,
+    col: Tensor,
+    sums: Tensor,
+    shape: Shape,
+    dims: tuple[int, int],
+    decays: Sequence[float],
+    scale: Tensor,
+    keep: Tensor,
+) -> Factors:
+    """EMA of the row and column means of g^2 (`row` and `col` are modified in place where `keep` holds).
+
+    Args:
+        row, col: (K, R) and (K, C).
+        sums: the global sums of pass A; gradients count as multiplied by `scale` (float64 0-d).
+    """
+    d1, d0 = dims
+    row_sum, col_sum = split_gradient_sums(sums, shape, dims)
+    decay = torch.tensor(decays, dtype=torch.float64, device=row.device).clamp(0.0, 1.0)[:, None]
+    for state, total, size in ((row, row_sum, shape[d0]), (col, col_sum, shape[d1])):
+        # state_k <- c_k state_k + (1 - c_k) (mean g^2 + 1e-30)
+        mean = total.flatten() * (scale * scale / size) + EPS_SQUARE
+        commit(state, torch.addcmul(decay * state, 1.0 - decay, mean), keep)
+    row_nd, col_nd = row.view(-1, *drop_dim(shape, d0)), col.view(-1, *drop_dim(shape, d1))
+    d1_in_row = 1 + (d1 if d1 < d0 else d1 - 1)
+    row_mean = row_nd.mean(d1_in_row, keepdim=True, dtype=torch.float64).to(row.dtype)
+    return Factors(
+        row=row_nd,
+        col=col_nd,
+        row_scale=safe_rsqrt(row_nd / (row_mean + EPS_FACTOR)),
+        col_scale=safe_rsqrt(col_nd),
+        row_rsqrt=(row_nd + EPS_FEATURE).rsqrt(),
+        col_rsqrt=(col_nd + EPS_FEATURE).rsqrt(),
+    )
+
+
+def commit(target: Tensor, new: Tensor, keep: Tensor) -> None:
+    """target <- new where the 0-d bool `keep` holds, without asking the host (`target` is modified in place)."""
+    target.copy_(torch.where(keep, new.to(target.dtype), target))
+
+
+# ------------------------------------------------------------------------------------ small_fc, B and C
+
+
+@dataclass(slots=True)
+class SmallFC:
+    """What passes B and C read and write of one tensor; all element tensors are local.
+
+    value (N,), grad (N,); momentum (K, N), rms (N,), diag (K, N) or None; factors or None; scale float64 0-d or None when nothing
+    is clipped; keep bool 0-d.
+    """
+
+    shard: TensorShard
+    dims: Dims
+    value: Tensor
+    grad: Tensor
+    momentum: Tensor
+    rms: Tensor
+    diag: Tensor | None
+    factors: Factors | None
+    scale: Tensor | None
+    keep: Tensor
+    momentum_decays: Tensor
+    rms_decay: float
+    factor_decays: Tensor
+
+
+def _column(decays: Tensor, box: Box) -> Tensor:
+    """(K,) to (K, 1, ..., 1) over the dims of a block."""
+    return decays.view(-1, *(1 for _ in box.sizes))
+
+
+def _fill_features(x: Tensor, box: Box, t: SmallFC, with_factors: bool) -> None:
+    """Write the 28 features of a block into x (28, M), which is modified in place.
+
+    Without `with_factors` the 12 features that depend on a row or column alone are left as they are (below two dims: their
+    6 copies).
+    """
+    x = x.view(NUM_FEATURES, *box.sizes)
+    g, p, m, v, mq, q = x[0], x[1], x[2:5], x[5], x[6:9], x[9]
+    factored_g, factored_m = x[10:13], x[25:28]
+    g.copy_(box.view(t.grad))
+    if t.scale is not None:
+        g.mul_(t.scale.to(g.dtype))
+    p.copy_(box.view(t.value))
+    # m_k <- a_k m_k + (1 - a_k) g
+    decay = _column(t.momentum_decays, box)
+    torch.mul(box.view(t.momentum), decay, out=m)
+    m.addcmul_(1.0 - decay, g)
+    # v <- b v + (1 - b) g^2
+    torch.mul(box.view(t.rms), t.rms_decay, out=v)
+    v.addcmul_(g, g, value=1.0 - t.rms_decay)
+    # q = 1 / sqrt(v + 1e-6)
+    torch.add(v, EPS_RMS, out=q).rsqrt_()
+    torch.mul(m, q, out=mq)
+    if t.factors is not None and t.dims is not None:
+        d1, d0 = t.dims
+        f = t.factors
+        # F_k(x) = x * row_scale_k * col_scale_k
+        torch.mul(box.window(f.row_scale, d0), box.window(f.col_scale, d1), out=factored_g)
+        torch.mul(m, factored_g, out=factored_m)
+        factored_g.mul_(g)
+        if with_factors:
+            x[13:16].copy_(box.window(f.row, d0))
+            x[16:19].copy_(box.window(f.col, d1))
+            x[19:22].copy_(box.window(f.row_rsqrt, d0))
+            x[22:25].copy_(box.window(f.col_rsqrt, d1))
+        return
+    assert t.diag is not None
+    diag, diag_rsqrt = x[13:16], x[19:22]
+    # D_k <- c_k D_k + (1 - c_k) (g^2 + 1e-30)
+    decay = _column(t.factor_decays, box)
+    torch.mul(box.view(t.diag), decay, out=diag)
+    diag.addcmul_(1.0 - decay, g.square().add_(EPS_SQUARE))
+    torch.mul(g, safe_rsqrt(diag + EPS_FACTOR), out=factored_g)
+    torch.mul(m, (diag + EPS_RMS).rsqrt_(), out=factored_m)
+    torch.add(diag, EPS_FEATURE, out=diag_rsqrt).rsqrt_()
+    if with_factors:
+        x[16:19].copy_(diag)
+        x[22:25].copy_(diag_rsqrt)
+
+
+def small_fc_feature_sums(t: SmallFC, sums: Tensor, scratch: Scratch) -> None:
+    """Pass B: add the local sums of squares of the element features. Reads state, writes none of it.
+
+    Args:
+        sums: float64 (FACTORED_SUMS,) or (DIAGONAL_SUMS,) below two dims (modified in place).
+    """
+    for box in chunks(t.shard, t.value.device):
+        x = scratch.take("features", NUM_FEATURES, box.numel, t.momentum)
+        _fill_features(x, box, t, with_factors=False)
+        own = (x[1:13], x[25:28]) if t.factors is not None else (x[1:16], x[19:22], x[25:28])
+        sums += torch.cat([_square_sums(rows) for rows in own])
+
+
+def _square_sums(rows: Tensor) -> Tensor:
+    """Float64 sum of squares of each row of (rows, M)."""
+    wide = rows.to(torch.float64)
+    return torch.linalg.vecdot(wide, wide)
+
+
+def small_fc_normalisers(t: SmallFC, grad_squares: Tensor, sums: Tensor) -> Tensor:
+    """1 / sqrt(mean x^2 + 1e-5) of all 28 features over the whole tensor, (28,), from the global sums of A and B.
+
+    The features that depend on a row or column alone need no communication: the factors are replicated.
+    """
+    n = t.shard.global_numel
+    squares = torch.empty(NUM_FEATURES, dtype=torch.float64, device=sums.device)
+    squares[0] = grad_squares if t.scale is None else grad_squares * t.scale.square()
+    squares[1:13] = sums[:12]
+    if t.factors is not None and t.dims is not None:
+        d1, d0 = t.dims
+        f = t.factors
+        squares[25:28] = sums[12:15]
+        for first, factor, dim in ((13, f.row, d0), (16, f.col, d1), (19, f.row_rsqrt, d0), (22, f.col_rsqrt, d1)):
+            squares[first : first + 3] = _square_sums(factor.flatten(1)) * t.shard.shape[dim]
+    else:
+        squares[13:16] = squares[16:19] = sums[12:15]
+        squares[19:22] = squares[22:25] = sums[15:18]
+        squares[25:28] = sums[18:21]
+    return (squares / n + EPS_NORMALISE).rsqrt_().to(t.momentum.dtype)
+
+
+@dataclass(slots=True)
+class SmallFCNetwork:
+    """The 39 -> 32 -> 32 -> 2 network in one dtype; `input_bias` already holds the time features' share.
+
+    input_weight (H, 28), input_bias (H, 1), hidden_weight (H, H), hidden_bias (H, 1), output_weight (2, H), output_bias (2, 1).
+    """
+
+    input_weight: Tensor
+    input_bias: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+
+
+def time_features(step: Tensor, scales: Sequence[float] = TIME_SCALES) -> Tensor:
+    """tanh(t / tau - 1) for the eleven tau, float32 as in the reference; `step` is the number of steps taken before."""
+    tau = torch.tensor(scales, dtype=torch.float32, device=step.device)
+    return torch.tanh(step.to(torch.float32) / tau - 1.0)
+
+
+def small_fc_apply(
+    t: SmallFC,
+    normalisers: Tensor,
+    network: SmallFCNetwork,
+    step_size: float | Tensor,
+    exp_mult: float,
+    decay: float | Tensor,
+    update_squares: Tensor,
+    scratch: Scratch,
+) -> None:
+    """Pass C: features, network, and the new momentum, rms, diag and value (all modified in place where `keep` holds).
+
+    p <- p - step_size * o0 * exp(exp_mult * o1), then p <- p - decay * p.
+
+    Args:
+        step_size: lr * step_mult.
+        decay: lr * weight_decay, applied to the new parameter as PyLO does.
+        update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements (modified in place).
+    """
+    hidden = network.hidden_weight.shape[0]
+    update_squares.zero_()
+    for box in chunks(t.shard, t.value.device):
+        x = scratch.take("features", NUM_FEATURES, box.numel, t.momentum)
+        _fill_features(x, box, t, with_factors=True)
+        shaped = x.view(NUM_FEATURES, *box.sizes)
+        commit(box.view(t.momentum), shaped[2:5], t.keep)
+        commit(box.view(t.rms), shaped[5], t.keep)
+        if t.diag is not None:
+            commit(box.view(t.diag), shaped[13:16], t.keep)
+        x.mul_(normalisers[:, None])
+        h1 = scratch.take("hidden1", hidden, box.numel, x)
+        h2 = scratch.take("hidden2", hidden, box.numel, x)
+        torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
+        torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
+        out = torch.mm(network.output_weight, h2).add_(network.output_bias)
+        update = (out[0] * (exp_mult * out[1]).exp_() * step_size).view(box.sizes)
+        value = box.view(t.value)
+        old = value.to(x.dtype, copy=True)
+        new = old - update
+        new = new - decay * new
+        commit(value, new, t.keep)
+        update_squares += (new - old).to(torch.float64).square_().sum() * t.keep

@@ -1,0 +1,42 @@
+"""The routing report: which rule and which layout every parameter has. Reads only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = ("fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas")
+
+
+class Report(list[dict[str, Any]]):
+    """One dict per parameter (keys: COLUMNS); `str()` is a table with totals.
+
+    Attributes:
+        heading: lines above the table.
+        totals: summed figures, e.g. `numel`, `global_numel`, `sharded_state_bytes`, `replicated_state_bytes`.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], heading: list[str], totals: dict[str, Any]) -> None:
+        super().__init__(rows)
+        self.heading = heading
+        self.totals = totals
+
+    def __str__(self) -> str:
+        cells = [[_cell(row[column]) for column in COLUMNS] for row in self]
+        widths = [max(len(line[c]) for line in [list(COLUMNS), *cells]) for c in range(len(COLUMNS))]
+        numeric = {"start", "numel", "state_bytes", "group_size", "replicas"}
+
+        def line(values: list[str]) -> str:
+            padded = (
+                value.rjust(width) if column in numeric else value.ljust(width)
+                for column, value, width in zip(COLUMNS, values, widths, strict=True)
+            )
+            return "  ".join(padded).rstrip()
+
+        totals = ", ".join(f"{name} {_cell(value)}" for name, value in self.totals.items())
+        return "\n".join([*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

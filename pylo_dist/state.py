@@ -1,0 +1,50 @@
+"""Which state a parameter has, and its allocation. Touches only the tensors it makes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .shards import Shape, TensorShard
+
+
+@dataclass(frozen=True, slots=True)
+class StateField:
+    """One state tensor of a parameter.
+
+    Attributes:
+        copies: leading dimensions, e.g. (3,) for one slice per decay.
+        replicated: None for element state, which has the parameter's own shape and is sharded as it is; else the shape that
+            follows `copies` of a tensor which every rank holds whole (the row and column factors).
+    """
+
+    copies: Shape = ()
+    replicated: Shape | None = None
+
+    def canonical_shape(self, shape: Shape) -> Shape:
+        """Shape of this state in the unsharded optimizer, for a parameter of global shape `shape`."""
+        return (*self.copies, *(shape if self.replicated is None else self.replicated))
+
+    def local_shape(self, shard: TensorShard) -> Shape:
+        """Shape on a rank: canonical where it holds all elements, else (*copies, N)."""
+        if self.replicated is not None or shard.is_whole:
+            return self.canonical_shape(shard.shape)
+        return (*self.copies, shard.numel)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """View of the local state as (*copies, elements)."""
+        return tensor.view(*self.copies, math.prod(tensor.shape[len(self.copies) :]))
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 parameters: the dtype of all state and arithmetic of a parameter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allocate_state(fields: dict[str, StateField], shard: TensorShard, param: Tensor) -> dict[str, Tensor]:
+    """Zero state for one parameter, on its device, in `state_dtype`."""
+    dtype = state_dtype(param.dtype)
+    return {name: torch.zeros(f.local_shape(shard), dtype=dtype, device=param.device) for name, f in fields.items()}
