@@ -1,12 +1,11 @@
 """Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
 
 from ._version import __version__
+from .adapters.zero import ZeroOptimizer
 from .engine import NonFiniteGradientError
 from .optim.adafac import AdafacLO
 from .optimizer import LearnedOptimizer
 from .weights import Registered, WeightsError, register_weights, registered_weights
-
-
 
 __all__ = [
     "AdafacLO",
@@ -14,6 +13,8 @@ __all__ = [
     "NonFiniteGradientError",
     "Registered",
     "WeightsError",
+    "ZeroOptimizer",
+    "__version__",
     "register_weights",
     "registered_weights",
 ]

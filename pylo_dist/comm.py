@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Renamed in newer torch, where the old names warn.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
 
 
@@ -21,12 +25,12 @@ def default_group() -> Any:
 
 def size(group: Any) -> int:
     """Number of ranks of `group`; 1 for None."""
-    return 1 if group is None else dist.get_world_size(group)
+    return 1 if group is None else int(group.size())
 
 
 def rank(group: Any) -> int:
     """This process's rank in `group`; 0 for None."""
-    return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None else int(group.rank())
 
 
 def serve(phases: Iterable[list[Reduction]]) -> None:
@@ -43,16 +47,13 @@ def reduce_scatter_mean(shard: Tensor, full: Tensor, group: Any) -> None:
     Args:
         shard: (numel,), full: (ranks * numel,).
     """
-    # gloo has no average of its own for every dtype: divide once, after the sum, in the dtype of the sum
-    dist.reduce_scatter_single(shard, full, group=group) if hasattr(
-        dist, "reduce_scatter_single"
-    ) else dist.reduce_scatter_tensor(shard, full, group=group)
-    shard.div_(size(group))
+    _reduce_scatter(shard, full, group=group)
+    shard.div_(size(group))  # once, after the sum: the rounding of an average then does not depend on the backend
 
 
 def all_gather(full: Tensor, shard: Tensor, group: Any) -> None:
     """full <- the shards of all ranks, in rank order (`full` is modified in place; `shard` may be a view of it)."""
-    dist.all_gather_into_tensor(full, shard, group=group)
+    _all_gather(full, shard, group=group)
 
 
 def broadcast_from_first(tensor: Tensor, group: Any) -> None:
@@ -68,7 +69,7 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
     digest = hashlib.sha256(json.dumps(entries).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
     all_digests = mine.new_empty(size(group))
-    dist.all_gather_into_tensor(all_digests, mine, group=group)
+    _all_gather(all_digests, mine, group=group)
     if bool((all_digests == all_digests[0]).all()):
         return
     gathered: list[Any] = [None] * size(group)

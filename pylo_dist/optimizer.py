@@ -15,7 +15,7 @@ from .adapters import plain
 from .comm import Reduction
 from .engine import Clip, Engine, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
-from .report import Report
+from .report import Report, num_bytes, report_row
 from .shards import ShardBinding
 from .state import allocate_state, state_dtype
 from .weights import MetaNetwork
@@ -75,9 +75,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            names = group.get("param_names") or [
-                f"group{len(self.param_groups) - 1}.{j}" for j in range(len(group["params"]))
-            ]
+            names = group.get("param_names") or [f"group{len(self.param_groups) - 1}.{j}" for j in range(len(group["params"]))]
             bindings = {}
             for name, param in zip(names, group["params"], strict=True):
                 plain.check_param(name, param)
@@ -112,7 +110,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._loss = loss.detach()
 
     @torch.no_grad()
-    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -273,30 +271,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """One row per parameter: what it is, where it lies, which rule drives it, and the bytes of its state on this rank."""
-        rows, totals = [], {"parameters": 0, "numel": 0, "global_numel": 0, "sharded_state_bytes": 0, "replicated_state_bytes": 0}
+        rows = []
+        totals = {"parameters": 0, "numel": 0, "global_numel": 0, "sharded_state_bytes": 0, "replicated_state_bytes": 0}
         for group in self.param_groups:
             for param in group["params"]:
-                binding = self._bindings[param]
-                fields = self.rule.state_fields(binding.shard.shape)
-                sizes = {name: t.numel() * t.element_size() for name, t in self.state.get(param, {}).items()}
-                rows.append(
-                    {
-                        "fqn": binding.shard.fqn,
-                        "shape": binding.shard.shape,
-                        "start": binding.shard.start,
-                        "numel": binding.shard.numel,
-                        "rule": self.rule.name if param.requires_grad else "frozen",
-                        "dtype": str(param.dtype).removeprefix("torch."),
-                        "state_bytes": sum(sizes.values()),
-                        "group_size": comm.size(binding.group),
-                        "replicas": 1,
-                    }
-                )
+                binding, state = self._bindings[param], self.state.get(param, {})
+                shard, fields = binding.shard, self.rule.state_fields(binding.shard.shape)
+                rule = self.rule.name if param.requires_grad else "frozen"
+                rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group)))
                 totals["parameters"] += 1
-                totals["numel"] += binding.shard.numel
-                totals["global_numel"] += binding.shard.global_numel
-                for name, size in sizes.items():
-                    totals["sharded_state_bytes" if fields[name].replicated is None else "replicated_state_bytes"] += size
+                totals["numel"] += shard.numel
+                totals["global_numel"] += shard.global_numel
+                for name, tensor in state.items():
+                    kind = "sharded_state_bytes" if fields[name].replicated is None else "replicated_state_bytes"
+                    totals[kind] += num_bytes(tensor)
         return Report(rows, [f"{type(self).__name__}, {self.weights.describe()}"], totals)
 
     def stats(self) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shards import TensorShard
 
 COLUMNS = ("fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas")
 
@@ -34,6 +40,25 @@ class Report(list[dict[str, Any]]):
 
         totals = ", ".join(f"{name} {_cell(value)}" for name, value in self.totals.items())
         return "\n".join([*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"])
+
+
+def report_row(shard: TensorShard, dtype: torch.dtype, rule: str, state: Mapping[str, Any], group_size: int) -> dict[str, Any]:
+    """One parameter's row; `state_bytes` counts the tensors in `state` on this rank."""
+    return {
+        "fqn": shard.fqn,
+        "shape": shard.shape,
+        "start": shard.start,
+        "numel": shard.numel,
+        "rule": rule,
+        "dtype": str(dtype).removeprefix("torch."),
+        "state_bytes": sum(num_bytes(t) for t in state.values() if isinstance(t, Tensor)),
+        "group_size": group_size,
+        "replicas": 1,
+    }
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _cell(value: object) -> str:

@@ -147,9 +147,7 @@ class TensorShard:
         return cls.interval(fqn, shape, 0, math.prod(shape))
 
     @classmethod
-    def block(
-        cls, fqn: str, shape: Shape, dim: int, first: int, stop: int, rows: tuple[int, int] | None = None
-    ) -> TensorShard:
+    def block(cls, fqn: str, shape: Shape, dim: int, first: int, stop: int, rows: tuple[int, int] | None = None) -> TensorShard:
         """Indices `first .. stop` of dimension `dim` (`Shard(dim)`), and of these only `rows` of dimension 0 if given."""
         if rows is not None and dim == 0:
             raise ValueError(f"{fqn!r} is cut twice on dimension 0; one cut per dimension can be expressed")
@@ -187,9 +185,7 @@ class TensorShard:
             boxes += self._run_boxes(outer, inner, row + full_runs, 1, column, rest, full_runs * self.run)
         return tuple(boxes)
 
-    def _run_boxes(
-        self, outer: Shape, inner: Shape, row: int, rows: int, column: int, columns: int, local: int
-    ) -> list[Box]:
+    def _run_boxes(self, outer: Shape, inner: Shape, row: int, rows: int, column: int, columns: int, local: int) -> list[Box]:
         return [
             Box(
                 above.offsets + below.offsets,

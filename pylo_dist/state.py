@@ -36,7 +36,7 @@ class StateField:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """View of the local state as (*copies, elements)."""
-        return tensor.view(*self.copies, math.prod(tensor.shape[len(self.copies) :]))
+        return tensor.view((*self.copies, math.prod(tensor.shape[len(self.copies) :])))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

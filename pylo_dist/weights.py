@@ -157,7 +157,11 @@ def _locate(name: str, source: str) -> Path:
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
-            why = f"only pickled files ({', '.join(pickled)}), which are refused" if pickled and not found else f"{len(found)} of them"
+            why = (
+                f"only pickled files ({', '.join(pickled)}), which are refused"
+                if pickled and not found
+                else f"{len(found)} of them"
+            )
             raise WeightsError(f"folder {source}: wanted exactly one .safetensors file, found {why}")
         return found[0]
     if path.is_file():
@@ -181,7 +185,7 @@ def _download(name: str, repository: str, revision: str | None) -> Path:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"weights {name!r} could not be had from the Hub ({first_line}). Ways out: connect and try again; on a machine with "
-            f"a network run `hf download {repository}` and pass the folder as weights=...; pass a .safetensors file or a mapping; "
+            f"a network run `hf download {repository}` and pass its folder; pass a .safetensors file or a mapping; "
             'or pass weights="demo" for the small hand-made ones'
         ) from error
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
-from ..reference import Factors, Scratch, SmallFC, SmallFCNetwork
+from ..reference import Decay, Factors, Scratch, SmallFC, SmallFCNetwork
 from ..shards import Shape, drop_dim, factored_dims
 from ..state import StateField
 from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
@@ -48,6 +48,7 @@ class AdafacRule(LearnedRule):
         self.factor_decays = tuple(min(max(decay, 0.0), 1.0) for decay in factor_decays)
         self._scratch = Scratch()
         self._networks: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        self._decays: dict[tuple[str, torch.dtype, torch.device], Decay] = {}
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
         return factored_dims(shape)
@@ -103,9 +104,8 @@ class AdafacRule(LearnedRule):
         if item.dims is not None:
             shape = param.shard.shape
             factors = reference.update_factors(
-                state["row"], state["col"], sums, shape, item.dims, self.factor_decays, batch.scale[i], keep
+                state["row"], state["col"], sums, shape, item.dims, self._decay("factor_decays", sums), batch.scale[i], keep
             )
-        decays = state["momentum"].new_tensor
         return SmallFC(
             shard=param.shard,
             dims=item.dims,
@@ -117,10 +117,16 @@ class AdafacRule(LearnedRule):
             factors=factors,
             scale=batch.scale[i] if batch.clips else None,
             keep=keep,
-            momentum_decays=decays(self.momentum_decays),
+            momentum_decay=self._decay("momentum_decays", state["momentum"]),
             rms_decay=self.rms_decay,
-            factor_decays=decays(self.factor_decays),
+            diag_decay=self._decay("factor_decays", state["momentum"]),
         )
+
+    def _decay(self, name: str, like: Tensor) -> Decay:
+        key = (name, like.dtype, like.device)
+        if key not in self._decays:
+            self._decays[key] = Decay.of(getattr(self, name), like)
+        return self._decays[key]
 
     def _network(self, step: Tensor, dtype: torch.dtype) -> SmallFCNetwork:
         """The network with the time features of iteration `step` folded into its first bias."""
@@ -145,8 +151,15 @@ def _num_feature_sums(item: Item) -> int:
 
 
 def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
-    """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), the reference's parameterisation."""
+    """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as the reference has it."""
     return tuple(1.0 - (1.0 - beta) * math.exp(10.0 * offset) for beta, offset in zip(initial, offsets, strict=True))
+
+
+def _checked_decays(name: str, offsets: Sequence[float], initial: Sequence[float], count: int) -> tuple[float, ...]:
+    for label, values in ((name, offsets), (f"initial_{name}", initial)):
+        if len(values) != count or not all(math.isfinite(x) for x in values):
+            raise ValueError(f"{label}={tuple(values)}: wanted {count} finite number{'s' if count > 1 else ''}")
+    return effective_decays(initial, offsets)
 
 
 class AdafacLO(LearnedOptimizer):
@@ -212,21 +225,16 @@ class AdafacLO(LearnedOptimizer):
         if precision not in ("highest", "high", "medium"):
             raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
         network = load_weights(weights, SMALL_FC)
-        given = {"momentum_decays": momentum_decays, "rms_decays": rms_decays, "adafactor_decays": adafactor_decays}
-        initial = {
-            "momentum_decays": initial_momentum_decays,
-            "rms_decays": initial_rms_decays,
-            "adafactor_decays": initial_adafactor_decays,
-        }
-        decays = {}
-        for name, count in (("momentum_decays", 3), ("rms_decays", 1), ("adafactor_decays", 3)):
-            offsets = given[name] if given[name] is not None else network.decays[name]
-            for label, values in ((name, offsets), (f"initial_{name}", initial[name])):
-                if len(values) != count:
-                    raise ValueError(f"{label}={tuple(values)}: wanted {count} value{'s' if count > 1 else ''}")
-            decays[name] = effective_decays(initial[name], offsets)
+        betas = [
+            _checked_decays(name, offsets if offsets is not None else network.decays[name], initial, count)
+            for name, offsets, initial, count in (
+                ("momentum_decays", momentum_decays, initial_momentum_decays, 3),
+                ("rms_decays", rms_decays, initial_rms_decays, 1),
+                ("adafactor_decays", adafactor_decays, initial_adafactor_decays, 3),
+            )
+        ]
         self.precision = precision
-        rule = AdafacRule(network, decays["momentum_decays"], decays["rms_decays"], decays["adafactor_decays"])
+        rule = AdafacRule(network, *betas)
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

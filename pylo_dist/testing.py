@@ -1,0 +1,185 @@
+"""Virtual ranks: run any learned optimizer on arbitrarily cut tensors in one process, and compare layouts.
+
+Because rules know no mesh, each virtual rank is an ordinary optimizer over its own pieces; this module advances them in lock step
+and adds by hand what a process group would add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from .comm import Reduction
+from .optimizer import LearnedOptimizer
+from .shards import TensorShard, bind_shard
+
+Cut = Union[int, Sequence[int], Sequence[TensorShard]]
+
+
+@dataclass
+class VirtualGroup:
+    """Stands in for a process group whose ranks are run by `run_virtual`."""
+
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+
+@dataclass
+class VirtualRun:
+    """What a virtual run ends with, put together again.
+
+    Attributes:
+        params: global parameters by fqn; state: global state by fqn and name, canonical shapes.
+        history: the global parameters after every step.
+        optimizers: one per virtual rank.
+        reductions: number of reductions of each step.
+    """
+
+    params: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+    history: list[dict[str, Tensor]]
+    optimizers: list[LearnedOptimizer]
+    reductions: list[int] = field(default_factory=list)
+
+
+def run_virtual(
+    optimizer_class: type[LearnedOptimizer],
+    params: Mapping[str, Tensor],
+    cuts: int | Mapping[str, Cut],
+    grads: Sequence[Mapping[str, Tensor | None]],
+    **kwargs: object,
+) -> VirtualRun:
+    """Run `len(grads)` steps of an optimizer with every tensor cut over virtual ranks.
+
+    Args:
+        params: initial global tensors by fqn (not modified).
+        cuts: number of ranks (even flat intervals); or per fqn that number, the flat cut points between the ranks (repeated
+            points make empty shards), or one `TensorShard` per rank. All must name the same number of ranks.
+        grads: per step the global gradients, already averaged; None or a missing fqn: no rank has one.
+        **kwargs: for `optimizer_class`.
+
+    Raises:
+        ValueError: cuts that do not tile a tensor exactly once.
+        AssertionError: ranks that ask for different reductions (a hang on real ranks), or replicated state whose bits differ.
+    """
+    shards = {fqn: _shards(fqn, tuple(p.shape), cuts if isinstance(cuts, int) else cuts[fqn]) for fqn, p in params.items()}
+    counts = {fqn: len(pieces) for fqn, pieces in shards.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"all tensors must be cut over the same number of ranks, got {counts}")
+    group = VirtualGroup(next(iter(counts.values())))
+    locals_: list[dict[str, torch.nn.Parameter]] = []
+    for rank in range(group.ranks):
+        pieces = {}
+        for fqn, p in params.items():
+            shard = shards[fqn][rank]
+            pieces[fqn] = torch.nn.Parameter(p.detach().reshape(-1)[shard.indices().to(p.device)].clone())
+            bind_shard(pieces[fqn], shard, group)
+        locals_.append(pieces)
+    run = VirtualRun({}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_])  # type: ignore[arg-type]
+    for step_grads in grads:
+        for rank, pieces in enumerate(locals_):
+            for fqn, piece in pieces.items():
+                grad = step_grads.get(fqn)
+                index = shards[fqn][rank].indices().to(piece.device)
+                piece.grad = None if grad is None else grad.detach().reshape(-1)[index].clone()
+        run.reductions.append(_step([optimizer.phases() for optimizer in run.optimizers]))
+        run.history.append(
+            {fqn: _join([pieces[fqn].detach() for pieces in locals_], shards[fqn], (), p.shape) for fqn, p in params.items()}
+        )
+    run.params = run.history[-1] if run.history else {fqn: p.clone() for fqn, p in params.items()}
+    for fqn, p in params.items():
+        fields = run.optimizers[0].rule.state_fields(tuple(p.shape))
+        states = [optimizer.state[pieces[fqn]] for optimizer, pieces in zip(run.optimizers, locals_, strict=True)]
+        run.state[fqn] = {}
+        for name, f in fields.items():
+            copies = [state[name] for state in states]
+            if f.replicated is None:
+                run.state[fqn][name] = _join([f.flat(c) for c in copies], shards[fqn], f.copies, p.shape)
+                continue
+            assert all(torch.equal(c, copies[0]) for c in copies), f"{name} of {fqn} differs between ranks"
+            run.state[fqn][name] = copies[0].clone()
+    return run
+
+
+def _shards(fqn: str, shape: tuple[int, ...], cut: Cut) -> list[TensorShard]:
+    total = math.prod(shape)
+    if isinstance(cut, int):
+        size = -(-total // cut)
+        cut = [min(total, size * rank) for rank in range(1, cut)]
+    points = [c for c in cut if isinstance(c, int)]
+    if len(points) == len(cut):
+        bounds = [0, *points, total]
+        if bounds != sorted(bounds):
+            raise ValueError(f"{fqn!r}: cut points {points} must rise within 0 .. {total}")
+        pieces = [TensorShard.interval(fqn, shape, a, b) for a, b in pairwise(bounds)]
+    else:
+        pieces = [c for c in cut if isinstance(c, TensorShard)]
+    covered = torch.zeros(total, dtype=torch.int64)
+    for piece in pieces:
+        covered[piece.indices()] += 1
+    if not bool((covered == 1).all()):
+        raise ValueError(f"{fqn!r}: the shards must hold each of the {total} elements exactly once")
+    return pieces
+
+
+def _step(ranks: Sequence[Iterator[list[Reduction]]]) -> int:
+    """Serve one step of all ranks in lock step; returns how many reductions it took."""
+    count = 0
+    while True:
+        requests = [next(rank, None) for rank in ranks]
+        if all(request is None for request in requests):
+            return count
+        asked = [[tuple(buffer.shape) for _, buffer in request] if request is not None else None for request in requests]
+        assert all(a == asked[0] for a in asked), f"the ranks ask for different reductions, which would hang: {asked}"
+        for buffers in zip(*(request for request in requests if request is not None), strict=True):
+            count += 1
+            total = torch.stack([buffer for _, buffer in buffers]).sum(0)
+            for _, buffer in buffers:
+                buffer.copy_(total)
+
+
+def _join(pieces: Sequence[Tensor], shards: Sequence[TensorShard], copies: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Local (*copies, N) pieces as one (*copies, *shape) tensor."""
+    whole = pieces[0].new_empty((*copies, math.prod(shape)))
+    for piece, shard in zip(pieces, shards, strict=True):
+        whole[..., shard.indices().to(whole.device)] = piece.reshape(*copies, shard.numel)
+    return whole.view((*copies, *shape))
+
+
+def layout_error(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], largest_change: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """How far two layouts are apart, per tensor, in units of the layout tolerance (1 is the limit).
+
+    The tolerance: no element differs by more than 4 units in its last place or 1e-5 (float32; 1e-12 in float64) of the tensor's
+    largest one-step change, whichever is larger. Elementwise arithmetic is the same in every layout; what differs is the order of
+    the float64 sums and the rounding of matrix products over few rows.
+
+    Args:
+        largest_change: per tensor, the largest absolute change of an element in one step, 0-d.
+    """
+    errors = {}
+    for fqn, tensor in wanted.items():
+        if not tensor.numel():
+            continue
+        share = 1e-12 if tensor.dtype == torch.float64 else 1e-5
+        ulp = torch.nextafter(tensor.abs(), torch.full_like(tensor, math.inf)) - tensor.abs()
+        limit = torch.maximum(4.0 * ulp, share * largest_change[fqn].to(tensor.dtype))
+        errors[fqn] = float(((got[fqn] - tensor).abs() / limit).max())
+    return errors
+
+
+def largest_changes(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The largest absolute change of an element between two entries of a history, per tensor."""
+    return {
+        fqn: torch.stack([(b[fqn] - a[fqn]).abs().max() if a[fqn].numel() else a[fqn].sum() for a, b in pairwise(history)]).max()
+        for fqn in history[0]
+    }
