@@ -124,8 +124,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"{optimizer_class.__name__} may read whole tensors and would be silently wrong on shards; wanted a learned "
                 f"optimizer of pylo_dist or one of {known}"
             )
-        self.group = process_group if process_group is not None else comm.default_group()
-        self.ranks, self.rank = comm.size(self.group), comm.rank(self.group)
+        group = process_group if process_group is not None else comm.default_group()
+        self.ranks, self.rank = comm.size(group), comm.rank(group)
+        self.group = group if self.ranks > 1 else None  # a single rank holds everything: nothing to communicate
         self.buckets: list[Bucket] = []
         self._cap_mb = bucket_cap_mb
         self._reduce_dtype = reduce_dtype

@@ -1,0 +1,387 @@
+"""ZeroOptimizer on real gloo processes equals one process.
+
+Background: every rank holds an arbitrary interval of each tensor, so row and column factors, feature norms, the clip norm and the
+decision whether to step must come out of two packed all-reduces. Gradients differ by rank and are integers over a power of two, so
+that their sum is exact in any order and only the arithmetic of the step is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor, nn
+
+import pylo_dist
+from pylo_dist import comm
+from pylo_dist.shards import bound_shard
+from pylo_dist.testing import largest_changes, layout_error
+from pylo_dist.weights import SMALL_FC
+
+STEPS = 20
+VOCABULARY = 50257
+
+
+class Model(nn.Module):
+    """Every shape that has broken a sharded optimizer: uneven vocabulary, tied, [1, N], 0-d, dims below the ranks, empty, frozen."""
+
+    def __init__(self, seed: int, vocabulary: int = VOCABULARY) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def tensor(*shape: int) -> nn.Parameter:
+            return nn.Parameter(0.02 * torch.randn(shape, generator=generator))
+
+        self.embedding = tensor(vocabulary, 4)
+        self.head = self.embedding  # tied
+        self.row = tensor(1, 37)
+        self.scalar = nn.Parameter(torch.randn((), generator=generator))
+        self.tiny = tensor(2, 3)
+        self.square = tensor(24, 24)
+        self.wide = tensor(12, 40)
+        self.conv = tensor(4, 3, 3, 3)
+        self.bias = tensor(41)
+        self.one = tensor(1)
+        self.empty = tensor(0, 5)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.unused = tensor(6, 5)  # never has a gradient
+        self.sometimes = tensor(7, 5)  # has one on rank 0 only
+        self.transposed = nn.Parameter(0.02 * torch.randn((9, 14), generator=generator).t())
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+
+
+def gradient(fqn: str, shape: torch.Size, step: int, rank: int) -> Tensor | None:
+    if fqn == "unused" or (fqn == "sometimes" and rank > 0):
+        return None
+    generator = torch.Generator().manual_seed(hash((len(fqn), sum(map(ord, fqn)), step, rank)) % 2**31)
+    return torch.randint(-64, 65, shape, generator=generator) / 1024.0
+
+
+def mean_gradient(fqn: str, shape: torch.Size, step: int, world: int) -> Tensor | None:
+    parts = [gradient(fqn, shape, step, rank) for rank in range(world)]
+    present = [p for p in parts if p is not None]
+    return sum(present, torch.zeros(shape)).div_(world) if present else None
+
+
+def unsharded(world: int, optimizer_class: type, **kwargs: Any) -> tuple[list[dict[str, Tensor]], torch.optim.Optimizer, Model]:
+    """The same steps in one process on the mean gradients: parameters after each, the optimizer, the model."""
+    model = Model(0)
+    optimizer = optimizer_class([(n, p) for n, p in model.named_parameters() if p.requires_grad], **kwargs)
+    history = [snapshot(model)]
+    for step in range(STEPS):
+        for fqn, param in model.named_parameters():
+            param.grad = mean_gradient(fqn, param.shape, step, world) if param.requires_grad else None
+        optimizer.step()
+        history.append(snapshot(model))
+    return history, optimizer, model
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {fqn: p.detach().clone(memory_format=torch.contiguous_format) for fqn, p in model.named_parameters()}
+
+
+def set_gradients(model: nn.Module, step: int, rank: int) -> None:
+    for fqn, param in model.named_parameters():
+        param.grad = gradient(fqn, param.shape, step, rank) if param.requires_grad else None
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"weight_decay": 0.01},
+    "clipped": {"max_grad_norm": 1.0},
+    "per_tensor": {"max_grad_norm": 0.05, "clip": "per_tensor"},
+}
+
+
+class Calls:
+    """Counts what comm sends through torch.distributed."""
+
+    def __init__(self) -> None:
+        self.counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
+        reduce, scatter, gather = dist.all_reduce, comm._reduce_scatter, comm._all_gather
+
+        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.counts["all_reduce"] += 1
+            return reduce(tensor, *args, **kwargs)
+
+        def reduce_scatter(*args: Any, **kwargs: Any) -> Any:
+            self.counts["reduce_scatter"] += 1
+            return scatter(*args, **kwargs)
+
+        def all_gather(*args: Any, **kwargs: Any) -> Any:
+            self.counts["all_gather"] += 1
+            return gather(*args, **kwargs)
+
+        self.originals = reduce, scatter, gather
+        dist.all_reduce, comm._reduce_scatter, comm._all_gather = all_reduce, reduce_scatter, all_gather
+
+    def stop(self) -> dict[str, int]:
+        dist.all_reduce, comm._reduce_scatter, comm._all_gather = self.originals
+        return self.counts
+
+
+def state_of(optimizer: pylo_dist.ZeroOptimizer) -> dict[str, Any]:
+    """This rank's pieces: fqn -> (start, flattened sharded state, replicated state)."""
+    pieces = {}
+    for param, state in optimizer.state.items():
+        shard = bound_shard(param).shard
+        fields = optimizer.inner.rule.state_fields(shard.shape)
+        sharded = {n: fields[n].flat(t).clone() for n, t in state.items() if fields[n].replicated is None}
+        pieces[shard.fqn] = (shard.start, sharded, {n: t.clone() for n, t in state.items() if fields[n].replicated is not None})
+    return pieces
+
+
+def learned_ranks(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, kwargs in SETTINGS.items():
+        model = Model(seed=rank)  # different on every rank: construction must bring rank 0's everywhere
+        optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, bucket_cap_mb=0.002, weights=weights(), **kwargs)
+        calls = Calls()
+        for step in range(STEPS):
+            set_gradients(model, step, rank)
+            optimizer.step()
+        results[name] = {
+            "params": snapshot(model),
+            "state": state_of(optimizer),
+            "totals": optimizer.report().totals,
+            "report": str(optimizer.report()),
+            "calls": calls.stop(),
+            "buckets": len(optimizer.buckets),
+            "stats": {fqn: float(row["update_ratio"]) for fqn, row in optimizer.stats().items()},
+            "grad_norm": float(optimizer.grad_norm),
+        }
+    results["nonfinite"] = nonfinite_ranks(rank)
+    results["adamw"] = adamw_ranks(rank)
+    results["disagree"] = disagreement(rank)
+    return results
+
+
+def nonfinite_ranks(rank: int) -> dict[str, Any]:
+    """A NaN in one element on the last rank only: every rank must decide alike."""
+    outcome: dict[str, Any] = {}
+    for mode in ("error", "skip"):
+        model = Model(0, vocabulary=53)
+        optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), nonfinite=mode)
+        set_gradients(model, 0, rank)
+        optimizer.step()
+        before, state = snapshot(model), state_of(optimizer)
+        set_gradients(model, 1, rank)
+        if rank == dist.get_world_size() - 1:
+            model.square.grad[3, 5] = float("nan")
+        try:
+            optimizer.step()
+            outcome[mode] = "passed"
+        except pylo_dist.NonFiniteGradientError as error:
+            outcome[mode] = str(error)
+        after, state_after = snapshot(model), state_of(optimizer)
+        same = all(torch.equal(before[f], after[f]) for f in before)
+        for fqn, (_, sharded, replicated) in state.items():
+            now = {**state_after[fqn][1], **state_after[fqn][2]}
+            same &= all(torch.equal(t, now[n]) for n, t in {**sharded, **replicated}.items())
+        outcome[f"{mode}_unchanged"] = same
+        outcome[f"{mode}_step"] = int(optimizer.param_groups[0]["step"])
+        set_gradients(model, 2, rank)
+        optimizer.step()
+        outcome[f"{mode}_goes_on"] = not torch.equal(snapshot(model)["square"], after["square"])
+    return outcome
+
+
+def adamw_ranks(rank: int) -> dict[str, Tensor]:
+    model = Model(0)
+    optimizer = pylo_dist.ZeroOptimizer(model, torch.optim.AdamW, lr=1e-2, foreach=True)
+    for step in range(STEPS):
+        set_gradients(model, step, rank)
+        optimizer.step()
+    return snapshot(model)
+
+
+def disagreement(rank: int) -> str:
+    model = nn.Linear(3, 4 if rank == 0 else 5)
+    try:
+        pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
+    ranks = run_ranks(world, learned_ranks)
+    worst, worst_state = 0.0, 0.0
+    for name, kwargs in SETTINGS.items():
+        history, reference, model = unsharded(world, pylo_dist.AdafacLO, weights=weights(), **kwargs)
+        change = largest_changes(history)
+        results = [rank[name] for rank in ranks]
+        for result in results:
+            for fqn, tensor in result["params"].items():
+                assert torch.equal(tensor, results[0]["params"][fqn]), (name, fqn)
+        errors = layout_error(results[0]["params"], history[-1], change)
+        worst = max(worst, *errors.values())
+        assert max(errors.values()) <= 1.0, (name, errors)
+        assert torch.equal(results[0]["params"]["unused"], history[0]["unused"])
+        assert torch.equal(results[0]["params"]["frozen"], torch.ones(3))
+        assert not torch.equal(results[0]["params"]["sometimes"], history[0]["sometimes"])
+        for fqn, param in model.named_parameters():
+            if not param.requires_grad or not param.numel():
+                continue
+            fields = reference.rule.state_fields(tuple(param.shape))
+            for field_name, wanted in reference.state[param].items():
+                flat = fields[field_name].flat(wanted)
+                if fields[field_name].replicated is None:
+                    got = torch.empty_like(flat)
+                    covered = 0
+                    for result in results:
+                        start, sharded, _ = result["state"][fqn]
+                        piece = sharded[field_name]
+                        got[..., start : start + piece.shape[-1]] = piece
+                        covered += piece.shape[-1]
+                    assert covered == flat.shape[-1]
+                else:
+                    copies = [result["state"][fqn][2][field_name] for result in results]
+                    assert all(torch.equal(copy, copies[0]) for copy in copies), (fqn, field_name)
+                    got = fields[field_name].flat(copies[0])
+                error = layout_error({fqn: got}, {fqn: flat}, {fqn: flat.abs().max()})[fqn]
+                assert error <= 1.0, (name, fqn, field_name, error)
+                worst_state = max(worst_state, error)
+        for fqn, ratio in results[0]["stats"].items():
+            assert ratio == pytest.approx(results[-1]["stats"][fqn], rel=1e-12, nan_ok=True), fqn
+        wanted_norm = float(reference.grad_norm)
+        assert results[0]["grad_norm"] == pytest.approx(wanted_norm, rel=1e-9)
+        shared = 2 * STEPS if world > 1 else 0
+        buckets = results[0]["buckets"]
+        assert buckets > 2
+        if world > 1:
+            assert results[0]["calls"] == {"all_reduce": shared, "reduce_scatter": buckets * STEPS, "all_gather": buckets * STEPS}
+    figures.append(
+        f"real ranks, world {world}, {STEPS} steps: {worst:.2f} of the layout tolerance, state {worst_state:.2f}; "
+        f"small all-reduces per step {ranks[0]['plain']['calls']['all_reduce'] / STEPS:g}"
+    )
+    for rank in ranks:
+        outcome = rank["nonfinite"]
+        assert "'square'" in outcome["error"]
+        assert outcome["skip"] == "passed"
+        for mode in ("error", "skip"):
+            assert outcome[f"{mode}_unchanged"]
+            assert outcome[f"{mode}_goes_on"]
+            assert outcome[f"{mode}_step"] == 1
+    if world > 1:
+        assert all("'0.weight'" in r["disagree"] or "weight" in r["disagree"] for r in ranks), ranks[0]["disagree"]
+        assert all("disagree" in r["disagree"] for r in ranks)
+    # AdamW is elementwise: on integer gradients the sharded step is the same arithmetic; a parameter that never has a gradient
+    # gets zeros, so only weight decay reaches it
+    history, _, _ = unsharded(world, torch.optim.AdamW, lr=1e-2, foreach=True)
+    change = largest_changes(history)
+    names = [f for f in history[0] if f not in ("unused", "frozen", "empty")]
+    errors = layout_error(ranks[0]["adamw"], {f: history[-1][f] for f in names}, change)
+    assert max(errors.values()) <= 1.0, errors
+
+
+def gpt2_report(rank: int, world: int) -> dict[str, Any]:
+    """GPT-2's own shapes, small: the fused projections and the vocabulary that no number of ranks divides."""
+    with torch.device("cpu"):
+        shapes = {
+            "wte": (50257, 16),
+            "wpe": (64, 16),
+            "attn": (48, 16),
+            "attn.bias": (48,),
+            "proj": (16, 16),
+            "fc": (64, 16),
+            "ln": (16,),
+        }
+    params = [(fqn, nn.Parameter(torch.zeros(shape))) for fqn, shape in shapes.items()]
+    optimizer = pylo_dist.ZeroOptimizer(params, pylo_dist.AdafacLO, weights=weights())
+    return {"totals": optimizer.report().totals, "text": str(optimizer.report())}
+
+
+@pytest.mark.parametrize("world", [3])
+def test_each_rank_holds_its_share_of_the_state(world: int) -> None:
+    ranks = run_ranks(world, gpt2_report)
+    total = 16 * sum(r["totals"]["numel"] for r in ranks)  # 3 momenta and rms, 4 bytes each
+    one_dim = 12 * 64  # the diag accumulator of the 1-D tensors, instead of row and column
+    assert sum(r["totals"]["sharded_state_bytes"] for r in ranks) == total + one_dim
+    for r in ranks:
+        assert r["totals"]["sharded_state_bytes"] == pytest.approx((total + one_dim) / world, rel=0.01)
+        assert 1.0 <= r["totals"]["work_max_over_mean"] <= 1.01
+        assert "work_max_over_mean" in r["text"]
+        assert "ZeRO-1, rank" in r["text"]
+
+
+def test_one_process_without_torch_distributed() -> None:
+    model, plain = Model(0, vocabulary=53), Model(0, vocabulary=53)
+    sharded = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights())
+    whole = pylo_dist.AdafacLO([(n, p) for n, p in plain.named_parameters() if p.requires_grad], weights=weights())
+    for step in range(3):
+        set_gradients(model, step, 0)
+        set_gradients(plain, step, 0)
+        sharded.step()
+        whole.step()
+    for (fqn, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(a, b), fqn
+
+
+def test_refusals_name_the_remedy() -> None:
+    model = nn.Linear(3, 4)
+
+    def build(*args: Any, **kwargs: Any) -> pylo_dist.ZeroOptimizer:
+        return pylo_dist.ZeroOptimizer(model, *(args or (pylo_dist.AdafacLO,)), **{"weights": weights(), **kwargs})
+
+    with pytest.raises(ValueError, match="stage=3"):
+        build(stage=3)
+    with pytest.raises(ValueError, match="silently wrong on shards"):
+        pylo_dist.ZeroOptimizer(model, torch.optim.Adafactor)
+    with pytest.raises(ValueError, match="bucket_cap_mb"):
+        build(bucket_cap_mb=0)
+    with pytest.raises(ValueError, match="reduce_dtype"):
+        build(reduce_dtype=torch.int32)
+    optimizer = build()
+    model.double()
+    model(torch.zeros(1, 3, dtype=torch.float64)).sum().backward()
+    with pytest.raises(ValueError, match=r"'(weight|bias)' was replaced after ZeroOptimizer was built"):
+        optimizer.step()
+
+
+def test_scheduler_groups_and_resume_in_place() -> None:
+    model = Model(0, vocabulary=53)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": named[:4], "lr": 0.5}, {"params": named[4:8], "weight_decay": 0.1}]
+    optimizer = pylo_dist.ZeroOptimizer(groups, pylo_dist.AdafacLO, weights=weights())
+    optimizer.add_param_group({"params": named[8:], "lr": 2.0})
+    with pytest.raises(ValueError, match="already in a parameter group"):
+        optimizer.add_param_group({"params": [named[0]]})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 1.0, 2.0]
+
+    def advance(first: int, last: int) -> None:
+        for step in range(first, last):
+            set_gradients(model, step, 0)
+            optimizer.step()
+            scheduler.step()
+
+    advance(0, 2)
+    saved, params, lr = optimizer.state_dict(), snapshot(model), scheduler.state_dict()
+    saved = {**saved, "state": {k: {n: t.clone() for n, t in v.items()} for k, v in saved["state"].items()}}
+    import copy
+
+    saved = copy.deepcopy(saved)
+    advance(2, 4)
+    wanted = snapshot(model)
+    with torch.no_grad():
+        for fqn, p in model.named_parameters():
+            p.copy_(params[fqn])
+    optimizer.load_state_dict(saved)
+    scheduler.load_state_dict(lr)
+    for group, factor in zip(optimizer.param_groups, (0.5, 1.0, 2.0), strict=True):
+        group["lr"] = factor * 0.25
+    advance(2, 4)
+    assert all(torch.equal(wanted[f], p) for f, p in snapshot(model).items())
+    broken = {**saved, "layout": {**saved["layout"], "ranks": 2}}
+    with pytest.raises(ValueError, match="saved with ranks 2"):
+        optimizer.load_state_dict(broken)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
