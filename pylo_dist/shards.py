@@ -151,10 +151,15 @@ class TensorShard:
         """Indices `first .. stop` of dimension `dim` (`Shard(dim)`), and of these only `rows` of dimension 0 if given."""
         if rows is not None and dim == 0:
             raise ValueError(f"{fqn!r} is cut twice on dimension 0; one cut per dimension can be expressed")
+        if not 0 <= dim < len(shape):
+            raise ValueError(f"{fqn!r}: dimension {dim} of shape {tuple(shape)} does not exist")
+        for of, (begin, end) in ((dim, (first, stop)), (0, rows or (0, shape[0]))):
+            if begin < end and not 0 <= begin <= end <= shape[of]:
+                raise ValueError(f"{fqn!r}: indices {begin} .. {end} of dimension {of} are not in shape {tuple(shape)}")
         inner = math.prod(shape[dim + 1 :])
-        outer = math.prod(shape[:dim])
         pitch, run = shape[dim] * inner, (stop - first) * inner
-        low, high = (0, outer) if rows is None else (rows[0] * outer // shape[0], rows[1] * outer // shape[0])
+        repeats = math.prod(shape[1:dim])  # runs per index of dimension 0
+        low, high = (0, math.prod(shape[:dim])) if rows is None else (rows[0] * repeats, rows[1] * repeats)
         if run <= 0 or high <= low:
             return cls.interval(fqn, shape, 0, 0)
         if run == pitch or high - low == 1:

@@ -1,4 +1,4 @@
-"""Run a function on real gloo processes and bring back what each returns; a failing or hanging rank fails the test in bounded time."""
+"""Run a function on real gloo processes and bring back what each returns; a failing or hanging rank fails in bounded time."""
 
 from __future__ import annotations
 

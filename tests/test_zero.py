@@ -1,8 +1,8 @@
 """ZeroOptimizer on real gloo processes equals one process.
 
-Background: every rank holds an arbitrary interval of each tensor, so row and column factors, feature norms, the clip norm and the
-decision whether to step must come out of two packed all-reduces. Gradients differ by rank and are integers over a power of two, so
-that their sum is exact in any order and only the arithmetic of the step is compared.
+Background: every rank holds an arbitrary interval of each tensor, so row and column factors, feature norms, the clip norm and
+the decision whether to step must come out of two packed all-reduces. Gradients differ by rank and are integers over a power of
+two, so that their sum is exact in any order and only the arithmetic of the step is compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOCABULARY = 50257
 
 
 class Model(nn.Module):
-    """Every shape that has broken a sharded optimizer: uneven vocabulary, tied, [1, N], 0-d, dims below the ranks, empty, frozen."""
+    """Shapes that break sharded optimizers: uneven vocabulary, tied, [1, N], 0-d, dims below the ranks, empty, frozen."""
 
     def __init__(self, seed: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
@@ -202,12 +202,18 @@ def adamw_ranks(rank: int) -> dict[str, Tensor]:
 
 
 def disagreement(rank: int) -> str:
-    model = nn.Linear(3, 4 if rank == 0 else 5)
+    model, different_model = nn.Linear(3, 4 if rank == 0 else 5), "no error"
     try:
         pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights())
     except ValueError as error:
-        return str(error)
-    return "no error"
+        different_model = str(error)
+    lopt_weights = weights()
+    lopt_weights["network.output.bias"] += rank
+    try:
+        pylo_dist.ZeroOptimizer(nn.Linear(3, 4), pylo_dist.AdafacLO, weights=lopt_weights)
+    except ValueError as error:
+        return f"{different_model} | {error}"
+    return f"{different_model} | no error"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -271,8 +277,12 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             assert outcome[f"{mode}_goes_on"]
             assert outcome[f"{mode}_step"] == 1
     if world > 1:
-        assert all("'0.weight'" in r["disagree"] or "weight" in r["disagree"] for r in ranks), ranks[0]["disagree"]
-        assert all("disagree" in r["disagree"] for r in ranks)
+        for r in ranks:
+            different_model, different_weights = r["disagree"].split(" | ")
+            assert "disagree on parameter" in different_model
+            assert "'weight', [4, 3]" in different_model
+            assert "disagree on setting" in different_weights
+            assert "sha256" in different_weights
     # AdamW is elementwise: on integer gradients the sharded step is the same arithmetic; a parameter that never has a gradient
     # gets zeros, so only weight decay reaches it
     history, _, _ = unsharded(world, torch.optim.AdamW, lr=1e-2, foreach=True)

@@ -135,6 +135,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._check_same_on_all_ranks(groups)
         local_groups = [self._shard_group(group) for group in groups]
         self.inner = optimizer_class(local_groups, **optimizer_kwargs)
+        self._check_same_settings()
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share_groups()
         self._ready = True
@@ -162,11 +163,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _check_same_on_all_ranks(self, groups: list[dict[str, Any]]) -> None:
         named = [(i, fqn, p) for i, group in enumerate(groups) for fqn, p in group["params"]]
+        if not named:
+            raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
         for _, fqn, param in named:
             check_param(fqn, param)
-        if self.group is not None and named:
-            specs = [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
+        if self.group is not None:
+            specs: list[Any] = [f"bucket_cap_mb={self._cap_mb}, reduce_dtype={self._reduce_dtype}"]
+            specs += [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
             comm.check_equal("parameter", specs, self.group, named[0][2].device)
+
+    def _check_same_settings(self) -> None:
+        """Ranks with other weights or hyperparameters would not fail, they would drift apart."""
+        if self.group is None:
+            return
+        settings = [type(self.inner).__name__, self.weights.describe() if self.weights is not None else "no weights"]
+        for i, group in enumerate(self.inner.param_groups):
+            settings += [f"group {i}: {k}={v}" for k, v in sorted(group.items()) if isinstance(v, (int, float, str, type(None)))]
+        comm.check_equal("setting", settings, self.group, self.buckets[0].flat.device)
 
     def _shard_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with every parameter replaced by its local piece; its parameters become views of new buckets."""

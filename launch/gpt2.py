@@ -1,0 +1,390 @@
+"""Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or under torchrun on many ranks.
+
+Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on every rank. 1: anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from data import BatchPlan, Tokens, builtin_text
+from model import GPT, build
+from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
+from torch import Tensor
+from watch import Row, Watch, open_folder, plot, summary
+
+TRAIN, VALIDATION = 0, 1  # streams of samples
+T = TypeVar("T")
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This rank among the others, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def find(cls, options: Options) -> Place:
+        """From the variables torchrun sets. Raises WrongInput."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if world_size > 1 and missing:
+            names = ", ".join(missing)
+            raise WrongInput(f"WORLD_SIZE is {world_size} without {names}; start the ranks with torchrun.")
+        rank = int(os.environ["RANK"]) if world_size > 1 else 0
+        has_cuda = torch.cuda.is_available()
+        if options.device == "cpu" or (options.device == "auto" and not has_cuda):
+            return cls(rank, world_size, torch.device("cpu"))
+        if not has_cuda:
+            raise WrongInput("--device cuda, but PyTorch sees no CUDA device; use --device cpu.")
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if local_size > torch.cuda.device_count():
+            raise WrongInput(
+                f"{local_size} ranks on a machine with {torch.cuda.device_count()} CUDA device(s); "
+                f"use --nproc_per_node={torch.cuda.device_count()} or --device cpu."
+            )
+        return cls(rank, world_size, torch.device("cuda", local_rank))
+
+    def join(self, timeout_s: int) -> None:
+        """Meet the other ranks."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` of this rank, which calls no collective. A ValueError on any rank is WrongInput on all."""
+        problem, result = None, None
+        try:
+            result = work()
+        except ValueError as error:
+            problem = " ".join(str(error).split())
+        problems = [problem]
+        if self.world_size > 1:
+            problems *= self.world_size
+            dist.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise WrongInput(found)
+        return result  # type: ignore[return-value]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over the ranks (`value` is modified in place)."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+
+class Clock:
+    """Marks on a device's own time line, so that timing a GPU does not stall it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two marks; waits for the second."""
+        if not self._cuda:
+            return 1e3 * float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
+    """(train, validation) tokens, the same on every rank. Raises WrongInput."""
+    sizes = {"block_size": options.sequence_length(), "vocab_size": options.config().vocab_size}
+    if options.data is not None:
+        return place.together(lambda: open_files(options, sizes))
+    # Rank 0 reads it for all: other machines may carry another Python.
+    texts: list[Any] = [place.together(builtin_text if place.rank == 0 else lambda: None)]
+    if place.world_size > 1:
+        dist.broadcast_object_list(texts, src=0)
+    names = ("built-in training text", "built-in validation text")
+    tokens = [Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts[0], strict=True)]
+    return tokens[0], tokens[1] if options.eval_every else None
+
+
+def open_files(options: Options, sizes: dict[str, int]) -> tuple[Tokens, Tokens | None]:
+    """The tokens of --data and --val-data. Raises ValueError."""
+    assert options.data is not None
+    train = Tokens.from_path(options.data, "train", **sizes)
+    if not options.eval_every:
+        return train, None
+    if options.val_data is None and not options.data.is_dir():
+        raise WrongInput(f"--data {options.data} is one file; pass --val-data FILE too, or --eval-every 0.")
+    return train, Tokens.from_path(options.val_data or options.data, "val", **sizes)
+
+
+class Learner:
+    """A model and its optimizer, on one rank or sharded over all; the loop does not know which."""
+
+    def __init__(self, options: Options, place: Place) -> None:
+        """Raises WrongInput for arguments or weights that the optimizer refuses."""
+        sharded, learned = place.world_size > 1, options.optimizer in LEARNED
+        package: Any = None
+        if learned or sharded:
+            package = place.together(import_package)
+        self._nonfinite: Any = package.NonFiniteGradientError if learned else ()
+        self.weights: dict[str, str] | None = None
+        optimizer_class: Any = torch.optim.AdamW
+        arguments: dict[str, Any] = {"lr": options.base_lr(), "betas": (0.9, 0.95)}
+        if learned:
+            optimizer_class = getattr(package, LEARNED[options.optimizer])
+            arguments = {
+                "lr": options.base_lr(),
+                "weight_decay": options.decay(),
+                "max_grad_norm": options.max_grad_norm,
+            }
+            if options.weights is not None:
+                arguments["weights"] = options.weights
+            # Tried on one number first: a rank that failed among the collectives of a sharded optimizer would
+            # leave the others waiting. Rank 0 before the rest: they find in the cache what it downloads.
+            place.together(lambda: try_out(optimizer_class, arguments) if place.rank == 0 else None)
+            self.weights = place.together(lambda: try_out(optimizer_class, arguments))
+        self.model: GPT = build(options.config(), options.seed).to(place.device)
+        named = list(self.model.named_parameters())
+        parameters: Any = named
+        if not learned:  # decay pulls on matrices only, as is usual for GPT-2
+            parameters = [
+                {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": options.decay()},
+                {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+            ]
+        if sharded:
+            self.optimizer: Any = package.ZeroOptimizer(parameters, optimizer_class, stage=1, **arguments)
+        else:
+            self.optimizer = optimizer_class(parameters, **arguments)
+        if options.max_grad_norm is not None and not learned:  # a learned optimizer clips by itself
+            inner = self.optimizer.inner if sharded else self.optimizer
+            inner.register_step_pre_hook(lambda *_: clip(inner, options.max_grad_norm, sharded=sharded))
+        # After sharding, which moves the parameters into its buckets.
+        self._forward: Any = torch.compile(self.model) if options.compile else self.model
+        self._autocast = options.dtype == "bfloat16"
+        self._device = place.device
+
+    def loss(self, windows: np.ndarray) -> Tensor:
+        """Mean loss of windows (n, tokens + 1)."""
+        tokens = torch.from_numpy(windows).to(self._device)
+        with torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext():
+            loss: Tensor = self._forward(tokens[:, :-1], tokens[:, 1:])[1]
+        return loss
+
+    def step(self) -> None:
+        """Update the parameters and clear the gradients. Raises Diverged."""
+        try:
+            self.optimizer.step()
+        except self._nonfinite as error:
+            raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
+        self.optimizer.zero_grad()
+
+
+def clip(optimizer: torch.optim.Optimizer, max_norm: float, *, sharded: bool) -> None:
+    """Scale the gradients of `optimizer` (modified in place) to a global norm of at most `max_norm`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if sharded:  # each rank holds its part of the averaged gradient
+        squared = norm**2
+        dist.all_reduce(squared)
+        norm = squared.sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def import_package() -> Any:
+    """pylo_dist, which plain AdamW on one rank does without. Raises WrongInput."""
+    try:
+        import pylo_dist
+    except ImportError as error:
+        raise WrongInput(f"pylo_dist cannot be imported ({error}); install it: pip install .") from None
+    return pylo_dist
+
+
+def try_out(optimizer_class: Any, arguments: dict[str, Any]) -> dict[str, str]:
+    """Name and hash of the weights. Raises ValueError for arguments or weights that the optimizer refuses."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error says what its warnings do
+    weights = optimizer_class([torch.zeros(1, requires_grad=True)], **arguments).weights
+    return {"name": weights.name, "hash": weights.digest}
+
+
+def train(
+    learner: Learner,
+    data: tuple[Tokens, Tokens | None],
+    options: Options,
+    place: Place,
+    plan: BatchPlan,
+    watch: Watch | None,
+) -> None:
+    """Every step of the run. Raises Diverged."""
+    train_data, val_data = data
+    clock = Clock(place.device)
+    tokens_per_step = plan.global_batch * options.sequence_length()
+    for step in range(1, options.steps + 1):
+        lr = options.lr_at(step)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+        start = clock.mark()
+        loss = torch.zeros((), device=place.device)
+        samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
+        for rows in plan.rows(place.rank):
+            part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        mean_loss = place.mean(loss)
+        before = clock.mark()
+        learner.step()
+        end = clock.mark()
+        step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
+        if not math.isfinite(mean_loss):
+            raise Diverged(f"the loss is {mean_loss.item()} at step {step}; lower --lr or clip: --max-grad-norm 1.")
+        val_loss = None
+        if val_data is not None and (step % options.eval_every == 0 or step == options.steps):
+            val_loss = evaluate(learner, val_data, options, place, plan)
+        if watch is not None:
+            tokens_per_s = tokens_per_step / step_ms * 1e3
+            watch.add(Row(step, mean_loss.item(), val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, data: Tokens, options: Options, place: Place, plan: BatchPlan) -> float:
+    """The mean loss over `--eval-batches` global batches, the same ones every time."""
+    total = torch.zeros((), device=place.device)
+    for i in range(options.eval_batches):
+        samples = data.windows(options.seed, VALIDATION, i, plan.global_batch)
+        for rows in plan.rows(place.rank):
+            total += learner.loss(data.read(samples[rows]))
+    return float(place.mean(total) / (options.eval_batches * plan.accumulation))
+
+
+def describe(
+    learner: Learner,
+    data: tuple[Tokens, Tokens | None],
+    options: Options,
+    plan: BatchPlan,
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """What config.json holds: the flags with their defaults filled in, and what they met."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(options).items()}
+    pylo_dist = sys.modules.get("pylo_dist")
+    return flags | {
+        "command": list(argv),
+        "lr": options.base_lr(),
+        "weight_decay": options.decay(),
+        "batch_size": plan.global_batch,
+        "micro_batch_size": plan.micro_batch,
+        "block_size": options.sequence_length(),
+        "accumulation": plan.accumulation,
+        "world_size": plan.world_size,
+        "num_parameters": learner.model.num_parameters(),
+        "weights": learner.weights,
+        "train_tokens": data[0].num_tokens,
+        "val_tokens": None if data[1] is None else data[1].num_tokens,
+        "model": dataclasses.asdict(options.config()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pylo_dist": getattr(pylo_dist, "__version__", None),
+        },
+    }
+
+
+def finish(learner: Learner, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]) -> None:
+    """Write the plot and the sample, print the summary. Rank 0 only."""
+    unit = options.unit()
+    title = f"GPT-2 {options.preset}, {options.optimizer}"
+    plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
+    sample = None
+    if unit == "byte":
+        start = torch.full((1, 1), ord("\n"), device=next(learner.model.parameters()).device)
+        drawn = learner.model.generate(start, 240, seed=options.seed)[0, 1:]
+        sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
+        (watch.folder / "sample.txt").write_text(sample)
+    more_ranks = command_for_more_ranks(config["command"], plan)
+    print(summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample))
+
+
+def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) -> None:
+    """One run on ranks that have met. Raises WrongInput before training, Diverged during it."""
+    is_first = place.rank == 0
+    folder = options.out_folder()
+    place.together(lambda: open_folder(folder, overwrite=options.overwrite) if is_first else None)
+    data = open_data(options, place)
+    learner = Learner(options, place)
+    config = describe(learner, data, options, plan, argv)
+    watch = place.together(lambda: Watch(options, folder, config) if is_first else None)
+    report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
+    if watch is not None and report is not None:
+        (folder / "optimizer.txt").write_text(f"{report}\n")
+    try:
+        train(learner, data, options, place, plan, watch)
+    finally:
+        if watch is not None:
+            watch.close()
+    if watch is not None:
+        finish(learner, options, plan, watch, config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = parse(argv)
+        place = Place.find(options)
+        plan = options.plan(place.world_size)
+    except ValueError as error:
+        return complain(error, code=2)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    place.join(options.timeout)
+    code = 0
+    try:
+        run(argv, options, place, plan)
+    except WrongInput as error:
+        code = complain(error, code=2)
+    except Diverged as error:
+        code = complain(error, code=1)
+    place.leave()
+    return code
+
+
+def complain(error: Exception, code: int) -> int:
+    """One line, from one rank; every rank gets the code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"gpt2.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""GPT-2 in one file: its shape, its initialisation, its forward pass. Knows no optimizer and no ranks.
+
+Shapes: B sequences, T tokens of a sequence, C = n_embd channels, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class GPTConfig:
+    """The shape of a model. Raises ValueError where the numbers make no GPT-2."""
+
+    vocab_size: int
+    block_size: int  # longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    init_std: float = 0.02  # of embeddings and matrices
+    qkv: Literal["fused", "split"] = "fused"  # one (3C, C) matrix, or three (C, C)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; every head needs the same number of channels."
+            )
+        if self.qkv not in ("fused", "split"):
+            raise ValueError(f"qkv is {self.qkv!r}; choose 'fused' or 'split'.")
+
+
+# nano and micro read bytes and are sized for CPUs; the others are GPT-2's own four shapes. GPT-2's 0.02 suits
+# 768 channels; with 128 the loss would stay at letter frequencies for some 200 steps, hence
+# 0.02 sqrt(768 / 128) = 0.05.
+PRESETS: dict[str, GPTConfig] = {
+    "nano": GPTConfig(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_embd=64, init_std=0.05),
+    "micro": GPTConfig(vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=128, init_std=0.05),
+    "124m": GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
+    "355m": GPTConfig(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
+    "774m": GPTConfig(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
+    "1.5b": GPTConfig(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.fused = config.qkv == "fused"
+        channels = config.n_embd
+        if self.fused:
+            self.qkv = nn.Linear(channels, 3 * channels)
+        else:
+            self.q = nn.Linear(channels, channels)
+            self.k = nn.Linear(channels, channels)
+            self.v = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, channels = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
+        # (B, T, C) -> (B, H, T, C / H)
+        q, k, v = (t.view(batch, length, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(batch, length, channels)))
+
+
+class MLP(nn.Module):
+    """C -> 4C -> C with the tanh form of GELU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.proj(F.gelu(self.fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return cast(Tensor, x + self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2. The output layer is the token embedding itself, so the tie is one parameter, not two names."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter (modified in place) from `seed` alone."""
+        generator = torch.Generator().manual_seed(seed)
+        # Each layer adds to the residual stream twice; this keeps its variance from growing with depth.
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)  # LayerNorm
+            else:
+                std = residual_std if name.endswith("proj.weight") else self.config.init_std
+                parameter.normal_(0.0, std, generator=generator)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) of `idx` (B, T), and with `targets` (B, T) the mean loss in nats per token."""
+        length = idx.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"a sequence of {length} tokens came; the model holds {self.config.block_size}. Cut it.")
+        x = self.tokens(idx) + self.positions.weight[:length]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, num_tokens: int, *, seed: int, temperature: float = 0.8) -> Tensor:
+        """Continue `idx` (B, T) by `num_tokens`, drawn at `temperature`: (B, T + num_tokens)."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(num_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            chances = (logits[:, -1].float().cpu() / temperature).softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+            idx = torch.cat((idx, drawn.to(idx.device)), dim=1)
+        return idx
+
+
+def build(config: GPTConfig, seed: int) -> GPT:
+    """A model on the CPU, the same on every machine for one `seed`."""
+    with torch.device("meta"):  # skips PyTorch's own initialisation, which ours replaces
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.initialize(seed)
+    return model

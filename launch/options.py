@@ -1,0 +1,238 @@
+"""The command line of gpt2.py: flags, defaults, and the checks that need neither files nor other ranks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from data import BatchPlan
+from model import PRESETS, GPTConfig
+
+# Name on the command line -> class in pylo_dist. AdamW, the yardstick, is PyTorch's.
+LEARNED = {"adafaclo": "AdafacLO"}
+OPTIMIZERS = (*LEARNED, "adamw")
+
+
+@dataclass(frozen=True, slots=True)
+class PresetDefaults:
+    """What a preset trains with unless a flag says otherwise."""
+
+    batch_size: int  # global, in sequences
+    micro_batch_size: int  # per rank, at most
+    adamw_lr: float
+
+
+DEFAULTS = {
+    "nano": PresetDefaults(batch_size=32, micro_batch_size=64, adamw_lr=1e-3),
+    "micro": PresetDefaults(batch_size=16, micro_batch_size=64, adamw_lr=1e-3),
+    # GPT-2 sizes: half a million tokens a step.
+    "124m": PresetDefaults(batch_size=512, micro_batch_size=16, adamw_lr=6e-4),
+    "355m": PresetDefaults(batch_size=512, micro_batch_size=8, adamw_lr=3e-4),
+    "774m": PresetDefaults(batch_size=512, micro_batch_size=4, adamw_lr=2.5e-4),
+    "1.5b": PresetDefaults(batch_size=512, micro_batch_size=2, adamw_lr=2e-4),
+}
+
+
+class WrongInput(ValueError):
+    """What the user passed cannot work; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Every flag, as parsed. None: the default depends on another flag. Raises WrongInput naming the flag."""
+
+    preset: str
+    qkv: Literal["fused", "split"]
+    vocab_size: int | None
+    block_size: int | None
+    optimizer: str
+    weights: str | None
+    lr: float | None
+    weight_decay: float | None
+    max_grad_norm: float | None
+    warmup: int
+    schedule: str
+    steps: int
+    batch_size: int | None
+    micro_batch_size: int | None
+    eval_every: int
+    eval_batches: int
+    seed: int
+    data: Path | None
+    val_data: Path | None
+    out: Path | None
+    overwrite: bool
+    dtype: str
+    compile: bool
+    device: str
+    threads: int | None
+    timeout: int
+    tensorboard: bool
+    wandb: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 1),
+            ("warmup", 0),
+            ("batch_size", 1),
+            ("micro_batch_size", 1),
+            ("block_size", 1),
+            ("vocab_size", 1),
+            ("eval_every", 0),
+            ("eval_batches", 1),
+            ("seed", 0),
+            ("threads", 1),
+            ("timeout", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise WrongInput(f"{flag(name)} is {value}; it must be at least {least}.")
+        if self.seed >= 2**63:
+            raise WrongInput(f"--seed is {self.seed}; it must be below 2**63.")
+        for name in ("lr", "max_grad_norm", "weight_decay"):
+            number = getattr(self, name)
+            zero_fits = name == "weight_decay"
+            if number is not None and not (0 < number < math.inf or (zero_fits and number == 0)):
+                wanted = "0 or more" if zero_fits else "above 0"
+                raise WrongInput(f"{flag(name)} is {number}; it must be finite and {wanted}.")
+        longest = PRESETS[self.preset].block_size
+        if self.block_size is not None and self.block_size > longest:
+            raise WrongInput(
+                f"--block-size {self.block_size} is above the {longest} positions of preset {self.preset}; "
+                f"use {longest} or less, or a larger preset."
+            )
+        if self.optimizer == "adamw" and self.weights is not None:
+            raise WrongInput("--weights is for learned optimizers, and adamw is none; drop it.")
+        if self.val_data is not None and self.data is None:
+            raise WrongInput("--val-data came without --data; pass the training tokens too.")
+
+    def config(self) -> GPTConfig:
+        preset = PRESETS[self.preset]
+        return dataclasses.replace(preset, qkv=self.qkv, vocab_size=self.vocab_size or preset.vocab_size)
+
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return self.block_size or PRESETS[self.preset].block_size
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """The batch over `world_size` ranks, in the largest micro-batches the preset allows. ValueError."""
+        defaults = DEFAULTS[self.preset]
+        batch = self.batch_size or defaults.batch_size
+        micro = self.micro_batch_size
+        if micro is None:
+            share = max(1, batch // world_size)
+            micro = max(n for n in range(1, min(share, defaults.micro_batch_size) + 1) if share % n == 0)
+        return BatchPlan(batch, world_size, micro)
+
+    def base_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return DEFAULTS[self.preset].adamw_lr if self.optimizer == "adamw" else 1.0
+
+    def decay(self) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.1 if self.optimizer == "adamw" else 0.0
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 1 ... `steps`: linear warm-up, then constant or a cosine to a tenth."""
+        if step <= self.warmup:
+            return self.base_lr() * step / self.warmup
+        if self.schedule == "constant":
+            return self.base_lr()
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.base_lr() * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+    def out_folder(self) -> Path:
+        """Where the run is written; a new folder for each run unless --out names one."""
+        if self.out is not None:
+            return self.out
+        return Path("runs") / f"{self.preset}-{self.optimizer}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    def unit(self) -> str:
+        """What a token is, for the unit of the loss."""
+        return "byte" if self.data is None or self.config().vocab_size <= 256 else "token"
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake as one line: WrongInput instead of usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongInput(f"{message}; see --help.")
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of a command line. Raises WrongInput."""
+    return Options(**vars(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="gpt2.py",
+        allow_abbrev=False,
+        description="Pretrain GPT-2 with a learned optimizer: python for one rank, torchrun for many.",
+        epilog="Example: torchrun --nproc_per_node=2 launch/gpt2.py --preset micro --weights demo",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=tuple(PRESETS), default="micro", help="nano and micro read bytes")
+    model.add_argument("--qkv", choices=("fused", "split"), default="fused", help="one attention matrix or three")
+    model.add_argument("--vocab-size", type=int, help="default: the preset's, 256 or 50257")
+    model.add_argument("--block-size", type=int, help="tokens of a sequence; default: all the preset's positions")
+
+    learn = parser.add_argument_group("optimizer")
+    learn.add_argument("--optimizer", choices=OPTIMIZERS, default="adafaclo")
+    learn.add_argument("--weights", help="of a learned optimizer: a name, folder, file, or demo; default: its own")
+    learn.add_argument("--lr", type=float, help="default: 1 for learned optimizers, the preset's for adamw")
+    learn.add_argument("--weight-decay", type=float, help="default: 0 for learned optimizers, 0.1 for adamw")
+    learn.add_argument("--max-grad-norm", type=float, help="clip the global gradient norm; default: no clipping")
+    learn.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    learn.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=int, default=300)
+    run.add_argument("--batch-size", type=int, help="sequences of a step over all ranks; default: the preset's")
+    run.add_argument("--micro-batch-size", type=int, help="sequences per pass and rank; accumulation follows")
+    run.add_argument("--eval-every", type=int, default=50, help="steps between validations; 0: never")
+    run.add_argument("--eval-batches", type=int, default=8, help="global batches of a validation")
+    run.add_argument("--seed", type=int, default=0, help="of initialisation and samples")
+    run.add_argument("--threads", type=int, help="CPU threads per rank; default: PyTorch's")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--timeout", type=int, default=600, help="seconds a rank waits for the others before it fails")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", type=Path, help="folder or train file of tokens; default: built-in text")
+    files.add_argument("--val-data", type=Path, help="validation file; default: the *val*.bin of the --data folder")
+    files.add_argument("--out", type=Path, help="folder to write; default: a new one under runs/")
+    files.add_argument("--overwrite", action="store_true", help="let --out replace an earlier run")
+    files.add_argument("--tensorboard", action="store_true")
+    files.add_argument("--wandb", action="store_true")
+    return parser
+
+
+def command_for_more_ranks(argv: Sequence[str], plan: BatchPlan) -> str:
+    """The command that repeats a run on the next number of ranks that its batch can be shared by."""
+    wider = (n for n in range(plan.world_size + 1, plan.global_batch + 1) if plan.global_batch % n == 0)
+    ranks = next(wider, plan.world_size)
+    kept = []
+    words = iter(argv)
+    for word in words:  # a repeated run needs its own folder, and each rank's share its own micro-batch
+        if word in ("--out", "--micro-batch-size"):
+            next(words, None)
+        elif word != "--overwrite" and not word.startswith(("--out=", "--micro-batch-size=")):
+            kept.append(word)
+    script = os.path.relpath(Path(__file__).with_name("gpt2.py"))
+    return shlex.join(["torchrun", f"--nproc_per_node={ranks}", script, *kept])

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Make .venv in the repository with the pinned requirements and this package.
+#
+#   launch/setup.sh EXTRAS        e.g. launch/setup.sh launch,dev
+#
+# Does nothing when an earlier call with the same EXTRAS, constraints.txt and pyproject.toml finished. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=$1
+python=${PYTHON:-python3}
+stamp=.venv/.done-$(printf '%s\n' "$extras" "$PWD" | cat - constraints.txt pyproject.toml setup.py | cksum | cut -d ' ' -f 1)
+[ -e "$stamp" ] && exit 0
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "$python is older than Python 3.10; name another one: PYTHON=python3.11 $0 $extras" >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv || {
+  rm -rf .venv
+  echo "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+  exit 2
+}
+echo "setting up .venv (once; torch is large)" >&2
+pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
+"${pip[@]}" torch setuptools wheel
+"${pip[@]}" --no-build-isolation --editable ".[$extras]"
+wanted=$(sed -n 's/^torch==//p' constraints.txt)
+.venv/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$wanted', torch.__version__" || {
+  echo "a requirement replaced torch $wanted; remove .venv and try again" >&2
+  exit 1
+}
+touch "$stamp"

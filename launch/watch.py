@@ -1,0 +1,176 @@
+"""What a person sees of a run: progress, metrics.jsonl, loss.png, loggers, the summary. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from options import Options, WrongInput
+from tqdm import tqdm
+
+WRITTEN = ("config.json", "metrics.jsonl", "optimizer.txt", "loss.png", "sample.txt")
+PLAIN_LINES = 20  # of a run whose stderr is no terminal
+Logger = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training step. Times in milliseconds; the loss is the global batch's mean before the update."""
+
+    step: int
+    loss: float
+    val_loss: float | None  # after the update, where it was measured
+    tokens_per_s: float
+    step_ms: float
+    optimizer_ms: float  # optimizer.step() with its collectives
+    lr: float
+
+    def as_dict(self) -> dict[str, float]:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def open_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make `folder`, or empty it of an earlier run's files. Raises WrongInput for a folder in use."""
+    if folder.exists() and not folder.is_dir():
+        raise WrongInput(f"--out {folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise WrongInput(f"--out {folder} is not empty; choose another folder or pass --overwrite.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise WrongInput(f"--out {folder} cannot be written ({error.strerror}); choose another folder.") from None
+
+
+class Watch:
+    """Shows and records rows as they come."""
+
+    def __init__(self, options: Options, folder: Path, config: Mapping[str, Any]) -> None:
+        self.rows: list[Row] = []
+        self.folder = folder
+        self._val_loss: float | None = None
+        self._loggers, self._closers = _open_loggers(options, folder, config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)  # a crash loses no line
+        self._plain_every = -(-options.steps // PLAIN_LINES)
+        self._steps = options.steps
+        # On a terminal tqdm redraws one line; elsewhere a plain line now and then reads better.
+        self._bar = tqdm(total=options.steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._val_loss = self._val_loss if row.val_loss is None else row.val_loss
+        values = row.as_dict()
+        self._metrics.write(json.dumps(values) + "\n")
+        for log in self._loggers:
+            log(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._line(row), refresh=False)
+            self._bar.update()
+        elif row.step % self._plain_every == 0 or row.step in (1, self._steps) or row.val_loss is not None:
+            print(f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True)
+
+    def _line(self, row: Row) -> str:
+        val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
+        return (
+            f"loss {row.loss:.4f}{val}  {row.tokens_per_s:,.0f} tokens/s  {row.step_ms:.0f} ms/step  "
+            f"optimizer {row.optimizer_ms / row.step_ms:.0%}"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        for close in self._closers:
+            close()
+
+
+def _open_loggers(options: Options, folder: Path, config: Mapping[str, Any]) -> tuple[list[Logger], list[Callable[[], None]]]:
+    loggers: list[Logger] = []
+    closers: list[Callable[[], None]] = []
+    if options.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise WrongInput("--tensorboard needs a package: pip install tensorboard") from None
+        board: Any = SummaryWriter(folder / "tensorboard")
+
+        def to_board(values: dict[str, float]) -> None:
+            for name, value in values.items():
+                if name != "step":
+                    board.add_scalar(name, value, int(values["step"]))
+
+        loggers.append(to_board)
+        closers.append(board.close)
+    if options.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise WrongInput("--wandb needs a package: pip install wandb") from None
+        try:
+            run = wandb.init(project="pylo_dist", dir=folder, config=dict(config))
+        except Exception as error:  # wandb has many, and each means the same here
+            reason = " ".join(str(error).split())
+            raise WrongInput(f"--wandb cannot start ({reason}); run wandb login or drop the flag.") from None
+        loggers.append(lambda values: run.log(values, step=int(values["step"])))
+        closers.append(run.finish)
+    return loggers, closers
+
+
+def plot(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
+    """Draw training and validation loss against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display on servers
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([row.step for row in rows], [row.loss for row in rows], lw=1, alpha=0.7, label="train")
+    measured = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o-", ms=3, label="validation")
+    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def summary(
+    rows: list[Row],
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    unit: str,
+    more_ranks: str,
+    sample: str | None,
+) -> str:
+    """The last screen of a run."""
+    last = rows[-1]
+    tail = [row.loss for row in rows[-10:]]
+    val = [row.val_loss for row in rows if row.val_loss is not None]
+    step_ms = statistics.median(row.step_ms for row in rows)  # the median leaves the slow first steps out
+    optimizer_ms = statistics.median(row.optimizer_ms for row in rows)
+    tokens = statistics.median(row.tokens_per_s for row in rows)
+    weights = config["weights"]
+    used = "" if weights is None else f", weights {weights['name']} ({weights['hash'][:12]})"
+    lines = [
+        "",
+        f"{config['preset']}, {config['num_parameters']:,} parameters, {last.step} steps, {config['world_size']} rank(s)",
+        f"  optimizer   {config['optimizer']}, lr {config['lr']:g}{used}",
+        f"  train loss  {sum(tail) / len(tail):.4f} nats per {unit} (mean of the last {len(tail)} steps)",
+        f"  validation  {f'{val[-1]:.4f} nats per {unit}' if val else 'not measured (--eval-every 0)'}",
+        f"  speed       {tokens:,.0f} tokens/s, {step_ms:.1f} ms per step (optimizer {optimizer_ms:.1f})",
+        f"  files       {folder}: {', '.join(name for name in WRITTEN if (folder / name).exists())}",
+        f"  more ranks  {more_ranks}",
+    ]
+    if sample is not None:
+        lines += ["  it writes", *("    | " + line[:100] for line in sample.splitlines()[:8])]
+    return "\n".join(lines)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types and the whole test suite on a fresh machine. Sets itself up. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+launch/setup.sh launch,dev
+export OMP_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -q "$@"
