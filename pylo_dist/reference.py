@@ -1,8 +1,8 @@
 """The passes of the learned optimizers in plain PyTorch, in chunks. Writes only the tensors it is handed.
 
-This is the oracle that faster kernels are compared with, and the path every device has. Mathematics: AdafacMLPLOpt of
-google/learned_optimization (learned_opts/adafac_mlp_lopt.py), called small_fc_lopt. All functions are pure per shard: they add
-partial sums of the local elements, and never ask where the other elements are.
+This is the oracle that faster kernels are compared with, and the path every device has. Mathematics: AdafacMLPLOpt and HyperV2 of
+google/learned_optimization (learned_opts/adafac_mlp_lopt.py, research/general_lopt/hyper_v2.py). All functions are pure per
+shard: they add partial sums of the local elements, and never ask where the other elements are.
 
 Legend: K = 3 decays, N local elements, M elements of a chunk, R and C lengths of the row and column factors, n elements of the
 whole tensor. d0 is averaged away in `row`, d1 in `col`.
@@ -27,17 +27,56 @@ Dims = tuple[int, int] | None
 CHUNK_CPU = 16384
 CHUNK_GPU = 1 << 18
 
-NUM_FEATURES = 28  # of small_fc, before the time features
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
-FACTORED_SUMS = 15  # p, m x3, v, mq x3, q, F(g) x3, F(m) x3
-DIAGONAL_SUMS = 21  # and D x3, rsqrt(D) x3
 
 # Each epsilon once, as in the reference.
 EPS_SQUARE = 1e-30  # added to g^2 before it enters a factor
 EPS_FACTOR = 1e-9  # floor of safe_rsqrt, and added to the row mean and to D
-EPS_RMS = 1e-6  # rsqrt(v + .), and D in the momentum feature of tensors below two dims
+EPS_RMS = 1e-6  # rsqrt(v + .)
 EPS_FEATURE = 1e-8  # rsqrt of a factor as a feature
 EPS_NORMALISE = 1e-5  # rsqrt(mean x^2 + .)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """Which features a rule's network reads, and where they lie.
+
+    In order: g, [clip(g, -0.1, 0.1)], p, m x3, v, m q x3, q, F(g) x3, [g q], row x3, col x3, rsqrt(row) x3, rsqrt(col) x3,
+    F(m) x3, with q = rsqrt(v + eps). Those in brackets only where `extended`. Below two dims row and col are both D.
+
+    Attributes:
+        extended: 30 features (VeLO) instead of 28 (small_fc).
+        eps_diag: added to D in the feature m_k * rsqrt(D_k + .) of tensors below two dims.
+        eps_rms: added to v in q.
+        clamp: the gradient is clamped to this absolute value before it is used, or None.
+    """
+
+    extended: bool
+    eps_diag: float
+    eps_rms: float = EPS_RMS
+    clamp: float | None = None
+
+    @property
+    def p(self) -> int:
+        return 1 + self.extended
+
+    @property
+    def row(self) -> int:
+        """The first of the four row and column features, which need no sums: the factors are replicated."""
+        return 13 + 2 * self.extended
+
+    @property
+    def num(self) -> int:
+        return self.row + 15
+
+    def num_sums(self, dims: Dims) -> int:
+        """Sums of squares that pass B makes: all features but those of a row or column, below two dims each of them once."""
+        return self.row + 3 if dims is not None else self.row + 9
+
+
+SMALL_FC = FeatureSet(extended=False, eps_diag=1e-6)
+VELO = FeatureSet(extended=True, eps_diag=0.0, clamp=1000.0)
+CLIPPED_GRADIENT = 0.1  # bound of the feature clip(g)
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:
@@ -91,10 +130,11 @@ def split_gradient_sums(sums: Tensor, shape: Shape, dims: tuple[int, int]) -> tu
     return row.view(row_shape), col.view(col_shape)
 
 
-def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, audit: Tensor) -> None:
+def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, audit: Tensor, clamp: float | None = None) -> None:
     """Pass A: add the local part of the row and column sums of g^2, its total, and the count of non-finite entries.
 
-    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range.
+    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range. The audit is of
+    the raw gradient, the row and column sums are of the clamped one.
 
     Args:
         grad: (N,) raw gradient.
@@ -105,15 +145,15 @@ def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, au
         g = box.view(grad)
         audit[NONFINITE] += g.isfinite().logical_not().sum()
         square = g.to(torch.float64).square()
+        audit[SQUARES] += square.sum()
         if dims is None:
-            audit[SQUARES] += square.sum()
             continue
+        if clamp is not None:
+            square.clamp_(max=clamp * clamp)
         d1, d0 = dims
         row, col = split_gradient_sums(sums, shard.shape, dims)
-        over_d0 = square.sum(d0, keepdim=True)
-        box.window(row, d0).add_(over_d0)
+        box.window(row, d0).add_(square.sum(d0, keepdim=True))
         box.window(col, d1).add_(square.sum(d1, keepdim=True))
-        audit[SQUARES] += over_d0.sum()
 
 
 # ------------------------------------------------------------------------------- between A and B
@@ -197,17 +237,18 @@ def commit(target: Tensor, new: Tensor, keep: Tensor) -> None:
     target.copy_(torch.where(keep, new.to(target.dtype), target))
 
 
-# ------------------------------------------------------------------------------------ small_fc, B and C
+# ------------------------------------------------------------------------------------------ passes B and C
 
 
 @dataclass(slots=True)
-class SmallFC:
+class StepTensors:
     """What passes B and C read and write of one tensor; all element tensors are local.
 
     value (N,), grad (N,); momentum (K, N), rms (N,), diag (K, N) or None; factors or None; scale float64 0-d or None when nothing
     is clipped; keep bool 0-d.
     """
 
+    features: FeatureSet
     shard: TensorShard
     dims: Dims
     value: Tensor
@@ -223,18 +264,23 @@ class SmallFC:
     diag_decay: Decay
 
 
-def _fill_features(x: Tensor, box: Box, t: SmallFC, with_factors: bool) -> None:
-    """Write the 28 features of a block into x (28, M), which is modified in place.
+def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> None:
+    """Write the features of a block into x (features.num, M), which is modified in place.
 
     Without `with_factors` the 12 features that depend on a row or column alone are left as they are (below two dims: their
     6 copies).
     """
-    x = x.view(NUM_FEATURES, *box.sizes)
-    g, p, m, v, mq, q = x[0], x[1], x[2:5], x[5], x[6:9], x[9]
-    factored_g, factored_m = x[10:13], x[25:28]
+    f = t.features
+    x = x.view(f.num, *box.sizes)
+    g, p = x[0], x[f.p]
+    m, v, mq, q, factored_g = (x[f.p + i : f.p + j] for i, j in ((1, 4), (4, 5), (5, 8), (8, 9), (9, 12)))
+    v, q = v[0], q[0]
+    factored_m = x[f.row + 12 :]
     g.copy_(box.view(t.grad))
     if t.scale is not None:
         g.mul_(t.scale.to(g.dtype))
+    if f.clamp is not None:
+        g.clamp_(-f.clamp, f.clamp)
     p.copy_(box.view(t.value))
     # m_k <- a_k m_k + (1 - a_k) g
     old, new = t.momentum_decay.over(box)
@@ -243,46 +289,50 @@ def _fill_features(x: Tensor, box: Box, t: SmallFC, with_factors: bool) -> None:
     # v <- b v + (1 - b) g^2
     torch.mul(box.view(t.rms), t.rms_decay, out=v)
     v.addcmul_(g, g, value=1.0 - t.rms_decay)
-    # q = 1 / sqrt(v + 1e-6)
-    torch.add(v, EPS_RMS, out=q).rsqrt_()
+    # q = 1 / sqrt(v + eps)
+    torch.add(v, f.eps_rms, out=q).rsqrt_()
     torch.mul(m, q, out=mq)
+    if f.extended:
+        torch.clamp(g, -CLIPPED_GRADIENT, CLIPPED_GRADIENT, out=x[1])
+        torch.mul(g, q, out=x[f.row - 1])
+    row, col, row_rsqrt, col_rsqrt = (x[f.row + i : f.row + i + 3] for i in (0, 3, 6, 9))
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
-        f = t.factors
+        factors = t.factors
         # F_k(x) = x * row_scale_k * col_scale_k
-        torch.mul(box.window(f.row_scale, d0), box.window(f.col_scale, d1), out=factored_g)
+        torch.mul(box.window(factors.row_scale, d0), box.window(factors.col_scale, d1), out=factored_g)
         torch.mul(m, factored_g, out=factored_m)
         factored_g.mul_(g)
         if with_factors:
-            x[13:16].copy_(box.window(f.row, d0))
-            x[16:19].copy_(box.window(f.col, d1))
-            x[19:22].copy_(box.window(f.row_rsqrt, d0))
-            x[22:25].copy_(box.window(f.col_rsqrt, d1))
+            row.copy_(box.window(factors.row, d0))
+            col.copy_(box.window(factors.col, d1))
+            row_rsqrt.copy_(box.window(factors.row_rsqrt, d0))
+            col_rsqrt.copy_(box.window(factors.col_rsqrt, d1))
         return
     assert t.diag is not None
-    diag, diag_rsqrt = x[13:16], x[19:22]
     # D_k <- c_k D_k + (1 - c_k) (g^2 + 1e-30)
     old, new = t.diag_decay.over(box)
-    torch.mul(box.view(t.diag), old, out=diag)
-    diag.addcmul_(new, g.square().add_(EPS_SQUARE))
-    torch.mul(g, safe_rsqrt(diag + EPS_FACTOR), out=factored_g)
-    torch.mul(m, (diag + EPS_RMS).rsqrt_(), out=factored_m)
-    torch.add(diag, EPS_FEATURE, out=diag_rsqrt).rsqrt_()
+    torch.mul(box.view(t.diag), old, out=row)
+    row.addcmul_(new, g.square().add_(EPS_SQUARE))
+    torch.mul(g, safe_rsqrt(row + EPS_FACTOR), out=factored_g)
+    torch.mul(m, (row + f.eps_diag).rsqrt_(), out=factored_m)
+    torch.add(row, EPS_FEATURE, out=row_rsqrt).rsqrt_()
     if with_factors:
-        x[16:19].copy_(diag)
-        x[22:25].copy_(diag_rsqrt)
+        col.copy_(row)
+        col_rsqrt.copy_(row_rsqrt)
 
 
-def small_fc_feature_sums(t: SmallFC, sums: Tensor, scratch: Scratch) -> None:
+def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
     """Pass B: add the local sums of squares of the element features. Reads state, writes none of it.
 
     Args:
-        sums: float64 (FACTORED_SUMS,) or (DIAGONAL_SUMS,) below two dims (modified in place).
+        sums: float64 (features.num_sums(dims),), in the order of the features (modified in place).
     """
+    row = t.features.row
     for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", NUM_FEATURES, box.numel, t.momentum)
+        x = scratch.take("features", t.features.num, box.numel, t.momentum)
         _fill_features(x, box, t, with_factors=False)
-        own = (x[1:13], x[25:28]) if t.factors is not None else (x[1:16], x[19:22], x[25:28])
+        own = (x[:row], x[row + 12 :]) if t.factors is not None else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
         sums += torch.cat([_square_sums(rows) for rows in own])
 
 
@@ -292,34 +342,29 @@ def _square_sums(rows: Tensor) -> Tensor:
     return torch.sum(wide * wide, dim=1)
 
 
-def small_fc_normalisers(t: SmallFC, grad_squares: Tensor, sums: Tensor) -> Tensor:
-    """1 / sqrt(mean x^2 + 1e-5) of all 28 features over the whole tensor, (28,), from the global sums of A and B.
+def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
+    """1 / sqrt(mean x^2 + 1e-5) of all features over the whole tensor, (features.num,), from the global sums of B.
 
     The features that depend on a row or column alone need no communication: the factors are replicated.
     """
-    n = t.shard.global_numel
-    squares = torch.empty(NUM_FEATURES, dtype=torch.float64, device=sums.device)
-    squares[0] = grad_squares if t.scale is None else grad_squares * t.scale.square()
-    squares[1:13] = sums[:12]
+    row = t.features.row
+    squares = torch.empty(t.features.num, dtype=torch.float64, device=sums.device)
+    squares[:row] = sums[:row]
+    squares[row + 12 :] = sums[-3:]
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
         f = t.factors
-        squares[25:28] = sums[12:15]
-        for first, factor, dim in ((13, f.row, d0), (16, f.col, d1), (19, f.row_rsqrt, d0), (22, f.col_rsqrt, d1)):
-            squares[first : first + 3] = _square_sums(factor.flatten(1)) * t.shard.shape[dim]
+        for first, factor, dim in ((0, f.row, d0), (3, f.col, d1), (6, f.row_rsqrt, d0), (9, f.col_rsqrt, d1)):
+            squares[row + first : row + first + 3] = _square_sums(factor.flatten(1)) * t.shard.shape[dim]
     else:
-        squares[13:16] = squares[16:19] = sums[12:15]
-        squares[19:22] = squares[22:25] = sums[15:18]
-        squares[25:28] = sums[18:21]
-    return (squares / n + EPS_NORMALISE).rsqrt_().to(t.momentum.dtype)
+        squares[row : row + 3] = squares[row + 3 : row + 6] = sums[row : row + 3]
+        squares[row + 6 : row + 9] = squares[row + 9 : row + 12] = sums[row + 3 : row + 6]
+    return (squares / t.shard.global_numel + EPS_NORMALISE).rsqrt_().to(t.momentum.dtype)
 
 
 @dataclass(slots=True)
-class SmallFCNetwork:
-    """The 39 -> 32 -> 32 -> 2 network in one dtype; `input_bias` already holds the time features' share.
-
-    input_weight (H, 28), input_bias (H, 1), hidden_weight (H, H), hidden_bias (H, 1), output_weight (2, H), output_bias (2, 1).
-    """
+class Network:
+    """An MLP with two hidden layers: input_weight (H, F), hidden_weight (H, H), output_weight (O, H), biases as columns."""
 
     input_weight: Tensor
     input_bias: Tensor
@@ -329,42 +374,42 @@ class SmallFCNetwork:
     output_bias: Tensor
 
 
-def time_features(step: Tensor, scales: Sequence[float] = TIME_SCALES) -> Tensor:
+def time_features(step: Tensor, scales: Sequence[float] | Tensor = TIME_SCALES) -> Tensor:
     """tanh(t / tau - 1) for the eleven tau, float32 as in the reference; `step` is the number of steps taken before."""
-    tau = torch.tensor(scales, dtype=torch.float32, device=step.device)
+    tau = torch.as_tensor(scales, dtype=torch.float32, device=step.device)
     return torch.tanh(step.to(torch.float32) / tau - 1.0)
 
 
-def small_fc_apply(
-    t: SmallFC,
-    normalisers: Tensor,
-    network: SmallFCNetwork,
+def apply_update(
+    t: StepTensors,
+    feature_scale: Tensor,
+    network: Network,
     step_size: float | Tensor,
     exp_mult: float,
-    decay: float | Tensor,
     update_squares: Tensor,
     scratch: Scratch,
+    decay_before: float | Tensor = 0.0,
+    decay_after: float | Tensor = 0.0,
 ) -> None:
     """Pass C: features, network, and the new momentum, rms, diag and value (all modified in place where `keep` holds).
 
-    p <- p - step_size * o0 * exp(exp_mult * o1), then p <- p - decay * p.
+    p <- p - step_size * o0 * exp(exp_mult * o1) - decay_before * p, then p <- p - decay_after * p.
 
     Args:
-        step_size: lr * step_mult.
-        decay: lr * weight_decay, applied to the new parameter as PyLO does.
+        feature_scale: (features.num,), see `normalisers`.
         update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements (modified in place).
     """
-    hidden = network.hidden_weight.shape[0]
+    hidden, num = network.hidden_weight.shape[0], t.features.num
     update_squares.zero_()
     for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", NUM_FEATURES, box.numel, t.momentum)
+        x = scratch.take("features", num, box.numel, t.momentum)
         _fill_features(x, box, t, with_factors=True)
-        shaped = x.view(NUM_FEATURES, *box.sizes)
-        commit(box.view(t.momentum), shaped[2:5], t.keep)
-        commit(box.view(t.rms), shaped[5], t.keep)
+        shaped, m = x.view(num, *box.sizes), t.features.p + 1
+        commit(box.view(t.momentum), shaped[m : m + 3], t.keep)
+        commit(box.view(t.rms), shaped[m + 3], t.keep)
         if t.diag is not None:
-            commit(box.view(t.diag), shaped[13:16], t.keep)
-        x.mul_(normalisers[:, None])
+            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.keep)
+        x.mul_(feature_scale[:, None])
         h1 = scratch.take("hidden1", hidden, box.numel, x)
         h2 = scratch.take("hidden2", hidden, box.numel, x)
         torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
@@ -373,7 +418,7 @@ def small_fc_apply(
         update = (out[0] * (exp_mult * out[1]).exp_() * step_size).view(box.sizes)
         value = box.view(t.value)
         old = value.to(x.dtype, copy=True)
-        new = old - update
-        new = new - decay * new
+        new = old - update - decay_before * old
+        new = new - decay_after * new
         commit(value, new, t.keep)
-        update_squares += (new - old).to(torch.float64).square_().sum() * t.keep
+        update_squares += torch.where(t.keep, (new - old).to(torch.float64).square_().sum(), 0.0)

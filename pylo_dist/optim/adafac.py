@@ -7,7 +7,7 @@ calls it AdafacLO.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,24 +16,24 @@ from torch import Tensor
 from .. import reference
 from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
-from ..reference import Decay, Factors, Scratch, SmallFC, SmallFCNetwork
-from ..shards import Shape, drop_dim, factored_dims
-from ..state import StateField
+from ..reference import Network
 from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
-from .base import SQUARES, Batch, Item, LearnedRule, Sum
+from .base import Batch, Item
+from .factored import FactoredRule, Update
 
 Precision = Literal["highest", "high", "medium"]
 
 
-class AdafacRule(LearnedRule):
+class AdafacRule(FactoredRule):
     """small_fc_lopt: 28 normalised features and 11 time features per element, an MLP 39-32-32-2, one update.
 
     Args:
         weights: the meta-network.
-        momentum_decays, rms_decays, factor_decays: effective decays of the three momenta, of g^2, and of the three factors.
+        momentum_decays, rms_decays, factor_decays: effective decays, see `FactoredRule`.
     """
 
     name = "small_fc"
+    features = reference.SMALL_FC
 
     def __init__(
         self,
@@ -42,101 +42,37 @@ class AdafacRule(LearnedRule):
         rms_decays: Sequence[float],
         factor_decays: Sequence[float],
     ) -> None:
+        super().__init__(momentum_decays, rms_decays, factor_decays)
         self.weights = weights
-        self.momentum_decays = tuple(momentum_decays)
-        self.rms_decay = min(max(rms_decays[0], 0.0), 1.0)
-        self.factor_decays = tuple(min(max(decay, 0.0), 1.0) for decay in factor_decays)
-        self._scratch = Scratch()
-        self._networks: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        self._decays: dict[tuple[str, torch.dtype, torch.device], Decay] = {}
+        self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        self._networks: dict[tuple[int, torch.dtype], Network] = {}
 
-    def dims(self, shape: Shape) -> tuple[int, int] | None:
-        return factored_dims(shape)
+    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
+        # the time features are the same for all elements of a group: their share of the first layer is a bias
+        self._networks = {}
+        for item in batch.items:
+            dtype = item.state["momentum"].dtype
+            if (id(item.hyper), dtype) not in self._networks:
+                self._networks[id(item.hyper), dtype] = self._network(item.hyper["step"], dtype)
 
-    def state_fields(self, shape: Shape) -> dict[str, StateField]:
-        fields = {"momentum": StateField((3,)), "rms": StateField()}
-        dims = self.dims(shape)
-        if dims is None:
-            return {**fields, "diag": StateField((3,))}
-        d1, d0 = dims
-        row, col = StateField((3,), replicated=drop_dim(shape, d0)), StateField((3,), replicated=drop_dim(shape, d1))
-        return {**fields, "row": row, "col": col}
-
-    def step(self, batch: Batch) -> Generator[Sum, None, None]:
-        # A: sums of g^2 along rows and columns
-        a = batch.new_sum("A", lambda item: reference.num_gradient_sums(item.param.shard.shape, item.dims), audited=True)
-        for i, item in batch.moving():
-            assert item.param.grad is not None
-            reference.gradient_sums(item.param.grad, item.param.shard, item.dims, a.vectors[i], a.audits[i])
-        yield a
-
-        # B: with the factors known, the sum of squares of every feature
-        b = batch.new_sum("B", _num_feature_sums)
-        tensors: dict[int, SmallFC] = {}
-        for i, item in batch.moving():
-            tensors[i] = self._gather(batch, i, item, a.vectors[i])
-            reference.small_fc_feature_sums(tensors[i], b.vectors[i], self._scratch)
-        yield b
-
-        # C: normalise, run the network, write
-        networks: dict[tuple[int, torch.dtype], SmallFCNetwork] = {}
-        for i, item in batch.moving():
-            t, hyper = tensors[i], item.hyper
-            key = (id(hyper), t.momentum.dtype)
-            if key not in networks:
-                networks[key] = self._network(hyper["step"], t.momentum.dtype)
-            batch.param_squares[i] = b.vectors[i][0]
-            reference.small_fc_apply(
-                t,
-                reference.small_fc_normalisers(t, a.audits[i][SQUARES], b.vectors[i]),
-                networks[key],
-                hyper["lr"] * hyper["step_mult"],
-                hyper["exp_mult"],
-                hyper["lr"] * hyper["weight_decay"],
-                batch.update_squares[i],
-                self._scratch,
-            )
-
-    def _gather(self, batch: Batch, i: int, item: Item, sums: Tensor) -> SmallFC:
-        param, state, keep = item.param, item.state, batch.keep[i]
-        assert param.grad is not None
-        factors: Factors | None = None
-        if item.dims is not None:
-            shape = param.shard.shape
-            factors = reference.update_factors(
-                state["row"], state["col"], sums, shape, item.dims, self._decay("factor_decays", sums), batch.scale[i], keep
-            )
-        return SmallFC(
-            shard=param.shard,
-            dims=item.dims,
-            value=param.value,
-            grad=param.grad,
-            momentum=state["momentum"],
-            rms=state["rms"],
-            diag=state.get("diag"),
-            factors=factors,
-            scale=batch.scale[i] if batch.clips else None,
-            keep=keep,
-            momentum_decay=self._decay("momentum_decays", state["momentum"]),
-            rms_decay=self.rms_decay,
-            diag_decay=self._decay("factor_decays", state["momentum"]),
+    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+        hyper = item.hyper
+        return Update(
+            network=self._networks[id(hyper), item.state["momentum"].dtype],
+            step_size=hyper["lr"] * hyper["step_mult"],
+            exp_mult=hyper["exp_mult"],
+            decay_after=hyper["lr"] * hyper["weight_decay"],
         )
 
-    def _decay(self, name: str, like: Tensor) -> Decay:
-        key = (name, like.dtype, like.device)
-        if key not in self._decays:
-            self._decays[key] = Decay.of(getattr(self, name), like)
-        return self._decays[key]
-
-    def _network(self, step: Tensor, dtype: torch.dtype) -> SmallFCNetwork:
+    def _network(self, step: Tensor, dtype: torch.dtype) -> Network:
         """The network with the time features of iteration `step` folded into its first bias."""
         key = (dtype, step.device)
-        if key not in self._networks:
-            self._networks[key] = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
-        w = self._networks[key]
-        features, time = w["network.input.weight"].split([reference.NUM_FEATURES, len(reference.TIME_SCALES)], dim=1)
+        if key not in self._tensors:
+            self._tensors[key] = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
+        w = self._tensors[key]
+        features, time = w["network.input.weight"].split([self.features.num, len(reference.TIME_SCALES)], dim=1)
         bias = w["network.input.bias"] + time @ reference.time_features(step).to(dtype)
-        return SmallFCNetwork(
+        return Network(
             features.contiguous(),
             bias[:, None],
             w["network.linear_0.weight"],
@@ -146,20 +82,22 @@ class AdafacRule(LearnedRule):
         )
 
 
-def _num_feature_sums(item: Item) -> int:
-    return reference.DIAGONAL_SUMS if item.dims is None else reference.FACTORED_SUMS
-
-
 def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
     """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as the reference has it."""
     return tuple(1.0 - (1.0 - beta) * math.exp(10.0 * offset) for beta, offset in zip(initial, offsets, strict=True))
 
 
 def _checked_decays(name: str, offsets: Sequence[float], initial: Sequence[float], count: int) -> tuple[float, ...]:
+    checked = []
     for label, values in ((name, offsets), (f"initial_{name}", initial)):
-        if len(values) != count or not all(math.isfinite(x) for x in values):
-            raise ValueError(f"{label}={tuple(values)}: wanted {count} finite number{'s' if count > 1 else ''}")
-    return effective_decays(initial, offsets)
+        try:
+            numbers = [float(x) for x in values]
+        except (TypeError, ValueError):  # not a sequence, or not of numbers
+            numbers = []
+        if len(numbers) != count or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{label}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}")
+        checked.append(numbers)
+    return effective_decays(checked[1], checked[0])
 
 
 class AdafacLO(LearnedOptimizer):
