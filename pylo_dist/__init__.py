@@ -4,6 +4,7 @@ from ._version import __version__
 from .adapters.zero import ZeroOptimizer
 from .engine import NonFiniteGradientError
 from .optim.adafac import AdafacLO
+from .optim.velo import VeLO
 from .optimizer import LearnedOptimizer
 from .weights import Registered, WeightsError, register_weights, registered_weights
 
@@ -12,6 +13,7 @@ __all__ = [
     "LearnedOptimizer",
     "NonFiniteGradientError",
     "Registered",
+    "VeLO",
     "WeightsError",
     "ZeroOptimizer",
     "__version__",

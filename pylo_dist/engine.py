@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .comm import Reduction
+from .comm import size as comm_size
 from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, LearnedRule, Sum
 
 Nonfinite = Literal["error", "skip", "allow"]
@@ -44,8 +45,11 @@ class Engine:
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._pending: tuple[Any, Tensor, list[Tensor]] | None = None
 
-    def phases(self) -> Iterator[list[Reduction]]:
+    def phases(self, loss: Tensor | None = None, loss_group: Any = None) -> Iterator[list[Reduction]]:
         """One step. Yields the buffers to be added over their groups; whoever drives it does so and resumes.
+
+        Args:
+            loss: 0-d, averaged over the ranks of `loss_group` in the first reduction, for rules that need it.
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one before (see `raise_pending`).
@@ -55,21 +59,24 @@ class Engine:
         requests = [next(step) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
             _fill_audits(request, batch)
-        yield from self._reduce(requests)
-        self._judge(requests)
+        mean_loss = (
+            None if loss is None else loss.detach().to(self.go.device, torch.float64).reshape(1).div(comm_size(loss_group))
+        )
+        yield from self._reduce(requests, [] if mean_loss is None else [(loss_group, mean_loss)])
+        self._judge(requests, mean_loss)
         while steps:
             running = [(step, next(step, None)) for step in steps]
             steps = [step for step, request in running if request is not None]
             yield from self._reduce([request for _, request in running if request is not None])
 
     @staticmethod
-    def _reduce(requests: Sequence[Sum]) -> Iterator[list[Reduction]]:
+    def _reduce(requests: Sequence[Sum], further: Sequence[Reduction] = ()) -> Iterator[list[Reduction]]:
         """Pack all requests of a phase into one buffer per process group. Unshared tensors need no reduction."""
         by_group: dict[int, list[Reduction]] = {}
-        for request in requests:
-            for group, buffer, _ in request.buffers:
-                if group is not None and buffer.numel():
-                    by_group.setdefault(id(group), []).append((group, buffer))
+        buffers = [(group, buffer) for request in requests for group, buffer, _ in request.buffers]
+        for group, buffer in [*buffers, *further]:
+            if group is not None and buffer.numel():
+                by_group.setdefault(id(group), []).append((group, buffer))
         if not by_group:
             return
         packed = [
@@ -82,7 +89,7 @@ class Engine:
                 for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
                     buffer.copy_(reduced)
 
-    def _judge(self, requests: Sequence[Sum]) -> None:
+    def _judge(self, requests: Sequence[Sum], loss: Tensor | None) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
         audits = [torch.stack(request.audits) for request in requests if request.audits]
         batches = [batch for _, batch in self.work if batch.items]
@@ -91,13 +98,17 @@ class Engine:
         device = self.go.device
         self.grad_norm = sum(a[:, SQUARES].sum().to(device) for a in audits).sqrt()  # type: ignore[union-attr]
         bad = [(a[:, NONFINITE] > 0) for a in audits]
-        if self.nonfinite == "allow":
-            self.go = torch.ones_like(self.go)
-        else:
-            self.go = ~torch.stack([b.any().to(device) for b in bad]).any()
-            self._flag(bad)
+        go = torch.ones_like(self.go)
+        if self.nonfinite != "allow":
+            bad_loss = [] if loss is None else [~loss.isfinite().all()]
+            go = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
+        self._flag(go, bad)
+        self.go = go & ~self._is_probe()
         for batch, audit, stats in zip(batches, audits, self._stats, strict=True):
-            batch.keep = (audit[:, PRESENT] > 0) & self.go.to(batch.device)
+            batch.go = self.go.to(batch.device)
+            batch.keep = (audit[:, PRESENT] > 0) & batch.go
+            if loss is not None:
+                batch.loss = loss[0].to(batch.device)
             limits = [item.hyper.get("max_grad_norm") for item in batch.items]
             batch.clips = any(limit is not None for limit in limits)
             if batch.clips:
@@ -106,18 +117,31 @@ class Engine:
                 # s = min(1, max_grad_norm / (norm + 1e-6)); an unlimited tensor keeps 1 even beside an infinite norm
                 bound = bound.to(batch.device, non_blocking=True)
                 batch.scale = torch.where(bound.isinf(), 1.0, (bound / (norm + CLIP_EPS)).clamp(max=1.0))
+            else:
+                batch.scale = torch.ones_like(batch.scale)  # groups may have clipped before
             stats.after_judgement(audit)
 
-    def _flag(self, bad: list[Tensor]) -> None:
+    def _is_probe(self) -> Tensor:
+        """bool 0-d: zero gradients everywhere and lr 0.
+
+        With such a step torch.distributed.checkpoint makes optimizers create their state; it must change nothing.
+        """
+        rates = [item.hyper.get("lr", 1.0) for _, batch in self.work for item in batch.items]
+        probe = (self.grad_norm == 0.0) & all(isinstance(rate, Tensor) or rate == 0.0 for rate in rates)
+        for rate in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
+            probe = probe & (rate == 0.0).to(probe.device)
+        return probe
+
+    def _flag(self, go: Tensor, bad: list[Tensor]) -> None:
         """Under "error": raise now on a CPU; elsewhere copy the flag to the host without waiting for it."""
         if self.nonfinite != "error":
             return
-        if self.go.device.type == "cpu":
-            self._pending = (None, self.go, bad)
+        if go.device.type == "cpu":
+            self._pending = (None, go, bad)
             self.raise_pending()
             return
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(self.go, non_blocking=True)
+        flag.copy_(go, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._pending = (event, flag, bad)
@@ -138,9 +162,9 @@ class Engine:
             for i in flags.nonzero().flatten().tolist()
         ]
         shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        what = f"the gradient of {shown} holds" if names else "the loss is"
         raise NonFiniteGradientError(
-            f'the gradient of {shown} holds inf or NaN; the step was not taken (nonfinite="skip" passes over such steps, '
-            '"allow" takes them as they are)'
+            f'{what} inf or NaN; the step was not taken (nonfinite="skip" passes over such steps, "allow" takes them as they are)'
         )
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
@@ -189,5 +213,6 @@ class _BatchStats:
             rows[item.param.shard.fqn] = {
                 "update_ratio": (update / param).sqrt(),
                 "clip_rate": self.clipped[i] / self.steps.clamp(min=1.0),
+                **{name: values[i] for name, values in self.batch.figures.items()},
             }
         return rows

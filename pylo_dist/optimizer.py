@@ -71,7 +71,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters (as in torch); their state is made at once. On an error the optimizer is as it was."""
-        super().add_param_group(param_group)
+        super().add_param_group(self._own_group(param_group) if isinstance(param_group, dict) else param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -79,25 +79,43 @@ class LearnedOptimizer(torch.optim.Optimizer):
             bindings = {}
             for name, param in zip(names, group["params"], strict=True):
                 plain.check_param(name, param)
-                if param in bindings:
-                    raise ValueError(f"{name!r} is in the same group twice; list a tied parameter once")
                 bindings[param] = plain.describe(name, param)
         except Exception:
             self.param_groups.pop()
             raise
         device = group["params"][0].device if group["params"] else torch.device("cpu")
+        for name, value in self.rule.group_state().items():
+            group[name] = torch.as_tensor(group.get(name, value)).detach().to(device, copy=True)
         group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
         self._bindings.update(bindings)
         self._forget_engine()
         self._ready()
 
+    def _own_group(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is in a group already."""
+        if isinstance(given["params"], set):
+            return dict(given)  # refused by torch
+        entries = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
+        known = {id(param): i for i, group in enumerate(self.param_groups) for param in group["params"]}
+        new = len(self.param_groups)
+        for j, entry in enumerate(entries):
+            name, param = entry if isinstance(entry, tuple) else (f"group{new}.{j}", entry)
+            if id(param) in known:
+                i = known[id(param)]
+                where = "in the same group twice" if i == new else f"already in parameter group {i}"
+                raise ValueError(f"{name!r} is {where}; list a tied parameter once")
+            known[id(param)] = new
+        return {**given, "params": entries}
+
     def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for settings of a group that cannot be served. Faces with settings of their own extend it."""
         for key in _REFUSED:
             if group.get(key):
                 raise ValueError(f"{key}=True in a parameter group: learned optimizers have no such mode; leave it out")
         for key in ("lr", "weight_decay", "exp_mult", "step_mult"):
             value = group.get(key, 0.0)
-            if not isinstance(value, Tensor) and not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+            number = float(value) if isinstance(value, Tensor) and value.dim() == 0 else value
+            if not (isinstance(number, (int, float)) and 0.0 <= number < math.inf):
                 raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
         limit = group.get("max_grad_norm")
         if limit is not None and not (isinstance(limit, (int, float)) and limit > 0.0):
@@ -105,9 +123,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     # -------------------------------------------------------------------------------------------- step
 
-    def set_loss(self, loss: Tensor) -> None:
+    def set_loss(self, loss: Tensor | float) -> None:
         """Give the loss of the coming step, where `step()` is called by code that cannot pass it."""
-        self._loss = loss.detach()
+        loss = torch.as_tensor(loss).detach()
+        if loss.numel() != 1:
+            raise ValueError(f"the loss has shape {tuple(loss.shape)}; wanted a scalar, such as its mean")
+        self._loss = loss
+
+    def _loss_group(self) -> Any:
+        """The ranks whose losses are averaged; None for this one alone."""
+        if self.process_group is None:
+            return comm.default_group()
+        return self.process_group or None
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:
@@ -128,34 +155,45 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if loss is not None:
+            self.set_loss(loss)
         comm.serve(self.phases())
-        self._loss = None
         return loss
 
     def phases(self) -> Iterator[list[Reduction]]:
         """One step as a generator of the reductions it needs (see `Engine.phases`); `step()` serves them."""
+        loss, self._loss = self._loss, None
+        if not self.rule.needs_loss:
+            loss = None
+        elif loss is None:
+            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+                return  # the probe step of torch.distributed.checkpoint has no loss: nothing to do, on any rank
+            raise ValueError(
+                f"{type(self).__name__} reads the training loss: call step(loss), step(loss=loss) or step(closure), "
+                "or set_loss(loss) before a step() that you do not call yourself"
+            )
         engine = self._ready()
         for param, item in self._engine_params:
             item.param = plain.collect(self._bindings[param], param)
-        yield from engine.phases()
+        yield from engine.phases(loss, self._loss_group() if loss is not None else None)
         for group in self.param_groups:
             group["step"].add_(engine.go.to(group["step"].device))
         for param, item in self._engine_params:
             plain.publish(item.param, param)
 
     def _ready(self) -> Engine:
-        """The engine over all trainable, non-empty parameters, made again when their set has changed."""
+        """The engine over all trainable, non-empty parameters, made again when they or their state tensors are others."""
         trainable = [
             (param, group)
             for group in self.param_groups
             for param in group["params"]
             if param.requires_grad and self._bindings[param].shard.global_numel
         ]
-        key = [param for param, _ in trainable]
-        if self._engine is not None and list(map(id, key)) == list(map(id, self._engine_key)):
+        params = [param for param, _ in trainable]
+        if self._engine is not None and list(map(id, self._key(params))) == list(map(id, self._engine_key)):
             return self._engine
         by_device: dict[torch.device, list[Item]] = {}
-        self._engine_params = []
+        self._forget_engine()
         for param, group in trainable:
             binding = self._bindings[param]
             shape = binding.shard.shape
@@ -163,12 +201,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if not self.state[param]:
                 self.state[param] = allocate_state(fields, binding.shard, param)
             state = {name: fields[name].flat(tensor) for name, tensor in self.state[param].items()}
-            item = Item(plain.collect(binding, param), state, group, self.rule.dims(shape))
+            item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(shape))
             by_device.setdefault(param.device, []).append(item)
             self._engine_params.append((param, item))
         work = [(self.rule, Batch.of(items, device)) for device, items in by_device.items()]
-        self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), key
+        self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), self._key(params)
         return self._engine
+
+    def _key(self, params: list[Tensor]) -> list[Tensor]:
+        """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
+        return [tensor for param in params for tensor in (param, *self.state.get(param, {}).values())]
 
     def _forget_engine(self) -> None:
         self._engine, self._engine_params, self._engine_key = None, [], []
@@ -212,6 +254,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         }
 
     def _check_state(self, loaded: dict[str, Any]) -> None:
+        for key in ("param_groups", "state"):
+            if key not in loaded:
+                raise ValueError(f"the state has no {key!r}; wanted what state_dict() of {type(self).__name__} returned")
         saved_sizes = [len(group["params"]) for group in loaded["param_groups"]]
         own_sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != own_sizes:
@@ -220,8 +265,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "build the optimizer with the groups that were saved"
             )
         for i, group in enumerate(loaded["param_groups"]):
-            if "step" not in group:
-                raise ValueError(f"group {i} of the state has no 'step'; was it saved by another optimizer?")
+            for key in ("step", *self.rule.group_state(), *(name for name in self.defaults if name not in _REFUSED)):
+                if key not in group:
+                    raise ValueError(f"group {i} of the state has no {key!r}; was it saved by another optimizer?")
         for saved, param in self._saved_to_param(loaded["param_groups"]).items():
             binding = self._bindings[param]
             shard = binding.shard
@@ -230,9 +276,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 continue
             for name, field in self.rule.state_fields(shard.shape).items():
                 wanted = field.local_shape(shard)
-                got = tuple(state[name].shape) if name in state else None
-                if got != wanted:
-                    found = "nothing" if got is None else f"shape {got}"
+                got = state.get(name)
+                if not isinstance(got, Tensor) or tuple(got.shape) != wanted:
+                    found = (
+                        f"shape {tuple(got.shape)}"
+                        if isinstance(got, Tensor)
+                        else "nothing"
+                        if got is None
+                        else type(got).__name__
+                    )
                     raise ValueError(
                         f"state {name!r} of {shard.fqn!r}: found {found}, wanted shape {wanted}; "
                         "the state belongs to another model, optimizer or layout"
@@ -240,6 +292,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
+        if self.process_group is False:
+            kept["process_group"] = False
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,8 +304,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._loading = self._loss = None
         self._forget_engine()
         for group in self.param_groups:
-            if isinstance(group.get("step"), Tensor) and group["params"]:
-                group["step"] = group["step"].to(group["params"][0].device)
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            for name, value in {"step": torch.zeros((), dtype=torch.int64), **self.rule.group_state()}.items():
+                group[name] = torch.as_tensor(group[name], dtype=value.dtype, device=device)
 
     def _exact_state(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """The loaded state per parameter, copied to its device in its state dtype."""
@@ -259,7 +314,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         exact.clear()
         for saved, param in self._saved_to_param(loaded["param_groups"]).items():
             fields = self.rule.state_fields(self._bindings[param].shard.shape)
-            entries = loaded["state"].get(saved, {})
+            entries = loaded["state"].get(saved)
+            if not entries:
+                continue
             exact[param] = {
                 name: entries[name].detach().to(param.device, state_dtype(param.dtype), copy=True).contiguous()
                 for name in fields
@@ -297,7 +354,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._ready().stats()
 
 
-_PICKLED = ("rule", "weights", "_clip", "_nonfinite", "_bindings")
+_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings")
 
 
 def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:

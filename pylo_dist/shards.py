@@ -16,17 +16,24 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
-def factored_dims(shape: Shape) -> tuple[int, int] | None:
+def factored_dims(shape: Shape, tie_break: str = "as_given") -> tuple[int, int] | None:
     """The two factored dimensions (d1, d0) of a GLOBAL shape: d0 the largest, d1 the second largest; None below two dims.
 
     Among equal sizes the higher dimension sorts last, so a square matrix gives (0, 1). The reference's `_factored_dims`
     (google/learned_optimization, learned_opts/adafac_mlp_lopt.py through optimizers/adafactor) sorts unstably on some
     machines; this is its stable rule.
+
+    `tie_break="torch"` is PyLO's rule for VeLO, which swaps the two where they are equally long (but not for the first two of
+    four, a convolution's channels): for a square matrix stored (out, in) it is the reference's rule for the same matrix as
+    (in, out).
     """
     if len(shape) < 2:
         return None
     ascending = sorted(range(len(shape)), key=lambda dim: shape[dim])
-    return ascending[-2], ascending[-1]
+    d1, d0 = ascending[-2:]
+    if tie_break == "torch" and shape[d1] == shape[d0] and not (len(shape) == 4 and (d1, d0) == (0, 1)):
+        return d0, d1
+    return d1, d0
 
 
 def drop_dim(shape: Shape, dim: int) -> Shape:

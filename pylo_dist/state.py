@@ -17,12 +17,14 @@ class StateField:
 
     Attributes:
         copies: leading dimensions, e.g. (3,) for one slice per decay.
+        initial: values a replicated state starts from; None: zeros.
         replicated: None for element state, which has the parameter's own shape and is sharded as it is; else the shape that
             follows `copies` of a tensor which every rank holds whole (the row and column factors).
     """
 
     copies: Shape = ()
     replicated: Shape | None = None
+    initial: Tensor | None = None
 
     def canonical_shape(self, shape: Shape) -> Shape:
         """Shape of this state in the unsharded optimizer, for a parameter of global shape `shape`."""
@@ -45,6 +47,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def allocate_state(fields: dict[str, StateField], shard: TensorShard, param: Tensor) -> dict[str, Tensor]:
-    """Zero state for one parameter, on its device, in `state_dtype`."""
-    dtype = state_dtype(param.dtype)
-    return {name: torch.zeros(f.local_shape(shard), dtype=dtype, device=param.device) for name, f in fields.items()}
+    """New state for one parameter, on its device, in `state_dtype`."""
+    state = {}
+    for name, f in fields.items():
+        state[name] = torch.zeros(f.local_shape(shard), dtype=state_dtype(param.dtype), device=param.device)
+        if f.initial is not None:
+            state[name].copy_(f.initial)
+    return state

@@ -3,6 +3,7 @@ parameters back where they could not be viewed as one dimension."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
@@ -10,7 +11,7 @@ from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
 
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
-    if param.is_sparse or param.layout.__str__() != "torch.strided":
+    if param.layout != torch.strided:
         raise ValueError(f"{fqn!r} has layout {param.layout}; learned optimizers need dense parameters (torch.strided)")
     if param.is_complex():
         raise ValueError(f"{fqn!r} is {param.dtype}; learned optimizers need real parameters: optimize torch.view_as_real of it")
@@ -30,13 +31,20 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
         ValueError: a sparse gradient.
     """
     grad, shard = param.grad, binding.shard
-    if grad is not None and grad.is_sparse:
+    if grad is not None and grad.layout != torch.strided:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
         )
-    flat = None if grad is None else grad.detach().reshape(-1)
-    present = flat is not None and binding.present
-    return ShardedParam(shard, param.detach().reshape(-1), flat, present, binding.group)
+    sharded = without_gradient(binding, param)
+    if grad is not None:
+        sharded.grad, sharded.present = grad.detach().reshape(-1).contiguous(), binding.present
+    return sharded
+
+
+def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
+    """As `collect`, before there is a gradient."""
+    # reshape alone may give a view with steps between its elements, where rules expect none
+    return ShardedParam(binding.shard, param.detach().reshape(-1).contiguous(), None, False, binding.group)
 
 
 def publish(sharded: ShardedParam, param: Tensor) -> None:

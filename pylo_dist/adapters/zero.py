@@ -251,6 +251,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.gather_bucket(bucket)
         return loss
 
+    def set_loss(self, loss: Tensor | float) -> None:
+        """See `LearnedOptimizer.set_loss`."""
+        if isinstance(self.inner, LearnedOptimizer):
+            self.inner.set_loss(loss)
+
     @torch.no_grad()
     def reduce_bucket(self, bucket: Bucket) -> None:
         """Average a bucket's gradients over the ranks; this rank keeps its part, as the gradients of its pieces.

@@ -57,11 +57,13 @@ class AdafacRule(FactoredRule):
 
     def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
         hyper = item.hyper
+        # a tensor as lr: its products are taken in float64, as those of a float are
+        lr = hyper["lr"].to(torch.float64) if isinstance(hyper["lr"], Tensor) else hyper["lr"]
         return Update(
             network=self._networks[id(hyper), item.state["momentum"].dtype],
-            step_size=hyper["lr"] * hyper["step_mult"],
+            step_size=lr * hyper["step_mult"],
             exp_mult=hyper["exp_mult"],
-            decay_after=hyper["lr"] * hyper["weight_decay"],
+            decay_after=lr * hyper["weight_decay"],
         )
 
     def _network(self, step: Tensor, dtype: torch.dtype) -> Network:
@@ -69,9 +71,10 @@ class AdafacRule(FactoredRule):
         key = (dtype, step.device)
         if key not in self._tensors:
             self._tensors[key] = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
+            self._tensors[key]["time_scales"] = torch.tensor(reference.TIME_SCALES, device=step.device)
         w = self._tensors[key]
         features, time = w["network.input.weight"].split([self.features.num, len(reference.TIME_SCALES)], dim=1)
-        bias = w["network.input.bias"] + time @ reference.time_features(step).to(dtype)
+        bias = w["network.input.bias"] + time @ reference.time_features(step, w["time_scales"]).to(dtype)
         return Network(
             features.contiguous(),
             bias[:, None],

@@ -81,6 +81,9 @@ class Batch:
         keep: bool (items,), which tensors move in this step; set by the engine after the first Sum.
         scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
         clips: whether any item can be clipped at all; decided from the parameter groups.
+        figures: what else the rule tells `stats()`, by name, (items,) each.
+        go: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks what belongs to no single tensor.
+        loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it; set with `go`.
         param_squares, update_squares: float64 (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor
             (before the step), and the sum of (p_new - p)^2 over the local elements.
     """
@@ -92,6 +95,9 @@ class Batch:
     param_squares: Tensor
     update_squares: Tensor
     clips: bool = False
+    go: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    figures: dict[str, Tensor] = field(default_factory=dict)
     _sums: dict[str, Sum] = field(default_factory=dict)
 
     @classmethod
@@ -117,9 +123,23 @@ class Batch:
 
 
 class LearnedRule(ABC):
-    """The mathematics of one learned optimizer."""
+    """The mathematics of one learned optimizer.
+
+    Attributes:
+        name: for reports.
+        needs_loss: whether `batch.loss` is read.
+    """
 
     name: str
+    needs_loss: bool = False
+
+    def group_state(self) -> dict[str, Tensor]:
+        """Initial values of what belongs to the run and not to a parameter.
+
+        Every parameter group holds a copy, so that it is part of the state dict; the rule writes all copies alike
+        (`item.hyper[name]`, modified in place).
+        """
+        return {}
 
     @abstractmethod
     def dims(self, shape: Shape) -> tuple[int, int] | None:

@@ -81,7 +81,9 @@ class FactoredRule(LearnedRule):
         for i, item in batch.moving():
             param = item.param
             assert param.grad is not None
-            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], self.features.clamp)
+            # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
+            clamp = self.features.clamp if item.hyper.get("max_grad_norm") is None else None
+            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp)
         yield a
 
         # B: with the factors known, the sum of squares of every feature

@@ -1,0 +1,308 @@
+"""VeLO, the versatile learned optimizer: its rule and its face. Writes value and state of its batch.
+
+Source: HyperV2 in google/learned_optimization (research/general_lopt/hyper_v2.py), Metz et al. 2022 (arXiv 2211.09760). An LSTM
+reads statistics of all tensors and the training loss and mixes, per tensor, a small MLP for the elements and a step size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..engine import Clip, Nonfinite
+from ..optimizer import LearnedOptimizer
+from ..reference import Network
+from ..shards import Shape, factored_dims
+from ..state import StateField
+from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
+from .adafac import Precision
+from .base import Batch, Item
+from .factored import FactoredRule, Update
+
+# slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
+P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
+
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)  # of the run, where its tanh features switch
+NUM_LOSS_MEANS = 10
+LARGEST_MODEL = 600_000_000  # parameters beyond which VeLO fails (arXiv 2602.19142)
+LONGEST_RUN = 150_000  # steps of the longest run in meta-training
+
+
+def log_abs(x: Tensor) -> Tensor:
+    """0.5 clip(log(1e-8 + |10 x|), -5, 5)."""
+    return 0.5 * (1e-8 + (10.0 * x).abs()).log().clamp(-5.0, 5.0)
+
+
+class LossBuffer:
+    """Ten running means of the loss, from 10 steps to the whole run long, and their minima; all float64 (10,).
+
+    Args:
+        num_steps: length of the run.
+        step: steps taken before this one, int64 0-d.
+    """
+
+    def __init__(self, num_steps: int, step: Tensor) -> None:
+        half_lives = torch.logspace(1.0, math.log10(num_steps), NUM_LOSS_MEANS, dtype=torch.float64, device=step.device)
+        self.decays = torch.exp(-1.0 / half_lives)
+        self.step = step
+
+    def updated(self, means: Tensor, minima: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(means, minima) after `loss`, which counts as at most twice the largest mean."""
+        correction = 1.0 - self.decays ** (self.step + 1)
+        top = torch.where(self.step == 0, loss, (means / correction).max())
+        loss = torch.minimum(2.0 * top.abs(), loss)
+        means = self.decays * means + (1.0 - self.decays) * loss
+        return means, torch.minimum(minima, means / correction)
+
+    def features(self, means: Tensor, minima: Tensor) -> Tensor:
+        """Nine numbers in [-1, 1]: how far each mean is above its minimum, measured by the next longer one; 0 at the start."""
+        means = means / (1.0 - self.decays ** (self.step + 1))
+        above = (means[:-1] - minima[:-1]) / (means[1:] - minima[:-1]).clamp_min(1e-8)
+        return torch.where(self.step + 1 <= 2, 0.0, (above - 1.0).clamp(-1.0, 1.0))
+
+
+class VeLORule(FactoredRule):
+    """30 normalised features per element, an MLP 30-4-4-3 that an LSTM mixes for every tensor out of P sets of weights.
+
+    Args:
+        weights: LSTM and MLP sets.
+        momentum_decays, rms_decays, factor_decays: see `FactoredRule`.
+        tie_break: see `shards.factored_dims`.
+    """
+
+    name = "velo"
+    needs_loss = True
+    features = reference.VELO
+    num_tensor_sums = 9
+
+    def __init__(
+        self,
+        weights: MetaNetwork,
+        momentum_decays: Sequence[float],
+        rms_decays: Sequence[float],
+        factor_decays: Sequence[float],
+        tie_break: str,
+    ) -> None:
+        super().__init__(momentum_decays, rms_decays, factor_decays)
+        self.weights = weights
+        self.tie_break = tie_break
+        self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+        self._networks: list[Network] = []
+        self._step_sizes = torch.empty(0)
+
+    def dims(self, shape: Shape) -> tuple[int, int] | None:
+        return factored_dims(shape, self.tie_break)
+
+    def state_fields(self, shape: Shape) -> dict[str, StateField]:
+        hidden, cell = (self.weights.tensors[f"lstm_init_state.{i}"][0] for i in (0, 1))
+        lstm = {
+            "lstm_hidden": StateField(replicated=tuple(hidden.shape), initial=hidden),
+            "lstm_cell": StateField(replicated=tuple(cell.shape), initial=cell),
+        }
+        return {**super().state_fields(shape), **lstm}
+
+    def group_state(self) -> dict[str, Tensor]:
+        means = torch.zeros(NUM_LOSS_MEANS, dtype=torch.float64)
+        return {"loss_means": means, "loss_minima": torch.full_like(means, 999999999999.0)}
+
+    def tensor_sums(self, item: Item, sums: Tensor) -> None:
+        value, momentum, rms = item.param.value, item.state["momentum"], item.state["rms"]
+        for first in range(0, value.numel(), reference.CHUNK_GPU):
+            part = slice(first, first + reference.CHUNK_GPU)
+            p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
+            sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
+
+    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
+        hyper = batch.items[0].hyper
+        # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the run a float64 one
+        dtype = max((item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize)
+        w = self._weights(dtype, batch.device)
+
+        buffer = LossBuffer(hyper["num_steps"], hyper["step"])
+        means, minima = buffer.updated(hyper["loss_means"], hyper["loss_minima"], batch.loss)
+        loss_features = buffer.features(means, minima).to(dtype)
+        for group in {id(item.hyper): item.hyper for item in batch.items}.values():
+            reference.commit(group["loss_means"], means, batch.go)
+            reference.commit(group["loss_minima"], minima, batch.go)
+
+        inputs = self._inputs(batch, torch.stack(tensor_sums), loss_features)
+        hidden = torch.stack([item.state["lstm_hidden"] for item in batch.items]).to(dtype)
+        cell = torch.stack([item.state["lstm_cell"] for item in batch.items]).to(dtype)
+        # x <- x W2 + b2 + max over tensors of relu(x W1 + b1)
+        mixed = torch.relu(inputs @ w["mix_layer2.weight"].T + w["mix_layer2.bias"]).amax(0)
+        x = inputs @ w["final_mix_layer.weight"].T + w["final_mix_layer.bias"] + mixed
+        gates = torch.cat([x, hidden], dim=1) @ w["lstm.linear.weight"].T + w["lstm.linear.bias"]
+        i, g, f, o = gates.chunk(4, dim=1)
+        cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
+        hidden = torch.sigmoid(o) * torch.tanh(cell)
+        for row, item in enumerate(batch.items):
+            reference.commit(item.state["lstm_hidden"], hidden[row], batch.go)
+            reference.commit(item.state["lstm_cell"], cell[row], batch.go)
+
+        controls = hidden @ w["rnn_to_controls.weight"].T + w["rnn_to_controls.bias"]
+        lr_mult = (hidden @ w["step_size.weight"].T + w["step_size.bias"])[:, 0]
+        batch.figures["lr_mult"] = lr_mult
+        self._networks = self._mix(controls, w, [item.state["momentum"].dtype for item in batch.items])
+        self._step_sizes = lr_mult
+
+    def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
+        """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the step."""
+        shapes = [item.param.shard.shape for item in batch.items]
+        n = sums.new_tensor([float(item.param.shard.global_numel) for item in batch.items])[:, None]
+        mean = sums / n
+        # moments of m z and v z with z = 1 / rms(p); E[x^2] - E[x]^2 loses nothing that matters in float64
+        z = mean[:, P_SQUARES, None].clamp_min(1e-9).rsqrt()
+        m, m_squares = z * mean[:, M], z * z * mean[:, M_SQUARES]
+        v, v_squares = z * mean[:, V, None], z * z * mean[:, V_SQUARES, None]
+        var_m = (m_squares - m * m).clamp_min(0.0)
+        var_v = (v_squares - 2.0 * v * m + m * m).clamp_min(0.0)  # about the mean of m_k: so does the reference
+        ranks = torch.tensor([sum(size > 1 for size in shape) for shape in shapes], device=sums.device)
+        one_hot = (ranks[:, None] == torch.arange(5, device=sums.device)).to(loss_features.dtype)
+        fractions = torch.stack([self._fraction(item.hyper) for item in batch.items])
+        moments = [log_abs(x).to(loss_features.dtype) for x in (v, var_m, var_v)]
+        loss = loss_features.expand(len(shapes), -1)
+        return torch.cat([fractions.to(loss_features.dtype), loss, moments[0], one_hot, moments[1], moments[2]], dim=1)
+
+    @staticmethod
+    def _fraction(hyper: dict[str, Any]) -> Tensor:
+        """tanh(10 (t / num_steps - w)) for nine w, float32 as in the reference, (9,); beyond the end of the run as at its end."""
+        where = (hyper["step"].to(torch.float32) / hyper["num_steps"]).clamp(max=1.0)
+        return torch.tanh(10.0 * (where - torch.tensor(FRACTIONS, dtype=torch.float32, device=where.device)))
+
+    @staticmethod
+    def _mix(controls: Tensor, w: dict[str, Tensor], dtypes: list[torch.dtype]) -> list[Network]:
+        """Every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors, P)."""
+        names = ("input_weights_", "input_bias_", "hidden_weights_.0", "hidden_bias_.0", "output_weights_", "output_bias_")
+        mixed = {name: torch.tensordot(controls, w[name], dims=1) * (100.0 / controls.shape[1]) for name in names}
+        return [
+            Network(*(mixed[name][i].view(mixed[name].shape[1], -1).to(dtype) for name in names))
+            for i, dtype in enumerate(dtypes)
+        ]
+
+    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+        hyper, dtype = item.hyper, item.state["momentum"].dtype
+        scale = (tensor_sums[P_SQUARES] / item.param.shard.global_numel + 1e-9).sqrt()
+        return Update(
+            network=self._networks[i],
+            step_size=(hyper["lr"] * hyper["step_mult"] * self._step_sizes[i] * scale).to(dtype),
+            exp_mult=hyper["exp_mult"],
+            decay_after=hyper["lr"] * hyper["weight_decay"],
+        )
+
+    def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        if (dtype, device) not in self._tensors:
+            self._tensors[dtype, device] = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
+        return self._tensors[dtype, device]
+
+
+class VeLO(LearnedOptimizer):
+    r"""The versatile learned optimizer, exact on whole and on sharded parameters. It reads the training loss.
+
+    With the MLP's outputs (o_0, o_1) for an element and the LSTM's step size l for its tensor:
+    :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot o_0 \exp(exp\_mult \cdot o_1) \sqrt{\langle p^2 \rangle + 10^{-9}}`,
+    then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot p`.
+
+    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,). Of the run, in every parameter
+    group: `num_steps`, `loss_means` and `loss_minima` (10,).
+
+    Args:
+        num_steps: length of the run in steps; the rule knows how far along it is. See `extend`.
+        lr: factor on every update. The reference has none, which is 1.
+        tie_break: which dimension counts as the larger where two are equal: "torch", PyLO's, or "as_given", the reference's on
+            the axes as they are.
+        Others: as `AdafacLO`. `max_grad_norm` may be at most 1000, where the rule clamps elements of the gradient anyway.
+
+    Raises:
+        ValueError: a setting or a parameter that cannot be served, by name; a step without a loss.
+
+    Example::
+
+        optimizer = pylo_dist.VeLO(model.named_parameters(), num_steps=20_000)
+        loss.backward()
+        optimizer.step(loss)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        num_steps: int,
+        lr: float | Tensor = 1.0,
+        weights: WeightsLike = "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",
+        initial_momentum_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        initial_rms_decays: Sequence[float] = (0.999,),
+        initial_adafactor_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        exp_mult: float = 0.001,
+        step_mult: float = 0.001,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        clip: Clip = "global",
+        nonfinite: Nonfinite = "error",
+        process_group: Any = None,
+        precision: Precision = "high",
+        tie_break: Literal["torch", "as_given"] = "torch",
+    ) -> None:
+        if tie_break not in ("torch", "as_given"):
+            raise ValueError(f"tie_break={tie_break!r}: wanted 'torch' or 'as_given'")
+        if precision not in ("highest", "high", "medium"):
+            raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
+        self.precision = precision
+        network = load_weights(weights, VELO)
+        rule = VeLORule(network, initial_momentum_decays, initial_rms_decays, initial_adafactor_decays, tie_break)
+        defaults = {
+            "lr": lr,
+            "exp_mult": exp_mult,
+            "step_mult": step_mult,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "num_steps": num_steps,
+        }
+        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
+        numel = sum(binding.shard.global_numel for binding in self._bindings.values())
+        if numel > LARGEST_MODEL:
+            warnings.warn(f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}", stacklevel=2)
+        if num_steps > LONGEST_RUN:
+            warnings.warn(f"num_steps={num_steps}: VeLO was meta-trained on runs of up to {LONGEST_RUN} steps", stacklevel=2)
+        self._steps_called: int | None = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        num_steps, limit = group["num_steps"], group.get("max_grad_norm")
+        if not isinstance(num_steps, int) or num_steps < 2:
+            raise ValueError(f"num_steps={num_steps!r}: wanted the length of the run, an int >= 2")
+        if limit is not None and limit > reference.VELO.clamp:
+            raise ValueError(f"max_grad_norm={limit!r}: wanted at most {reference.VELO.clamp:g}, or None")
+
+    def extend(self, num_steps: int) -> None:
+        """Give the run another length, e.g. to go on after its end; call it alike on all ranks.
+
+        Args:
+            num_steps: the new length in steps, counted from the start.
+        """
+        for group in self.param_groups:
+            self._check_group({**group, "num_steps": num_steps})
+        for group in self.param_groups:
+            group["num_steps"] = num_steps
+
+    def phases(self) -> Any:
+        # the count is read back from the device once; after that it is kept on the host
+        if self._steps_called is None:
+            self._steps_called = int(self.param_groups[0]["step"])
+        if self._steps_called == self.param_groups[0]["num_steps"]:
+            warnings.warn(
+                f"VeLO has taken all num_steps={self._steps_called} steps it was told of; it goes on as at the end of a run. "
+                "extend(num_steps) makes the run longer",
+                stacklevel=3,
+            )
+        self._steps_called += 1
+        return super().phases()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._steps_called = None
