@@ -22,6 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported before there is a process group: its default arguments hold the group that exists at its first import,
+# which optimizers cause. A group held so outlives leave(), and its threads now and then abort the process at exit.
+import torch.distributed.nn.functional
 from data import BatchPlan, Tokens, builtin_text
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse

@@ -4,13 +4,17 @@ from ._version import __version__
 from .adapters.zero import ZeroOptimizer
 from .engine import NonFiniteGradientError
 from .optim.adafac import AdafacLO
+from .optim.elo import ELO
+from .optim.mulo import MuLO
 from .optim.velo import VeLO
 from .optimizer import LearnedOptimizer
 from .weights import Registered, WeightsError, register_weights, registered_weights
 
 __all__ = [
+    "ELO",
     "AdafacLO",
     "LearnedOptimizer",
+    "MuLO",
     "NonFiniteGradientError",
     "Registered",
     "VeLO",

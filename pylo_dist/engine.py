@@ -15,8 +15,6 @@ from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch,
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
 
-CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6
-
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was changed."""
@@ -39,6 +37,8 @@ class Engine:
         self.work = list(work)
         self.nonfinite = nonfinite
         self.clip = clip
+        for _, batch in work:
+            batch.allows_nonfinite = nonfinite == "allow"
         device = work[0][1].device if work else torch.device("cpu")
         self.go = torch.ones((), dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
@@ -92,7 +92,7 @@ class Engine:
     def _judge(self, requests: Sequence[Sum], loss: Tensor | None) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
         audits = [torch.stack(request.audits) for request in requests if request.audits]
-        batches = [batch for _, batch in self.work if batch.items]
+        work = [(rule, batch) for rule, batch in self.work if batch.items]
         if not audits:
             return
         device = self.go.device
@@ -104,7 +104,7 @@ class Engine:
             go = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
         self._flag(go, bad)
         self.go = go & ~self._is_probe()
-        for batch, audit, stats in zip(batches, audits, self._stats, strict=True):
+        for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.go = self.go.to(batch.device)
             batch.keep = (audit[:, PRESENT] > 0) & batch.go
             if loss is not None:
@@ -114,9 +114,12 @@ class Engine:
             if batch.clips:
                 bound = torch.tensor([float("inf") if limit is None else limit for limit in limits], dtype=torch.float64)
                 norm = self.grad_norm.to(batch.device) if self.clip == "global" else audit[:, SQUARES].sqrt()
-                # s = min(1, max_grad_norm / (norm + 1e-6)); an unlimited tensor keeps 1 even beside an infinite norm
+                # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside an infinite norm
                 bound = bound.to(batch.device, non_blocking=True)
-                batch.scale = torch.where(bound.isinf(), 1.0, (bound / (norm + CLIP_EPS)).clamp(max=1.0))
+                scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
+                if rule.replaces_nonfinite:  # of a norm that is no number nothing is left: s g is NaN, which counts as 0
+                    scale = torch.where(torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale)
+                batch.scale = torch.where(bound.isinf(), 1.0, scale)
             else:
                 batch.scale = torch.ones_like(batch.scale)  # groups may have clipped before
             stats.after_judgement(audit)

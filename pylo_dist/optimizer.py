@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -75,9 +75,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            names = group.get("param_names") or [f"group{len(self.param_groups) - 1}.{j}" for j in range(len(group["params"]))]
             bindings = {}
-            for name, param in zip(names, group["params"], strict=True):
+            for name, param in zip(self._names(group), group["params"], strict=True):
                 plain.check_param(name, param)
                 bindings[param] = plain.describe(name, param)
         except Exception:
@@ -106,6 +105,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name!r} is {where}; list a tied parameter once")
             known[id(param)] = new
         return {**given, "params": entries}
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        """Full names of the parameters of a group of this optimizer: as given, else `group{i}.{j}`."""
+        i = next(i for i, other in enumerate(self.param_groups) if other is group)
+        given: list[str] | None = group.get("param_names")
+        return given or [f"group{i}.{j}" for j in range(len(group["params"]))]
+
+    @classmethod
+    def before_sharding(cls, named: Iterable[tuple[str, Tensor]], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for a constructor that will see pieces of the parameters only.
+
+        Adapters that replace parameters call it with the whole ones, so that a face can record what is lost by sharding.
+        """
+        return kwargs
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for settings of a group that cannot be served. Faces with settings of their own extend it."""

@@ -130,11 +130,20 @@ def split_gradient_sums(sums: Tensor, shape: Shape, dims: tuple[int, int]) -> tu
     return row.view(row_shape), col.view(col_shape)
 
 
-def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, audit: Tensor, clamp: float | None = None) -> None:
+def gradient_sums(
+    grad: Tensor,
+    shard: TensorShard,
+    dims: Dims,
+    sums: Tensor,
+    audit: Tensor,
+    clamp: float | None = None,
+    replace: bool = False,
+) -> None:
     """Pass A: add the local part of the row and column sums of g^2, its total, and the count of non-finite entries.
 
-    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range. The audit is of
-    the raw gradient, the row and column sums are of the clamped one.
+    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range. The row and
+    column sums are of the gradient clamped to `clamp`. With `replace` NaN and inf are counted, and then taken as 0 and the
+    largest number.
 
     Args:
         grad: (N,) raw gradient.
@@ -144,6 +153,7 @@ def gradient_sums(grad: Tensor, shard: TensorShard, dims: Dims, sums: Tensor, au
     for box in chunks(shard, grad.device):
         g = box.view(grad)
         audit[NONFINITE] += g.isfinite().logical_not().sum()
+        g = g.nan_to_num() if replace else g
         square = g.to(torch.float64).square()
         audit[SQUARES] += square.sum()
         if dims is None:
@@ -415,10 +425,10 @@ def apply_update(
         torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
         torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
         out = torch.mm(network.output_weight, h2).add_(network.output_bias)
-        update = (out[0] * (exp_mult * out[1]).exp_() * step_size).view(box.sizes)
+        update = out[0] * (exp_mult * out[1]).exp_() * step_size
         value = box.view(t.value)
-        old = value.to(x.dtype, copy=True)
+        old = value.to(x.dtype, copy=True).reshape(-1)  # (M,): a 0-d tensor would promote to a decay that is a float64 tensor
         new = old - update - decay_before * old
         new = new - decay_after * new
-        commit(value, new, t.keep)
+        commit(value, new.view(box.sizes), t.keep)
         update_squares += torch.where(t.keep, (new - old).to(torch.float64).square_().sum(), 0.0)

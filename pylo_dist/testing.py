@@ -55,6 +55,8 @@ def run_virtual(
     params: Mapping[str, Tensor],
     cuts: int | Mapping[str, Cut],
     grads: Sequence[Mapping[str, Tensor | None]],
+    *,
+    losses: Sequence[float | Tensor] | None = None,
     **kwargs: object,
 ) -> VirtualRun:
     """Run `len(grads)` steps of an optimizer with every tensor cut over virtual ranks.
@@ -64,6 +66,7 @@ def run_virtual(
         cuts: number of ranks (even flat intervals); or per fqn that number, the flat cut points between the ranks (repeated
             points make empty shards), or one `TensorShard` per rank. All must name the same number of ranks.
         grads: per step the global gradients, already averaged; None or a missing fqn: no rank has one.
+        losses: per step the training loss, for rules that read it.
         **kwargs: for `optimizer_class`.
 
     Raises:
@@ -84,7 +87,10 @@ def run_virtual(
             bind_shard(pieces[fqn], shard, group)
         locals_.append(pieces)
     run = VirtualRun({}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_])  # type: ignore[arg-type]
-    for step_grads in grads:
+    for t, step_grads in enumerate(grads):
+        for optimizer in run.optimizers:
+            if losses is not None:
+                optimizer.set_loss(losses[t])
         for rank, pieces in enumerate(locals_):
             for fqn, piece in pieces.items():
                 grad = step_grads.get(fqn)

@@ -66,6 +66,9 @@ SMALL_FC = Architecture(
     },
 )
 
+# the same network with decays that are used as they are
+ELO = Architecture("elo", SMALL_FC.shapes, {})
+
 VELO = Architecture(
     "velo",
     {
@@ -116,6 +119,7 @@ _REGISTRY: dict[str, Registered] = {
     "btherien/mulo": Registered(
         "small_fc", "btherien/mulo", SMALL_FC.decays, "PyLO's small_fc_lopt weights, meta-trained with muP (arXiv 2406.00153)"
     ),
+    "DiamondXL/elo": Registered("elo", "DiamondXL/elo", {}, "PyLO's ELO weights"),
     "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": Registered(
         "velo",
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",

@@ -36,7 +36,9 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
         )
     sharded = without_gradient(binding, param)
-    if grad is not None:
+    if grad is None and binding.group is not None:
+        sharded.grad = sharded.value.new_zeros(sharded.value.shape)  # other ranks may have one: then it is zero here
+    elif grad is not None:
         sharded.grad, sharded.present = grad.detach().reshape(-1).contiguous(), binding.present
     return sharded
 

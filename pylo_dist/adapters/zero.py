@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._ready = False
         groups = [_named_group(i, group) for i, group in enumerate(_as_groups(model_or_params))]
         self._check_same_on_all_ranks(groups)
+        if issubclass(optimizer_class, LearnedOptimizer):
+            named = [pair for group in groups for pair in group["params"]]
+            optimizer_kwargs = cast(type[LearnedOptimizer], optimizer_class).before_sharding(named, optimizer_kwargs)
         local_groups = [self._shard_group(group) for group in groups]
         self.inner = optimizer_class(local_groups, **optimizer_kwargs)
         self._check_same_settings()

@@ -45,26 +45,28 @@ class AdafacRule(FactoredRule):
         super().__init__(momentum_decays, rms_decays, factor_decays)
         self.weights = weights
         self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        self._networks: dict[tuple[int, torch.dtype], Network] = {}
+        self._networks: dict[tuple[int, torch.dtype, torch.device], Network] = {}
 
     def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
         # the time features are the same for all elements of a group: their share of the first layer is a bias
-        self._networks = {}
-        for item in batch.items:
-            dtype = item.state["momentum"].dtype
-            if (id(item.hyper), dtype) not in self._networks:
-                self._networks[id(item.hyper), dtype] = self._network(item.hyper["step"], dtype)
+        # (the batches of other devices are at work at the same time, and may hold other items of the group)
+        groups = {(id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items}
+        for (key, dtype), hyper in groups.items():
+            self._networks[key, dtype, batch.device] = self._network(hyper["step"].to(batch.device), dtype)
 
     def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
         hyper = item.hyper
-        # a tensor as lr: its products are taken in float64, as those of a float are
-        lr = hyper["lr"].to(torch.float64) if isinstance(hyper["lr"], Tensor) else hyper["lr"]
+        lr = wide(hyper["lr"])
         return Update(
-            network=self._networks[id(hyper), item.state["momentum"].dtype],
+            network=self.network_of(item),
             step_size=lr * hyper["step_mult"],
             exp_mult=hyper["exp_mult"],
             decay_after=lr * hyper["weight_decay"],
         )
+
+    def network_of(self, item: Item) -> Network:
+        """The network of this step for an item, made in `prepare`."""
+        return self._networks[id(item.hyper), item.state["momentum"].dtype, item.param.value.device]
 
     def _network(self, step: Tensor, dtype: torch.dtype) -> Network:
         """The network with the time features of iteration `step` folded into its first bias."""
@@ -85,22 +87,32 @@ class AdafacRule(FactoredRule):
         )
 
 
+def wide(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter that may be a tensor, in float64: its products are then those of a float."""
+    return value.to(torch.float64) if isinstance(value, Tensor) else value
+
+
 def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
     """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as the reference has it."""
     return tuple(1.0 - (1.0 - beta) * math.exp(10.0 * offset) for beta, offset in zip(initial, offsets, strict=True))
 
 
-def _checked_decays(name: str, offsets: Sequence[float], initial: Sequence[float], count: int) -> tuple[float, ...]:
-    checked = []
-    for label, values in ((name, offsets), (f"initial_{name}", initial)):
-        try:
-            numbers = [float(x) for x in values]
-        except (TypeError, ValueError):  # not a sequence, or not of numbers
-            numbers = []
-        if len(numbers) != count or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{label}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}")
-        checked.append(numbers)
-    return effective_decays(checked[1], checked[0])
+def checked_decays(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
+    """`values` as floats. Raises ValueError naming the argument unless they are `count` finite numbers."""
+    try:
+        numbers = tuple(float(x) for x in values)
+    except (TypeError, ValueError):  # not a sequence, or not of numbers
+        numbers = ()
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}")
+    return numbers
+
+
+def check_precision(precision: Precision) -> Precision:
+    """`precision` itself. Raises ValueError for none of the three."""
+    if precision not in ("highest", "high", "medium"):
+        raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
+    return precision
 
 
 class AdafacLO(LearnedOptimizer):
@@ -142,6 +154,8 @@ class AdafacLO(LearnedOptimizer):
         optimizer.step()
     """
 
+    rule_class = AdafacRule
+
     def __init__(
         self,
         params: Any,
@@ -163,19 +177,20 @@ class AdafacLO(LearnedOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
-        if precision not in ("highest", "high", "medium"):
-            raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
+        self.precision = check_precision(precision)
         network = load_weights(weights, SMALL_FC)
         betas = [
-            _checked_decays(name, offsets if offsets is not None else network.decays[name], initial, count)
+            effective_decays(
+                checked_decays(f"initial_{name}", initial, count),
+                checked_decays(name, network.decays[name] if offsets is None else offsets, count),
+            )
             for name, offsets, initial, count in (
                 ("momentum_decays", momentum_decays, initial_momentum_decays, 3),
                 ("rms_decays", rms_decays, initial_rms_decays, 1),
                 ("adafactor_decays", adafactor_decays, initial_adafactor_decays, 3),
             )
         ]
-        self.precision = precision
-        rule = AdafacRule(network, *betas)
+        rule = self.rule_class(network, *betas)
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

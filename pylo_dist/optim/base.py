@@ -81,6 +81,7 @@ class Batch:
         keep: bool (items,), which tensors move in this step; set by the engine after the first Sum.
         scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
         clips: whether any item can be clipped at all; decided from the parameter groups.
+        allows_nonfinite: whether gradients with NaN or inf are let through; set by the engine at construction.
         figures: what else the rule tells `stats()`, by name, (items,) each.
         go: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks what belongs to no single tensor.
         loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it; set with `go`.
@@ -97,6 +98,7 @@ class Batch:
     clips: bool = False
     go: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    allows_nonfinite: bool = False
     figures: dict[str, Tensor] = field(default_factory=dict)
     _sums: dict[str, Sum] = field(default_factory=dict)
 
@@ -128,10 +130,14 @@ class LearnedRule(ABC):
     Attributes:
         name: for reports.
         needs_loss: whether `batch.loss` is read.
+        clip_eps: added to the norm that clipping divides by; torch.nn.utils.clip_grad_norm_'s.
+        replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest number.
     """
 
     name: str
     needs_loss: bool = False
+    clip_eps: float = 1e-6
+    replaces_nonfinite: bool = False
 
     def group_state(self) -> dict[str, Tensor]:
         """Initial values of what belongs to the run and not to a parameter.

@@ -81,9 +81,11 @@ class FactoredRule(LearnedRule):
         for i, item in batch.moving():
             param = item.param
             assert param.grad is not None
+            replace = self.replaces_nonfinite and batch.allows_nonfinite
             # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
             clamp = self.features.clamp if item.hyper.get("max_grad_norm") is None else None
-            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp)
+            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace)
+            param.grad = param.grad.nan_to_num() if replace else param.grad
         yield a
 
         # B: with the factors known, the sum of squares of every feature

@@ -21,7 +21,7 @@ from ..reference import Network
 from ..shards import Shape, factored_dims
 from ..state import StateField
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
-from .adafac import Precision
+from .adafac import Precision, check_precision, checked_decays, wide
 from .base import Batch, Item
 from .factored import FactoredRule, Update
 
@@ -188,11 +188,12 @@ class VeLORule(FactoredRule):
     def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
         hyper, dtype = item.hyper, item.state["momentum"].dtype
         scale = (tensor_sums[P_SQUARES] / item.param.shard.global_numel + 1e-9).sqrt()
+        lr = wide(hyper["lr"])
         return Update(
             network=self._networks[i],
-            step_size=(hyper["lr"] * hyper["step_mult"] * self._step_sizes[i] * scale).to(dtype),
+            step_size=(lr * hyper["step_mult"] * self._step_sizes[i] * scale).to(dtype),
             exp_mult=hyper["exp_mult"],
-            decay_after=hyper["lr"] * hyper["weight_decay"],
+            decay_after=lr * hyper["weight_decay"],
         )
 
     def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -250,11 +251,15 @@ class VeLO(LearnedOptimizer):
     ) -> None:
         if tie_break not in ("torch", "as_given"):
             raise ValueError(f"tie_break={tie_break!r}: wanted 'torch' or 'as_given'")
-        if precision not in ("highest", "high", "medium"):
-            raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
-        self.precision = precision
+        self.precision = check_precision(precision)
         network = load_weights(weights, VELO)
-        rule = VeLORule(network, initial_momentum_decays, initial_rms_decays, initial_adafactor_decays, tie_break)
+        rule = VeLORule(
+            network,
+            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
+            checked_decays("initial_rms_decays", initial_rms_decays, 1),
+            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+            tie_break,
+        )
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

@@ -1,0 +1,91 @@
+"""ELO: small_fc_lopt with raw decays, decoupled weight decay before the step and global clipping. Its rule and its face.
+
+Source: PyLO's ELO and the JAX class it was converted from, without the schedule built into the latter. The features and the
+network are those of `optim/adafac.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..engine import Nonfinite
+from ..optimizer import LearnedOptimizer
+from ..weights import ELO as ELO_WEIGHTS
+from ..weights import WeightsLike, load_weights
+from .adafac import AdafacRule, Precision, check_precision, checked_decays, wide
+from .base import Item
+from .factored import Update
+
+
+class ELORule(AdafacRule):
+    """p <- p - lr (o_0 exp(exp_mult o_1) + weight_decay p). `lr` takes the place of step_mult."""
+
+    name = "elo"
+    clip_eps = 0.0  # g <- g min(1, clip_norm / |g|), as optax has it
+    replaces_nonfinite = True
+
+    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+        lr = wide(item.hyper["lr"])
+        return Update(
+            network=self.network_of(item),
+            step_size=lr,
+            exp_mult=item.hyper["exp_mult"],
+            decay_before=lr * item.hyper["weight_decay"],
+        )
+
+
+class ELO(LearnedOptimizer):
+    r"""ELO, exact on whole and on sharded parameters.
+
+    :math:`p \leftarrow p - lr \cdot (o_0 \exp(exp\_mult \cdot o_1) + weight\_decay \cdot p)`, with the MLP's outputs (o_0, o_1)
+    for the features of `AdafacLO`; state as there.
+
+    Args:
+        lr: factor on every update.
+        weight_decay: decoupled, of the parameter before the step.
+        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what. A group may hold
+            `max_grad_norm` instead.
+        nonfinite: as `AdafacLO`; "allow" replaces NaN by 0 and inf by the largest number as the reference does, after
+            clipping, so that with clipping a single NaN zeroes the gradient.
+        Others: as `AdafacLO`; the decays are used as they are.
+
+    Raises:
+        ValueError: a setting or a parameter that cannot be served, by name.
+        WeightsError: the weights cannot be had or do not fit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor = 0.001,
+        weights: WeightsLike = "DiamondXL/elo",
+        initial_momentum_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        initial_rms_decays: Sequence[float] = (0.999,),
+        initial_adafactor_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        exp_mult: float = 0.001,
+        weight_decay: float = 0.0,
+        clip_grad: bool = False,
+        clip_norm: float = 1.0,
+        nonfinite: Nonfinite = "error",
+        process_group: Any = None,
+        precision: Precision = "high",
+    ) -> None:
+        self.precision = check_precision(precision)
+        network = load_weights(weights, ELO_WEIGHTS)
+        rule = ELORule(
+            network,
+            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
+            checked_decays("initial_rms_decays", initial_rms_decays, 1),
+            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+        )
+        defaults = {
+            "lr": lr,
+            "exp_mult": exp_mult,
+            "weight_decay": weight_decay,
+            "max_grad_norm": clip_norm if clip_grad else None,
+        }
+        super().__init__(params, rule, network, defaults, nonfinite=nonfinite, process_group=process_group)
