@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+FIGURE = "figure"
 FIGURES: list[str] = []
 
 torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 
 
-@pytest.fixture(scope="session")
-def figures() -> list[str]:
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Lines that the terminal summary prints: what the parity, virtual-rank and real-rank tests measured."""
-    return FIGURES
+    lines: list[str] = []
+    yield lines
+    request.node.user_properties += [(FIGURE, line) for line in lines]  # they travel with the report, also from other workers
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        FIGURES.extend(str(value) for name, value in report.user_properties if name == FIGURE)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if FIGURES:
         terminalreporter.section("measured")
-        for line in FIGURES:
+        for line in sorted(FIGURES):
             terminalreporter.write_line(line)
