@@ -49,12 +49,21 @@ class FeatureSet:
         eps_diag: added to D in the feature m_k * rsqrt(D_k + .) of tensors below two dims.
         eps_rms: added to v in q.
         clamp: the gradient is clamped to this absolute value before it is used, or None.
+        per_matrix: features are normalised over the last two dims, one set of sums per index of the others (the `lead`), instead
+            of over the whole tensor.
+        eps_normalise: added to the mean square that a feature is divided by the root of.
     """
 
     extended: bool
     eps_diag: float
     eps_rms: float = EPS_RMS
     clamp: float | None = None
+    per_matrix: bool = False
+    eps_normalise: float = EPS_NORMALISE
+
+    def lead(self, shape: Shape) -> Shape:
+        """The dims that have a normalisation each."""
+        return shape[:-2] if self.per_matrix else ()
 
     @property
     def p(self) -> int:
@@ -70,12 +79,16 @@ class FeatureSet:
         return self.row + 15
 
     def num_sums(self, dims: Dims) -> int:
-        """Sums of squares that pass B makes: all features but those of a row or column, below two dims each of them once."""
+        """Sums of squares that pass B makes: all features but those of a row or column, below two dims each of them once.
+
+        One such set for every index of the lead.
+        """
         return self.row + 3 if dims is not None else self.row + 9
 
 
 SMALL_FC = FeatureSet(extended=False, eps_diag=1e-6)
 VELO = FeatureSet(extended=True, eps_diag=0.0, clamp=1000.0)
+CELO2 = FeatureSet(extended=True, eps_diag=0.0, eps_rms=1e-8, clamp=1000.0, per_matrix=True, eps_normalise=1e-9)
 CLIPPED_GRADIENT = 0.1  # bound of the feature clip(g)
 
 
@@ -336,40 +349,61 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
     """Pass B: add the local sums of squares of the element features. Reads state, writes none of it.
 
     Args:
-        sums: float64 (features.num_sums(dims),), in the order of the features (modified in place).
+        sums: float64 (features.num_sums(dims) * lead,), in the order of the features (modified in place).
     """
-    row = t.features.row
+    row, lead = t.features.row, t.features.lead(t.shard.shape)
+    sums = sums.view(t.features.num_sums(t.dims), *lead)
     for box in chunks(t.shard, t.value.device):
         x = scratch.take("features", t.features.num, box.numel, t.momentum)
         _fill_features(x, box, t, with_factors=False)
         own = (x[:row], x[row + 12 :]) if t.factors is not None else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
-        sums += torch.cat([_square_sums(rows) for rows in own])
+        # (features, lead of the block, the rest)
+        split = [rows.view(len(rows), *box.sizes[: len(lead)], -1) for rows in own]
+        _lead_part(sums, box, len(lead)).add_(torch.cat([_square_sums(rows) for rows in split]))
 
 
 def _square_sums(rows: Tensor) -> Tensor:
-    """Float64 sum of squares of each row of (rows, M)."""
+    """Float64 sums of squares over the last dim."""
     wide = rows.to(torch.float64)
-    return torch.sum(wide * wide, dim=1)
+    return torch.sum(wide * wide, dim=-1)
+
+
+def _lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
+    """View of (features, *lead) on the part of the lead that a block spans."""
+    for dim in range(lead_dims):
+        per_lead = per_lead.narrow(1 + dim, box.offsets[dim], box.sizes[dim])
+    return per_lead
 
 
 def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
-    """1 / sqrt(mean x^2 + 1e-5) of all features over the whole tensor, (features.num,), from the global sums of B.
+    """1 / sqrt(mean x^2 + eps) of all features, (features.num, *lead), from the global sums of B.
 
     The features that depend on a row or column alone need no communication: the factors are replicated.
     """
-    row = t.features.row
-    squares = torch.empty(t.features.num, dtype=torch.float64, device=sums.device)
+    row, shape = t.features.row, t.shard.shape
+    lead = t.features.lead(shape)
+    sums = sums.view(-1, *lead)
+    squares = torch.empty((t.features.num, *lead), dtype=torch.float64, device=sums.device)
     squares[:row] = sums[:row]
     squares[row + 12 :] = sums[-3:]
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
         f = t.factors
         for first, factor, dim in ((0, f.row, d0), (3, f.col, d1), (6, f.row_rsqrt, d0), (9, f.col_rsqrt, d1)):
-            squares[row + first : row + first + 3] = _square_sums(factor.flatten(1)) * t.shard.shape[dim]
+            squares[row + first : row + first + 3] = _factor_square_sums(factor, dim, shape, len(lead))
     else:
         squares[row : row + 3] = squares[row + 3 : row + 6] = sums[row : row + 3]
         squares[row + 6 : row + 9] = squares[row + 9 : row + 12] = sums[row + 3 : row + 6]
-    return (squares / t.shard.global_numel + EPS_NORMALISE).rsqrt_().to(t.momentum.dtype)
+    mean = squares / math.prod(shape[len(lead) :])
+    return (mean + t.features.eps_normalise).rsqrt_().to(t.momentum.dtype)
+
+
+def _factor_square_sums(factor: Tensor, dropped: int, shape: Shape, lead_dims: int) -> Tensor:
+    """Float64 sums over all dims but the lead of the squares of a factor (K, *shape without `dropped`), broadcast."""
+    square = factor.to(torch.float64).square().unsqueeze(1 + dropped).flatten(1 + lead_dims).sum(-1)
+    if dropped >= lead_dims:
+        return square * shape[dropped]
+    return square.expand(-1, *shape[:lead_dims])
 
 
 @dataclass(slots=True)
@@ -390,6 +424,35 @@ def time_features(step: Tensor, scales: Sequence[float] | Tensor = TIME_SCALES) 
     return torch.tanh(step.to(torch.float32) / tau - 1.0)
 
 
+def network_outputs(
+    t: StepTensors, feature_scale: Tensor, network: Network, scratch: Scratch
+) -> Iterator[tuple[Box, Tensor, Tensor]]:
+    """Pass C up to the network: its first two outputs for every block, each in the shape of the block.
+
+    Writes the new momentum, rms and diag as it goes (modified in place where `keep` holds).
+
+    Args:
+        feature_scale: (features.num, *lead), see `normalisers`.
+    """
+    hidden, num = network.hidden_weight.shape[0], t.features.num
+    lead_dims = feature_scale.dim() - 1
+    for box in chunks(t.shard, t.value.device):
+        x = scratch.take("features", num, box.numel, t.momentum)
+        _fill_features(x, box, t, with_factors=True)
+        shaped, m = x.view(num, *box.sizes), t.features.p + 1
+        commit(box.view(t.momentum), shaped[m : m + 3], t.keep)
+        commit(box.view(t.rms), shaped[m + 3], t.keep)
+        if t.diag is not None:
+            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.keep)
+        x.view(num, *box.sizes[:lead_dims], -1).mul_(_lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
+        h1 = scratch.take("hidden1", hidden, box.numel, x)
+        h2 = scratch.take("hidden2", hidden, box.numel, x)
+        torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
+        torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
+        out = torch.mm(network.output_weight, h2).add_(network.output_bias)
+        yield box, out[0].view(box.sizes), out[1].view(box.sizes)
+
+
 def apply_update(
     t: StepTensors,
     feature_scale: Tensor,
@@ -401,7 +464,7 @@ def apply_update(
     decay_before: float | Tensor = 0.0,
     decay_after: float | Tensor = 0.0,
 ) -> None:
-    """Pass C: features, network, and the new momentum, rms, diag and value (all modified in place where `keep` holds).
+    """Pass C: features, network, and the new state and value (all modified in place where `keep` holds).
 
     p <- p - step_size * o0 * exp(exp_mult * o1) - decay_before * p, then p <- p - decay_after * p.
 
@@ -409,26 +472,16 @@ def apply_update(
         feature_scale: (features.num,), see `normalisers`.
         update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements (modified in place).
     """
-    hidden, num = network.hidden_weight.shape[0], t.features.num
     update_squares.zero_()
-    for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", num, box.numel, t.momentum)
-        _fill_features(x, box, t, with_factors=True)
-        shaped, m = x.view(num, *box.sizes), t.features.p + 1
-        commit(box.view(t.momentum), shaped[m : m + 3], t.keep)
-        commit(box.view(t.rms), shaped[m + 3], t.keep)
-        if t.diag is not None:
-            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.keep)
-        x.mul_(feature_scale[:, None])
-        h1 = scratch.take("hidden1", hidden, box.numel, x)
-        h2 = scratch.take("hidden2", hidden, box.numel, x)
-        torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
-        torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
-        out = torch.mm(network.output_weight, h2).add_(network.output_bias)
-        update = out[0] * (exp_mult * out[1]).exp_() * step_size
+    for box, direction, magnitude in network_outputs(t, feature_scale, network, scratch):
+        update = direction * (exp_mult * magnitude).exp_() * step_size
         value = box.view(t.value)
-        old = value.to(x.dtype, copy=True).reshape(-1)  # (M,): a 0-d tensor would promote to a decay that is a float64 tensor
+        old = value.to(update.dtype, copy=True)
         new = old - update - decay_before * old
-        new = new - decay_after * new
-        commit(value, new.view(box.sizes), t.keep)
-        update_squares += torch.where(t.keep, (new - old).to(torch.float64).square_().sum(), 0.0)
+        move(value, old, new - decay_after * new, t.keep, update_squares)
+
+
+def move(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
+    """value <- new where `keep` holds, and the square of the change is counted (`value`, `update_squares` modified in place)."""
+    commit(value, new, keep)
+    update_squares += (new - old).to(torch.float64).square_().sum() * keep
