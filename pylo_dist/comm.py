@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .optim.base import Transfer
 
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
+Collective = Union[Reduction, Transfer]
 
 
 def default_group() -> Any:
@@ -33,12 +36,19 @@ def rank(group: Any) -> int:
     return 0 if group is None else int(group.rank())
 
 
-def serve(phases: Iterable[list[Reduction]]) -> None:
-    """Drive an engine: add every buffer over its group, all groups of a phase at once, until the phases end."""
-    for reductions in phases:
-        works = [dist.all_reduce(buffer, group=group, async_op=True) for group, buffer in reductions]
-        for work in works:
+def serve(phases: Iterable[list[Collective]]) -> None:
+    """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end."""
+    for collectives in phases:
+        for work in [_start(collective) for collective in collectives]:
             work.wait()
+
+
+def _start(collective: Collective) -> Any:
+    if isinstance(collective, Transfer):
+        t = collective
+        return dist.all_to_all_single(t.receive, t.send, t.receive_counts, t.send_counts, group=t.group, async_op=True)
+    group, buffer = collective
+    return dist.all_reduce(buffer, group=group, async_op=True)
 
 
 def reduce_scatter_mean(shard: Tensor, full: Tensor, group: Any) -> None:

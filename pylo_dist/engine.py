@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .comm import Reduction
+from .comm import Collective, Reduction
 from .comm import size as comm_size
-from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, LearnedRule, Sum
+from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, Exchange, LearnedRule, Request, Sum
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
@@ -45,8 +45,8 @@ class Engine:
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._pending: tuple[Any, Tensor, list[Tensor]] | None = None
 
-    def phases(self, loss: Tensor | None = None, loss_group: Any = None) -> Iterator[list[Reduction]]:
-        """One step. Yields the buffers to be added over their groups; whoever drives it does so and resumes.
+    def phases(self, loss: Tensor | None = None, loss_group: Any = None) -> Iterator[list[Collective]]:
+        """One step. Yields the collectives it needs; whoever drives it carries them out and resumes.
 
         Args:
             loss: 0-d, averaged over the ranks of `loss_group` in the first reduction, for rules that need it.
@@ -56,34 +56,36 @@ class Engine:
         """
         self.raise_pending()
         steps = [rule.step(batch) for rule, batch in self.work]
-        requests = [next(step) for step in steps]
+        requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
             _fill_audits(request, batch)
         mean_loss = (
             None if loss is None else loss.detach().to(self.go.device, torch.float64).reshape(1).div(comm_size(loss_group))
         )
-        yield from self._reduce(requests, [] if mean_loss is None else [(loss_group, mean_loss)])
+        yield from self._serve(requests, [] if mean_loss is None else [(loss_group, mean_loss)])
         self._judge(requests, mean_loss)
         while steps:
             running = [(step, next(step, None)) for step in steps]
             steps = [step for step, request in running if request is not None]
-            yield from self._reduce([request for _, request in running if request is not None])
+            yield from self._serve([request for _, request in running if request is not None])
 
     @staticmethod
-    def _reduce(requests: Sequence[Sum], further: Sequence[Reduction] = ()) -> Iterator[list[Reduction]]:
-        """Pack all requests of a phase into one buffer per process group. Unshared tensors need no reduction."""
+    def _serve(requests: Sequence[Request], further: Sequence[Reduction] = ()) -> Iterator[list[Collective]]:
+        """Pack all sums of a phase into one buffer per process group. Unshared tensors need no reduction."""
         by_group: dict[int, list[Reduction]] = {}
-        buffers = [(group, buffer) for request in requests for group, buffer, _ in request.buffers]
+        sums = [request for request in requests if isinstance(request, Sum)]
+        transfers = [t for request in requests if isinstance(request, Exchange) for t in request.transfers]
+        buffers = [(group, buffer) for request in sums for group, buffer, _ in request.buffers]
         for group, buffer in [*buffers, *further]:
             if group is not None and buffer.numel():
                 by_group.setdefault(id(group), []).append((group, buffer))
-        if not by_group:
+        if not by_group and not transfers:
             return
         packed = [
             parts[0] if len(parts) == 1 else (parts[0][0], torch.cat([buffer for _, buffer in parts]))
             for parts in by_group.values()
         ]
-        yield packed
+        yield [*packed, *transfers]
         for parts, (_, total) in zip(by_group.values(), packed, strict=True):
             if len(parts) > 1:
                 for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
@@ -176,6 +178,11 @@ class Engine:
         for stats in self._stats:
             merged.update(stats.table())
         return merged
+
+
+def _first_sum(request: Request) -> Sum:
+    assert isinstance(request, Sum), "a rule's first request carries the gradient audits"
+    return request
 
 
 def _fill_audits(request: Sum, batch: Batch) -> None:

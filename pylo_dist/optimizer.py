@@ -12,12 +12,12 @@ from torch import Tensor
 
 from . import comm
 from .adapters import plain
-from .comm import Reduction
+from .comm import Collective
 from .engine import Clip, Engine, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
 from .report import Report, num_bytes, report_row
 from .shards import ShardBinding
-from .state import allocate_state, state_dtype
+from .state import StateField, allocate_state, state_dtype
 from .weights import MetaNetwork
 
 _REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")
@@ -60,6 +60,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._clip = clip
         self._nonfinite = nonfinite
         self._bindings: dict[Tensor, ShardBinding] = {}
+        self._fields: dict[Tensor, dict[str, StateField]] = {}
         self._engine: Engine | None = None
         self._engine_params: list[tuple[Tensor, Item]] = []
         self._engine_key: list[Tensor] = []
@@ -87,6 +88,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group[name] = torch.as_tensor(group.get(name, value)).detach().to(device, copy=True)
         group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
         self._bindings.update(bindings)
+        self._fields.update({p: self.rule.state_fields(binding.shard, group) for p, binding in bindings.items()})
         self._forget_engine()
         self._ready()
 
@@ -173,8 +175,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         comm.serve(self.phases())
         return loss
 
-    def phases(self) -> Iterator[list[Reduction]]:
-        """One step as a generator of the reductions it needs (see `Engine.phases`); `step()` serves them."""
+    def phases(self) -> Iterator[list[Collective]]:
+        """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
         loss, self._loss = self._loss, None
         if not self.rule.needs_loss:
             loss = None
@@ -209,12 +211,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._forget_engine()
         for param, group in trainable:
             binding = self._bindings[param]
-            shape = binding.shard.shape
-            fields = self.rule.state_fields(shape)
+            fields = self._fields[param]
             if not self.state[param]:
                 self.state[param] = allocate_state(fields, binding.shard, param)
             state = {name: fields[name].flat(tensor) for name, tensor in self.state[param].items()}
-            item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(shape))
+            item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(binding.shard.shape))
             by_device.setdefault(param.device, []).append(item)
             self._engine_params.append((param, item))
         work = [(self.rule, Batch.of(items, device)) for device, items in by_device.items()]
@@ -224,6 +225,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _key(self, params: list[Tensor]) -> list[Tensor]:
         """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
         return [tensor for param in params for tensor in (param, *self.state.get(param, {}).values())]
+
+    def state_fields(self, param: Tensor) -> dict[str, StateField]:
+        """What the state of a parameter of this optimizer consists of."""
+        return dict(self._fields[param])
 
     def _forget_engine(self) -> None:
         self._engine, self._engine_params, self._engine_key = None, [], []
@@ -287,7 +292,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state = loaded["state"].get(saved, {})
             if not state and not self.state.get(param):
                 continue
-            for name, field in self.rule.state_fields(shard.shape).items():
+            for name, field in self._fields[param].items():
                 wanted = field.local_shape(shard)
                 got = state.get(name)
                 if not isinstance(got, Tensor) or tuple(got.shape) != wanted:
@@ -326,7 +331,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         exact: dict[Tensor, dict[str, Tensor]] = copy.copy(self.state)
         exact.clear()
         for saved, param in self._saved_to_param(loaded["param_groups"]).items():
-            fields = self.rule.state_fields(self._bindings[param].shard.shape)
+            fields = self._fields[param]
             entries = loaded["state"].get(saved)
             if not entries:
                 continue
@@ -346,8 +351,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 binding, state = self._bindings[param], self.state.get(param, {})
-                shard, fields = binding.shard, self.rule.state_fields(binding.shard.shape)
-                rule = self.rule.name if param.requires_grad else "frozen"
+                shard, fields = binding.shard, self._fields[param]
+                rule = self.rule.describe(fields) if param.requires_grad else "frozen"
                 rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group)))
                 totals["parameters"] += 1
                 totals["numel"] += shard.numel
@@ -367,7 +372,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._ready().stats()
 
 
-_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings")
+_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields")
 
 
 def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -481,6 +481,73 @@ def apply_update(
         move(value, old, new - decay_after * new, t.keep, update_squares)
 
 
+def matrix_square_sums(x: Tensor, shard: TensorShard, sums: Tensor) -> None:
+    """Add the local sums of squares over the last two dims (`sums` float64, one per index of the others, modified in place)."""
+    lead = shard.shape[:-2]
+    for box in chunks(shard, x.device):
+        part = box.view(x).reshape(1, *box.sizes[: len(lead)], -1)
+        _lead_part(sums.view(1, *lead), box, len(lead)).add_(_square_sums(part))
+
+
+def scale_matrices(x: Tensor, shard: TensorShard, scale: Tensor) -> None:
+    """Multiply local elements by their matrix's number (x (N,) modified in place; `scale` one per index of the leading dims)."""
+    lead = shard.shape[:-2]
+    for box in chunks(shard, x.device):
+        box.view(x).mul_(_lead_part(scale.view(1, *lead), box, len(lead))[0].reshape(*box.sizes[: len(lead)], 1, 1))
+
+
+def adamw(
+    shard: TensorShard,
+    value: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float | Tensor,
+    weight_decay: float,
+    scale: Tensor | None,
+    keep: Tensor,
+    update_squares: Tensor,
+) -> None:
+    """AdamW, elementwise: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments divided by 1 - beta^step.
+
+    Args:
+        value, grad, mean, square: (N,) (all but `grad` modified in place where `keep` holds).
+        step: number of this step, the first is 1; 0-d.
+        scale: what clipping multiplies the gradient by, or None.
+    """
+    update_squares.zero_()
+    beta_1, beta_2 = betas
+    step = step.to(torch.float64)
+    for box in chunks(shard, value.device):
+        old = box.view(value).to(mean.dtype, copy=True)
+        g = box.view(grad).to(mean.dtype)
+        g = g if scale is None else g * scale.to(g.dtype)
+        m = box.view(mean) * beta_1 + g * (1.0 - beta_1)
+        v = box.view(square) * beta_2 + g * g * (1.0 - beta_2)
+        commit(box.view(mean), m, keep)
+        commit(box.view(square), v, keep)
+        change = (m / (1.0 - beta_1**step)) / ((v / (1.0 - beta_2**step)).sqrt_() + eps)
+        move(box.view(value), old, old - lr * (change + weight_decay * old), keep, update_squares)
+
+
+def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
+    """About the nearest orthogonal matrix of every matrix in x (..., rows, columns): singular values driven towards 1.
+
+    X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T, X on its side if it is tall.
+    """
+    c0, c1, c2 = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.norm(x, dim=(-2, -1), keepdim=True) + eps)
+    for _ in range(iterations):
+        a = x @ x.mT
+        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
+    return x.mT if tall else x
+
+
 def move(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
     """value <- new where `keep` holds, and the square of the change is counted (`value`, `update_squares` modified in place)."""
     commit(value, new, keep)

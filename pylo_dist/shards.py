@@ -6,7 +6,7 @@ Legend: N local elements, `fqn` the full parameter name, `dim` a tensor dimensio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,11 @@ class Box:
     @property
     def numel(self) -> int:
         return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the block lies in the global tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def view(self, local: Tensor) -> Tensor:
         """View of `local` (..., N), contiguous in its last dim, as (..., *sizes)."""
@@ -209,6 +214,18 @@ class TensorShard:
             for below in _interval_boxes(inner, column, column + columns)
         ]
 
+    def take(self, whole: Tensor) -> Tensor:
+        """The elements of this shard out of the global tensor, a new (N,)."""
+        local = whole.new_empty(self.numel)
+        for box in self.boxes():
+            box.view(local).copy_(whole[box.slices])
+        return local
+
+    def put(self, local: Tensor, whole: Tensor) -> None:
+        """Write local elements (N,) to their places in the global tensor (`whole` is modified in place)."""
+        for box in self.boxes():
+            whole[box.slices] = box.view(local)
+
     def indices(self) -> Tensor:
         """Global C-order index of every local element, int64 (N,)."""
         local = torch.arange(self.numel)
@@ -261,6 +278,7 @@ class ShardedParam:
         present: whether this rank's backward produced a gradient; a tensor moves when that holds on any rank of its group, and
             ranks without one then contribute zeros.
         group: the process group whose ranks tile the tensor exactly once; None when this rank holds all of it.
+        peers: the shards of all ranks of `group`, in rank order, and `rank` this one's place; () and 0 without a group.
     """
 
     shard: TensorShard
@@ -268,28 +286,33 @@ class ShardedParam:
     grad: Tensor | None
     present: bool
     group: Any = None
+    peers: Sequence[TensorShard] = ()
+    rank: int = 0
 
 
 @dataclass(slots=True)
 class ShardBinding:
     """Says that a local 1-D parameter is the piece `shard` of a larger tensor whose ranks are `group`.
 
-    `present` is set by the adapter before each step (see `ShardedParam.present`).
+    `present` is set by the adapter before each step (see `ShardedParam`, also for `peers` and `rank`).
     """
 
     shard: TensorShard
     group: Any
+    peers: Sequence[TensorShard] = ()
+    rank: int = 0
     present: bool = True
 
 
 _BINDING = "_pylo_dist_shard"
 
 
-def bind_shard(param: Tensor, shard: TensorShard, group: Any) -> ShardBinding:
-    """Mark the 1-D tensor `param` as the piece `shard`, so that an optimizer built on it knows its layout."""
+def bind_shard(param: Tensor, peers: Sequence[TensorShard], rank: int, group: Any) -> ShardBinding:
+    """Mark the 1-D tensor `param` as the piece `peers[rank]`, so that an optimizer built on it knows its layout."""
+    shard = peers[rank]
     if tuple(param.shape) != (shard.numel,):
         raise ValueError(f"{shard.fqn!r}: local tensor has shape {tuple(param.shape)}, its shard {shard.numel} elements")
-    binding = ShardBinding(shard, group)
+    binding = ShardBinding(shard, group, peers, rank)
     setattr(param, _BINDING, binding)
     return binding
 

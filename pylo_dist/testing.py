@@ -15,7 +15,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .comm import Reduction
+from .comm import Collective
+from .optim.base import Transfer
 from .optimizer import LearnedOptimizer
 from .shards import TensorShard, bind_shard
 
@@ -40,7 +41,7 @@ class VirtualRun:
         params: global parameters by fqn; state: global state by fqn and name, canonical shapes.
         history: the global parameters after every step.
         optimizers: one per virtual rank.
-        reductions: number of reductions of each step.
+        reductions, exchanges: number of reductions and of all-to-all exchanges of each step.
     """
 
     params: dict[str, Tensor]
@@ -48,6 +49,7 @@ class VirtualRun:
     history: list[dict[str, Tensor]]
     optimizers: list[LearnedOptimizer]
     reductions: list[int] = field(default_factory=list)
+    exchanges: list[int] = field(default_factory=list)
 
 
 def run_virtual(
@@ -82,9 +84,8 @@ def run_virtual(
     for rank in range(group.ranks):
         pieces = {}
         for fqn, p in params.items():
-            shard = shards[fqn][rank]
-            pieces[fqn] = torch.nn.Parameter(p.detach().reshape(-1)[shard.indices().to(p.device)].clone())
-            bind_shard(pieces[fqn], shard, group)
+            pieces[fqn] = torch.nn.Parameter(p.detach().reshape(-1)[shards[fqn][rank].indices().to(p.device)])
+            bind_shard(pieces[fqn], shards[fqn], rank, group)
         locals_.append(pieces)
     run = VirtualRun({}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_])  # type: ignore[arg-type]
     for t, step_grads in enumerate(grads):
@@ -96,13 +97,15 @@ def run_virtual(
                 grad = step_grads.get(fqn)
                 index = shards[fqn][rank].indices().to(piece.device)
                 piece.grad = None if grad is None else grad.detach().reshape(-1)[index].clone()
-        run.reductions.append(_step([optimizer.phases() for optimizer in run.optimizers]))
+        reductions, exchanges = _step([optimizer.phases() for optimizer in run.optimizers])
+        run.reductions.append(reductions)
+        run.exchanges.append(exchanges)
         run.history.append(
             {fqn: _join([pieces[fqn].detach() for pieces in locals_], shards[fqn], (), p.shape) for fqn, p in params.items()}
         )
     run.params = run.history[-1] if run.history else {fqn: p.clone() for fqn, p in params.items()}
     for fqn, p in params.items():
-        fields = run.optimizers[0].rule.state_fields(tuple(p.shape))
+        fields = run.optimizers[0].state_fields(locals_[0][fqn])
         states = [optimizer.state[pieces[fqn]] for optimizer, pieces in zip(run.optimizers, locals_, strict=True)]
         run.state[fqn] = {}
         for name, f in fields.items():
@@ -136,20 +139,32 @@ def _shards(fqn: str, shape: tuple[int, ...], cut: Cut) -> list[TensorShard]:
     return pieces
 
 
-def _step(ranks: Sequence[Iterator[list[Reduction]]]) -> int:
-    """Serve one step of all ranks in lock step; returns how many reductions it took."""
-    count = 0
+def _step(ranks: Sequence[Iterator[list[Collective]]]) -> tuple[int, int]:
+    """Serve one step of all ranks in lock step; returns how many reductions and exchanges it took."""
+    reductions = exchanges = 0
     while True:
         requests = [next(rank, None) for rank in ranks]
         if all(request is None for request in requests):
-            return count
-        asked = [[tuple(buffer.shape) for _, buffer in request] if request is not None else None for request in requests]
-        assert all(a == asked[0] for a in asked), f"the ranks ask for different reductions, which would hang: {asked}"
-        for buffers in zip(*(request for request in requests if request is not None), strict=True):
-            count += 1
-            total = torch.stack([buffer for _, buffer in buffers]).sum(0)
-            for _, buffer in buffers:
-                buffer.copy_(total)
+            return reductions, exchanges
+        asked = [None if request is None else [_signature(c) for c in request] for request in requests]
+        assert all(a == asked[0] for a in asked), f"the ranks ask for different collectives, which would hang: {asked}"
+        for collectives in zip(*(request for request in requests if request is not None), strict=True):
+            transfers = [c for c in collectives if isinstance(c, Transfer)]
+            buffers = [c[1] for c in collectives if not isinstance(c, Transfer)]
+            if buffers:
+                reductions += 1
+                total = torch.stack(buffers).sum(0)
+                for buffer in buffers:
+                    buffer.copy_(total)
+            if transfers:
+                exchanges += 1
+                sent = [transfer.send.split(transfer.send_counts) for transfer in transfers]
+                for rank, transfer in enumerate(transfers):
+                    transfer.receive.copy_(torch.cat([parts[rank] for parts in sent]))
+
+
+def _signature(collective: Collective) -> object:
+    return "exchange" if isinstance(collective, Transfer) else tuple(collective[1].shape)
 
 
 def _join(pieces: Sequence[Tensor], shards: Sequence[TensorShard], copies: tuple[int, ...], shape: torch.Size) -> Tensor:
@@ -161,7 +176,10 @@ def _join(pieces: Sequence[Tensor], shards: Sequence[TensorShard], copies: tuple
 
 
 def layout_error(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], largest_change: Mapping[str, Tensor]
+    got: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    largest_change: Mapping[str, Tensor],
+    share: float | None = None,
 ) -> dict[str, float]:
     """How far two layouts are apart, per tensor, in units of the layout tolerance (1 is the limit).
 
@@ -171,14 +189,15 @@ def layout_error(
 
     Args:
         largest_change: per tensor, the largest absolute change of an element in one step, 0-d.
+        share: of the largest change, instead of 1e-5 or 1e-12. Newton-Schulz amplifies the last bits of its input: 5e-5 for CELO2.
     """
     errors = {}
     for fqn, tensor in wanted.items():
         if not tensor.numel():
             continue
-        share = 1e-12 if tensor.dtype == torch.float64 else 1e-5
+        of_change = share or (1e-12 if tensor.dtype == torch.float64 else 1e-5)
         ulp = torch.nextafter(tensor.abs(), torch.full_like(tensor, math.inf)) - tensor.abs()
-        limit = torch.maximum(4.0 * ulp, share * largest_change[fqn].to(tensor.dtype))
+        limit = torch.maximum(4.0 * ulp, of_change * largest_change[fqn].to(tensor.dtype))
         errors[fqn] = float(((got[fqn] - tensor).abs() / limit).max())
     return errors
 

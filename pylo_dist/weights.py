@@ -69,6 +69,20 @@ SMALL_FC = Architecture(
 # the same network with decays that are used as they are
 ELO = Architecture("elo", SMALL_FC.shapes, {})
 
+_CELO2_GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)  # widths of the groups of features, each with a matrix of its own
+CELO2 = Architecture(
+    "celo2",
+    {
+        **{f"w0.{i}": (width, 8) for i, width in enumerate(_CELO2_GROUPS)},
+        "b0": (8,),
+        "dense_w.0": (8, 8),
+        "dense_b.0": (8,),
+        "dense_w.1": (8, 3),
+        "dense_b.1": (3,),
+    },
+    {},
+)
+
 VELO = Architecture(
     "velo",
     {
@@ -120,6 +134,8 @@ _REGISTRY: dict[str, Registered] = {
         "small_fc", "btherien/mulo", SMALL_FC.decays, "PyLO's small_fc_lopt weights, meta-trained with muP (arXiv 2406.00153)"
     ),
     "DiamondXL/elo": Registered("elo", "DiamondXL/elo", {}, "PyLO's ELO weights"),
+    "DiamondXL/celo2": Registered("celo2", "DiamondXL/celo2", {}, "PyLO's CELO2 weights (arXiv 2602.19142)"),
+    "DiamondXL/elo-celo2": Registered("celo2", "DiamondXL/elo-celo2", {}, "PyLO's ELO-CELO2 weights"),
     "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": Registered(
         "velo",
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",

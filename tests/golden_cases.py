@@ -103,6 +103,36 @@ def velo(params: list[tuple[str, Tensor]], file: Arrays) -> pylo_dist.LearnedOpt
     return pylo_dist.VeLO(params, num_steps=int(file["num_steps"]), weights=velo_weights(size), tie_break="as_given")
 
 
+def celo2_weights(file: Arrays) -> dict[str, Tensor]:
+    """CELO2's MLP, (in, out) there as in PyLO's files; the first matrix split into its 14 groups of features."""
+    weights, first = {}, 0
+    for i, width in enumerate((1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)):
+        weights[f"w0.{i}"] = tensor(file["w0"][first : first + width])
+        first += width
+    return {
+        **weights,
+        "b0": tensor(file["b0"]),
+        "dense_w.0": tensor(file["w1"]),
+        "dense_b.0": tensor(file["b1"]),
+        "dense_w.1": tensor(file["w2"]),
+        "dense_b.1": tensor(file["b2"]),
+    }
+
+
+def celo2(params: list[tuple[str, Tensor]], file: Arrays) -> pylo_dist.LearnedOptimizer:
+    """CELO2 and ELO-CELO2; the file carries the constructor's arguments."""
+    shared = "t3.mom" in file  # AdamW on the learned accumulators
+    names = ["lr", "weight_decay", "adam_lr_mult", "adam_weight_decay", "clip_norm", "exp_mult", "rmsmult", "grad_clip_val"]
+    kwargs: dict[str, object] = {name: float(file[f"cfg.{name}"]) for name in names}
+    kwargs |= {name: bool(file[f"cfg.{name}"]) for name in ("orthogonalize", "clip_grad", "param_scale_mult")}
+    if not shared:
+        kwargs |= {"adam_betas": tuple(file["cfg.adam_betas"]), "adam_eps": float(file["cfg.adam_eps"])}
+    if int(file["embedding_tensor"]) >= 0:
+        kwargs["embedding_pattern"] = f"^t{int(file['embedding_tensor'])}$"
+    cls = pylo_dist.ELO_CELO2 if shared else pylo_dist.CELO2
+    return cls(params, weights=celo2_weights(file), **kwargs)
+
+
 @dataclass(frozen=True)
 class Case:
     """A golden file without its precision suffix, and what reproduces it."""
@@ -120,6 +150,11 @@ CASES = {
         Case("elo_wd_clip", elo),
         Case("velo_small", velo),
         Case("velo_release", velo),
+        Case("celo2_default", celo2),
+        Case("celo2_wd_clip", celo2),
+        Case("celo2_base", celo2),
+        Case("elo_celo2_default", celo2),
+        Case("elo_celo2_mult20", celo2),
     )
 }
 
@@ -154,6 +189,10 @@ def state(file: Arrays, i: int, t: int, suffix: str = "") -> dict[str, Tensor]:
         array = file[f"t{i}.{key}{suffix}"]
         return torch.tensor(array if suffix else array[t])
 
+    if f"t{i}.exp_avg" in file:
+        return {"exp_avg": get("exp_avg"), "exp_avg_sq": get("exp_avg_sq")}
+    if "cfg.lr" in file and len(file[f"t{i}.shape"]) < 2:  # ELO-CELO2's AdamW: the first momentum and the mean square
+        return {"exp_avg": get("mom")[..., 0], "exp_avg_sq": get("rms")[..., 0]}
     factors = {"row": "vrow", "col": "vcol"} if len(file[f"t{i}.shape"]) >= 2 else {"diag": "vdiag"}
     names = {"momentum": "mom", **factors}
     found = {**{ours: get(theirs).movedim(-1, 0) for ours, theirs in names.items()}, "rms": get("rms").squeeze(-1)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, by torch itself, it would keep the group alive beyond its destruction
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)

@@ -173,12 +173,12 @@ def test_bindings_know_their_tensor() -> None:
     shard = TensorShard.interval("p", (3, 4), 2, 9)
     param = torch.nn.Parameter(torch.zeros(7))
     assert bound_shard(param) is None
-    assert bind_shard(param, shard, None) == ShardBinding(shard, None)
+    assert bind_shard(param, [shard], 0, None) == ShardBinding(shard, None, [shard], 0)
     binding = bound_shard(param)
     assert binding is not None
     assert binding.shard is shard
     with pytest.raises(ValueError, match=r"'p': local tensor has shape \(3, 4\), its shard 7 elements"):
-        bind_shard(torch.zeros(3, 4), shard, None)
+        bind_shard(torch.zeros(3, 4), [shard], 0, None)
 
 
 @pytest.mark.parametrize(

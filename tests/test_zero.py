@@ -149,7 +149,7 @@ def state_of(optimizer: pylo_dist.ZeroOptimizer) -> dict[str, Any]:
     pieces = {}
     for param, state in optimizer.state.items():
         shard = bound_shard(param).shard
-        fields = optimizer.inner.rule.state_fields(shard.shape)
+        fields = optimizer.inner.state_fields(param)
         sharded = {n: fields[n].flat(t).clone() for n, t in state.items() if fields[n].replicated is None}
         pieces[shard.fqn] = (shard.start, sharded, {n: t.clone() for n, t in state.items() if fields[n].replicated is not None})
     return pieces
@@ -253,7 +253,7 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
         for fqn, param in model.named_parameters():
             if not param.requires_grad or not param.numel():
                 continue
-            fields = reference.rule.state_fields(tuple(param.shape))
+            fields = reference.state_fields(param)
             for field_name, wanted in reference.state[param].items():
                 flat = fields[field_name].flat(wanted)
                 if fields[field_name].replicated is None:

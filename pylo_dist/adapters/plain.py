@@ -46,7 +46,8 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
 def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect`, before there is a gradient."""
     # reshape alone may give a view with steps between its elements, where rules expect none
-    return ShardedParam(binding.shard, param.detach().reshape(-1).contiguous(), None, False, binding.group)
+    value = param.detach().reshape(-1).contiguous()
+    return ShardedParam(binding.shard, value, None, False, binding.group, binding.peers, binding.rank)
 
 
 def publish(sharded: ShardedParam, param: Tensor) -> None:

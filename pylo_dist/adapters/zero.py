@@ -215,16 +215,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         numel = sum(param.numel() for _, param in named)
         shard_numel = -(-numel // (self.ranks * ALIGNMENT)) * ALIGNMENT
         flat = named[0][1].new_zeros(self.ranks * shard_numel)
-        low, high = self.rank * shard_numel, (self.rank + 1) * shard_numel
         members, offset = [], 0
         for fqn, param in named:
             end = offset + param.numel()
             flat[offset:end].view(param.shape).copy_(param)
             param.data = flat[offset:end].view(param.shape)
-            start, stop = min(max(low, offset), end), max(min(high, end), offset)
-            shard = TensorShard.interval(fqn, tuple(param.shape), start - offset, stop - offset)
-            piece = nn.Parameter(flat[start : start + shard.numel])
-            bind_shard(piece, shard, self.group)
+            peers = []
+            for first in range(0, len(flat), shard_numel or 1):
+                start, stop = (min(max(bound - offset, 0), end - offset) for bound in (first, first + shard_numel))
+                peers.append(TensorShard.interval(fqn, tuple(param.shape), start, stop))
+            start = offset + peers[self.rank].start
+            piece = nn.Parameter(flat[start : start + peers[self.rank].numel])
+            bind_shard(piece, peers, self.rank, self.group)
             members.append(Member(fqn, param, offset, piece))
             offset = end
         if self.group is not None:

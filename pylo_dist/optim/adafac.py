@@ -19,12 +19,12 @@ from ..optimizer import LearnedOptimizer
 from ..reference import Network
 from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
 from .base import Batch, Item
-from .factored import FactoredRule, Update
+from .factored import ThreePassRule, Update
 
 Precision = Literal["highest", "high", "medium"]
 
 
-class AdafacRule(FactoredRule):
+class AdafacRule(ThreePassRule):
     """small_fc_lopt: 28 normalised features and 11 time features per element, an MLP 39-32-32-2, one update.
 
     Args:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
-from ..shards import Shape, ShardedParam
+from ..shards import Shape, ShardedParam, TensorShard
 from ..state import StateField
 
 # Slots of the gradient audit, which every item has at the front of the first Sum of a step.
@@ -73,6 +73,27 @@ class Sum:
 
 
 @dataclass(slots=True)
+class Transfer:
+    """What a rank sends to and receives from every rank of a process group, 1-D, in rank order (`receive` is written)."""
+
+    group: Any
+    send: Tensor
+    send_counts: list[int]
+    receive: Tensor
+    receive_counts: list[int]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request: carry out these transfers, one per process group. The counts must follow from shards and shapes alone."""
+
+    transfers: list[Transfer]
+
+
+Request = Union[Sum, Exchange]
+
+
+@dataclass(slots=True)
 class Batch:
     """All parameters that one rule drives, over all parameter groups and process groups of an optimizer, on one device.
 
@@ -82,6 +103,7 @@ class Batch:
         scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
         clips: whether any item can be clipped at all; decided from the parameter groups.
         allows_nonfinite: whether gradients with NaN or inf are let through; set by the engine at construction.
+        kept: what a rule works out once, for as long as the items are the same.
         figures: what else the rule tells `stats()`, by name, (items,) each.
         go: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks what belongs to no single tensor.
         loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it; set with `go`.
@@ -99,6 +121,7 @@ class Batch:
     go: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     allows_nonfinite: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
     _sums: dict[str, Sum] = field(default_factory=dict)
 
@@ -152,11 +175,15 @@ class LearnedRule(ABC):
         """The factored dimensions (d1, d0) of a global shape, or None."""
 
     @abstractmethod
-    def state_fields(self, shape: Shape) -> dict[str, StateField]:
-        """The state of a parameter of this global shape."""
+    def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
+        """The state of a parameter, from its name and global shape and its group as it was added."""
+
+    def describe(self, fields: dict[str, StateField]) -> str:
+        """What drives a parameter with this state, for `report()`."""
+        return self.name
 
     @abstractmethod
-    def step(self, batch: Batch) -> Generator[Sum, None, None]:
+    def step(self, batch: Batch) -> Generator[Request, None, None]:
         """One step on the batch (its values and states are modified in place).
 
         The first request must carry the gradient audits (`new_sum(..., audited=True)`); no value or state may be written before

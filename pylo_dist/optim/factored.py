@@ -8,14 +8,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from .. import reference
 from ..reference import Decay, Factors, FeatureSet, Network, Scratch, StepTensors
-from ..shards import Shape, drop_dim, factored_dims
+from ..shards import Shape, TensorShard, drop_dim, factored_dims
 from ..state import StateField
-from .base import Batch, Item, LearnedRule, Sum
+from .base import Batch, Item, LearnedRule, Request
 
 
 @dataclass(slots=True)
@@ -37,7 +38,6 @@ class FactoredRule(LearnedRule):
     """
 
     features: FeatureSet
-    num_tensor_sums = 0  # sums of a tensor's own that ride in pass A, see `tensor_sums`
 
     def __init__(self, momentum_decays: Sequence[float], rms_decays: Sequence[float], factor_decays: Sequence[float]) -> None:
         self.momentum_decays = tuple(momentum_decays)
@@ -49,7 +49,8 @@ class FactoredRule(LearnedRule):
     def dims(self, shape: Shape) -> tuple[int, int] | None:
         return factored_dims(shape)
 
-    def state_fields(self, shape: Shape) -> dict[str, StateField]:
+    def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
+        shape = shard.shape
         fields = {"momentum": StateField((3,)), "rms": StateField()}
         dims = self.dims(shape)
         if dims is None:
@@ -58,62 +59,7 @@ class FactoredRule(LearnedRule):
         row, col = StateField((3,), replicated=drop_dim(shape, d0)), StateField((3,), replicated=drop_dim(shape, d1))
         return {**fields, "row": row, "col": col}
 
-    def tensor_sums(self, item: Item, sums: Tensor) -> None:
-        """Add the local part of `num_tensor_sums` sums of the old state and parameter (`sums` float64, modified in place).
-
-        Asked of every tensor, also of those without a gradient.
-        """
-
-    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
-        """Between A and B, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
-
-    @abstractmethod
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
-        """How item i of the batch moves."""
-
-    def step(self, batch: Batch) -> Generator[Sum, None, None]:
-        # A: sums of g^2 along rows and columns
-        extra = self.num_tensor_sums
-        a = batch.new_sum("A", lambda x: extra + reference.num_gradient_sums(x.param.shard.shape, x.dims), audited=True)
-        for i, item in enumerate(batch.items):
-            if extra:
-                self.tensor_sums(item, a.vectors[i][:extra])
-        for i, item in batch.moving():
-            param = item.param
-            assert param.grad is not None
-            replace = self.replaces_nonfinite and batch.allows_nonfinite
-            # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
-            clamp = self.features.clamp if item.hyper.get("max_grad_norm") is None else None
-            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace)
-            param.grad = param.grad.nan_to_num() if replace else param.grad
-        yield a
-
-        # B: with the factors known, the sum of squares of every feature
-        self.prepare(batch, [vector[:extra] for vector in a.vectors])
-        b = batch.new_sum("B", lambda x: self.features.num_sums(x.dims))
-        tensors: dict[int, StepTensors] = {}
-        for i, item in batch.moving():
-            tensors[i] = self._gather(batch, i, item, a.vectors[i][extra:])
-            reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
-        yield b
-
-        # C: normalise, run the network, write
-        for i, item in batch.moving():
-            batch.param_squares[i] = b.vectors[i][self.features.p]
-            how = self.update(i, item, a.vectors[i][:extra])
-            reference.apply_update(
-                tensors[i],
-                reference.normalisers(tensors[i], b.vectors[i]),
-                how.network,
-                how.step_size,
-                how.exp_mult,
-                batch.update_squares[i],
-                self._scratch,
-                how.decay_before,
-                how.decay_after,
-            )
-
-    def _gather(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
+    def gather(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
         param, state, keep = item.param, item.state, batch.keep[i]
         assert param.grad is not None
         factors: Factors | None = None
@@ -142,3 +88,64 @@ class FactoredRule(LearnedRule):
         if key not in self._decays:
             self._decays[key] = Decay.of(getattr(self, name), like)
         return self._decays[key]
+
+
+class ThreePassRule(FactoredRule):
+    """The passes of a rule whose network gives the update itself."""
+
+    num_tensor_sums = 0  # sums of a tensor's own that ride in pass A, see `tensor_sums`
+
+    def tensor_sums(self, item: Item, sums: Tensor) -> None:
+        """Add the local part of `num_tensor_sums` sums of the old state and parameter (`sums` float64, modified in place).
+
+        Asked of every tensor, also of those without a gradient.
+        """
+
+    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
+        """Between A and B, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
+
+    @abstractmethod
+    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+        """How item i of the batch moves."""
+
+    def step(self, batch: Batch) -> Generator[Request, None, None]:
+        # A: sums of g^2 along rows and columns
+        extra = self.num_tensor_sums
+        a = batch.new_sum("A", lambda x: extra + reference.num_gradient_sums(x.param.shard.shape, x.dims), audited=True)
+        for i, item in enumerate(batch.items):
+            if extra:
+                self.tensor_sums(item, a.vectors[i][:extra])
+        for i, item in batch.moving():
+            param = item.param
+            assert param.grad is not None
+            replace = self.replaces_nonfinite and batch.allows_nonfinite
+            # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
+            clamp = self.features.clamp if item.hyper.get("max_grad_norm") is None else None
+            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace)
+            param.grad = param.grad.nan_to_num() if replace else param.grad
+        yield a
+
+        # B: with the factors known, the sum of squares of every feature
+        self.prepare(batch, [vector[:extra] for vector in a.vectors])
+        b = batch.new_sum("B", lambda x: self.features.num_sums(x.dims))
+        tensors: dict[int, StepTensors] = {}
+        for i, item in batch.moving():
+            tensors[i] = self.gather(batch, i, item, a.vectors[i][extra:])
+            reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
+        yield b
+
+        # C: normalise, run the network, write
+        for i, item in batch.moving():
+            batch.param_squares[i] = b.vectors[i][self.features.p]
+            how = self.update(i, item, a.vectors[i][:extra])
+            reference.apply_update(
+                tensors[i],
+                reference.normalisers(tensors[i], b.vectors[i]),
+                how.network,
+                how.step_size,
+                how.exp_mult,
+                batch.update_squares[i],
+                self._scratch,
+                how.decay_before,
+                how.decay_after,
+            )

@@ -18,12 +18,12 @@ from .. import reference
 from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..reference import Network
-from ..shards import Shape, factored_dims
+from ..shards import Shape, TensorShard, factored_dims
 from ..state import StateField
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
 from .adafac import Precision, check_precision, checked_decays, wide
 from .base import Batch, Item
-from .factored import FactoredRule, Update
+from .factored import ThreePassRule, Update
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
@@ -67,7 +67,7 @@ class LossBuffer:
         return torch.where(self.step + 1 <= 2, 0.0, (above - 1.0).clamp(-1.0, 1.0))
 
 
-class VeLORule(FactoredRule):
+class VeLORule(ThreePassRule):
     """30 normalised features per element, an MLP 30-4-4-3 that an LSTM mixes for every tensor out of P sets of weights.
 
     Args:
@@ -99,13 +99,13 @@ class VeLORule(FactoredRule):
     def dims(self, shape: Shape) -> tuple[int, int] | None:
         return factored_dims(shape, self.tie_break)
 
-    def state_fields(self, shape: Shape) -> dict[str, StateField]:
+    def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
         hidden, cell = (self.weights.tensors[f"lstm_init_state.{i}"][0] for i in (0, 1))
         lstm = {
             "lstm_hidden": StateField(replicated=tuple(hidden.shape), initial=hidden),
             "lstm_cell": StateField(replicated=tuple(cell.shape), initial=cell),
         }
-        return {**super().state_fields(shape), **lstm}
+        return {**super().state_fields(shard, hyper), **lstm}
 
     def group_state(self) -> dict[str, Tensor]:
         means = torch.zeros(NUM_LOSS_MEANS, dtype=torch.float64)

@@ -1,0 +1,423 @@
+"""CELO2 and ELO-CELO2: learned directions, orthogonalised matrices, AdamW for the rest. Their rule and faces.
+
+Source: PyLO's CELO2_naive and ELO_CELO2_naive (arXiv 2602.19142). Matrices take the MLP's direction, made orthogonal by
+Newton-Schulz and scaled to a fixed rms; embeddings and tensors below two dims follow AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..engine import Nonfinite
+from ..optimizer import LearnedOptimizer
+from ..reference import Network, StepTensors
+from ..shards import TensorShard
+from ..state import StateField
+from ..weights import CELO2 as CELO2_WEIGHTS
+from ..weights import MetaNetwork, WeightsLike, load_weights
+from .adafac import Precision, check_precision, checked_decays, wide
+from .base import Batch, Item, Request
+from .factored import FactoredRule
+from .owners import OwnedMatrices
+
+EPS_STEP = 1e-9  # added to the mean square of the step, and of the parameter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both optimizers can be told, see `CELO2`."""
+
+    orthogonalize: bool
+    param_scale_mult: bool
+    ns_coeffs: tuple[float, float, float]
+    ns_iters: int
+    ns_eps: float
+    adam_betas: tuple[float, float]
+    adam_eps: float
+    group_counter: bool  # AdamW counts the steps of its group, not those of its tensor
+    embedding_pattern: str | None
+
+
+class CELO2Rule(FactoredRule):
+    """The rule of both optimizers.
+
+    Args:
+        weights: MLP 30-8-8-3.
+        momentum_decays, rms_decays, factor_decays: see `FactoredRule`.
+        clamp: the gradient of matrices is clamped to this absolute value.
+    """
+
+    name = "celo2"
+    clip_eps = 0.0
+
+    def __init__(
+        self,
+        weights: MetaNetwork,
+        momentum_decays: Sequence[float],
+        rms_decays: Sequence[float],
+        factor_decays: Sequence[float],
+        clamp: float,
+        settings: Settings,
+    ) -> None:
+        super().__init__(momentum_decays, rms_decays, factor_decays)
+        self.features = replace(reference.CELO2, clamp=clamp)
+        self.weights = weights
+        self.settings = settings
+        self._networks: dict[tuple[torch.dtype, torch.device], Network] = {}
+
+    def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
+        pattern = self.settings.embedding_pattern
+        is_embedding = hyper.get("is_embedding") or (pattern is not None and re.search(pattern, shard.fqn))
+        if len(shard.shape) >= 2 and not is_embedding:
+            return super().state_fields(shard, hyper)
+        moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
+        return moments if self.settings.group_counter else {**moments, "adam_step": StateField(replicated=())}
+
+    def describe(self, fields: dict[str, StateField]) -> str:
+        return "adamw" if "exp_avg" in fields else self.name
+
+    def step(self, batch: Batch) -> Generator[Request, None, None]:
+        # A: sums of g^2 along rows and columns of the matrices
+        matrices = {i for i, item in enumerate(batch.items) if "momentum" in item.state}
+        a = batch.new_sum("A", _num_sums_a, audited=True)
+        for i, item in batch.moving():
+            param, is_matrix = item.param, i in matrices
+            assert param.grad is not None
+            clamp = self.features.clamp if is_matrix and item.hyper.get("max_grad_norm") is None else None
+            dims = item.dims if is_matrix else None
+            sums = a.vectors[i] if is_matrix else a.vectors[i][:0]
+            reference.gradient_sums(param.grad, param.shard, dims, sums, a.audits[i], clamp)
+            if not is_matrix:
+                a.vectors[i] += param.value.to(torch.float64).square().sum()
+        yield a
+
+        # B: the sum of squares of every feature, per matrix
+        moving = [i for i, _ in batch.moving() if i in matrices]
+        b = batch.new_sum("B", self._num_sums_b)
+        tensors: dict[int, StepTensors] = {}
+        for i in moving:
+            tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
+            reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
+        for i, item in batch.moving():
+            if i not in matrices:
+                batch.param_squares[i] = a.vectors[i][0]
+                self._adamw(batch, i, item)
+        yield b
+
+        # C: the network's direction, orthogonal or not, at a fixed rms
+        directions = {i: self._direction(batch, i, tensors[i], b.vectors[i]) for i in moving}
+        if self.settings.orthogonalize:
+            yield from self._orthogonalise(batch, directions)
+        else:
+            yield from self._normalise(batch, directions)
+        for i in moving:
+            item, t = batch.items[i], tensors[i]
+            lr, decay = wide(item.hyper["lr"]), item.hyper["weight_decay"]
+            batch.update_squares[i].zero_()
+            for box in reference.chunks(t.shard, t.value.device):
+                # p <- p - lr (s rmsmult + weight_decay p)
+                value = box.view(t.value)
+                old = value.to(t.momentum.dtype, copy=True)
+                change = box.view(directions[i]) * item.hyper["rmsmult"] + decay * old
+                reference.move(value, old, old - lr * change, t.keep, batch.update_squares[i])
+
+    def _num_sums_b(self, item: Item) -> int:
+        if "momentum" not in item.state:
+            return 0
+        return self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+
+    def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor) -> Tensor:
+        """The local elements (N,) of s = o0 exp(exp_mult o1), and the new state of the tensor."""
+        shape, exp_mult = t.shard.shape, batch.items[i].hyper["exp_mult"]
+        per_matrix = sums.view(-1, *self.features.lead(shape))
+        batch.param_squares[i] = per_matrix[self.features.p].sum()
+        scale = (batch.param_squares[i] / t.shard.global_numel + EPS_STEP).sqrt().to(t.momentum.dtype)
+        s = torch.empty_like(t.rms)
+        network = self._network(t.momentum.dtype, t.momentum.device)
+        for box, direction, magnitude in reference.network_outputs(t, reference.normalisers(t, sums), network, self._scratch):
+            out = direction * (exp_mult * magnitude).exp_()
+            box.view(s).copy_(out * scale if self.settings.param_scale_mult else out)
+        return s.view(-1)
+
+    def _orthogonalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
+        """Replace the directions by their matrices' Newton-Schulz iterates at rms 1 (`directions` is modified in place)."""
+        wide_dtype = max((s.dtype for s in directions.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        like = torch.empty(0, dtype=wide_dtype, device=batch.device)
+        for i, s in directions.items():
+            if batch.items[i].param.group is None:
+                directions[i] = self._at_rms_one(s.view(batch.items[i].param.shard.shape)).reshape(-1)
+        for owned in self._owned(batch):
+            there = owned.gather(directions, like)
+            yield there
+            wholes = owned.assemble(there)
+            dtypes = {i: batch.items[i].state["momentum"].dtype for i in wholes}
+            back = owned.give_back({i: self._at_rms_one(w.to(dtypes[i])).to(wide_dtype) for i, w in wholes.items()}, like)
+            yield back
+            directions.update({i: s.to(directions[i].dtype) for i, s in owned.pieces(back).items()})
+
+    def _at_rms_one(self, whole: Tensor) -> Tensor:
+        c = self.settings
+        s = reference.newton_schulz(whole, c.ns_coeffs, c.ns_iters, c.ns_eps)
+        mean = s.to(torch.float64).square().mean(dim=(-2, -1), keepdim=True)
+        return s * (mean + EPS_STEP).rsqrt().to(s.dtype)
+
+    @staticmethod
+    def _owned(batch: Batch) -> list[OwnedMatrices]:
+        """The matrices of every process group and who owns them, dealt once."""
+        if "owned" not in batch.kept:
+            by_group: dict[int, list[int]] = {}
+            for i, item in enumerate(batch.items):
+                if "momentum" in item.state and item.param.group is not None:
+                    by_group.setdefault(id(item.param.group), []).append(i)
+            dealt = [OwnedMatrices.deal(items, [batch.items[i].param for i in items]) for items in by_group.values()]
+            batch.kept["owned"] = dealt
+        owned: list[OwnedMatrices] = batch.kept["owned"]
+        return owned
+
+    def _normalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
+        """Bring the directions to rms 1 over the last two dims (`directions` is modified in place)."""
+
+        def num_sums(item: Item) -> int:
+            return math.prod(item.param.shard.shape[:-2]) if "momentum" in item.state else 0
+
+        c = batch.new_sum("C", num_sums)
+        for i, s in directions.items():
+            shard = batch.items[i].param.shard
+            reference.matrix_square_sums(s, shard, c.vectors[i])
+        yield c
+        for i, s in directions.items():
+            shard = batch.items[i].param.shard
+            scale = (c.vectors[i] / math.prod(shard.shape[-2:]) + EPS_STEP).rsqrt().to(s.dtype)
+            reference.scale_matrices(s, shard, scale)
+
+    def _adamw(self, batch: Batch, i: int, item: Item) -> None:
+        param, state, hyper, keep = item.param, item.state, item.hyper, batch.keep[i]
+        assert param.grad is not None
+        count = hyper["step"] + 1 if self.settings.group_counter else state["adam_step"][0] + 1
+        decay = hyper["adam_weight_decay"]
+        reference.adamw(
+            param.shard,
+            param.value,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            count,
+            self.settings.adam_betas,
+            self.settings.adam_eps,
+            wide(hyper["lr"]) * hyper["adam_lr_mult"],
+            hyper["weight_decay"] if decay is None else decay,
+            batch.scale[i] if batch.clips else None,
+            keep,
+            batch.update_squares[i],
+        )
+        if not self.settings.group_counter:
+            reference.commit(state["adam_step"], count.expand(1), keep)
+
+    def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
+        if (dtype, device) not in self._networks:
+            w = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
+            first = torch.cat([w[f"w0.{i}"] for i in range(14)])  # (30, 8), a matrix per group of features
+            self._networks[dtype, device] = Network(
+                first.T.contiguous(),
+                w["b0"][:, None],
+                w["dense_w.0"].T.contiguous(),
+                w["dense_b.0"][:, None],
+                w["dense_w.1"].T.contiguous(),
+                w["dense_b.1"][:, None],
+            )
+        return self._networks[dtype, device]
+
+
+def _num_sums_a(item: Item) -> int:
+    """Row and column sums of a matrix; of others the sum of p^2, for `stats()`."""
+    return reference.num_gradient_sums(item.param.shard.shape, item.dims) if "momentum" in item.state else 1
+
+
+def _settings(
+    orthogonalize: bool,
+    param_scale_mult: bool,
+    ns_coeffs: Sequence[float],
+    ns_iters: int,
+    ns_eps: float,
+    adam_betas: Sequence[float],
+    adam_eps: float,
+    group_counter: bool,
+    embedding_pattern: str | None,
+) -> Settings:
+    """The settings, checked. Raises ValueError naming the argument."""
+    if not isinstance(ns_iters, int) or ns_iters < 1:
+        raise ValueError(f"ns_iters={ns_iters!r}: wanted an int >= 1")
+    beta_1, beta_2 = checked_decays("adam_betas", adam_betas, 2)
+    if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
+        raise ValueError(f"adam_betas={tuple(adam_betas)}: wanted two numbers in [0, 1)")
+    for name, eps in (("ns_eps", ns_eps), ("adam_eps", adam_eps)):
+        if not 0.0 < eps < math.inf:
+            raise ValueError(f"{name}={eps!r}: wanted a finite number > 0")
+    if embedding_pattern is not None:
+        try:
+            re.compile(embedding_pattern)
+        except re.error as error:
+            raise ValueError(f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}") from None
+    c0, c1, c2 = checked_decays("ns_coeffs", ns_coeffs, 3)
+    betas = (beta_1, beta_2)
+    return Settings(
+        orthogonalize, param_scale_mult, (c0, c1, c2), ns_iters, ns_eps, betas, adam_eps, group_counter, embedding_pattern
+    )
+
+
+class CELO2(LearnedOptimizer):
+    r"""CELO2, exact on whole and on sharded parameters.
+
+    Matrices (the last two dims of tensors with two or more): :math:`s = o_0 \exp(exp\_mult \cdot o_1)`, made orthogonal by
+    Newton-Schulz, scaled to rms 1, and :math:`p \leftarrow p - lr (rmsmult \cdot s + weight\_decay \cdot p)`. Embeddings and
+    tensors below two dims: AdamW with lr * adam_lr_mult and moments of its own.
+
+    State of a matrix: `momentum` (3, *shape), `rms` (*shape), `row`, `col` as `AdafacLO`; of others `exp_avg`, `exp_avg_sq`
+    (*shape) and `adam_step` (), the steps this tensor has taken.
+
+    Args:
+        lr: factor on every update.
+        weight_decay: decoupled, of the parameter before the step; adam_weight_decay: the same for AdamW, None: equal.
+        orthogonalize: False leaves Newton-Schulz out ("celo2-base").
+        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what (at most grad_clip_val). A
+            group may hold `max_grad_norm` instead.
+        exp_mult: 0 ignores the network's magnitude. param_scale_mult: multiplies s by the rms of the parameter.
+        ns_coeffs, ns_iters, ns_eps: of Newton-Schulz.
+        grad_clip_val: gradients of matrices are clamped to it.
+        embedding_pattern: regular expression; tensors whose full name it is found in follow AdamW, as do groups with
+            `is_embedding=True`. `report()` shows the way of each.
+        Others: as `AdafacLO`; the decays are used as they are.
+
+    Raises:
+        ValueError: a setting or a parameter that cannot be served, by name.
+        WeightsError: the weights cannot be had or do not fit.
+    """
+
+    group_counter = False
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor = 0.001,
+        weights: WeightsLike = "DiamondXL/celo2",
+        weight_decay: float = 0.0,
+        adam_lr_mult: float = 1.0,
+        adam_weight_decay: float | None = None,
+        adam_betas: Sequence[float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        orthogonalize: bool = True,
+        clip_grad: bool = False,
+        clip_norm: float = 1.0,
+        initial_momentum_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        initial_rms_decays: Sequence[float] = (0.95,),
+        initial_adafactor_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        exp_mult: float = 0.0,
+        rmsmult: float = 1.0,
+        param_scale_mult: bool = False,
+        ns_coeffs: Sequence[float] = (3.4445, -4.775, 2.0315),
+        ns_iters: int = 5,
+        ns_eps: float = 1e-8,
+        grad_clip_val: float = 1000.0,
+        embedding_pattern: str | None = None,
+        nonfinite: Nonfinite = "error",
+        process_group: Any = None,
+        precision: Precision = "high",
+    ) -> None:
+        self.precision = check_precision(precision)
+        if not 0.0 < grad_clip_val < math.inf:
+            raise ValueError(f"grad_clip_val={grad_clip_val!r}: wanted a finite number > 0")
+        network = load_weights(weights, CELO2_WEIGHTS)
+        rule = CELO2Rule(
+            network,
+            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
+            checked_decays("initial_rms_decays", initial_rms_decays, 1),
+            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+            grad_clip_val,
+            _settings(
+                orthogonalize,
+                param_scale_mult,
+                ns_coeffs,
+                ns_iters,
+                ns_eps,
+                adam_betas,
+                adam_eps,
+                self.group_counter,
+                embedding_pattern,
+            ),
+        )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "adam_lr_mult": adam_lr_mult,
+            "adam_weight_decay": adam_weight_decay,
+            "exp_mult": exp_mult,
+            "rmsmult": rmsmult,
+            "max_grad_norm": clip_norm if clip_grad else None,
+            "is_embedding": False,
+        }
+        super().__init__(params, rule, network, defaults, nonfinite=nonfinite, process_group=process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        limit, clamp = group.get("max_grad_norm"), self.rule.features.clamp  # type: ignore[attr-defined]
+        if limit is not None and limit > clamp:
+            raise ValueError(f"max_grad_norm={limit!r}: wanted at most grad_clip_val={clamp:g}, or None")
+        for key in ("adam_lr_mult", "adam_weight_decay", "rmsmult"):
+            value = group[key]
+            if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+                raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
+
+
+class ELO_CELO2(CELO2):
+    """ELO-CELO2: CELO2's matrices, and an AdamW whose moments are those of the learned accumulators, counted per group.
+
+    Differs from `CELO2` in the defaults (weight_decay 0.1, clip_grad True) and in the step count of AdamW's bias correction,
+    which is the group's. PyLO's two classes disagree on adam_lr_mult: 1 in plain PyTorch, 20 in CUDA; 1 is the published code's.
+
+    Args:
+        As `CELO2`, without adam_betas and adam_eps: AdamW uses the first momentum decay, the rms decay, and 1e-8.
+    """
+
+    group_counter = True
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | Tensor = 0.001,
+        weights: WeightsLike = "DiamondXL/elo-celo2",
+        weight_decay: float = 0.1,
+        adam_lr_mult: float = 1.0,
+        clip_grad: bool = True,
+        initial_momentum_decays: Sequence[float] = (0.9, 0.99, 0.999),
+        initial_rms_decays: Sequence[float] = (0.95,),
+        **kwargs: Any,
+    ) -> None:
+        own = {"adam_betas", "adam_eps"} & set(kwargs)
+        if own:
+            raise TypeError(f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays")
+        betas = (
+            checked_decays("initial_momentum_decays", initial_momentum_decays, 3)[0],
+            checked_decays("initial_rms_decays", initial_rms_decays, 1)[0],
+        )
+        super().__init__(
+            params,
+            lr=lr,
+            weights=weights,
+            weight_decay=weight_decay,
+            adam_lr_mult=adam_lr_mult,
+            adam_betas=betas,
+            clip_grad=clip_grad,
+            initial_momentum_decays=initial_momentum_decays,
+            initial_rms_decays=initial_rms_decays,
+            **kwargs,
+        )
