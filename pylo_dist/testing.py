@@ -189,7 +189,7 @@ def layout_error(
 
     Args:
         largest_change: per tensor, the largest absolute change of an element in one step, 0-d.
-        share: of the largest change, instead of 1e-5 or 1e-12. Newton-Schulz amplifies the last bits of its input: 5e-5 for CELO2.
+        share: of the largest change, instead of 1e-5 or 1e-12. Newton-Schulz amplifies the last bits of its input: 5e-5.
     """
     errors = {}
     for fqn, tensor in wanted.items():

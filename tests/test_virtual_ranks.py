@@ -124,7 +124,7 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
 def test_two_reductions_for_any_number_of_tensors(name: str, ranks: int) -> None:
     setting = SETTINGS[name]
     for tensors in (1, 10, 300):
-        params = {f"p{i}": torch.randn(3, 4) if i % 2 else torch.randn(5) for i in range(tensors)}
+        params = {f"p{i}": torch.randn(5) if i % 2 else torch.randn(3, 4) for i in range(tensors)}
         grads = [{fqn: torch.randn_like(p) for fqn, p in params.items()} for _ in range(2)]
         run = run_virtual(setting.optimizer_class, params, ranks, grads, losses=[1.0, 0.9], **setting.kwargs)
         assert run.reductions == [2, 2]
