@@ -352,7 +352,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 binding, state = self._bindings[param], self.state.get(param, {})
                 shard, fields = binding.shard, self._fields[param]
-                rule = self.rule.describe(fields) if param.requires_grad else "frozen"
+                rule = self.rule.describe(fields, binding) if param.requires_grad else "frozen"
                 rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group)))
                 totals["parameters"] += 1
                 totals["numel"] += shard.numel

@@ -139,6 +139,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         local_groups = [self._shard_group(group) for group in groups]
         self.inner = optimizer_class(local_groups, **optimizer_kwargs)
         self._check_same_settings()
+        if isinstance(self.inner, LearnedOptimizer):  # the loss is averaged over the ranks that share the parameters
+            self.inner.process_group = self.group if self.group is not None else False
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share_groups()
         self._ready = True

@@ -15,7 +15,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from ..shards import Shape, ShardedParam, TensorShard
+from ..shards import Shape, ShardBinding, ShardedParam, TensorShard
 from ..state import StateField
 
 # Slots of the gradient audit, which every item has at the front of the first Sum of a step.
@@ -178,8 +178,8 @@ class LearnedRule(ABC):
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
         """The state of a parameter, from its name and global shape and its group as it was added."""
 
-    def describe(self, fields: dict[str, StateField]) -> str:
-        """What drives a parameter with this state, for `report()`."""
+    def describe(self, fields: dict[str, StateField], binding: ShardBinding) -> str:
+        """What drives a parameter with this state and layout, for `report()`."""
         return self.name
 
     @abstractmethod

@@ -19,10 +19,11 @@ from .. import reference
 from ..engine import Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..reference import Network, StepTensors
-from ..shards import TensorShard
+from ..shards import ShardBinding, TensorShard
 from ..state import StateField
 from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
+from . import gram
 from .adafac import Precision, check_precision, checked_decays, wide
 from .base import Batch, Item, Request
 from .factored import FactoredRule
@@ -81,8 +82,13 @@ class CELO2Rule(FactoredRule):
         moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
         return moments if self.settings.group_counter else {**moments, "adam_step": StateField(replicated=())}
 
-    def describe(self, fields: dict[str, StateField]) -> str:
-        return "adamw" if "exp_avg" in fields else self.name
+    def describe(self, fields: dict[str, StateField], binding: ShardBinding) -> str:
+        if "exp_avg" in fields:
+            return "adamw"
+        if binding.group is None or not self.settings.orthogonalize:
+            return self.name
+        shape, iterations = binding.shard.shape, self.settings.ns_iters
+        return f"{self.name}, {'gram' if gram.is_cheaper(shape, binding.peers, iterations) else 'owner'}"
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         # A: sums of g^2 along rows and columns of the matrices
@@ -154,7 +160,8 @@ class CELO2Rule(FactoredRule):
         for i, s in directions.items():
             if batch.items[i].param.group is None:
                 directions[i] = self._at_rms_one(s.view(batch.items[i].param.shard.shape)).reshape(-1)
-        for owned in self._owned(batch):
+        yield from self._through_gram(batch, directions)
+        for owned in self._ways(batch)[1]:
             there = owned.gather(directions, like)
             yield there
             wholes = owned.assemble(there)
@@ -163,24 +170,47 @@ class CELO2Rule(FactoredRule):
             yield back
             directions.update({i: s.to(directions[i].dtype) for i, s in owned.pieces(back).items()})
 
+    def _through_gram(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
+        """The same for the matrices that stay where they are (`directions` is modified in place)."""
+        chosen = self._ways(batch)[0]
+        sizes = {id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chosen}
+        grams = batch.new_sum("gram", lambda item: sizes.get(id(item), 0))
+        for i in chosen:
+            x = gram.local_slices(directions[i], batch.items[i].param.shard).to(torch.float64)
+            grams.vectors[i].copy_((x @ x.mT).flatten())
+        if chosen:
+            yield grams
+        for i in chosen:
+            shard, c = batch.items[i].param.shard, self.settings
+            k = min(shard.shape)
+            q, square = gram.newton_schulz_factor(grams.vectors[i].view(k, k), c.ns_coeffs, c.ns_iters, c.ns_eps)
+            q = q * (square / shard.global_numel + EPS_STEP).rsqrt()
+            x = gram.local_slices(directions[i], shard)
+            x.copy_(q.to(x.dtype) @ x)
+
     def _at_rms_one(self, whole: Tensor) -> Tensor:
         c = self.settings
         s = reference.newton_schulz(whole, c.ns_coeffs, c.ns_iters, c.ns_eps)
         mean = s.to(torch.float64).square().mean(dim=(-2, -1), keepdim=True)
         return s * (mean + EPS_STEP).rsqrt().to(s.dtype)
 
-    @staticmethod
-    def _owned(batch: Batch) -> list[OwnedMatrices]:
-        """The matrices of every process group and who owns them, dealt once."""
-        if "owned" not in batch.kept:
+    def _ways(self, batch: Batch) -> tuple[list[int], list[OwnedMatrices]]:
+        """The shared matrices that go through their Gram matrix, and, by process group, who owns the others. Decided once."""
+        if "ways" not in batch.kept:
+            through_gram: list[int] = []
             by_group: dict[int, list[int]] = {}
             for i, item in enumerate(batch.items):
-                if "momentum" in item.state and item.param.group is not None:
-                    by_group.setdefault(id(item.param.group), []).append(i)
+                param = item.param
+                if "momentum" not in item.state or param.group is None:
+                    continue
+                if gram.is_cheaper(param.shard.shape, param.peers, self.settings.ns_iters):
+                    through_gram.append(i)
+                else:
+                    by_group.setdefault(id(param.group), []).append(i)
             dealt = [OwnedMatrices.deal(items, [batch.items[i].param for i in items]) for items in by_group.values()]
-            batch.kept["owned"] = dealt
-        owned: list[OwnedMatrices] = batch.kept["owned"]
-        return owned
+            batch.kept["ways"] = (through_gram, dealt)
+        ways: tuple[list[int], list[OwnedMatrices]] = batch.kept["ways"]
+        return ways
 
     def _normalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
         """Bring the directions to rms 1 over the last two dims (`directions` is modified in place)."""

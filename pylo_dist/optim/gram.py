@@ -1,0 +1,75 @@
+"""Newton-Schulz on a matrix that stays sharded along its longer side, through its Gram matrix.
+
+With X (k, l), k <= l, all iterates are polynomials of G = X X^T times X: one sum of k x k numbers over the ranks, then every rank
+runs the chain on k x k matrices and multiplies its own columns. The chain is in float64: in float32 it would be off by up to 2e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..shards import Shape, TensorShard
+
+FLOPS_PER_BYTE = 100.0  # what a device computes in float32 while a byte leaves it; an H200 on NVLink is near it
+FLOAT64_COST = 2.0  # of a float64 operation, in float32 ones
+
+
+def columns_of(shard: TensorShard) -> tuple[int, int] | None:
+    """(k, local l) if the shard of a 2-D tensor is whole slices across its shorter side, else None. Empty shards are."""
+    if len(shard.shape) != 2:
+        return None
+    rows, columns = shard.shape
+    if shard.numel == 0:
+        return min(rows, columns), 0
+    if rows >= columns:  # whole rows
+        whole = shard.run == shard.numel and shard.start % columns == 0 and shard.numel % columns == 0
+        return (columns, shard.numel // columns) if whole else None
+    whole = shard.is_whole or (shard.run < shard.numel and shard.numel == rows * shard.run and shard.start < columns)
+    return (rows, shard.numel // rows) if whole else None
+
+
+def is_cheaper(shape: Shape, peers: Sequence[TensorShard], iterations: int) -> bool:
+    """Whether the Gram way costs a rank less than bringing the matrix to an owner; decided from the shards of all ranks.
+
+    Per rank, of R, for a matrix (k, l) of n = k l float32 elements, in bytes sent plus operations / FLOPS_PER_BYTE:
+
+        owner  2 * 4 n / R                   bytes, there and back
+               iterations * (4 k n + 2 k^3) / R   operations (the matrices are dealt evenly)
+        Gram   2 * 8 k^2                     bytes of an all-reduce in float64
+               2 k n / R + iterations * 6 k^3     float64 operations, the chain on every rank
+               2 k n / R                     operations, applying the result
+
+    A shard that is not whole slices along the longer side leaves only the owner.
+    """
+    if len(peers) < 2 or any(columns_of(shard) is None for shard in peers):
+        return False
+    ranks, k, n = len(peers), min(shape), shape[0] * shape[1]
+    owner_flops = iterations * (4.0 * k * n + 2.0 * k**3) / ranks
+    gram_flops = FLOAT64_COST * (2.0 * k * n / ranks + iterations * 6.0 * k**3) + 2.0 * k * n / ranks
+    return 16.0 * k * k + gram_flops / FLOPS_PER_BYTE < 8.0 * n / ranks + owner_flops / FLOPS_PER_BYTE
+
+
+def local_slices(local: Tensor, shard: TensorShard) -> Tensor:
+    """The local elements (N,) as X (k, local l), a view."""
+    rows, columns = shard.shape
+    k, length = min(rows, columns), shard.numel // max(1, min(rows, columns))
+    return local.view(length, k).mT if rows >= columns else local.view(k, length)
+
+
+def newton_schulz_factor(
+    gram: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(Q, square): Newton-Schulz of X is Q X, and the sum of squares of its elements, from G = X X^T (k, k) float64."""
+    c0, c1, c2 = coefficients
+    scale = 1.0 / (gram.trace().sqrt() + eps)
+    a = gram * scale.square()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    q = identity * scale
+    for _ in range(iterations):
+        p = c0 * identity + c1 * a + c2 * (a @ a)
+        q = p @ q
+        a = p @ a @ p
+    return q, a.trace()
