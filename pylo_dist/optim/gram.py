@@ -1,7 +1,7 @@
 """Newton-Schulz on a matrix that stays sharded along its longer side, through its Gram matrix.
 
 With X (k, l), k <= l, all iterates are polynomials of G = X X^T times X: one sum of k x k numbers over the ranks, then every rank
-runs the chain on k x k matrices and multiplies its own columns. The chain is in float64: in float32 it would be off by up to 2e-4.
+runs the chain on k x k matrices and multiplies its own columns. The chain is in float64: float32 would be off by up to 2e-4.
 """
 
 from __future__ import annotations
