@@ -1,14 +1,16 @@
 """Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
 
+from . import testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
-from .engine import NonFiniteGradientError
+from .engine import NonFiniteGradientError, PeerError
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO
 from .optim.mulo import MuLO
 from .optim.velo import VeLO
 from .optimizer import LearnedOptimizer
+from .publish import push_to_hub, save_weights
 from .weights import Registered, WeightsError, register_weights, registered_weights
 
 __all__ = [
@@ -19,11 +21,15 @@ __all__ = [
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteGradientError",
+    "PeerError",
     "Registered",
     "VeLO",
     "WeightsError",
     "ZeroOptimizer",
     "__version__",
+    "push_to_hub",
     "register_weights",
     "registered_weights",
+    "save_weights",
+    "testing",
 ]

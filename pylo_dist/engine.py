@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .comm import Collective, Reduction
-from .comm import size as comm_size
-from .optim.base import AUDIT_SLOTS, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, Exchange, LearnedRule, Request, Sum
+from .optim.base import AUDIT_SLOTS, FAILED, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, Exchange, LearnedRule, Request, Sum
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
+
+
+class PeerError(RuntimeError):
+    """Another rank could not take this step; what it could not do is in its own error. Nothing was changed."""
+
+
+class LossSum:
+    """The loss of this rank, to be averaged over those of `group`: float64 (sum, how many ranks gave one, how many there are)."""
+
+    def __init__(self, loss: Tensor | None, group: Any) -> None:
+        self.group = group
+        self.loss = loss
+
+    def buffer(self, device: torch.device) -> Tensor:
+        counts = torch.tensor([0.0, float(self.loss is not None), 1.0], dtype=torch.float64).to(device, non_blocking=True)
+        if self.loss is not None:
+            counts[0] = self.loss.to(device, torch.float64).reshape(())
+        return counts
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -43,27 +61,30 @@ class Engine:
         self.go = torch.ones((), dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
-        self._pending: tuple[Any, Tensor, list[Tensor]] | None = None
+        self._pending: tuple[Any, Tensor, _Verdict] | None = None
+        self.shared = any(item.param.group is not None for _, batch in self.work for item in batch.items)
 
-    def phases(self, loss: Tensor | None = None, loss_group: Any = None) -> Iterator[list[Collective]]:
+    def phases(self, losses: LossSum | None = None, problem: ValueError | None = None) -> Iterator[list[Collective]]:
         """One step. Yields the collectives it needs; whoever drives it carries them out and resumes.
 
         Args:
-            loss: 0-d, averaged over the ranks of `loss_group` in the first reduction, for rules that need it.
+            losses: for rules that need the loss; it is averaged in the first reduction.
+            problem: why this rank cannot take the step; raised after the first reduction, so that no rank waits for another.
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one before (see `raise_pending`).
+            ValueError: `problem`, or no loss for a rule that needs it. PeerError: that another rank has one of them.
         """
         self.raise_pending()
+        if problem is not None and not self.shared and (losses is None or losses.group is None):
+            raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
         requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
-            _fill_audits(request, batch)
-        mean_loss = (
-            None if loss is None else loss.detach().to(self.go.device, torch.float64).reshape(1).div(comm_size(loss_group))
-        )
-        yield from self._serve(requests, [] if mean_loss is None else [(loss_group, mean_loss)])
-        self._judge(requests, mean_loss)
+            _fill_audits(request, batch, failed=problem is not None)
+        loss = None if losses is None else losses.buffer(self.go.device)
+        yield from self._serve(requests, [] if losses is None or loss is None else [(losses.group, loss)])
+        self._judge(requests, loss, problem)
         while steps:
             running = [(step, next(step, None)) for step in steps]
             steps = [step for step, request in running if request is not None]
@@ -91,7 +112,7 @@ class Engine:
                 for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
                     buffer.copy_(reduced)
 
-    def _judge(self, requests: Sequence[Sum], loss: Tensor | None) -> None:
+    def _judge(self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
         audits = [torch.stack(request.audits) for request in requests if request.audits]
         work = [(rule, batch) for rule, batch in self.work if batch.items]
@@ -99,18 +120,21 @@ class Engine:
             return
         device = self.go.device
         self.grad_norm = sum(a[:, SQUARES].sum().to(device) for a in audits).sqrt()  # type: ignore[union-attr]
+        probe = self._is_probe()
+        failed = torch.stack([(a[:, FAILED] > 0).any().to(device) for a in audits]).any()
+        lossless = torch.zeros_like(failed) if loss is None else (loss[1] < loss[2]) & ~probe
         bad = [(a[:, NONFINITE] > 0) for a in audits]
-        go = torch.ones_like(self.go)
+        finite = torch.ones_like(self.go)
         if self.nonfinite != "allow":
-            bad_loss = [] if loss is None else [~loss.isfinite().all()]
-            go = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
-        self._flag(go, bad)
-        self.go = go & ~self._is_probe()
+            bad_loss = [] if loss is None else [~loss[0].isfinite()]
+            finite = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
+        self._flag(_Verdict(failed, lossless, finite, bad, problem))
+        self.go = finite & ~failed & ~lossless & ~probe
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.go = self.go.to(batch.device)
             batch.keep = (audit[:, PRESENT] > 0) & batch.go
             if loss is not None:
-                batch.loss = loss[0].to(batch.device)
+                batch.loss = (loss[0] / loss[2]).to(batch.device)
             limits = [item.hyper.get("max_grad_norm") for item in batch.items]
             batch.clips = any(limit is not None for limit in limits)
             if batch.clips:
@@ -137,39 +161,49 @@ class Engine:
             probe = probe & (rate == 0.0).to(probe.device)
         return probe
 
-    def _flag(self, go: Tensor, bad: list[Tensor]) -> None:
-        """Under "error": raise now on a CPU; elsewhere copy the flag to the host without waiting for it."""
-        if self.nonfinite != "error":
-            return
-        if go.device.type == "cpu":
-            self._pending = (None, go, bad)
+    def _flag(self, verdict: _Verdict) -> None:
+        """Raise now on a CPU; elsewhere copy the flags to the host without waiting for them. This rank's own problem is known."""
+        flags = torch.stack([verdict.failed, verdict.lossless, ~verdict.finite & (self.nonfinite == "error")])
+        if verdict.problem is not None or flags.device.type == "cpu":
+            self._pending = (None, flags, verdict)
             self.raise_pending()
             return
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(go, non_blocking=True)
+        host = torch.empty(3, dtype=torch.bool, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = (event, flag, bad)
+        self._pending = (event, host, verdict)
 
     def raise_pending(self) -> None:
-        """Raise the NonFiniteGradientError of the last step, if there is one. It is alike on all ranks."""
+        """Raise the error of the last step, if there is one. It is alike on all ranks, but for a rank's own problem."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        event, flag, bad = pending
+        event, flags, verdict = pending
         if event is not None:
             event.synchronize()
-        if bool(flag):
+        failed, lossless, nonfinite = flags.tolist()
+        if verdict.problem is not None:
+            raise verdict.problem
+        if failed:
+            raise PeerError("another rank could not take this step, see its error; nothing was changed")
+        if lossless:
+            raise ValueError(
+                "this optimizer reads the training loss, and some rank gave none: call step(loss), step(loss=loss) or "
+                "step(closure) on every rank, or set_loss(loss) before a step() that you do not call yourself"
+            )
+        if not nonfinite:
             return
         names = [
             batch.items[i].param.shard.fqn
-            for (_, batch), flags in zip([w for w in self.work if w[1].items], bad, strict=True)
-            for i in flags.nonzero().flatten().tolist()
+            for (_, batch), bad in zip([w for w in self.work if w[1].items], verdict.bad, strict=True)
+            for i in bad.nonzero().flatten().tolist()
         ]
         shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         what = f"the gradient of {shown} holds" if names else "the loss is"
         raise NonFiniteGradientError(
-            f'{what} inf or NaN; the step was not taken (nonfinite="skip" passes over such steps, "allow" takes them as they are)'
+            f"{what} inf or NaN (or numbers whose square is); the step was not taken "
+            '(nonfinite="skip" passes over such steps, "allow" takes them as they are)'
         )
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
@@ -180,19 +214,31 @@ class Engine:
         return merged
 
 
+@dataclass(slots=True)
+class _Verdict:
+    """What the audits of a step say; bool 0-d, but `bad`, per batch and item, and `problem`, this rank's own."""
+
+    failed: Tensor
+    lossless: Tensor
+    finite: Tensor
+    bad: list[Tensor]
+    problem: ValueError | None
+
+
 def _first_sum(request: Request) -> Sum:
     assert isinstance(request, Sum), "a rule's first request carries the gradient audits"
     return request
 
 
-def _fill_audits(request: Sum, batch: Batch) -> None:
-    """Write presence and the squared update of the step before into the audits, all items of a group at once."""
+def _fill_audits(request: Sum, batch: Batch, failed: bool) -> None:
+    """Write presence, failure and the squared update of the step before into the audits, all items of a group at once."""
     present = torch.tensor([float(item.param.present) for item in batch.items], dtype=torch.float64)
     present = present.to(batch.device, non_blocking=True)
     for _, buffer, members in request.buffers:
         audits = buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
         every = len(members) == len(batch.items)
         audits[:, PRESENT] = present if every else present[members]
+        audits[:, FAILED] = float(failed)
         audits[:, UPDATE] = batch.update_squares if every else batch.update_squares[members]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import comm
 from .adapters import plain
 from .comm import Collective
-from .engine import Clip, Engine, Nonfinite
+from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
 from .report import Report, num_bytes, report_row
 from .shards import ShardBinding
@@ -41,6 +42,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ValueError: a parameter or setting that cannot be served, by name.
     """
 
+    group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
+
     def __init__(
         self,
         params: Any,
@@ -66,6 +69,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._engine_key: list[Tensor] = []
         self._loading: dict[str, Any] | None = None
         self._loss: Tensor | None = None
+        self._problem: ValueError | None = None
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------ groups
@@ -108,6 +112,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             known[id(param)] = new
         return {**given, "params": entries}
 
+    def settings(self) -> list[str]:
+        """What must be the same on all ranks beside the groups and the weights, for adapters to compare."""
+        plain_types = (bool, int, float, str, tuple, type(None))
+        entries = {**vars(self.rule), "clip": self._clip, "nonfinite": self._nonfinite}
+        return [f"{k}={v}" for k, v in sorted(entries.items()) if isinstance(v, plain_types) or is_dataclass(v)]
+
     def _names(self, group: dict[str, Any]) -> list[str]:
         """Full names of the parameters of a group of this optimizer: as given, else `group{i}.{j}`."""
         i = next(i for i, other in enumerate(self.param_groups) if other is group)
@@ -141,9 +151,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def set_loss(self, loss: Tensor | float) -> None:
         """Give the loss of the coming step, where `step()` is called by code that cannot pass it."""
         loss = torch.as_tensor(loss).detach()
-        if loss.numel() != 1:
-            raise ValueError(f"the loss has shape {tuple(loss.shape)}; wanted a scalar, such as its mean")
+        if loss.numel() != 1:  # raised by the step itself, on all ranks
+            self.fail_next_step(ValueError(f"the loss has shape {tuple(loss.shape)}; wanted a scalar, such as its mean"))
+            return
         self._loss = loss
+
+    def fail_next_step(self, problem: ValueError) -> None:
+        """Have the next `step()` raise `problem`, and a `PeerError` on the ranks it shares tensors with, before anything changes.
+
+        For adapters: an error raised on one rank alone would leave the others in a collective.
+        """
+        self._problem = self._problem or problem
 
     def _loss_group(self) -> Any:
         """The ranks whose losses are averaged; None for this one alone."""
@@ -177,20 +195,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def phases(self) -> Iterator[list[Collective]]:
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
-        loss, self._loss = self._loss, None
-        if not self.rule.needs_loss:
-            loss = None
-        elif loss is None:
-            if all(float(group["lr"]) == 0.0 for group in self.param_groups):
-                return  # the probe step of torch.distributed.checkpoint has no loss: nothing to do, on any rank
-            raise ValueError(
-                f"{type(self).__name__} reads the training loss: call step(loss), step(loss=loss) or step(closure), "
-                "or set_loss(loss) before a step() that you do not call yourself"
-            )
         engine = self._ready()
+        problem, self._problem = self._problem, None
         for param, item in self._engine_params:
-            item.param = plain.collect(self._bindings[param], param)
-        yield from engine.phases(loss, self._loss_group() if loss is not None else None)
+            try:
+                item.param = plain.collect(self._bindings[param], param)
+            except ValueError as error:
+                problem = problem or error
+                item.param = plain.absent(self._bindings[param], param)
+        losses: LossSum | None = None
+        if self.rule.needs_loss:
+            losses = LossSum(self._loss, self._loss_group())
+        self._loss = None
+        yield from engine.phases(losses, problem)
         for group in self.param_groups:
             group["step"].add_(engine.go.to(group["step"].device))
         for param, item in self._engine_params:
@@ -218,7 +235,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(binding.shard.shape))
             by_device.setdefault(param.device, []).append(item)
             self._engine_params.append((param, item))
-        work = [(self.rule, Batch.of(items, device)) for device, items in by_device.items()]
+        if self.rule.needs_loss and len(by_device) > 1:
+            raise ValueError(
+                f"{type(self).__name__} couples all tensors; they are on {[str(d) for d in by_device]}, wanted one device"
+            )
+        work = [(self.rule, Batch.of(items, self.param_groups, device)) for device, items in by_device.items()]
         self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), self._key(params)
         return self._engine
 
@@ -283,7 +304,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "build the optimizer with the groups that were saved"
             )
         for i, group in enumerate(loaded["param_groups"]):
-            for key in ("step", *self.rule.group_state(), *(name for name in self.defaults if name not in _REFUSED)):
+            for key in (
+                "step",
+                *self.group_keys,
+                *self.rule.group_state(),
+                *(name for name in self.defaults if name not in _REFUSED),
+            ):
                 if key not in group:
                     raise ValueError(f"group {i} of the state has no {key!r}; was it saved by another optimizer?")
         for saved, param in self._saved_to_param(loaded["param_groups"]).items():
@@ -319,7 +345,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
-        self._loading = self._loss = None
+        self._loading = self._loss = self._problem = None
         self._forget_engine()
         for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
@@ -367,12 +393,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         `update_ratio`: rms of the update over rms of the parameter before it. For a parameter sharded over ranks it is of the
         last step but one: the squared update is added over the ranks in the first reduction of the step that follows.
-        `clip_rate`: share of the steps since construction in which its gradient was clipped.
+        `clip_rate`: share of the steps, since the set of parameters last changed, in which its gradient was clipped.
         """
         return self._ready().stats()
 
 
-_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields")
+_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields", "_width_mults")
 
 
 def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .optim.base import NONFINITE, SQUARES
 from .shards import Box, Shape, TensorShard, drop_dim
+from .state import state_dtype
 
 Dims = tuple[int, int] | None
 
@@ -26,6 +27,10 @@ Dims = tuple[int, int] | None
 # Either way the scratch of a chunk (about 120 numbers per element) stays below 256 MB.
 CHUNK_CPU = 16384
 CHUNK_GPU = 1 << 18
+
+# A matrix product rounds a column differently when there are few or oddly many of them. Blocks are padded to a multiple of this,
+# so that an element's network outputs do not depend on where its tensor was cut.
+COLUMNS = 16
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
 
@@ -104,6 +109,12 @@ def chunks(shard: TensorShard, device: torch.device) -> Iterator[Box]:
         yield from box.split(size)
 
 
+def parts(flat: Tensor) -> Iterator[slice]:
+    """The last dim in slices of bounded size, for sums that need no shape."""
+    for first in range(0, flat.shape[-1], CHUNK_GPU):
+        yield slice(first, first + CHUNK_GPU)
+
+
 class Scratch:
     """Reused memory for chunks, grown on demand; one per rule, so that a step allocates nothing large."""
 
@@ -117,7 +128,8 @@ class Scratch:
         return Scratch, ()
 
     def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised (rows, columns) block, valid until `name` is taken again."""
+        """An uninitialised block of rows x (columns, rounded up to COLUMNS), valid until `name` is taken again."""
+        columns = -(-columns // COLUMNS) * COLUMNS
         key = (name, like.dtype, like.device)
         block = self._blocks.get(key)
         if block is None or block.numel() < rows * columns:
@@ -151,6 +163,7 @@ def gradient_sums(
     audit: Tensor,
     clamp: float | None = None,
     replace: bool = False,
+    bounded: bool = True,
 ) -> None:
     """Pass A: add the local part of the row and column sums of g^2, its total, and the count of non-finite entries.
 
@@ -160,12 +173,16 @@ def gradient_sums(
 
     Args:
         grad: (N,) raw gradient.
+        bounded: whether clipping or clamping keeps entries small; otherwise those whose square the state cannot hold count as
+            non-finite too, since they would make it so.
         sums: float64 (R + C,), see `split_gradient_sums` (modified in place).
         audit: float64 gradient audit (modified in place).
     """
+    largest = torch.finfo(state_dtype(grad.dtype)).max
+    limit = largest if bounded else math.sqrt(largest)
     for box in chunks(shard, grad.device):
         g = box.view(grad)
-        audit[NONFINITE] += g.isfinite().logical_not().sum()
+        audit[NONFINITE] += (g.abs() <= limit).logical_not_().sum()
         g = g.nan_to_num() if replace else g
         square = g.to(torch.float64).square()
         audit[SQUARES] += square.sum()
@@ -354,7 +371,7 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
     row, lead = t.features.row, t.features.lead(t.shard.shape)
     sums = sums.view(t.features.num_sums(t.dims), *lead)
     for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", t.features.num, box.numel, t.momentum)
+        x = scratch.take("features", t.features.num, box.numel, t.momentum)[:, : box.numel]
         _fill_features(x, box, t, with_factors=False)
         own = (x[:row], x[row + 12 :]) if t.factors is not None else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
         # (features, lead of the block, the rest)
@@ -437,7 +454,8 @@ def network_outputs(
     hidden, num = network.hidden_weight.shape[0], t.features.num
     lead_dims = feature_scale.dim() - 1
     for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", num, box.numel, t.momentum)
+        padded = scratch.take("features", num, box.numel, t.momentum)
+        x = padded[:, : box.numel]
         _fill_features(x, box, t, with_factors=True)
         shaped, m = x.view(num, *box.sizes), t.features.p + 1
         commit(box.view(t.momentum), shaped[m : m + 3], t.keep)
@@ -447,9 +465,9 @@ def network_outputs(
         x.view(num, *box.sizes[:lead_dims], -1).mul_(_lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
         h1 = scratch.take("hidden1", hidden, box.numel, x)
         h2 = scratch.take("hidden2", hidden, box.numel, x)
-        torch.mm(network.input_weight, x, out=h1).add_(network.input_bias).relu_()
+        torch.mm(network.input_weight, padded, out=h1).add_(network.input_bias).relu_()
         torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
-        out = torch.mm(network.output_weight, h2).add_(network.output_bias)
+        out = torch.mm(network.output_weight, h2).add_(network.output_bias)[:, : box.numel]
         yield box, out[0].view(box.sizes), out[1].view(box.sizes)
 
 
@@ -473,6 +491,8 @@ def apply_update(
         update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements (modified in place).
     """
     update_squares.zero_()
+    dtype = t.momentum.dtype
+    step_size, decay_before, decay_after = (in_dtype(x, dtype) for x in (step_size, decay_before, decay_after))
     for box, direction, magnitude in network_outputs(t, feature_scale, network, scratch):
         update = direction * (exp_mult * magnitude).exp_() * step_size
         value = box.view(t.value)
@@ -521,6 +541,8 @@ def adamw(
     update_squares.zero_()
     beta_1, beta_2 = betas
     step = step.to(torch.float64)
+    correction_1, correction_2 = ((1.0 - beta**step).to(mean.dtype) for beta in betas)
+    lr = in_dtype(lr, mean.dtype)
     for box in chunks(shard, value.device):
         old = box.view(value).to(mean.dtype, copy=True)
         g = box.view(grad).to(mean.dtype)
@@ -529,7 +551,7 @@ def adamw(
         v = box.view(square) * beta_2 + g * g * (1.0 - beta_2)
         commit(box.view(mean), m, keep)
         commit(box.view(square), v, keep)
-        change = (m / (1.0 - beta_1**step)) / ((v / (1.0 - beta_2**step)).sqrt_() + eps)
+        change = (m / correction_1) / ((v / correction_2).sqrt_() + eps)
         move(box.view(value), old, old - lr * (change + weight_decay * old), keep, update_squares)
 
 
@@ -548,7 +570,12 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iteration
     return x.mT if tall else x
 
 
+def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A number in the dtype of the arithmetic; a 0-d tensor would promote a 0-d parameter, where a float does not."""
+    return x.to(dtype) if isinstance(x, Tensor) else x
+
+
 def move(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
     """value <- new where `keep` holds, and the square of the change is counted (`value`, `update_squares` modified in place)."""
     commit(value, new, keep)
-    update_squares += (new - old).to(torch.float64).square_().sum() * keep
+    update_squares += torch.where(keep, (new - old).to(torch.float64).square_().sum(), 0.0)

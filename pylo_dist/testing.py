@@ -198,7 +198,8 @@ def layout_error(
         of_change = share or (1e-12 if tensor.dtype == torch.float64 else 1e-5)
         ulp = torch.nextafter(tensor.abs(), torch.full_like(tensor, math.inf)) - tensor.abs()
         limit = torch.maximum(4.0 * ulp, of_change * largest_change[fqn].to(tensor.dtype))
-        errors[fqn] = float(((got[fqn] - tensor).abs() / limit).max())
+        error = ((got[fqn] - tensor).abs() / limit).max()
+        errors[fqn] = float(error) if bool(error.isfinite()) else math.inf  # NaN would pass any comparison
     return errors
 
 

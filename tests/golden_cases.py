@@ -7,6 +7,7 @@ features in float32; `*_f32` as shipped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,9 @@ def updates(file: Arrays, i: int) -> Tensor:
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    """Relative L2 difference; the absolute one where the wanted norm is 0."""
+    """Relative L2 difference; the absolute one where the wanted norm is 0; inf for what is no number."""
     norm = float(wanted.double().norm())
     difference = float((got.double() - wanted.double()).norm())
+    if not math.isfinite(difference):
+        return math.inf
     return difference / norm if norm else difference

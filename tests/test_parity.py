@@ -69,7 +69,9 @@ def test_float32_velo_parameters(name: str, figures: list[str]) -> None:
     worst = 0.0
     for step in run(CASES[name], file, torch.float32):
         for i, param in enumerate(step.params):
-            worst = max(worst, float((param - torch.tensor(file[f"t{i}.p"][step.t])).abs().max()))
+            error = float((param - torch.tensor(file[f"t{i}.p"][step.t])).abs().max())
+            assert error <= 7e-7, (i, step.t, error)
+            worst = max(worst, error)
     assert worst <= 7e-7, worst
     figures.append(f"parity | VeLO | {name}_f32 | parameters {worst:.1e} absolute")
 

@@ -172,7 +172,7 @@ def test_velo_without_a_loss_says_how_to_give_it() -> None:
     params = tensors()
     optimizer = build("VeLO", params)
     before = everything(optimizer, params)
-    with pytest.raises(ValueError, match=r"VeLO reads the training loss: call step\(loss\)"):
+    with pytest.raises(ValueError, match=r"reads the training loss, and some rank gave none: call step\(loss\)"):
         optimizer.step()
     with pytest.raises(ValueError, match=r"the loss has shape \(2,\)"):
         optimizer.step(torch.ones(2))
@@ -201,12 +201,15 @@ def test_velo_at_the_end_of_its_run() -> None:
         advance(optimizer, params, 0, 3)
     with pytest.warns(UserWarning, match=r"taken all num_steps=3 steps.*extend\(num_steps\)"):
         advance(optimizer, params, 3, 4)
-    clamped = optimizer.rule._fraction(optimizer.param_groups[0])
-    advance(optimizer, params, 4, 6)
-    assert torch.equal(clamped, optimizer.rule._fraction(optimizer.param_groups[0]))
+    at = torch.tensor([0.5, 1.0])
+    clamped = optimizer.rule._fraction(optimizer.param_groups[0], at)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        advance(optimizer, params, 4, 6)
+    assert torch.equal(clamped, optimizer.rule._fraction(optimizer.param_groups[0], at))
     optimizer.extend(100)
     assert optimizer.state_dict()["param_groups"][0]["num_steps"] == 100
-    assert not torch.equal(clamped, optimizer.rule._fraction(optimizer.param_groups[0]))
+    assert not torch.equal(clamped, optimizer.rule._fraction(optimizer.param_groups[0], at))
     with pytest.raises(ValueError, match="num_steps=1"):
         optimizer.extend(1)
 
@@ -246,6 +249,24 @@ def test_velos_ties_are_the_references_on_the_transposed_matrix() -> None:
             optimizer.step(torch.tensor(1.0))
         results.append(p.detach().mT if transpose else p.detach())
     torch.testing.assert_close(*results, rtol=0, atol=1e-14)
+
+
+def test_velos_loss_buffer_goes_on_while_its_first_group_is_frozen() -> None:
+    params = tensors()
+    names = list(params)
+    groups = [{"params": [(n, params[n]) for n in half]} for half in (names[:2], names[2:])]
+    for name in names[:2]:
+        params[name].requires_grad_(False)
+    optimizer = pylo_dist.VeLO(groups, weights=VELO, num_steps=50)
+    advance(optimizer, params, 0, 3)
+    for name in names[:2]:
+        params[name].requires_grad_(True)
+    advance(optimizer, params, 3, 6)
+    reference_params = tensors()
+    reference = build("VeLO", reference_params)
+    advance(reference, reference_params, 0, 6)
+    for group in optimizer.param_groups:
+        assert torch.equal(group["loss_means"], reference.param_groups[0]["loss_means"])
 
 
 # ------------------------------------------------------------------------------------------------ MuLO

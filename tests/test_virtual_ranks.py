@@ -29,7 +29,7 @@ SMALL_FC = small_fc_weights(load("small_fc_f32"))
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule and its arguments; every one is run on 9 tensors x 4 numbers of ranks x `rounds` random cuts."""
+    """A rule and its arguments; every one is run on 9 tensors x 4 numbers of ranks x `rounds` random cuts (2 in float64)."""
 
     optimizer_class: type[pylo_dist.LearnedOptimizer]
     rounds: int
@@ -44,14 +44,14 @@ BASE = {"weights": CELO2, "orthogonalize": False, "exp_mult": 0.1, "param_scale_
 SETTINGS = {
     "adafac": Setting(pylo_dist.AdafacLO, 6, {"weights": SMALL_FC, "weight_decay": 0.01}),
     "adafac_clipped": Setting(pylo_dist.AdafacLO, 2, {"weights": SMALL_FC, "max_grad_norm": 1.0}),
-    "mulo": Setting(pylo_dist.MuLO, 2, {"weights": SMALL_FC, "width_mults": {"t0": 4.0, "t6": 2.0}}),
-    "elo": Setting(pylo_dist.ELO, 2, {"weights": SMALL_FC, "weight_decay": 0.1, "clip_grad": True, "lr": 0.003}),
+    "mulo": Setting(pylo_dist.MuLO, 6, {"weights": SMALL_FC, "width_mults": {"t0": 4.0, "t6": 2.0}}),
+    "elo": Setting(pylo_dist.ELO, 6, {"weights": SMALL_FC, "weight_decay": 0.1, "clip_grad": True, "lr": 0.003}),
     "velo": Setting(pylo_dist.VeLO, 6, {"weights": velo_weights("small"), "num_steps": 200}),
     "velo_clipped": Setting(pylo_dist.VeLO, 2, {"weights": velo_weights("small"), "num_steps": 15, "max_grad_norm": 1.0}),
     # Newton-Schulz drives small singular values towards 1, and with them the last bits of its input: some 1e2 times an ulp
     "celo2": Setting(pylo_dist.CELO2, 6, {"weights": CELO2, "embedding_pattern": "t1"}, 2, 5e-5, 1e-12),
     "celo2_base": Setting(pylo_dist.CELO2, 2, {**BASE, "weight_decay": 0.05}),
-    "elo_celo2": Setting(pylo_dist.ELO_CELO2, 2, {"weights": CELO2}, 2, 5e-5, 1e-12),
+    "elo_celo2": Setting(pylo_dist.ELO_CELO2, 6, {"weights": CELO2}, 2, 5e-5, 1e-12),
 }
 
 
@@ -97,10 +97,13 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
     share = setting.share32 if dtype == torch.float32 else setting.share64
     rng = random.Random(0)
     worst, worst_state, cuts, empty = 0.0, 0.0, 0, 0
-    for ranks in RANKS * setting.rounds:
+    rounds = setting.rounds if dtype == torch.float32 or name == "adafac" else 2
+    for ranks in RANKS * rounds:
         shards = {fqn: random_shards(rng, fqn, tuple(p.shape), ranks) for fqn, p in params.items()}
         run = run_virtual(setting.optimizer_class, params, shards, grads, losses=losses, **setting.kwargs)
-        assert run.reductions == [3 if name == "celo2_base" else 2] * STEPS
+        # a cut into whole slices may be worth a Gram matrix, which is one more sum
+        through_gram = any("gram" in row["rule"] for row in run.optimizers[0].report())
+        assert run.reductions == [3 if name == "celo2_base" or through_gram else 2] * STEPS
         assert run.exchanges == [setting.exchanges] * STEPS
         cuts += len(shards)
         empty += sum(s.numel == 0 for pieces in shards.values() for s in pieces)
@@ -109,7 +112,7 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
             # a state element is an average of g or g^2, or an LSTM's: measured by the largest of its tensor
             largest = {key: s.abs().max() for key, s in uncut.state[fqn].items()}
             worst_state = max(worst_state, *layout_error(run.state[fqn], uncut.state[fqn], largest).values())
-    assert cuts == 9 * 4 * setting.rounds
+    assert cuts == 9 * 4 * rounds
     assert empty > 0
     assert worst <= 1.0, worst
     assert worst_state <= 1.0, worst_state

@@ -6,6 +6,7 @@ mapping are one thing; decays travel with the weights; nothing is unpickled, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +22,22 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist import weights as weights_module
 from pylo_dist.optim.adafac import effective_decays
-from pylo_dist.weights import CARD_KEY, SMALL_FC, MetaNetwork, Registered, WeightsError, load_weights, register_weights
+from pylo_dist.publish import save_weights
+from pylo_dist.weights import (
+    ARCHITECTURES,
+    CARD_KEY,
+    CELO2,
+    SMALL_FC,
+    VELO,
+    Architecture,
+    MetaNetwork,
+    Registered,
+    WeightsError,
+    load_weights,
+    read_file,
+    register_weights,
+    registered_entry,
+)
 
 DECAYS = {"momentum_decays": [0.01, 0.02, 0.03], "rms_decays": [0.04], "adafactor_decays": [0.05, 0.06, 0.07]}
 
@@ -184,6 +200,216 @@ def test_stored_decays_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
         adafac(file)
 
 
+# ------------------------------------------------------------------------------- folders as PyLO saves them
+
+SIZES = {"H": 5, "2H": 10, "4H": 20, "P": 3}
+
+
+def values(architecture: Architecture, seed: int = 3) -> dict[str, Tensor]:
+    """Tensors of any architecture, VeLO's in a small size."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: [SIZES.get(str(n), n) for n in shape] for name, shape in architecture.shapes.items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}  # type: ignore[arg-type]
+
+
+def pylo_folder(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """What huggingface_hub's PyTorchModelHubMixin.save_pretrained leaves: config.json, model.safetensors, README.md."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- learned-optimizer\n---\n")
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+MLP_CONFIG = {"input_size": 39, "hidden_size": 32, "hidden_layers": 1}
+CELO2_CONFIG = {
+    "activation": "relu",
+    "feature_dims": [1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3],
+    "hidden_layers": 2,
+    "hidden_size": 8,
+    "output_size": 3,
+}
+RNN_CONFIG = {"input_size": 30, "lstm_hidden_size": 5, "mix_layers": True, "param_inits": 3}
+
+
+def pylo_velo(path: Path, rnn_config: dict[str, Any] = RNN_CONFIG) -> tuple[str, dict[str, Tensor]]:
+    """VeLO's two folders, joined by "+", and all that belongs to the network."""
+    kept = values(VELO)
+    of_mlp = {name for name in kept if name.split("_")[0] in ("input", "hidden", "output")}
+    scratch = {name: torch.full((2,), float("nan")) for name in VELO.ignored}
+    assert {name.replace("_.", ".").removesuffix("_") for name in of_mlp} == set(scratch)
+    path.mkdir(exist_ok=True)
+    rnn = pylo_folder(path / "rnn", {name: t for name, t in kept.items() if name not in of_mlp}, rnn_config)
+    mlp = pylo_folder(path / "mlp", {**{name: kept[name] for name in of_mlp}, **scratch}, {"param_inits": 3, "hidden_size": 4})
+    return f"{rnn}+{mlp}", kept
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config"),
+    [("AdafacLO", MLP_CONFIG), ("MuLO", MLP_CONFIG), ("ELO", MLP_CONFIG), ("CELO2", CELO2_CONFIG), ("ELO_CELO2", CELO2_CONFIG)],
+)
+def test_folders_of_pylo_load_unchanged(tmp_path: Path, optimizer: str, config: dict[str, Any]) -> None:
+    kept = values(CELO2 if "CELO2" in optimizer else SMALL_FC)
+    folder = pylo_folder(tmp_path / "saved", kept, config)
+    kwargs = {"width_mults": {"w": 1.0}} if optimizer == "MuLO" else {}
+    built = getattr(pylo_dist, optimizer)([("w", nn.Parameter(torch.ones(3, 4)))], weights=folder, **kwargs)
+    assert set(built.weights.tensors) == set(kept)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in built.weights.tensors.items())
+
+
+def test_the_two_folders_of_velo_are_one_network(tmp_path: Path) -> None:
+    folders, kept = pylo_velo(tmp_path / "velo")
+    built = pylo_dist.VeLO([nn.Parameter(torch.ones(3, 4))], num_steps=10, weights=folders)
+    assert set(built.weights.tensors) == set(kept)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in built.weights.tensors.items())
+    one = save_weights(tmp_path / "one+folder", folders)  # a "+" in the path of a folder that is there joins nothing
+    assert load_weights(tmp_path / "one+folder", VELO).digest == one.digest == built.weights.digest
+    rnn, mlp = folders.split("+")
+    for wrong, message in {
+        rnn: r"missing \['hidden_bias_.0'",
+        mlp: r"missing \['final_mix_layer.bias'",
+        f"{rnn}+{rnn}": "is in two of the parts",
+    }.items():
+        with pytest.raises(WeightsError, match=message):
+            load_weights(wrong, VELO)
+
+
+def test_settings_of_pylo_that_are_not_computed_here_are_refused(tmp_path: Path) -> None:
+    folder = pylo_folder(tmp_path / "tanh", values(CELO2), {**CELO2_CONFIG, "activation": "tanh"})
+    with pytest.raises(WeightsError, match="activation = 'tanh', celo2 here computes 'relu' only; use PyLO"):
+        load_weights(folder, CELO2)
+    folders, _ = pylo_velo(tmp_path / "velo", {**RNN_CONFIG, "mix_layers": False})
+    with pytest.raises(WeightsError, match="mix_layers = False, velo here computes True only; use PyLO"):
+        load_weights(folders, VELO)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config.json is not readable JSON.*mend it"):
+        load_weights(folder, CELO2)
+
+
+# ---------------------------------------------------------------------------------------------- saved
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_saved_weights_are_read_back_bit_for_bit(tmp_path: Path, architecture: Architecture) -> None:
+    given = load_weights(values(architecture), architecture)
+    decays = {name: tuple(0.1 * x for x in numbers) for name, numbers in architecture.decays.items()}
+    folder = tmp_path / "a" / "folder"
+    saved = save_weights(folder, given, decays=decays, horizon=1234, licence="mit", description="Some words.")
+    read = load_weights(folder)  # knows its architecture
+    for network in (saved, read, load_weights(folder, architecture), load_weights(folder / "model.safetensors", architecture)):
+        assert (network.architecture, network.digest, network.horizon, network.licence) == (
+            architecture.name,
+            given.digest,
+            1234,
+            "mit",
+        )
+        assert dict(network.decays) == decays
+        assert all(torch.equal(tensor, given.tensors[name]) for name, tensor in network.tensors.items())
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors"]
+    card = (folder / "README.md").read_text()
+    for said in (
+        architecture.name,
+        given.digest,
+        "1,234 steps",
+        "license: mit",
+        "Some words.",
+        *map(repr, sum(decays.values(), ())),
+    ):
+        assert said in card
+    again = save_weights(tmp_path / "again", folder)  # what a folder says goes along
+    assert (dict(again.decays), again.horizon, again.licence, again.digest) == (decays, 1234, "mit", given.digest)
+
+
+def test_an_optimizers_weights_can_be_saved(tmp_path: Path) -> None:
+    optimizer = adafac("demo")
+    saved = save_weights(tmp_path / "demo", optimizer.weights)
+    assert rule_decays(adafac(tmp_path / "demo")) == rule_decays(optimizer)
+    assert saved.source == "built into pylo_dist"
+    with pytest.raises(WeightsError, match="'demo' are for small_fc, this optimizer needs elo"):
+        pylo_dist.ELO([nn.Parameter(torch.ones(3))], weights=optimizer.weights)
+
+
+def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match="of small_fc, elo, celo2, velo the tensors fit small_fc and elo; name the architecture"
+    ):
+        save_weights(tmp_path / "new", tensors())
+    for architecture in ("small_fc", "elo"):
+        assert save_weights(tmp_path / architecture, tensors(), architecture).architecture == architecture
+    with pytest.raises(WeightsError, match="architecture 'mlp': wanted one of small_fc, elo, celo2, velo"):
+        save_weights(tmp_path / "new", tensors(), "mlp")
+    for decays in ({"rms_decay": [0.1]}, {"rms_decays": [0.1, 0.2]}, {"rms_decays": [float("nan")]}):
+        with pytest.raises(WeightsError, match=r"do not belong to small_fc: wanted momentum_decays \(3 finite numbers\)"):
+            save_weights(tmp_path / "new", tensors(), "small_fc", decays=decays)
+    with pytest.raises(WeightsError, match="horizon=0: wanted a number of steps"):
+        save_weights(tmp_path / "new", tensors(), "small_fc", horizon=0)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(WeightsError, match="is a file, wanted a folder"):
+        save_weights(tmp_path / "elo" / "model.safetensors", tensors(), "elo")
+
+
+def test_saving_replaces_nothing_unasked(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    first = save_weights(folder, tensors(1), "small_fc")
+    save_weights(folder, tensors(1), "small_fc")  # the same again
+    with pytest.raises(WeightsError, match="holds other weights; name a new folder, or overwrite them"):
+        save_weights(folder, tensors(2), "small_fc")
+    assert load(folder).digest == first.digest
+    assert save_weights(folder, tensors(2), "small_fc", overwrite=True).digest == load(folder).digest != first.digest
+    write(tmp_path / "taken" / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"holds other.safetensors, a weights folder holds one such file"):
+        save_weights(tmp_path / "taken", tensors(), "small_fc", overwrite=True)
+
+
+def test_tensors_that_changed_after_they_were_saved_are_refused(tmp_path: Path) -> None:
+    save_weights(tmp_path, tensors(), "small_fc")
+    kept, card = read_file(tmp_path / "model.safetensors")
+    kept["network.output.bias"][0] += 1e-6
+    write(tmp_path / "model.safetensors", kept, card)
+    with pytest.raises(WeightsError, match="changed after they were saved: fetch them again"):
+        load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- registry
+
+
+def test_what_the_registry_says() -> None:
+    entries = pylo_dist.registered_weights()
+    assert {name: entry.architecture for name, entry in entries.items()} == {
+        "btherien/mulo": "small_fc",
+        "DiamondXL/elo": "elo",
+        "DiamondXL/celo2": "celo2",
+        "DiamondXL/elo-celo2": "celo2",
+        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": "velo",
+    }
+    assert {name for name, entry in entries.items() if entry.horizon} == {"Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP"}
+    assert entries["btherien/mulo"].decays == SMALL_FC.decays
+    at_v2 = registered_entry("btherien/mulo@v2")
+    assert at_v2 is not None
+    assert (at_v2.revision, at_v2.decays) == ("v2", SMALL_FC.decays)
+    assert registered_entry("somebody/else@v2") is None
+
+
+def test_sha256_of_every_source(tmp_path: Path) -> None:
+    file = write(tmp_path / "w.safetensors")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for wrong in ("abc", digest.upper(), f"{digest}+{digest}"):
+        with pytest.raises(ValueError, match="wanted 64 lower-case hex digits for every source"):
+            Registered("small_fc", str(file), sha256=wrong)
+    assert Registered("velo", "a/b+c/d", sha256=f"{digest}+{digest}")
+
+
+@pytest.mark.usefixtures("registry")
+def test_registered_files_have_their_sha256(tmp_path: Path) -> None:
+    file = write(tmp_path / "w.safetensors")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    register_weights("mine", Registered("small_fc", str(file), sha256=digest))
+    assert load("mine").digest == load(file).digest
+    write(file, tensors(8))
+    with pytest.raises(WeightsError, match=f"w.safetensors has sha256 .*, registered is {digest}; it is another file"):
+        load("mine")
+
+
 # -------------------------------------------------------------------------------------------- refused
 
 
@@ -295,21 +521,6 @@ def test_default_weights_without_a_network_fail_quickly_and_name_the_ways_out(tm
     for way_out in ("connect", "hf download btherien/mulo", ".safetensors file", "a mapping", 'weights="demo"'):
         assert way_out in default
     assert float(took) < 10.0
-
-
-def test_files_found_on_the_hub_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    file, asked = write(tmp_path / "model.safetensors"), []
-
-    def download(repository: str, name: str, revision: str | None = None) -> str:
-        asked.append((repository, name, revision))
-        return str(file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load("somebody/weights-1.5@v2.0").digest == load(file).digest
-    assert load("btherien/mulo").name == "btherien/mulo"
-    assert asked == [("somebody/weights-1.5", "model.safetensors", "v2.0"), ("btherien/mulo", "model.safetensors", None)]
 
 
 NO_SOCKETS = """

@@ -175,8 +175,10 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
             "buckets": len(optimizer.buckets),
             "stats": {fqn: float(row["update_ratio"]) for fqn, row in optimizer.stats().items()},
             "grad_norm": float(optimizer.grad_norm),
+            "run": {k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith("loss_")},
         }
     results["nonfinite"] = nonfinite_ranks(rank)
+    results["failure"] = failure_ranks(rank, world)
     results["adamw"] = adamw_ranks(rank)
     results["disagree"] = disagreement(rank)
     return results
@@ -209,6 +211,31 @@ def nonfinite_ranks(rank: int) -> dict[str, Any]:
         set_gradients(model, 2, rank)
         optimizer.step()
         outcome[f"{mode}_goes_on"] = not torch.equal(snapshot(model)["square"], after["square"])
+    return outcome
+
+
+def failure_ranks(rank: int, world: int) -> dict[str, Any]:
+    """The last rank alone cannot take a step: all must say so, change nothing, and be able to go on together."""
+    outcome: dict[str, Any] = {}
+    model = Model(0, vocabulary=53)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.VeLO, num_steps=100, weights=velo_weights("small"))
+    for case in ("good", "sparse", "no loss", "loss of two", "good again"):
+        set_gradients(model, len(outcome), rank)
+        before, state = snapshot(model), str(state_of(optimizer))
+        loss: torch.Tensor | None = torch.tensor(2.0)
+        if rank == world - 1:
+            if case == "sparse":
+                model.square.grad = model.square.grad.to_sparse()
+            loss = {"no loss": None, "loss of two": torch.ones(2)}.get(case, loss)
+        try:
+            optimizer.step(loss)
+            outcome[case] = "step"
+        except (ValueError, pylo_dist.PeerError) as error:
+            outcome[case] = f"{type(error).__name__}: {error}"
+        same = all(torch.equal(before[f], p) for f, p in snapshot(model).items()) and state == str(state_of(optimizer))
+        outcome[f"{case} changed"] = not same
+        assert all(member.piece.grad is None for bucket in optimizer.buckets for member in bucket.members)
+    outcome["steps"] = int(optimizer.param_groups[0]["step"])
     return outcome
 
 
@@ -277,6 +304,10 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
                 worst_state = max(worst_state, error)
         for fqn, ratio in results[0]["stats"].items():
             assert ratio == pytest.approx(results[-1]["stats"][fqn], rel=1e-12, nan_ok=True), fqn
+        for key, wanted in ((k, v) for k, v in reference.param_groups[0].items() if k.startswith("loss_")):
+            for result in results:  # float64 means of the averaged loss
+                torch.testing.assert_close(result["run"][key], wanted, rtol=1e-12, atol=0)
+        assert (name == "velo") == bool(results[0]["run"])
         wanted_norm = float(reference.grad_norm)
         assert results[0]["grad_norm"] == pytest.approx(wanted_norm, rel=1e-9)
         shared = 2 * STEPS if world > 1 else 0
@@ -296,6 +327,17 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             assert outcome[f"{mode}_unchanged"]
             assert outcome[f"{mode}_goes_on"]
             assert outcome[f"{mode}_step"] == 1
+        failure = rank["failure"]
+        assert failure["steps"] == 2
+        for case in ("good", "good again"):
+            assert failure[case] == "step"
+            assert failure[f"{case} changed"]
+        for case in ("sparse", "no loss", "loss of two"):
+            assert not failure[f"{case} changed"], case
+        own = rank is ranks[-1]
+        assert ("ValueError: 'square' has a sparse gradient" if own else "PeerError: another rank") in failure["sparse"]
+        assert "some rank gave none" in failure["no loss"]
+        assert ("ValueError: the loss has shape (2,)" if own else "PeerError: another rank") in failure["loss of two"]
     if world > 1:
         for r in ranks:
             different_model, different_weights = r["disagree"].split(" | ")
@@ -374,6 +416,53 @@ def test_refusals_name_the_remedy() -> None:
     model(torch.zeros(1, 3, dtype=torch.float64)).sum().backward()
     with pytest.raises(ValueError, match=r"'(weight|bias)' was replaced after ZeroOptimizer was built"):
         optimizer.step()
+
+
+def test_empty_parameters_fill_no_bucket() -> None:
+    params = [("empty", nn.Parameter(torch.zeros(0, 5))), ("w", nn.Parameter(torch.randn(30, 30)))]
+    optimizer = pylo_dist.ZeroOptimizer(params, pylo_dist.AdafacLO, weights=weights(), bucket_cap_mb=0.001)
+    for _, p in params:
+        p.grad = torch.ones_like(p)
+    before = params[1][1].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params[1][1])
+
+
+def test_what_is_frozen_is_not_forgotten() -> None:
+    model = Model(0, vocabulary=53)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights())
+    model.frozen.requires_grad_(True)
+    model.frozen.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"'frozen' was frozen.*add_param_group"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="lr=-1"):
+        optimizer.add_param_group({"params": [("frozen", model.frozen)], "lr": -1.0})
+    optimizer.add_param_group({"params": [("frozen", model.frozen)]})
+    optimizer.step()
+    assert not torch.equal(model.frozen, torch.ones(3))
+
+
+def test_hooks_extend_and_copies() -> None:
+    model = Model(0, vocabulary=53)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.VeLO, num_steps=5, weights=velo_weights("small"))
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("step"))
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    set_gradients(model, 0, 0)
+    optimizer.step(torch.tensor(1.0))
+    state = optimizer.state_dict()
+    assert state.pop("note") == 1
+    optimizer.load_state_dict(state)
+    assert seen == ["step", "save", "load", "loaded"]
+    optimizer.extend(50)
+    assert optimizer.param_groups[0]["num_steps"] == 50
+    import copy
+
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
 
 
 def test_scheduler_groups_and_resume_in_place() -> None:

@@ -35,11 +35,18 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
         )
+    if grad is None:
+        return absent(binding, param)
     sharded = without_gradient(binding, param)
-    if grad is None and binding.group is not None:
+    sharded.grad, sharded.present = grad.detach().reshape(-1).contiguous(), binding.present
+    return sharded
+
+
+def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:
+    """As `collect` where this rank has no gradient."""
+    sharded = without_gradient(binding, param)
+    if binding.group is not None:
         sharded.grad = sharded.value.new_zeros(sharded.value.shape)  # other ranks may have one: then it is zero here
-    elif grad is not None:
-        sharded.grad, sharded.present = grad.detach().reshape(-1).contiguous(), binding.present
     return sharded
 
 

@@ -124,13 +124,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"{optimizer_class.__name__} may read whole tensors and would be silently wrong on shards; wanted a learned "
                 f"optimizer of pylo_dist or one of {known}"
             )
-        group = process_group if process_group is not None else comm.default_group()
+        group = comm.default_group() if process_group is None else (process_group or None)
         self.ranks, self.rank = comm.size(group), comm.rank(group)
         self.group = group if self.ranks > 1 else None  # a single rank holds everything: nothing to communicate
         self.buckets: list[Bucket] = []
         self._cap_mb = bucket_cap_mb
         self._reduce_dtype = reduce_dtype
         self._ready = False
+        self._given = dict(optimizer_kwargs)
+        self._frozen = _frozen_params(model_or_params)
         groups = [_named_group(i, group) for i, group in enumerate(_as_groups(model_or_params))]
         self._check_same_on_all_ranks(groups)
         if issubclass(optimizer_class, LearnedOptimizer):
@@ -153,13 +155,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         group = _named_group(len(self.param_groups), param_group)
+        if isinstance(self.inner, LearnedOptimizer):  # what the face records of whole parameters, a group of its own has
+            late = self.inner.before_sharding(group["params"], self._given)
+            group |= {key: value for key, value in late.items() if key not in self._given}
         known = {id(member.param) for bucket in self.buckets for member in bucket.members}
         for fqn, param in group["params"]:
             if id(param) in known:
                 raise ValueError(f"{fqn!r} is already in a parameter group of this optimizer")
         self._check_same_on_all_ranks([group])
-        self.inner.add_param_group(self._shard_group(group))
+        before = len(self.buckets)
+        try:
+            self.inner.add_param_group(self._shard_group(group))
+        except Exception:
+            del self.buckets[before:]
+            raise
+        added = {id(param) for _, param in group["params"]}
+        self._frozen = [(fqn, param) for fqn, param in self._frozen if id(param) not in added]
         self._share_groups()
+        self._check_same_settings()
 
     def _share_groups(self) -> None:
         """One list of groups and one state, seen through this object and the inner optimizer."""
@@ -182,8 +195,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self.group is None:
             return
         settings = [type(self.inner).__name__, self.weights.describe() if self.weights is not None else "no weights"]
+        if isinstance(self.inner, LearnedOptimizer):
+            settings += self.inner.settings()
         for i, group in enumerate(self.inner.param_groups):
-            settings += [f"group {i}: {k}={v}" for k, v in sorted(group.items()) if isinstance(v, (int, float, str, type(None)))]
+            entries = ((k, v.tolist() if isinstance(v, Tensor) else v) for k, v in sorted(group.items()) if k != "params")
+            settings += [f"group {i}: {k}={v}" for k, v in entries]
         comm.check_equal("setting", settings, self.group, self.buckets[0].flat.device)
 
     def _shard_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +239,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             flat[offset:end].view(param.shape).copy_(param)
             param.data = flat[offset:end].view(param.shape)
             peers = []
-            for first in range(0, len(flat), shard_numel or 1):
+            for first in (rank * shard_numel for rank in range(self.ranks)):
                 start, stop = (min(max(bound - offset, 0), end - offset) for bound in (first, first + shard_numel))
                 peers.append(TensorShard.interval(fqn, tuple(param.shape), start, stop))
             start = offset + peers[self.rank].start
@@ -248,15 +264,57 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        problem = self._problem()
+        if isinstance(self.inner, LearnedOptimizer):
+            if problem is not None:
+                self.inner.fail_next_step(problem)  # raised in the step, where the other ranks hear of it too
+        elif problem is not None:
+            raise problem
         for bucket in self.buckets:
             self.reduce_bucket(bucket)
-        if isinstance(self.inner, LearnedOptimizer):
-            self.inner.step(loss=loss)
-        else:
-            self.inner.step()
+        try:
+            if isinstance(self.inner, LearnedOptimizer):
+                self.inner.step(loss=loss)
+            else:
+                self.inner.step()
+        finally:  # what is left would be taken for the gradient of the next step
+            for bucket in self.buckets:
+                bucket.grad = None
+                for member in bucket.members:
+                    member.piece.grad = None
         for bucket in self.buckets:
             self.gather_bucket(bucket)
         return loss
+
+    def _problem(self) -> ValueError | None:
+        """Why this rank cannot take a step, before it enters a collective."""
+        for bucket in self.buckets:
+            for member in bucket.members:
+                param, fqn = member.param, member.fqn
+                if param.numel() and param.data_ptr() != bucket.flat[member.offset :].data_ptr():
+                    return ValueError(
+                        f"the memory of {fqn!r} was replaced after ZeroOptimizer was built (by .to(), .half(), a new tensor); "
+                        "build the optimizer after such changes"
+                    )
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    return ValueError(f"{fqn!r} has a sparse gradient: build its embedding with sparse=False")
+        for fqn, param in self._frozen:
+            if param.requires_grad:
+                return ValueError(
+                    f"{fqn!r} was frozen when ZeroOptimizer was built and is trainable now; add it on all ranks with "
+                    "add_param_group"
+                )
+        return None
+
+    def extend(self, num_steps: int) -> None:
+        """See `VeLO.extend`; call it alike on all ranks."""
+        extend = getattr(self.inner, "extend", None)
+        if extend is None:
+            raise TypeError(f"{type(self.inner).__name__} has no length of run to extend")
+        extend(num_steps)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a ZeroOptimizer belongs to its process group and its model's memory; it cannot be copied or pickled")
 
     def set_loss(self, loss: Tensor | float) -> None:
         """See `LearnedOptimizer.set_loss`."""
@@ -273,17 +331,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         full = torch.zeros_like(bucket.flat, dtype=dtype)
         for member in bucket.members:
             param, end = member.param, member.offset + member.param.numel()
-            if param.data_ptr() != bucket.flat[member.offset :].data_ptr() and param.numel():
-                raise ValueError(
-                    f"the memory of {member.fqn!r} was replaced after ZeroOptimizer was built (by .to(), .half(), a new tensor); "
-                    "build the optimizer after such changes"
-                )
             binding = bound_shard(member.piece)
             assert binding is not None
             binding.present = param.grad is not None
-            if param.grad is not None:
-                if param.grad.is_sparse:
-                    raise ValueError(f"{member.fqn!r} has a sparse gradient: build its embedding with sparse=False")
+            if param.grad is not None and param.grad.layout == torch.strided and param.grad.shape == param.shape:
                 full[member.offset : end].view(param.shape).copy_(param.grad)
         mine = full
         if self.group is not None:
@@ -325,7 +376,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, with the layout it belongs to. It loads on the same rank of the same layout."""
-        return {**self.inner.state_dict(), "layout": self._layout()}
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state: dict[str, Any] = {**self.inner.state_dict(), "layout": self._layout()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state = post_hook(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this rank.
@@ -333,6 +389,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: state of another layout; nothing has been changed then.
         """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         saved, own = state_dict.get("layout"), self._layout()
         if saved is None:
             raise ValueError("the state has no 'layout': it was not saved by ZeroOptimizer")
@@ -348,6 +406,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 )
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "layout"})
         self._share_groups()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     # ----------------------------------------------------------------------------------------- views
 
@@ -382,6 +442,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         report.heading.append(f"ZeRO-1, rank {self.rank} of {self.ranks}, {len(self.buckets)} buckets")
         report.totals["work_max_over_mean"] = max(work) * len(work) / max(1, sum(work))
         return report
+
+
+def _frozen_params(model_or_params: Any) -> list[tuple[str, Tensor]]:
+    """Parameters of a module that are not optimized because they are frozen now."""
+    if not isinstance(model_or_params, nn.Module):
+        return []
+    return [(fqn, p) for fqn, p in model_or_params.named_parameters() if not p.requires_grad]
 
 
 def _as_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from ..shards import Shape, ShardBinding, ShardedParam, TensorShard
 from ..state import StateField
 
 # Slots of the gradient audit, which every item has at the front of the first Sum of a step.
-PRESENT, NONFINITE, SQUARES, UPDATE = range(4)
-AUDIT_SLOTS = 4
+PRESENT, NONFINITE, SQUARES, UPDATE, FAILED = range(5)
+AUDIT_SLOTS = 5
 
 
 @dataclass(slots=True)
@@ -99,6 +99,7 @@ class Batch:
 
     Attributes:
         items: every parameter, also those without a gradient, in the same order on every rank.
+        groups: all parameter groups of the optimizer, also those without an item.
         keep: bool (items,), which tensors move in this step; set by the engine after the first Sum.
         scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
         clips: whether any item can be clipped at all; decided from the parameter groups.
@@ -112,6 +113,7 @@ class Batch:
     """
 
     items: list[Item]
+    groups: list[dict[str, Any]]
     device: torch.device
     keep: Tensor
     scale: Tensor
@@ -126,12 +128,12 @@ class Batch:
     _sums: dict[str, Sum] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, items: list[Item], device: torch.device) -> Batch:
+    def of(cls, items: list[Item], groups: list[dict[str, Any]], device: torch.device) -> Batch:
         def vector(value: float) -> Tensor:
             return torch.full((len(items),), value, dtype=torch.float64, device=device)
 
         keep = torch.ones(len(items), dtype=torch.bool, device=device)
-        return cls(items, device, keep, vector(1.0), vector(0.0), vector(0.0))
+        return cls(items, groups, device, keep, vector(1.0), vector(0.0), vector(0.0))
 
     def new_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
         """The zeroed request of this phase; `length` must follow from global shapes alone. Its memory is kept over steps."""
@@ -152,7 +154,7 @@ class LearnedRule(ABC):
 
     Attributes:
         name: for reports.
-        needs_loss: whether `batch.loss` is read.
+        needs_loss: whether `batch.loss` is read. Such a rule couples all tensors of an optimizer, which share one device then.
         clip_eps: added to the norm that clipping divides by; torch.nn.utils.clip_grad_norm_'s.
         replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest number.
     """
@@ -166,7 +168,7 @@ class LearnedRule(ABC):
         """Initial values of what belongs to the run and not to a parameter.
 
         Every parameter group holds a copy, so that it is part of the state dict; the rule writes all copies alike
-        (`item.hyper[name]`, modified in place).
+        (`group[name]` of all `batch.groups`, modified in place).
         """
         return {}
 

@@ -97,12 +97,13 @@ class CELO2Rule(FactoredRule):
         for i, item in batch.moving():
             param, is_matrix = item.param, i in matrices
             assert param.grad is not None
-            clamp = self.features.clamp if is_matrix and item.hyper.get("max_grad_norm") is None else None
+            clipped = item.hyper.get("max_grad_norm") is not None
+            clamp = self.features.clamp if is_matrix and not clipped else None
             dims = item.dims if is_matrix else None
             sums = a.vectors[i] if is_matrix else a.vectors[i][:0]
-            reference.gradient_sums(param.grad, param.shard, dims, sums, a.audits[i], clamp)
-            if not is_matrix:
-                a.vectors[i] += param.value.to(torch.float64).square().sum()
+            reference.gradient_sums(param.grad, param.shard, dims, sums, a.audits[i], clamp, bounded=clipped or clamp is not None)
+            for part in reference.parts(param.value) if not is_matrix else ():
+                a.vectors[i] += param.value[part].to(torch.float64).square().sum()
         yield a
 
         # B: the sum of squares of every feature, per matrix
@@ -126,7 +127,7 @@ class CELO2Rule(FactoredRule):
             yield from self._normalise(batch, directions)
         for i in moving:
             item, t = batch.items[i], tensors[i]
-            lr, decay = wide(item.hyper["lr"]), item.hyper["weight_decay"]
+            lr, decay = reference.in_dtype(item.hyper["lr"], t.momentum.dtype), item.hyper["weight_decay"]
             batch.update_squares[i].zero_()
             for box in reference.chunks(t.shard, t.value.device):
                 # p <- p - lr (s rmsmult + weight_decay p)

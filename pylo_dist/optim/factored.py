@@ -120,8 +120,12 @@ class ThreePassRule(FactoredRule):
             assert param.grad is not None
             replace = self.replaces_nonfinite and batch.allows_nonfinite
             # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
-            clamp = self.features.clamp if item.hyper.get("max_grad_norm") is None else None
-            reference.gradient_sums(param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace)
+            clipped = item.hyper.get("max_grad_norm") is not None
+            clamp = None if clipped else self.features.clamp
+            bounded = clipped or clamp is not None
+            reference.gradient_sums(
+                param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace, bounded
+            )
             param.grad = param.grad.nan_to_num() if replace else param.grad
         yield a
 

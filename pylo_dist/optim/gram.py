@@ -14,6 +14,7 @@ from torch import Tensor
 from ..shards import Shape, TensorShard
 
 FLOPS_PER_BYTE = 100.0  # what a device computes in float32 while a byte leaves it; an H200 on NVLink is near it
+LATENCY_BYTES = 500_000.0  # what could be sent in the time that one more dependent collective takes: 20 us at 25 GB/s
 FLOAT64_COST = 2.0  # of a float64 operation, in float32 ones
 
 
@@ -38,7 +39,7 @@ def is_cheaper(shape: Shape, peers: Sequence[TensorShard], iterations: int) -> b
 
         owner  2 * 4 n / R                   bytes, there and back
                iterations * (4 k n + 2 k^3) / R   operations (the matrices are dealt evenly)
-        Gram   2 * 8 k^2                     bytes of an all-reduce in float64
+        Gram   2 * 8 k^2 + LATENCY_BYTES     bytes of an all-reduce in float64, which comes on top of the exchange of others
                2 k n / R + iterations * 6 k^3     float64 operations, the chain on every rank
                2 k n / R                     operations, applying the result
 
@@ -49,7 +50,7 @@ def is_cheaper(shape: Shape, peers: Sequence[TensorShard], iterations: int) -> b
     ranks, k, n = len(peers), min(shape), shape[0] * shape[1]
     owner_flops = iterations * (4.0 * k * n + 2.0 * k**3) / ranks
     gram_flops = FLOAT64_COST * (2.0 * k * n / ranks + iterations * 6.0 * k**3) + 2.0 * k * n / ranks
-    return 16.0 * k * k + gram_flops / FLOPS_PER_BYTE < 8.0 * n / ranks + owner_flops / FLOPS_PER_BYTE
+    return LATENCY_BYTES + 16.0 * k * k + gram_flops / FLOPS_PER_BYTE < 8.0 * n / ranks + owner_flops / FLOPS_PER_BYTE
 
 
 def local_slices(local: Tensor, shard: TensorShard) -> Tensor:

@@ -44,6 +44,7 @@ class MuLO(AdafacLO):
     """
 
     rule_class = MuLORule
+    group_keys = ("width_mults",)
     _width_mults: dict[str, float] | None = None
     _unclaimed: frozenset[str] = frozenset()
 

@@ -113,13 +113,12 @@ class VeLORule(ThreePassRule):
 
     def tensor_sums(self, item: Item, sums: Tensor) -> None:
         value, momentum, rms = item.param.value, item.state["momentum"], item.state["rms"]
-        for first in range(0, value.numel(), reference.CHUNK_GPU):
-            part = slice(first, first + reference.CHUNK_GPU)
+        for part in reference.parts(value):
             p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
             sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
 
     def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
-        hyper = batch.items[0].hyper
+        hyper = batch.groups[0]
         # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the run a float64 one
         dtype = max((item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize)
         w = self._weights(dtype, batch.device)
@@ -127,7 +126,7 @@ class VeLORule(ThreePassRule):
         buffer = LossBuffer(hyper["num_steps"], hyper["step"])
         means, minima = buffer.updated(hyper["loss_means"], hyper["loss_minima"], batch.loss)
         loss_features = buffer.features(means, minima).to(dtype)
-        for group in {id(item.hyper): item.hyper for item in batch.items}.values():
+        for group in batch.groups:
             reference.commit(group["loss_means"], means, batch.go)
             reference.commit(group["loss_minima"], minima, batch.go)
 
@@ -153,8 +152,7 @@ class VeLORule(ThreePassRule):
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the step."""
-        shapes = [item.param.shard.shape for item in batch.items]
-        n = sums.new_tensor([float(item.param.shard.global_numel) for item in batch.items])[:, None]
+        n, one_hot, fractions_at = self._constants(batch)
         mean = sums / n
         # moments of m z and v z with z = 1 / rms(p); E[x^2] - E[x]^2 loses nothing that matters in float64
         z = mean[:, P_SQUARES, None].clamp_min(1e-9).rsqrt()
@@ -162,18 +160,30 @@ class VeLORule(ThreePassRule):
         v, v_squares = z * mean[:, V, None], z * z * mean[:, V_SQUARES, None]
         var_m = (m_squares - m * m).clamp_min(0.0)
         var_v = (v_squares - 2.0 * v * m + m * m).clamp_min(0.0)  # about the mean of m_k: so does the reference
-        ranks = torch.tensor([sum(size > 1 for size in shape) for shape in shapes], device=sums.device)
-        one_hot = (ranks[:, None] == torch.arange(5, device=sums.device)).to(loss_features.dtype)
-        fractions = torch.stack([self._fraction(item.hyper) for item in batch.items])
+        by_group = {id(group): self._fraction(group, fractions_at) for group in batch.groups}
+        fractions = torch.stack([by_group[id(item.hyper)] for item in batch.items])
         moments = [log_abs(x).to(loss_features.dtype) for x in (v, var_m, var_v)]
-        loss = loss_features.expand(len(shapes), -1)
+        loss = loss_features.expand(len(batch.items), -1)
+        one_hot = one_hot.to(loss_features.dtype)
         return torch.cat([fractions.to(loss_features.dtype), loss, moments[0], one_hot, moments[1], moments[2]], dim=1)
 
     @staticmethod
-    def _fraction(hyper: dict[str, Any]) -> Tensor:
+    def _constants(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of elements (tensors, 1), one-hot numbers of dims above 1 (tensors, 5), FRACTIONS; on the device, once."""
+        if "constants" not in batch.kept:
+            shapes = [item.param.shard.shape for item in batch.items]
+            n = torch.tensor([[float(math.prod(shape))] for shape in shapes], dtype=torch.float64)
+            one_hot = torch.tensor([[float(sum(size > 1 for size in shape) == k) for k in range(5)] for shape in shapes])
+            at = torch.tensor(FRACTIONS, dtype=torch.float32)
+            batch.kept["constants"] = tuple(t.to(batch.device) for t in (n, one_hot, at))
+        constants: tuple[Tensor, Tensor, Tensor] = batch.kept["constants"]
+        return constants
+
+    @staticmethod
+    def _fraction(hyper: dict[str, Any], at: Tensor) -> Tensor:
         """tanh(10 (t / num_steps - w)) for nine w, float32 as in the reference, (9,); beyond the end of the run as at its end."""
         where = (hyper["step"].to(torch.float32) / hyper["num_steps"]).clamp(max=1.0)
-        return torch.tanh(10.0 * (where - torch.tensor(FRACTIONS, dtype=torch.float32, device=where.device)))
+        return torch.tanh(10.0 * (where - at))
 
     @staticmethod
     def _mix(controls: Tensor, w: dict[str, Tensor], dtypes: list[torch.dtype]) -> list[Network]:
@@ -229,6 +239,9 @@ class VeLO(LearnedOptimizer):
         optimizer.step(loss)
     """
 
+    _steps_called: int | None = None
+    _warned_at: int | None = None
+
     def __init__(
         self,
         params: Any,
@@ -274,7 +287,6 @@ class VeLO(LearnedOptimizer):
             warnings.warn(f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}", stacklevel=2)
         if num_steps > LONGEST_RUN:
             warnings.warn(f"num_steps={num_steps}: VeLO was meta-trained on runs of up to {LONGEST_RUN} steps", stacklevel=2)
-        self._steps_called: int | None = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -296,12 +308,14 @@ class VeLO(LearnedOptimizer):
             group["num_steps"] = num_steps
 
     def phases(self) -> Any:
-        # the count is read back from the device once; after that it is kept on the host
-        if self._steps_called is None:
-            self._steps_called = int(self.param_groups[0]["step"])
-        if self._steps_called == self.param_groups[0]["num_steps"]:
+        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them
+        group = self.param_groups[0]
+        if self._steps_called is None or group["step"].device.type == "cpu":
+            self._steps_called = int(group["step"])
+        if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
+            self._warned_at = group["num_steps"]
             warnings.warn(
-                f"VeLO has taken all num_steps={self._steps_called} steps it was told of; it goes on as at the end of a run. "
+                f"VeLO has taken all num_steps={group['num_steps']} steps it was told of; it goes on as at the end of a run. "
                 "extend(num_steps) makes the run longer",
                 stacklevel=3,
             )

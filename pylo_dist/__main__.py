@@ -1,0 +1,130 @@
+"""The command line: `python -m pylo_dist weights list | show | fetch | verify`. Writes only the folder that `fetch` is given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .hub import HubError
+from .publish import architecture_named, save_weights, stored_digest
+from .weights import (
+    ARCHITECTURES,
+    DEMO,
+    MetaNetwork,
+    Registered,
+    WeightsChangedError,
+    WeightsError,
+    load_weights,
+    registered_entry,
+    registered_weights,
+)
+
+DONE, OTHER, WRONG_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code: 0 done, 2 wrong input, 1 otherwise. Errors are one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m pylo_dist", description="Learned optimizers for sharded training.")
+    _add_weights(parser.add_subparsers(metavar="COMMAND", required=True))
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except WeightsError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = OTHER if isinstance(error, WeightsChangedError) else WRONG_INPUT
+    return code
+
+
+def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    weights = commands.add_parser("weights", help="learned weights: what there is, and how to have it without a network")
+    actions = weights.add_subparsers(metavar="ACTION", required=True)
+
+    listed = actions.add_parser("list", help="all registered names")
+    listed.set_defaults(run=_list)
+
+    show = actions.add_parser("show", help="what belongs to a name; asks no network")
+    show.add_argument("name", metavar="NAME", help='a registered name, "demo", org/name[@revision], a folder or a file')
+    show.add_argument("--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them")
+    show.set_defaults(run=_show)
+
+    fetch = actions.add_parser("fetch", help="write a folder that loads without a network")
+    fetch.add_argument("name", metavar="NAME", help="as for show")
+    fetch.add_argument("--to", metavar="FOLDER", required=True)
+    fetch.add_argument("--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them")
+    fetch.add_argument("--overwrite", action="store_true", help="replace other weights in FOLDER")
+    fetch.set_defaults(run=_fetch)
+
+    verify = actions.add_parser("verify", help="compare a folder's tensors with the digest that was written with them")
+    verify.add_argument("folder", metavar="FOLDER")
+    verify.set_defaults(run=_verify)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _horizon(steps: int | None) -> str:
+    return "unknown" if steps is None else f"{steps:,} steps"
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = [("NAME", "ARCHITECTURE", "HORIZON", "LICENCE", "NOTE")]
+    for name, entry in {"demo": DEMO, **registered_weights()}.items():
+        rows.append((name, entry.architecture, _horizon(entry.horizon), entry.licence, entry.note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return DONE
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    name: str = arguments.name
+    entry = DEMO if name == "demo" else registered_entry(name)
+    about: MetaNetwork | Registered
+    shapes: Mapping[str, Sequence[int | str]]
+    try:
+        about = network = load_weights(name, architecture_named(arguments.architecture), local_only=True)
+        digest, shapes = network.digest, {key: tuple(tensor.shape) for key, tensor in network.tensors.items()}
+    except WeightsError as error:
+        if entry is None or not isinstance(error.__cause__, HubError):
+            raise
+        about, digest, shapes = entry, f"not known here: {_one_line(error)}", ARCHITECTURES[entry.architecture].shapes
+    print(f"name: {name}")
+    if entry is not None:
+        print(f"note: {entry.note}")
+    print(f"source: {about.source}")
+    print(f"architecture: {about.architecture}")
+    print(f"horizon: {_horizon(about.horizon)}")
+    print(f"licence: {about.licence}")
+    for key, values in {**ARCHITECTURES[about.architecture].decays, **about.decays}.items():
+        print(f"{key}: {', '.join(map(repr, values))}")
+    print(f"digest: {digest}")
+    print(f"tensors: {len(shapes)}")
+    for key, shape in sorted(shapes.items()):
+        print(f"  {key} ({', '.join(map(str, shape))})")
+    return DONE
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    network = save_weights(arguments.to, arguments.name, arguments.architecture, overwrite=arguments.overwrite)
+    print(f"{arguments.to}: {network.architecture} weights from {network.source}, digest {network.digest}")
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if not Path(arguments.folder).is_dir():
+        raise WeightsError(f"{arguments.folder} is no folder; wanted one that `python -m pylo_dist weights fetch` wrote")
+    network = load_weights(arguments.folder)  # compares, and says what differs
+    if stored_digest(arguments.folder) is None:
+        raise WeightsError(
+            f"folder {arguments.folder} holds {network.architecture} weights, digest {network.digest}, and none to compare it "
+            "with: write it with `python -m pylo_dist weights fetch` or pylo_dist.save_weights"
+        )
+    print(f"{arguments.folder}: {network.architecture} weights, digest {network.digest} as written")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
