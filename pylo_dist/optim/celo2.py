@@ -177,20 +177,26 @@ class CELO2Rule(FactoredRule):
         sizes = {id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chosen}
         grams = batch.new_sum("gram", lambda item: sizes.get(id(item), 0))
         for i in chosen:
-            x = gram.local_slices(directions[i], batch.items[i].param.shard).to(torch.float64)
-            grams.vectors[i].copy_((x @ x.mT).flatten())
+            x = gram.local_slices(directions[i], batch.items[i].param.shard)
+            grams.vectors[i].copy_(gram.gram_matrix(x).flatten())
         if chosen:
             yield grams
         for i in chosen:
-            shard, c = batch.items[i].param.shard, self.settings
-            k = min(shard.shape)
-            q, square = gram.newton_schulz_factor(grams.vectors[i].view(k, k), c.ns_coeffs, c.ns_iters, c.ns_eps)
-            q = q * (square / shard.global_numel + EPS_STEP).rsqrt()
-            x = gram.local_slices(directions[i], shard)
-            x.copy_(q.to(x.dtype) @ x)
+            self._apply_gram(directions[i], batch.items[i].param.shard, grams.vectors[i])
+
+    def _apply_gram(self, local: Tensor, shard: TensorShard, gram_sums: Tensor) -> None:
+        """The local elements of a slender matrix to its iterate at rms 1 (`local` is modified in place)."""
+        c, k = self.settings, min(shard.shape)
+        q, square = gram.newton_schulz_factor(gram_sums.view(k, k), c.ns_coeffs, c.ns_iters, c.ns_eps)
+        x = gram.local_slices(local, shard)
+        x.copy_((q * (square / shard.global_numel + EPS_STEP).rsqrt()).to(x.dtype) @ x)
 
     def _at_rms_one(self, whole: Tensor) -> Tensor:
         c = self.settings
+        if gram.is_slender(tuple(whole.shape)):
+            shard, local = TensorShard.whole("", tuple(whole.shape)), whole.flatten()
+            self._apply_gram(local, shard, gram.gram_matrix(gram.local_slices(local, shard)))
+            return local.view(whole.shape)
         s = reference.newton_schulz(whole, c.ns_coeffs, c.ns_iters, c.ns_eps)
         mean = s.to(torch.float64).square().mean(dim=(-2, -1), keepdim=True)
         return s * (mean + EPS_STEP).rsqrt().to(s.dtype)

@@ -1,4 +1,4 @@
-"""Newton-Schulz on a matrix that stays sharded along its longer side, through its Gram matrix.
+"""Newton-Schulz on slender matrices, through their Gram matrix; such a matrix may stay sharded along its longer side.
 
 With X (k, l), k <= l, all iterates are polynomials of G = X X^T times X: one sum of k x k numbers over the ranks, then every rank
 runs the chain on k x k matrices and multiplies its own columns. The chain is in float64: float32 would be off by up to 2e-4.
@@ -16,6 +16,15 @@ from ..shards import Shape, TensorShard
 FLOPS_PER_BYTE = 100.0  # what a device computes in float32 while a byte leaves it; an H200 on NVLink is near it
 LATENCY_BYTES = 500_000.0  # what could be sent in the time that one more dependent collective takes: 20 us at 25 GB/s
 FLOAT64_COST = 2.0  # of a float64 operation, in float32 ones
+
+
+SLENDER = 4  # times longer than wide: a matrix of which every layout takes this way, so that all layouts round alike
+CHUNK = 1 << 21  # elements in float64 at a time
+
+
+def is_slender(shape: Shape) -> bool:
+    """Whether a matrix goes through its Gram matrix, wherever it lies."""
+    return len(shape) == 2 and max(shape) >= SLENDER * min(shape)
 
 
 def columns_of(shard: TensorShard) -> tuple[int, int] | None:
@@ -43,9 +52,9 @@ def is_cheaper(shape: Shape, peers: Sequence[TensorShard], iterations: int) -> b
                2 k n / R + iterations * 6 k^3     float64 operations, the chain on every rank
                2 k n / R                     operations, applying the result
 
-    A shard that is not whole slices along the longer side leaves only the owner.
+    A shard that is not whole slices along the longer side leaves only the owner, as does a matrix that is not slender.
     """
-    if len(peers) < 2 or any(columns_of(shard) is None for shard in peers):
+    if len(peers) < 2 or not is_slender(shape) or any(columns_of(shard) is None for shard in peers):
         return False
     ranks, k, n = len(peers), min(shape), shape[0] * shape[1]
     owner_flops = iterations * (4.0 * k * n + 2.0 * k**3) / ranks
@@ -58,6 +67,15 @@ def local_slices(local: Tensor, shard: TensorShard) -> Tensor:
     rows, columns = shard.shape
     k, length = min(rows, columns), shard.numel // max(1, min(rows, columns))
     return local.view(length, k).mT if rows >= columns else local.view(k, length)
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """X X^T of the slices X (k, l), (k, k) float64."""
+    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, CHUNK // len(x)), dim=1):
+        wide = part.to(torch.float64)
+        total += wide @ wide.mT
+    return total
 
 
 def newton_schulz_factor(
