@@ -159,6 +159,7 @@ class Learner:
     def __init__(self, options: Options, place: Place) -> None:
         """Raises WrongInput for arguments or weights that the optimizer refuses."""
         sharded, learned = place.world_size > 1, options.optimizer in LEARNED
+        self._learned = learned
         package: Any = None
         if learned or sharded:
             package = place.together(import_package)
@@ -167,19 +168,17 @@ class Learner:
         optimizer_class: Any = torch.optim.AdamW
         arguments: dict[str, Any] = {"lr": options.base_lr(), "betas": (0.9, 0.95)}
         if learned:
-            optimizer_class = getattr(package, LEARNED[options.optimizer])
-            arguments = {
-                "lr": options.base_lr(),
-                "weight_decay": options.decay(),
-                "max_grad_norm": options.max_grad_norm,
-            }
-            if options.weights is not None:
-                arguments["weights"] = options.weights
+            optimizer_class = getattr(package, LEARNED[options.optimizer].class_name)
+            arguments = options.learned_arguments()
+            if options.optimizer == "mulo":
+                arguments["width_mults"] = {}  # the model's, once there is one
             # Tried on one number first: a rank that failed among the collectives of a sharded optimizer would
             # leave the others waiting. Rank 0 before the rest: they find in the cache what it downloads.
             place.together(lambda: try_out(optimizer_class, arguments) if place.rank == 0 else None)
             self.weights = place.together(lambda: try_out(optimizer_class, arguments))
         self.model: GPT = build(options.config(), options.seed).to(place.device)
+        if options.optimizer == "mulo":
+            arguments["width_mults"] = self.model.width_mults()
         named = list(self.model.named_parameters())
         parameters: Any = named
         if not learned:  # decay pulls on matrices only, as is usual for GPT-2
@@ -206,10 +205,13 @@ class Learner:
             loss: Tensor = self._forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss
 
-    def step(self) -> None:
-        """Update the parameters and clear the gradients. Raises Diverged."""
+    def step(self, loss: Tensor) -> None:
+        """Update the parameters, given this rank's mean `loss`, 0-d, and clear the gradients. Raises Diverged."""
         try:
-            self.optimizer.step()
+            if self._learned:
+                self.optimizer.step(loss=loss)  # velo reads it, and averages it over the ranks by itself
+            else:
+                self.optimizer.step()
         except self._nonfinite as error:
             raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
         self.optimizer.zero_grad()
@@ -265,9 +267,9 @@ def train(
             part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        mean_loss = place.mean(loss)
+        mean_loss = place.mean(loss.clone())
         before = clock.mark()
-        learner.step()
+        learner.step(loss)
         end = clock.mark()
         step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
         if not math.isfinite(mean_loss):
@@ -305,6 +307,8 @@ def describe(
         "command": list(argv),
         "lr": options.base_lr(),
         "weight_decay": options.decay(),
+        "max_grad_norm": options.clip_norm(),
+        "num_steps": options.planned_steps() if options.optimizer == "velo" else None,
         "batch_size": plan.global_batch,
         "micro_batch_size": plan.micro_batch,
         "block_size": options.sequence_length(),

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens of a sequence, C = n_embd channels, H heads, V voc
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,10 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The tensors with one dimension that grows with the width, by full name; all other matrices are hidden ones, with two.
+EMBEDDINGS = r"^(tokens|positions)\.weight$"
+
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """The shape of a model. Raises ValueError where the numbers make no GPT-2."""
+    """The shape of a model, and its parameterisation: the standard one, or with `mup_base_width` muP.
+
+    muP, the maximal update parameterisation, makes settings that were tuned on a narrow model hold for a wide one. The base
+    model, where both parameterisations are the same, has `mup_base_width` channels in `mup_base_heads` heads (None: `n_head`,
+    so that heads grow wider with the model). With m = n_embd / mup_base_width and d, d_base channels of a head in this model
+    and in the base model, this follows table 8 of Yang et al. 2022 (arXiv 2203.03466), whose output layer may be tied to the
+    embedding, with its learning rates for Adam, and definition 4.1 for attention:
+
+        embeddings, biases, norms    as in the base model
+        hidden matrices              initial standard deviation times 1 / sqrt(m); learning rate times 1 / m, see `width_mults`
+        logits                       times 1 / m
+        attention scores             q k sqrt(d_base) / d, which is q k / sqrt(d) where d = d_base
+
+    Raises ValueError where the numbers make no GPT-2, or no base model.
+    """
 
     vocab_size: int
     block_size: int  # longest sequence, in tokens
@@ -25,6 +43,8 @@ class GPTConfig:
     n_embd: int
     init_std: float = 0.02  # of embeddings and matrices
     qkv: Literal["fused", "split"] = "fused"  # one (3C, C) matrix, or three (C, C)
+    mup_base_width: int | None = None
+    mup_base_heads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -37,6 +57,29 @@ class GPTConfig:
             )
         if self.qkv not in ("fused", "split"):
             raise ValueError(f"qkv is {self.qkv!r}; choose 'fused' or 'split'.")
+        for name in ("mup_base_width", "mup_base_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.mup_base_width is None and self.mup_base_heads is not None:
+            raise ValueError(f"mup_base_heads {self.mup_base_heads} came without mup_base_width; give both, or neither.")
+        if self.mup_base_width is not None and self.mup_base_width % (self.mup_base_heads or self.n_head):
+            raise ValueError(
+                f"mup_base_width {self.mup_base_width} is not a multiple of its {self.mup_base_heads or self.n_head} heads; "
+                "choose another width, or mup_base_heads if the base model has another number of heads."
+            )
+
+    @property
+    def width_mult(self) -> float:
+        """m, how many times wider than the base model this one is; 1 without muP."""
+        return 1.0 if self.mup_base_width is None else self.n_embd / self.mup_base_width
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        head = self.n_embd // self.n_head
+        base_head = head if self.mup_base_width is None else self.mup_base_width // (self.mup_base_heads or self.n_head)
+        return 1.0 / math.sqrt(head * (head / base_head))
 
 
 # nano and micro read bytes and are sized for CPUs; the others are GPT-2's own four shapes. GPT-2's 0.02 suits
@@ -58,6 +101,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
+        self.scale = config.attention_scale
         self.fused = config.qkv == "fused"
         channels = config.n_embd
         if self.fused:
@@ -73,7 +117,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
         # (B, T, C) -> (B, H, T, C / H)
         q, k, v = (t.view(batch, length, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(batch, length, channels)))
 
 
@@ -118,20 +162,27 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def width_mults(self) -> dict[str, float]:
+        """By full name what muP divides the learning rate of a parameter by: `width_mult` for hidden matrices, else 1."""
+        width_mult = self.config.width_mult
+        return {name: width_mult if is_hidden_matrix(name, p) else 1.0 for name, p in self.named_parameters()}
+
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Fill every parameter (modified in place) from `seed` alone."""
         generator = torch.Generator().manual_seed(seed)
         # Each layer adds to the residual stream twice; this keeps its variance from growing with depth.
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
+        hidden_std = self.config.init_std / math.sqrt(self.config.width_mult)
+        residual_std = hidden_std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)  # LayerNorm
+            elif is_hidden_matrix(name, parameter):
+                parameter.normal_(0.0, residual_std if name.endswith("proj.weight") else hidden_std, generator=generator)
             else:
-                std = residual_std if name.endswith("proj.weight") else self.config.init_std
-                parameter.normal_(0.0, std, generator=generator)
+                parameter.normal_(0.0, self.config.init_std, generator=generator)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) of `idx` (B, T), and with `targets` (B, T) the mean loss in nats per token."""
@@ -141,7 +192,8 @@ class GPT(nn.Module):
         x = self.tokens(idx) + self.positions.weight[:length]
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
+        # scaled before the product, where there are fewer numbers than behind it
+        logits = F.linear(self.norm(x) * (1.0 / self.config.width_mult), self.tokens.weight)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -156,6 +208,11 @@ class GPT(nn.Module):
             drawn = torch.multinomial(chances, 1, generator=generator)
             idx = torch.cat((idx, drawn.to(idx.device)), dim=1)
         return idx
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether both dimensions of a parameter of `GPT` grow with the width."""
+    return parameter.ndim == 2 and re.search(EMBEDDINGS, name) is None
 
 
 def build(config: GPTConfig, seed: int) -> GPT:

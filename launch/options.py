@@ -11,14 +11,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from data import BatchPlan
-from model import PRESETS, GPTConfig
+from model import EMBEDDINGS, PRESETS, GPTConfig
 
-# Name on the command line -> class in pylo_dist. AdamW, the yardstick, is PyTorch's.
-LEARNED = {"adafaclo": "AdafacLO"}
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A learned optimizer: its class in pylo_dist, and what that class does unless a flag says otherwise."""
+
+    class_name: str
+    lr: float
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    clip_arguments: bool = True  # takes clip_grad and clip_norm, in place of max_grad_norm
+
+
+# By name on the command line. AdamW, the yardstick, is PyTorch's.
+LEARNED = {
+    "adafaclo": Learned("AdafacLO", lr=1.0, clip_arguments=False),
+    "mulo": Learned("MuLO", lr=1.0, clip_arguments=False),
+    "velo": Learned("VeLO", lr=1.0, clip_arguments=False),
+    "elo": Learned("ELO", lr=1e-3),
+    "celo2": Learned("CELO2", lr=1e-3),
+    "elo-celo2": Learned("ELO_CELO2", lr=1e-3, weight_decay=0.1, max_grad_norm=1.0),
+}
 OPTIMIZERS = (*LEARNED, "adamw")
+# Flags that replace a number of the preset's model.
+SHAPE_FLAGS = ("vocab_size", "n_embd", "n_head", "mup_base_width", "mup_base_heads")
+# Flags that mean something to one optimizer alone.
+OWN_FLAGS = {"num_steps": "velo", "mup_base_width": "mulo", "mup_base_heads": "mulo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +76,13 @@ class Options:
     qkv: Literal["fused", "split"]
     vocab_size: int | None
     block_size: int | None
+    n_embd: int | None
+    n_head: int | None
     optimizer: str
     weights: str | None
+    num_steps: int | None
+    mup_base_width: int | None
+    mup_base_heads: int | None
     lr: float | None
     weight_decay: float | None
     max_grad_norm: float | None
@@ -86,6 +114,7 @@ class Options:
             ("micro_batch_size", 1),
             ("block_size", 1),
             ("vocab_size", 1),
+            ("num_steps", 2),
             ("eval_every", 0),
             ("eval_batches", 1),
             ("seed", 0),
@@ -111,12 +140,29 @@ class Options:
             )
         if self.optimizer == "adamw" and self.weights is not None:
             raise WrongInput("--weights is for learned optimizers, and adamw is none; drop it.")
+        for name, owner in OWN_FLAGS.items():
+            if getattr(self, name) is not None and self.optimizer != owner:
+                raise WrongInput(
+                    f"{flag(name)} is for --optimizer {owner} and means nothing to {self.optimizer}; drop it, or use {owner}."
+                )
+        if self.optimizer == "velo" and self.planned_steps() < 2:
+            raise WrongInput(
+                "--steps is 1, and velo plans for a run of 2 steps or more; pass --num-steps, the length of the run."
+            )
+        try:
+            self.config()
+        except ValueError as error:
+            message = str(error)
+            for name in SHAPE_FLAGS:
+                message = message.replace(name, flag(name))
+            raise WrongInput(message) from None
         if self.val_data is not None and self.data is None:
             raise WrongInput("--val-data came without --data; pass the training tokens too.")
 
     def config(self) -> GPTConfig:
         preset = PRESETS[self.preset]
-        return dataclasses.replace(preset, qkv=self.qkv, vocab_size=self.vocab_size or preset.vocab_size)
+        given = {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
+        return dataclasses.replace(preset, qkv=self.qkv, **given)
 
     def sequence_length(self) -> int:
         """Tokens of a training sequence."""
@@ -135,12 +181,38 @@ class Options:
     def base_lr(self) -> float:
         if self.lr is not None:
             return self.lr
-        return DEFAULTS[self.preset].adamw_lr if self.optimizer == "adamw" else 1.0
+        return DEFAULTS[self.preset].adamw_lr if self.optimizer == "adamw" else LEARNED[self.optimizer].lr
 
     def decay(self) -> float:
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.1 if self.optimizer == "adamw" else 0.0
+        return 0.1 if self.optimizer == "adamw" else LEARNED[self.optimizer].weight_decay
+
+    def clip_norm(self) -> float | None:
+        """The bound on the norm of all gradients."""
+        if self.max_grad_norm is not None or self.optimizer == "adamw":
+            return self.max_grad_norm
+        return LEARNED[self.optimizer].max_grad_norm
+
+    def planned_steps(self) -> int:
+        """The length of the run that VeLO is told, of which this command may be a part."""
+        return self.num_steps or self.steps
+
+    def learned_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the learned optimizer, but for MuLO's multipliers, which follow from the model."""
+        arguments: dict[str, Any] = {"lr": self.base_lr(), "weight_decay": self.decay()}
+        bound = self.clip_norm()
+        if not LEARNED[self.optimizer].clip_arguments:
+            arguments["max_grad_norm"] = bound
+        elif bound is not None:
+            arguments |= {"clip_grad": True, "clip_norm": bound}
+        if self.weights is not None:
+            arguments["weights"] = self.weights
+        if self.optimizer == "velo":
+            arguments["num_steps"] = self.planned_steps()
+        if self.optimizer in ("celo2", "elo-celo2"):  # by their paper, embeddings follow AdamW
+            arguments["embedding_pattern"] = EMBEDDINGS
+        return arguments
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 1 ... `steps`: linear warm-up, then constant or a cosine to a tenth."""
@@ -190,13 +262,27 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--qkv", choices=("fused", "split"), default="fused", help="one attention matrix or three")
     model.add_argument("--vocab-size", type=int, help="default: the preset's, 256 or 50257")
     model.add_argument("--block-size", type=int, help="tokens of a sequence; default: all the preset's positions")
+    model.add_argument("--n-embd", type=int, help="width, in channels; default: the preset's")
+    model.add_argument("--n-head", type=int, help="attention heads; default: the preset's")
 
     learn = parser.add_argument_group("optimizer")
     learn.add_argument("--optimizer", choices=OPTIMIZERS, default="adafaclo")
     learn.add_argument("--weights", help="of a learned optimizer: a name, folder, file, or demo; default: its own")
-    learn.add_argument("--lr", type=float, help="default: 1 for learned optimizers, the preset's for adamw")
-    learn.add_argument("--weight-decay", type=float, help="default: 0 for learned optimizers, 0.1 for adamw")
-    learn.add_argument("--max-grad-norm", type=float, help="clip the global gradient norm; default: no clipping")
+    learn.add_argument(
+        "--lr", type=float, help="default: 1 for adafaclo, mulo and velo, 0.001 for elo and the celo2s, the preset's for adamw"
+    )
+    learn.add_argument("--weight-decay", type=float, help="decoupled; default: 0.1 for adamw and elo-celo2, 0 for others")
+    learn.add_argument(
+        "--max-grad-norm", type=float, help="clip the global gradient norm; default: 1 for elo-celo2, no clipping for others"
+    )
+    learn.add_argument("--num-steps", type=int, help="of velo: length of the run it plans for; default: --steps")
+    learn.add_argument(
+        "--mup-base-width",
+        type=int,
+        help="of mulo: the width that settings were tuned at; initialisation, attention, logits and learning rates are scaled "
+        "from there by muP; default: the model's own, which changes nothing",
+    )
+    learn.add_argument("--mup-base-heads", type=int, help="of mulo: heads at that width; default: the model's own")
     learn.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     learn.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
 

@@ -1,4 +1,4 @@
-"""Makes the scripts of launch/ importable, and gives tests small token files."""
+"""Makes the scripts of launch/ importable, and gives tests small token files and learned weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from pylo_dist import weights
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "launch", ROOT):
@@ -30,3 +33,27 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = b"".join(words[i] for i in generator.integers(0, len(words), count))
         write_tokens(folder / name, np.frombuffer(text, np.uint8))
     return folder
+
+
+@pytest.fixture(scope="session")
+def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By name of the optimizer on the command line a folder of random weights of its architecture, the same in every session."""
+    architectures = {
+        "adafaclo": weights.SMALL_FC,
+        "mulo": weights.SMALL_FC,
+        "velo": weights.VELO,
+        "elo": weights.ELO,
+        "celo2": weights.CELO2,
+        "elo-celo2": weights.CELO2,
+    }
+    sizes = {"H": 16, "P": 8}  # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
+    folder = tmp_path_factory.mktemp("weights")
+    for name, architecture in architectures.items():
+        generator = torch.Generator().manual_seed(7)
+        tensors = {}
+        for key, wanted in architecture.shapes.items():
+            shape = [n if isinstance(n, int) else int(n[:-1] or 1) * sizes[n[-1]] for n in wanted]
+            tensors[key] = 0.2 * torch.randn(shape, generator=generator)
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+    return {name: folder / name for name in architectures}

@@ -113,7 +113,7 @@ def test_builtin_text_is_the_default(tmp_path: Path) -> None:
     assert all(3 < row["loss"] < 7 for row in rows_of(tmp_path / "run"))
 
 
-def bad_inputs(tokens: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
+def bad_inputs(tokens: Path, weights: dict[str, Path], tmp: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments and the words that the message must hold."""
     (tmp / "corrupt.bin").write_bytes((tokens / "train.bin").read_bytes()[:-2])
     (tmp / "used").mkdir()
@@ -141,12 +141,33 @@ def bad_inputs(tokens: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
         "no number": ([*data, "--steps", "ten"], "--steps"),
         "unknown flag": ([*data, "--stepz", "3"], "--stepz"),
         "weights of adamw": ([*data, "--weights", "demo"], "adamw"),
+        "demo of velo": ([*data, "--optimizer", "velo", "--weights", "demo"], "there are no demo weights for velo"),
+        "weights of another": ([*data, "--optimizer", "celo2", "--weights", str(weights["velo"])], "do not fit celo2"),
+        "plan of adamw": ([*data, "--num-steps", "9"], "--num-steps is for --optimizer velo and means nothing to adamw"),
+        "plan of mulo": ([*data, "--optimizer", "mulo", "--num-steps", "9"], "--num-steps is for --optimizer velo"),
+        "plan of one step": ([*data, "--optimizer", "velo", "--steps", "1"], "pass --num-steps"),
+        "mup of adafaclo": (
+            [*data, "--optimizer", "adafaclo", "--mup-base-width", "32"],
+            "--mup-base-width is for --optimizer mulo",
+        ),
+        "mup heads": (
+            [*data, "--optimizer", "mulo", "--mup-base-heads", "2"],
+            "--mup-base-heads 2 came without --mup-base-width",
+        ),
+        "mup width": ([*data, "--optimizer", "mulo", "--mup-base-width", "30"], "--mup-base-width 30 is not a multiple"),
+        "width": ([*data, "--n-embd", "65"], "--n-embd 65 is not a multiple of --n-head 4"),
+        "clip above velo's": (
+            [*data, "--optimizer", "velo", "--weights", str(weights["velo"]), "--max-grad-norm", "2000"],
+            "max_grad_norm=2000.0: wanted at most 1000",
+        ),
         "weights": ([*data, "--optimizer", "adafaclo", "--weights", str(tmp / "no")], str(tmp / "no")),
     }
 
 
-def test_bad_input_is_one_line_and_code_2(tokens_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, (arguments, words) in bad_inputs(tokens_folder, tmp_path).items():
+def test_bad_input_is_one_line_and_code_2(
+    tokens_folder: Path, learned_weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, (arguments, words) in bad_inputs(tokens_folder, learned_weights, tmp_path).items():
         # argparse keeps the last of a repeated flag, so a case may override the shared ones
         out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
         assert gpt2.main([*SMALL, *out, *arguments]) == 2, name

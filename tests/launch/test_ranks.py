@@ -1,39 +1,92 @@
-"""A run under torchrun follows the curve of a run on one process."""
+"""A run under torchrun follows the curve of a run on one process, and its replicated state is the same on every rank."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gpt2
 import pytest
+import torch
+from options import parse
+from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED = ["--preset", "nano", "--batch-size", "12", "--device", "cpu", "--threads", "1"]
+
+
+def curves(command: list[str], num_ranks: int, folder: Path) -> dict[int, list[float]]:
+    """Training and validation losses of a run in this process, and of the same under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", str(ROOT / "launch" / "gpt2.py")]
+    assert gpt2.main([*command, "--out", str(folder / "1")]) == 0
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command, "--out", str(folder / str(num_ranks))],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for ranks in (1, num_ranks):
+        rows = [json.loads(line) for line in (folder / str(ranks) / "metrics.jsonl").read_text().splitlines()]
+        found[ranks] = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
+    return found
 
 
 @pytest.mark.parametrize(
-    "optimizer",
-    [["--optimizer", "adafaclo", "--weights", "demo"], ["--optimizer", "adamw", "--max-grad-norm", "0.5"]],
+    ("optimizer", "steps"),
+    [(["--optimizer", "adafaclo", "--weights", "demo"], 50), (["--optimizer", "adamw", "--max-grad-norm", "0.5"], 20)],
     ids=["adafaclo", "adamw"],
 )
-def test_three_ranks_follow_one(optimizer: list[str], tokens_folder: Path, tmp_path: Path) -> None:
-    shared = [str(ROOT / "launch" / "gpt2.py"), *optimizer, "--preset", "nano", "--batch-size", "12"]
-    shared += ["--steps", "50", "--eval-every", "25", "--data", str(tokens_folder), "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    curves = {}
-    for ranks, launcher in ((1, []), (3, torchrun)):
-        out = tmp_path / str(ranks)
-        command = [sys.executable, *launcher, *shared, "--out", str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves[ranks] = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
-    assert len(curves[1]) == 52
-    worst = max(abs(a - b) for a, b in zip(curves[1], curves[3], strict=True))
-    print(f"{optimizer[1]}: 3 ranks and 1 differ by {worst:.1e} nats at most over 50 steps")
+def test_three_ranks_follow_one(optimizer: list[str], steps: int, tokens_folder: Path, tmp_path: Path) -> None:
+    command = [*SHARED, *optimizer, "--steps", str(steps), "--eval-every", str(steps), "--data", str(tokens_folder)]
+    found = curves(command, 3, tmp_path)
+    assert len(found[1]) == steps + 1
+    worst = max(abs(a - b) for a, b in zip(found[1], found[3], strict=True))
+    print(f"{optimizer[1]}: 3 ranks and 1 differ by {worst:.1e} nats at most over {steps} steps")
     # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
     assert worst <= 1e-4
-    assert curves[1][49] < curves[1][0] - 1  # and the curve is one of learning
+    assert found[1][-1] < found[1][0] - 1  # and the curve is one of learning
+
+
+def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, float, float]:
+    """Of the launcher's own run on this rank: sha256 of the LSTM rows and loss means, how far both have moved, the local loss."""
+    options = parse(command)
+    place = gpt2.Place(rank, world, torch.device("cpu"))
+    learner = gpt2.Learner(options, place)
+    data = gpt2.open_data(options, place)
+    gpt2.train(learner, data, options, place, options.plan(world), None)
+    replicated = hashlib.sha256()
+    inner = learner.optimizer.inner if world > 1 else learner.optimizer
+    initial, moved = inner.weights.tensors, []
+    for state in inner.state.values():
+        for i, name in enumerate(("lstm_hidden", "lstm_cell")):
+            replicated.update(state[name].numpy().tobytes())
+            moved.append(float((state[name] - initial[f"lstm_init_state.{i}"][0]).abs().max()))
+    means = inner.param_groups[0]["loss_means"]
+    replicated.update(means.numpy().tobytes())
+    return replicated.hexdigest(), min(moved), float(means[0])
+
+
+def test_velo_on_two_ranks(learned_weights: dict[str, Path], tokens_folder: Path, tmp_path: Path) -> None:
+    command = [*SHARED, "--optimizer", "velo", "--weights", str(learned_weights["velo"]), "--data", str(tokens_folder)]
+    command += ["--steps", "3", "--eval-every", "0"]
+    found = curves(command, 2, tmp_path)
+    assert len(found[1]) == 3
+    assert max(abs(a - b) for a, b in zip(found[1], found[2], strict=True)) <= 1e-4
+    ranks = run_ranks(2, lstm_after_a_run, command)
+    assert ranks[0] == ranks[1]
+    _, moved, mean = lstm_after_a_run(0, 1, command)
+    assert moved > 0.01
+    assert ranks[0][1:] == pytest.approx((moved, mean), rel=1e-5)
+    # The first of VeLO's running means forgets with exp(-1 / 10): each rank gave the loss of its own samples, and it is of all.
+    wanted = 0.0
+    for loss in found[1]:
+        wanted += (1 - math.exp(-0.1)) * (loss - wanted)
+    assert mean == pytest.approx(wanted, rel=1e-5)
