@@ -6,6 +6,7 @@ Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on e
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -80,7 +81,9 @@ class Place:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
     def leave(self) -> None:
+        """Part from the other ranks, once nothing of the run is held by name any more."""
         if self.world_size > 1:
+            gc.collect()  # a hook and its optimizer hold each other, and so the group, see the imports
             dist.destroy_process_group()
 
     def together(self, work: Callable[[], T]) -> T:

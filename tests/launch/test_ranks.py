@@ -8,11 +8,13 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import gpt2
 import pytest
 import torch
+import torch.distributed as dist
 from options import parse
 from ranks import run_ranks
 
@@ -53,6 +55,17 @@ def test_three_ranks_follow_one(optimizer: list[str], steps: int, tokens_folder:
     # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
     assert worst <= 1e-4
     assert found[1][-1] < found[1][0] - 1  # and the curve is one of learning
+
+
+def test_leaving_ends_a_group_that_is_held_in_a_cycle(tmp_path: Path) -> None:
+    """Kept until the process ends, its threads would now and then abort it: exit code 1 of a run that is done."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    group = weakref.ref(dist.group.WORLD)
+    cycle = [dist.group.WORLD]
+    cycle.append(cycle)
+    del cycle
+    gpt2.Place(rank=0, world_size=2, device=torch.device("cpu")).leave()
+    assert group() is None
 
 
 def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, float, float]:
