@@ -8,8 +8,9 @@ from golden_cases import celo2_weights, load
 
 import pylo_dist
 from pylo_dist.optim import gram
+from pylo_dist.optim.owners import OwnedMatrices
 from pylo_dist.reference import newton_schulz
-from pylo_dist.shards import TensorShard
+from pylo_dist.shards import ShardedParam, TensorShard
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -26,6 +27,22 @@ def test_factor_is_the_direct_chain(shape: tuple[int, int]) -> None:
     got = got.mT if shape[0] >= shape[1] else got
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
     assert float(square) == pytest.approx(float(wanted.square().sum()), rel=1e-10)
+
+
+def test_matrices_are_dealt_evenly_and_no_rank_gets_more_than_it_owns() -> None:
+    """GPT-2's 48 matrices on 8 ranks: by the work of Newton-Schulz, at most a tenth above the mean."""
+    shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+    params = []
+    for i, shape in enumerate(shapes):
+        total = shape[0] * shape[1]
+        peers = [TensorShard.interval(f"w{i}", shape, r * total // 8, (r + 1) * total // 8) for r in range(8)]
+        params.append(ShardedParam(peers[3], torch.empty(0), None, True, "group", peers, 3))
+    owned = OwnedMatrices.deal(range(48), params)
+    work = [sum(s[0] * s[1] * min(s) for s, owner in zip(shapes, owned.owners, strict=True) if owner == r) for r in range(8)]
+    assert max(work) <= 1.1 * sum(work) / 8
+    received = sum(owned.owned)
+    assert received == sum(shapes[i][0] * shapes[i][1] for i in owned.mine)
+    assert sum(owned.held) == sum(p.shard.numel for p in params)
 
 
 def test_only_whole_slices_along_the_longer_side_qualify() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..engine import Nonfinite
+from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..reference import Network, StepTensors
 from ..shards import ShardBinding, TensorShard
@@ -365,6 +365,7 @@ class CELO2(LearnedOptimizer):
         ns_eps: float = 1e-8,
         grad_clip_val: float = 1000.0,
         embedding_pattern: str | None = None,
+        clip: Clip = "global",
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
@@ -401,7 +402,7 @@ class CELO2(LearnedOptimizer):
             "max_grad_norm": clip_norm if clip_grad else None,
             "is_embedding": False,
         }
-        super().__init__(params, rule, network, defaults, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine import Nonfinite
+from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..weights import ELO as ELO_WEIGHTS
 from ..weights import WeightsLike, load_weights
@@ -70,6 +70,7 @@ class ELO(LearnedOptimizer):
         weight_decay: float = 0.0,
         clip_grad: bool = False,
         clip_norm: float = 1.0,
+        clip: Clip = "global",
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
@@ -88,4 +89,4 @@ class ELO(LearnedOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": clip_norm if clip_grad else None,
         }
-        super().__init__(params, rule, network, defaults, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
