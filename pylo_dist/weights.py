@@ -363,11 +363,11 @@ def _locate(
         files = hub.download(repository, named or revision or None, local_only=local_only)
     except hub.HubError as error:
         has_demo = architecture is None or _demo_file(architecture).is_file()
-        demo = ' or pass weights="demo" for the small hand-made ones' if has_demo else ""
+        demo = '; or pass weights="demo" for the small hand-made ones' if has_demo else ""
         raise WeightsError(
             f"weights {name!r} could not be had from the Hub ({error}). Ways out: connect and try again; on a machine with a "
             f"network run `python -m pylo_dist weights fetch {name} --to FOLDER` or `hf download {repository}` and pass that "
-            f"folder; pass a .safetensors file or a mapping;{demo}"
+            f"folder; pass a .safetensors file or a mapping{demo}"
         ) from error
     return files.weights, files.config, f"{repository}@{files.commit}"
 

@@ -172,9 +172,9 @@ class LearnedRule(ABC):
         """
         return {}
 
-    @abstractmethod
     def dims(self, shape: Shape) -> tuple[int, int] | None:
-        """The factored dimensions (d1, d0) of a global shape, or None."""
+        """The factored dimensions (d1, d0) of a global shape, or None for a rule without row and column factors."""
+        return None
 
     @abstractmethod
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
