@@ -21,6 +21,12 @@ def figures(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     request.node.user_properties += [(FIGURE, line) for line in lines]  # they travel with the report, also from other workers
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first, so that no worker is left alone with one at the end."""
+    long = ("test_zero", "test_virtual_ranks", "test_own_rule", "test_ranks", "test_gpt2")
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "teardown":
         FIGURES.extend(str(value) for name, value in report.user_properties if name == FIGURE)

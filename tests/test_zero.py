@@ -116,7 +116,8 @@ def settings(world: int) -> dict[str, Setting]:
         "elo_celo2": (pylo_dist.ELO_CELO2, {"weights": celo2_weights(load("celo2_default_f64"))}),
         "elo": (pylo_dist.ELO, {"weights": weights(), "lr": 0.01, "weight_decay": 0.1, "clip_grad": True}),
     }
-    return every if world == 3 else {name: every[name] for name in ("adafac", "velo", "celo2", "elo", "mulo")}
+    some = ("adafac", "velo") if world == 1 else ("adafac", "velo", "celo2", "elo", "mulo")
+    return every if world == 3 else {name: every[name] for name in some}
 
 
 class Calls:
