@@ -98,6 +98,21 @@ def test_a_bad_gradient_changes_no_bit(name: str, mode: str) -> None:
     assert not same(before, everything(optimizer, params))
 
 
+def test_a_gradient_whose_square_overflows_is_no_number() -> None:
+    """1e20 is a float32, its square is not: unclipped it would turn its tensor's factors, and then the parameters, to NaN."""
+    for limit, raises in ((None, True), (1.0, False)):
+        params = {"w": nn.Parameter(torch.ones(4, 4))}
+        optimizer = build("AdafacLO", params, max_grad_norm=limit)
+        params["w"].grad = torch.ones(4, 4)
+        params["w"].grad[1, 2] = 1e20
+        if raises:
+            with pytest.raises(pylo_dist.NonFiniteGradientError, match="'w'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert all(t.isfinite().all() for t in everything(optimizer, params))
+
+
 @pytest.mark.parametrize("name", BUILD)
 def test_the_probe_step_changes_no_bit(name: str) -> None:
     """torch.distributed.checkpoint calls step(closure=None) with zero gradients and lr 0 to have state made."""
@@ -301,6 +316,15 @@ def test_mulo_reads_infshape_and_survives_sharding() -> None:
         advance(optimizer, params, 0, 3)
         results.append(params["matrix"].detach().clone())
     assert torch.equal(*results)
+
+
+def test_mulo_reads_infshape_of_late_groups_under_sharding() -> None:
+    params = tensors()
+    for p in params.values():
+        p.infshape = InfShape(2, 8.0)
+    optimizer = pylo_dist.ZeroOptimizer([("matrix", params["matrix"])], pylo_dist.MuLO, weights=SMALL_FC)
+    optimizer.add_param_group({"params": [("conv", params["conv"])]})
+    assert optimizer.param_groups[1]["width_mults"] == {"conv": 8.0}
 
 
 def test_mulo_divides_the_step_by_the_multiplier() -> None:

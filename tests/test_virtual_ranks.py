@@ -118,7 +118,7 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
     assert worst_state <= 1.0, worst_state
     figures.append(
         f"virtual ranks | {name} {str(dtype)[6:]} | {cuts} cuts of 2 to 8 ranks, {STEPS} steps | "
-        f"{worst:.2f} of the layout tolerance, state {worst_state:.3f}"
+        f"{worst:.2g} of the layout tolerance, state {worst_state:.2g}"
     )
 
 

@@ -318,8 +318,8 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
         if world > 1:
             assert results[0]["calls"] == {"all_reduce": shared, "reduce_scatter": buckets * STEPS, "all_gather": buckets * STEPS}
         figures.append(
-            f"real ranks | {name} on {world} | {STEPS} steps: {max(errors.values()):.2f} of the layout tolerance, "
-            f"state {worst_state:.3f}; {results[0]['calls']['all_reduce'] / STEPS:g} small all-reduces per step"
+            f"real ranks | {name} on {world} | {STEPS} steps: {max(errors.values()):.2g} of the layout tolerance, "
+            f"state {worst_state:.2g}; {results[0]['calls']['all_reduce'] / STEPS:g} small all-reduces per step"
         )
     for rank in ranks:
         outcome = rank["nonfinite"]
