@@ -62,7 +62,7 @@ class Engine:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._pending: tuple[Any, Tensor, _Verdict] | None = None
-        self.shared = any(item.param.group is not None for _, batch in self.work for item in batch.items)
+        self.shared = any(item.param.holders is not None for _, batch in self.work for item in batch.items)
 
     def phases(self, losses: LossSum | None = None, problem: ValueError | None = None) -> Iterator[list[Collective]]:
         """One step. Yields the collectives it needs; whoever drives it carries them out and resumes.
@@ -96,7 +96,7 @@ class Engine:
         by_group: dict[int, list[Reduction]] = {}
         sums = [request for request in requests if isinstance(request, Sum)]
         transfers = [t for request in requests if isinstance(request, Exchange) for t in request.transfers]
-        buffers = [(group, buffer) for request in sums for group, buffer, _ in request.buffers]
+        buffers = [(packed.group, packed.buffer) for request in sums for packed in request.buffers]
         for group, buffer in [*buffers, *further]:
             if group is not None and buffer.numel():
                 by_group.setdefault(id(group), []).append((group, buffer))
@@ -111,6 +111,9 @@ class Engine:
             if len(parts) > 1:
                 for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
                     buffer.copy_(reduced)
+        for part in (part for request in sums for part in request.buffers):
+            if part.replicas > 1:
+                part.buffer /= part.replicas
 
     def _judge(self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
@@ -234,8 +237,9 @@ def _fill_audits(request: Sum, batch: Batch, failed: bool) -> None:
     """Write presence, failure and the squared update of the step before into the audits, all items of a group at once."""
     present = torch.tensor([float(item.param.present) for item in batch.items], dtype=torch.float64)
     present = present.to(batch.device, non_blocking=True)
-    for _, buffer, members in request.buffers:
-        audits = buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
+    for packed in request.buffers:
+        members = packed.members
+        audits = packed.buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
         every = len(members) == len(batch.items)
         audits[:, PRESENT] = present if every else present[members]
         audits[:, FAILED] = float(failed)
@@ -263,7 +267,7 @@ class _BatchStats:
     def table(self) -> dict[str, dict[str, Tensor]]:
         rows = {}
         for i, item in enumerate(self.batch.items):
-            alone = item.param.group is None
+            alone = item.param.holders is None
             update = self.batch.update_squares[i] if alone else self.shared_update[i]
             param = self.batch.param_squares[i] if alone else self.shared_param[i]
             rows[item.param.shard.fqn] = {

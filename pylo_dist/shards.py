@@ -279,6 +279,9 @@ class ShardedParam:
             ranks without one then contribute zeros.
         group: the process group whose ranks tile the tensor exactly once; None when this rank holds all of it.
         peers: the shards of all ranks of `group`, in rank order, and `rank` this one's place; () and 0 without a group.
+        holders: the process group over which sums are added: `group`, or where there are replicas the ranks of all of them
+            together, so that every copy of a replicated sum has the same bits; None: nobody else.
+        replicas: how often the ranks of `holders` hold every element; sums are divided by it.
     """
 
     shard: TensorShard
@@ -288,13 +291,15 @@ class ShardedParam:
     group: Any = None
     peers: Sequence[TensorShard] = ()
     rank: int = 0
+    holders: Any = None
+    replicas: int = 1
 
 
 @dataclass(slots=True)
 class ShardBinding:
-    """Says that a local 1-D parameter is the piece `shard` of a larger tensor whose ranks are `group`.
+    """Says that a local parameter is the piece `shard` of a larger tensor, and who has the others; fields as in `ShardedParam`.
 
-    `present` is set by the adapter before each step (see `ShardedParam`, also for `peers` and `rank`).
+    `present` is set by the adapter before each step.
     """
 
     shard: TensorShard
@@ -302,17 +307,25 @@ class ShardBinding:
     peers: Sequence[TensorShard] = ()
     rank: int = 0
     present: bool = True
+    holders: Any = None
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.holders is None:
+            self.holders = self.group
 
 
 _BINDING = "_pylo_dist_shard"
 
 
-def bind_shard(param: Tensor, peers: Sequence[TensorShard], rank: int, group: Any) -> ShardBinding:
+def bind_shard(
+    param: Tensor, peers: Sequence[TensorShard], rank: int, group: Any, holders: Any = None, replicas: int = 1
+) -> ShardBinding:
     """Mark the 1-D tensor `param` as the piece `peers[rank]`, so that an optimizer built on it knows its layout."""
     shard = peers[rank]
     if tuple(param.shape) != (shard.numel,):
         raise ValueError(f"{shard.fqn!r}: local tensor has shape {tuple(param.shape)}, its shard {shard.numel} elements")
-    binding = ShardBinding(shard, group, peers, rank)
+    binding = ShardBinding(shard, group, peers, rank, holders=holders, replicas=replicas)
     setattr(param, _BINDING, binding)
     return binding
 

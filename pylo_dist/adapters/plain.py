@@ -45,7 +45,7 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
 def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect` where this rank has no gradient."""
     sharded = without_gradient(binding, param)
-    if binding.group is not None:
+    if binding.holders is not None:
         sharded.grad = sharded.value.new_zeros(sharded.value.shape)  # other ranks may have one: then it is zero here
     return sharded
 
@@ -54,7 +54,8 @@ def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect`, before there is a gradient."""
     # reshape alone may give a view with steps between its elements, where rules expect none
     value = param.detach().reshape(-1).contiguous()
-    return ShardedParam(binding.shard, value, None, False, binding.group, binding.peers, binding.rank)
+    b = binding
+    return ShardedParam(b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
 
 
 def publish(sharded: ShardedParam, param: Tensor) -> None:

@@ -40,6 +40,16 @@ class Item:
     dims: tuple[int, int] | None
 
 
+@dataclass(slots=True)
+class Packed:
+    """The sums of all `members` (items of a batch) that the same ranks share: added over `group`, divided by `replicas`."""
+
+    group: Any
+    replicas: int
+    buffer: Tensor
+    members: list[int]
+
+
 class Sum:
     """A request: add `vectors` over the ranks that share each item's tensor (in place).
 
@@ -51,15 +61,15 @@ class Sum:
     __slots__ = ("audits", "buffers", "vectors")
 
     def __init__(self, items: Sequence[Item], lengths: Sequence[int], device: torch.device, audited: bool) -> None:
-        groups = {id(item.param.group): item.param.group for item in items}
+        holders = {_sharers(item): item.param.holders for item in items}
         self.vectors: list[Tensor] = [torch.empty(0)] * len(items)
         self.audits: list[Tensor] = [torch.empty(0)] * len(items)
-        self.buffers: list[tuple[Any, Tensor, list[int]]] = []
-        for key, group in groups.items():
-            members = [i for i, item in enumerate(items) if id(item.param.group) == key]
+        self.buffers: list[Packed] = []
+        for key, group in holders.items():
+            members = [i for i, item in enumerate(items) if _sharers(item) == key]
             front = AUDIT_SLOTS * len(members) if audited else 0
             buffer = torch.zeros(front + sum(lengths[i] for i in members), dtype=torch.float64, device=device)
-            self.buffers.append((group, buffer, members))
+            self.buffers.append(Packed(group, key[1], buffer, members))
             for place, i in enumerate(members):
                 if audited:
                     self.audits[i] = buffer[place * AUDIT_SLOTS : (place + 1) * AUDIT_SLOTS]
@@ -67,9 +77,13 @@ class Sum:
                 front += lengths[i]
 
     def zero_(self) -> Sum:
-        for _, buffer, _ in self.buffers:
-            buffer.zero_()
+        for packed in self.buffers:
+            packed.buffer.zero_()
         return self
+
+
+def _sharers(item: Item) -> tuple[int, int]:
+    return id(item.param.holders), item.param.replicas
 
 
 @dataclass(slots=True)
@@ -145,7 +159,7 @@ class Batch:
     def moving(self) -> Iterator[tuple[int, Item]]:
         """Items that may change in this step: all but the unshared ones without a gradient."""
         for i, item in enumerate(self.items):
-            if item.param.present or item.param.group is not None:
+            if item.param.present or item.param.holders is not None:
                 yield i, item
 
 
