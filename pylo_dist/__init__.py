@@ -3,7 +3,8 @@
 from . import testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
-from .engine import NonFiniteGradientError, PeerError
+from .comm import CommunicationError, PeerError
+from .engine import NonFiniteGradientError
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO
@@ -18,6 +19,7 @@ __all__ = [
     "ELO",
     "ELO_CELO2",
     "AdafacLO",
+    "CommunicationError",
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteGradientError",

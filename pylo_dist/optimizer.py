@@ -70,6 +70,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._loading: dict[str, Any] | None = None
         self._loss: Tensor | None = None
         self._problem: ValueError | None = None
+        self.timeout: float | None = None  # seconds, see comm.Pending; set by adapters
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------ groups
@@ -190,7 +191,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if loss is not None:
             self.set_loss(loss)
-        comm.serve(self.phases())
+        comm.serve(self.phases(), self.timeout)
         return loss
 
     def phases(self) -> Iterator[list[Collective]]:
@@ -345,7 +346,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
-        self._loading = self._loss = self._problem = None
+        self._loading = self._loss = self._problem = self.timeout = None
         self._forget_engine()
         for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")

@@ -23,6 +23,8 @@ ORDER = [
     {"engine", "optim.factored"},
     {"optimizer"},
     {"optim.<rule>"},
+    {"adapters.buckets"},
+    {"adapters.reduction", "adapters.gathering"},
     {"adapters.<layout>", "testing"},
     {"__init__"},
     {"__main__"},
