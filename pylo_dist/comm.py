@@ -19,7 +19,7 @@ from .optim.base import Transfer
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-GRACE = 2.0  # seconds in which ranks that lost a peer find out which one it was
+GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
 Collective = Union[Reduction, Transfer]
@@ -122,7 +122,7 @@ def all_gather(full: Tensor, shard: Tensor, group: Any, what: str, timeout: floa
 def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     """Tell the other survivors through the store that this rank has given up, and name those that say nothing."""
     mine, ranks = dist.get_rank(), dist.get_process_group_ranks(group)
-    silent: list[int] = []
+    silent: list[int] = []  # whoever lost a peer too says so; one that died or went another way does not
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"pylo_dist/gave_up/{mine}", what)
@@ -133,7 +133,7 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
             time.sleep(0.05)
     except Exception:  # the store may have died with its rank; what is known is said all the same
         pass
-    who = f"rank(s) {', '.join(map(str, silent))} did not say why they are missing; look at their output" if silent else ""
+    who = f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the same" if silent else ""
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
 
