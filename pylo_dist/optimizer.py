@@ -335,19 +335,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for key in ("param_groups", "state"):
             if key not in loaded:
                 raise ValueError(f"the state has no {key!r}; wanted what state_dict() of {type(self).__name__} returned")
-        saved_sizes = [len(group["params"]) for group in loaded["param_groups"]]
+        self.check_groups(loaded["param_groups"])
+        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
+            state = loaded["state"].get(saved, {})
+            if state or self.state.get(param):
+                self._check_param_state(param, state)
+
+    def check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """As `check_state_dict`, of the parameter groups alone."""
+        saved_sizes = [len(group["params"]) for group in groups]
         own_sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != own_sizes:
             raise ValueError(
                 f"the state holds groups of {saved_sizes} parameters, this optimizer groups of {own_sizes}; "
                 "build the optimizer with the groups that were saved"
             )
-        for i, group in enumerate(loaded["param_groups"]):
+        for i, group in enumerate(groups):
             self._check_group_state(i, group)
-        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
-            state = loaded["state"].get(saved, {})
-            if state or self.state.get(param):
-                self._check_param_state(param, state)
+
+    def state_template(self, param: Tensor) -> dict[str, Tensor]:
+        """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""
+        fields, binding = self._fields[param], self._bindings[param]
+        state = allocate_state(fields, binding.shard, param)
+        return {name: canonical(tensor, fields[name], binding) for name, tensor in state.items()}
 
     def _check_group_state(self, i: int, group: dict[str, Any]) -> None:
         settings = (name for name in self.defaults if name not in _REFUSED)

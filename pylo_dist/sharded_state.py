@@ -10,7 +10,7 @@ that the rest of the package knows about formats of sharded tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class ShardedState(Tensor):
     def __new__(cls, local: Tensor, copies: Shape, shard: TensorShard) -> ShardedState:
         assert tuple(local.shape) == (*copies, shard.numel), (tuple(local.shape), copies, shard)
         shape = (*copies, *shard.shape)
-        whole: ShardedState = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)  # type: ignore
+        whole: ShardedState = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         return whole
 
     def __init__(self, local: Tensor, copies: Shape, shard: TensorShard) -> None:
@@ -86,10 +86,10 @@ class ShardedState(Tensor):
                 return view
         raise ValueError(f"{index.fqn!r}: this rank holds no block at {index.offset} of {self.shard.fqn!r}")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _OPS.get(func)
         if handler is None:
             raise TypeError(
@@ -106,11 +106,11 @@ class ShardedState(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"the state of {self.shard.fqn!r} is sharded, this rank holds a part of it only, and torch.save and pickle would lose "
+            f"the state of {self.shard.fqn!r} is sharded, this rank holds a part of it, and torch.save and pickle would lose "
             "the rest. Save it with torch.distributed.checkpoint, or what pylo_dist.full_state_dict(optimizer) returns"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedState({self.shard.numel} of {self.shard.global_numel} elements of {tuple(self.shape)}, {self.dtype})"
 
 
@@ -281,6 +281,14 @@ def _wrapped(_: str, value: Tensor, piece: Tensor) -> Tensor:
     if binding.group is None and binding.shard.is_whole:
         return value.view(binding.shard.shape)
     return ShardedState(value, (), binding.shard)
+
+
+def wrap_element(name: str, whole: Tensor, param: Tensor) -> Tensor:
+    """New state like `whole`, of which this rank has its elements, for a parameter of torch's optimizers."""
+    binding = bound_shard(param)
+    if binding is None or name in _OF_THE_TENSOR:
+        return whole.new_empty(whole.shape, device=whole.device if name in _OF_THE_TENSOR else param.device)
+    return _wrapped(name, whole.new_empty(binding.shard.numel, device=param.device), param)
 
 
 def _unwrapped(name: str, value: Tensor, piece: Tensor) -> Tensor:
