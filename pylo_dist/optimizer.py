@@ -284,6 +284,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                         name: canonical(tensor, fields[name], binding) if name in fields else tensor
                         for name, tensor in state_dict["state"][saved].items()
                     }
+                elif param.requires_grad and not self._bindings[param].shard.global_numel:
+                    state_dict["state"][saved] = {}  # torch's set_optimizer_state_dict misses it otherwise
             for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
                 saved_group["param_names"] = list(self._names(group))
             return state_dict

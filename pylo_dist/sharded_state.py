@@ -158,7 +158,7 @@ def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor
 
     State that this rank holds whole, and replicated state, is a plain tensor: `local` itself.
     """
-    if field.replicated is not None or (binding.group is None and binding.shard.is_whole):
+    if field.replicated is not None or not binding.shard.global_numel or (binding.group is None and binding.shard.is_whole):
         return local
     return ShardedState(field.flat(local), field.copies, binding.shard)
 
@@ -278,7 +278,7 @@ def _each_entry(
 def _wrapped(_: str, value: Tensor, piece: Tensor) -> Tensor:
     binding = bound_shard(piece)
     assert binding is not None
-    if binding.group is None and binding.shard.is_whole:
+    if not binding.shard.global_numel or (binding.group is None and binding.shard.is_whole):
         return value.view(binding.shard.shape)
     return ShardedState(value, (), binding.shard)
 

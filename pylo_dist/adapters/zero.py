@@ -20,7 +20,7 @@ from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..report import Report, report_row
 from ..sharded_state import elementwise_local_state, elementwise_state_dict
-from ..shards import TensorShard, bind_shard, bound_shard
+from ..shards import PieceParameter, TensorShard, bind_shard, bound_shard
 from .plain import check_param
 
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
@@ -244,7 +244,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 start, stop = (min(max(bound - offset, 0), end - offset) for bound in (first, first + shard_numel))
                 peers.append(TensorShard.interval(fqn, tuple(param.shape), start, stop))
             start = offset + peers[self.rank].start
-            piece = nn.Parameter(flat[start : start + peers[self.rank].numel])
+            piece = PieceParameter(flat[start : start + peers[self.rank].numel], param)
             bind_shard(piece, peers, self.rank, self.group)
             members.append(Member(fqn, param, offset, piece))
             offset = end
