@@ -1,8 +1,9 @@
 """Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
 
-from . import testing
+from . import checkpoint, testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
+from .checkpoint import CheckpointError, full_state_dict, get_optimizer_state_dict
 from .comm import CommunicationError, PeerError
 from .engine import NonFiniteGradientError
 from .optim.adafac import AdafacLO
@@ -19,6 +20,7 @@ __all__ = [
     "ELO",
     "ELO_CELO2",
     "AdafacLO",
+    "CheckpointError",
     "CommunicationError",
     "LearnedOptimizer",
     "MuLO",
@@ -29,6 +31,9 @@ __all__ = [
     "WeightsError",
     "ZeroOptimizer",
     "__version__",
+    "checkpoint",
+    "full_state_dict",
+    "get_optimizer_state_dict",
     "push_to_hub",
     "register_weights",
     "registered_weights",

@@ -138,11 +138,6 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
 
 
-def broadcast_from_first(tensor: Tensor, group: Any) -> None:
-    """tensor <- that of rank 0 of `group` (modified in place)."""
-    dist.broadcast(tensor, group_src=0, group=group)
-
-
 def check_equal(what: str, entries: list[Any], group: Any, device: torch.device) -> None:
     """Raise ValueError on every rank if the JSON-able `entries` differ between ranks, naming the first that does.
 
@@ -154,8 +149,7 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
     _all_gather(all_digests, mine, group=group)
     if bool((all_digests == all_digests[0]).all()):
         return
-    gathered: list[Any] = [None] * size(group)
-    dist.all_gather_object(gathered, entries, group=group)
+    gathered = gather_objects(entries, group)
     for other, theirs in enumerate(gathered):
         for place in range(max(len(theirs), len(gathered[0]))):
             here = gathered[0][place] if place < len(gathered[0]) else "nothing"
@@ -184,8 +178,7 @@ def raise_together(problem: Exception | None, doing: str, group: Any, device: to
     dist.all_reduce(failed, group=group)
     if not int(failed):
         return
-    texts: list[Any] = [None] * size(group)
-    dist.all_gather_object(texts, None if problem is None else f"{type(problem).__name__}: {problem}", group=group)
+    texts = gather_objects(None if problem is None else f"{type(problem).__name__}: {problem}", group)
     if problem is not None:
         raise problem
     first = next(rank for rank, text in enumerate(texts) if text is not None)
@@ -199,8 +192,7 @@ def union(group: Any, replicate_group: Any) -> Any:
         ValueError: the two groups do not form a grid, in which a replicate group holds the same place of every group.
     """
     place, mine = rank(group), dist.get_process_group_ranks(group)
-    columns: list[Any] = [None] * size(replicate_group)
-    dist.all_gather_object(columns, (place, mine), group=replicate_group)
+    columns = gather_objects((place, mine), replicate_group)
     members = sorted(member for _, ranks in columns for member in ranks)
     sizes = {(column_place, len(ranks)) for column_place, ranks in columns}
     if sizes != {(place, len(mine))} or len(set(members)) != len(members):
@@ -228,3 +220,17 @@ def differing(sums: Tensor, group: Any) -> list[int]:
     _all_gather(everyone, sums, group=group)
     table = everyone.view(-1, len(sums))
     return [int(i) for i in (table != table[0]).any(0).nonzero()]
+
+
+def broadcast(tensor: Tensor, source: int, group: Any) -> None:
+    """tensor <- that of rank `source` of `group` (modified in place)."""
+    dist.broadcast(tensor, group_src=source, group=group)
+
+
+def gather_objects(mine: Any, group: Any) -> list[Any]:
+    """What every rank of `group` has, in rank order, on all of them."""
+    if group is None:
+        return [mine]
+    gathered: list[Any] = [None] * size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shards import ShardBinding, TensorShard, bind_shard, bound_shard
+from ..shards import PieceParameter, ShardBinding, TensorShard, bind_shard, bound_shard
 
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
 ALIGNMENT = 16
@@ -165,7 +165,7 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
     for (fqn, param), offset in zip(named, offsets, strict=True):
         peers = list(_pieces(fqn, param, offset, ranks, shard_numel))
         start = offset + peers[rank].start - low if peers[rank].numel else 0
-        piece = nn.Parameter(local[start : start + peers[rank].numel])
+        piece = PieceParameter(local[start : start + peers[rank].numel], param)
         bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
         bucket.members.append(Member(fqn, param, offset, piece))
     return bucket

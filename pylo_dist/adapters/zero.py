@@ -6,7 +6,7 @@ The optimizer users see, and the order of things in a step; memory is in `bucket
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..report import Report, report_row
-from .buckets import Bucket, Sharing, build, fill, release
+from ..sharded_state import MASTER, element_part, element_state, elementwise_local_state, elementwise_state_dict
+from .buckets import Bucket, Member, Sharing, build, fill, release
 from .gathering import ParameterGatherer
 from .plain import check_param
 from .reduction import GradientReducer
@@ -245,9 +246,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Give the first rank's parameters to all."""
         for bucket in buckets:
             if self.sharing.group is not None:
-                comm.broadcast_from_first(bucket.flat, self.sharing.group)
+                comm.broadcast(bucket.flat, 0, self.sharing.group)
             if self.sharing.replicate_group is not None:
-                comm.broadcast_from_first(bucket.flat, self.sharing.replicate_group)
+                comm.broadcast(bucket.flat, 0, self.sharing.replicate_group)
             bucket.refresh_master()
 
     # ------------------------------------------------------------------------------------------ step
@@ -379,48 +380,67 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------- state
 
-    def _layout(self) -> dict[str, Any]:
-        pieces = [member.shard for bucket in self.buckets for member in bucket.members]
-        return {
-            "ranks": self.sharing.ranks,
-            "rank": self.sharing.rank,
-            "shards": [[s.fqn, list(s.shape), s.start, s.numel] for s in pieces],
-        }
-
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, with the layout it belongs to. It loads on the same rank of the same layout."""
+        """The state in the keys, shapes and dtypes of the unsharded optimizer, of which this rank has its part; no collective.
+
+        Save it with torch.distributed.checkpoint, or what `pylo_dist.full_state_dict` gathers with torch.save.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state: dict[str, Any] = {**self.inner.state_dict(), "layout": self._layout()}
+        state: dict[str, Any] = self.inner.state_dict()
+        if not isinstance(self.inner, LearnedOptimizer):
+            state = elementwise_state_dict(state, self.inner.param_groups)
+        for i, member, _ in self._masters(state["param_groups"]):
+            state["state"].setdefault(i, {})[MASTER] = element_state(MASTER, member.piece.detach(), member.piece)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on this rank.
+        """Load the state of the same optimizer, saved in any layout on any number of ranks.
+
+        Args:
+            state_dict: as `LearnedOptimizer.load_state_dict`.
 
         Raises:
-            ValueError: state of another layout; nothing has been changed then.
+            ValueError: state that does not fit, by key or parameter; nothing has been changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saved, own = state_dict.get("layout"), self._layout()
-        if saved is None:
-            raise ValueError("the state has no 'layout': it was not saved by ZeroOptimizer")
-        for key in ("ranks", "rank", "shards"):
-            if saved[key] != own[key]:
-                got, wanted = saved[key], own[key]
-                if key == "shards":
-                    pairs = zip(saved[key], own[key], strict=False)
-                    got, wanted = next(((a, b) for a, b in pairs if a != b), (len(saved[key]), len(own[key])))
-                raise ValueError(
-                    f"the state was saved with {key} {got}, here it is {wanted}; load it with the ranks, the model and the "
-                    "bucket size it was saved with"
-                )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "layout"})
+        self.check_state_dict(state_dict)
+        loaded = _without_masters(state_dict)
+        if not isinstance(self.inner, LearnedOptimizer):
+            loaded = elementwise_local_state(loaded, self.inner.param_groups)
+        self.inner.load_state_dict(loaded)
         self.state = self.inner.state
+        for i, member, bucket in self._masters(state_dict["param_groups"]):
+            master = state_dict["state"].get(i, {}).get(MASTER)
+            if master is not None:
+                member.piece.data.copy_(element_part(MASTER, master, member.piece))
+            elif bucket.master is not None:  # saved without masters: what the parameter holds is all there is
+                member.piece.data.copy_(bucket.piece_of(member, bucket.shard))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _masters(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Any, Member, Bucket]]:
+        """Every parameter that has a master, with its id in the groups of a state."""
+        place = {id(member.piece): (member, bucket) for bucket in self.buckets for member in bucket.members}
+        for saved_group, group in zip(groups, self.inner.param_groups, strict=True):
+            for saved, piece in zip(saved_group["params"], group["params"], strict=True):
+                member, bucket = place[id(piece)]
+                if bucket.master is not None and member.param.numel():
+                    yield saved, member, bucket
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
+        if isinstance(self.inner, LearnedOptimizer):
+            self.inner.check_state_dict(state_dict)
+        else:
+            elementwise_local_state(_without_masters(state_dict), self.inner.param_groups)
+        for i, member, _ in self._masters(state_dict["param_groups"]):
+            master = state_dict["state"].get(i, {}).get(MASTER)
+            if master is not None:
+                element_part(MASTER, master, member.piece)
 
     # ----------------------------------------------------------------------------------------- views
 
@@ -460,6 +480,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         report.totals["master_bytes"] = sum(4 * bucket.shard_numel for bucket in self.buckets if bucket.master is not None)
         report.totals["work_max_over_mean"] = max(work) * len(work) / max(1, sum(work))
         return report
+
+
+def _without_masters(state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {i: {name: t for name, t in entries.items() if name != MASTER} for i, entries in state_dict["state"].items()}
+    return {**state_dict, "state": state}
 
 
 def _frozen_params(model_or_params: Any) -> list[tuple[str, Tensor]]:
