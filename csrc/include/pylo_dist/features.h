@@ -10,6 +10,17 @@
 #include "geometry.h"
 
 namespace pylo_dist {
+
+// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), from the floats that ops.py passes.
+// x <- old x + now y with now = 1 - old, taken in double.
+struct RuleConstants {
+  float momentum_old[K], momentum_new[K];
+  float rms_old, rms_new;
+  double factor_old[K], factor_new[K];
+  float eps_diag, eps_rms;
+  double eps_normalise;
+  float clamp;  // of the gradient; inf for none
+};
 inline namespace PYLO_ISA {
 
 // Each epsilon once, named as in reference.py.
@@ -29,16 +40,6 @@ struct Layout {
   static PYLO_HD constexpr int input_of(int e) { return e < FIRST_FACTOR ? e : e + 12; }
 };
 
-// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), from the floats that ops.py passes.
-// x <- old x + now y with now = 1 - old, taken in double.
-struct RuleConstants {
-  float momentum_old[K], momentum_new[K];
-  float rms_old, rms_new;
-  double factor_old[K], factor_new[K];
-  float eps_diag, eps_rms;
-  double eps_normalise;
-  float clamp;  // of the gradient; inf for none
-};
 constexpr int RULE_NUMBERS = 11;  // momentum x3, rms, factor x3, eps_diag, eps_rms, eps_normalise, clamp
 
 PYLO_HD RuleConstants rule_constants(const double* x) {
@@ -97,7 +98,7 @@ struct Element {
 template <bool Extended, class T>
 PYLO_HD void common_features(Element<T, Extended>& out, T g, T p, const T (&m)[K], T v, const RuleConstants& c) {
   using L = Layout<Extended>;
-  for (int k = 0; k < K; ++k) out.m[k] = fma_(g, T{} + c.momentum_new[k], m[k] * c.momentum_old[k]);
+  for (int k = 0; k < K; ++k) out.m[k] = fma_(g, splat_<T>(c.momentum_new[k]), m[k] * c.momentum_old[k]);
   out.v = fma_(g * c.rms_new, g, v * c.rms_old);
   const T q = rsqrt_(out.v + c.eps_rms);
   out.x[0] = g;
@@ -130,9 +131,9 @@ PYLO_HD void factored_features(Element<T, Extended>& out, const T (&row_scale)[K
 template <bool Extended, class T>
 PYLO_HD void diag_features(Element<T, Extended>& out, const T (&d)[K], const RuleConstants& c) {
   using L = Layout<Extended>;
-  const T square = fma_(out.x[0], out.x[0], T{} + EPS_SQUARE);
+  const T square = fma_(out.x[0], out.x[0], splat_<T>(EPS_SQUARE));
   for (int k = 0; k < K; ++k) {
-    out.d[k] = fma_(square, T{} + static_cast<float>(c.factor_new[k]), d[k] * static_cast<float>(c.factor_old[k]));
+    out.d[k] = fma_(square, splat_<T>(static_cast<float>(c.factor_new[k])), d[k] * static_cast<float>(c.factor_old[k]));
     out.x[L::P + 9 + k] = out.x[0] * safe_rsqrt(out.d[k] + EPS_FACTOR);
     out.x[L::FIRST_FACTOR + k] = out.m[k] * rsqrt_(out.d[k] + c.eps_diag);
   }

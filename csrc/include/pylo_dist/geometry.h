@@ -8,7 +8,6 @@
 #include "math.h"
 
 namespace pylo_dist {
-inline namespace PYLO_ISA {
 
 constexpr int K = 3;
 constexpr int MAX_DIMS = 5;
@@ -80,6 +79,12 @@ struct Factors {
   int64_t rows, cols;
 };
 
+struct Run {  // a row of a box: all its elements along the innermost dim
+  int64_t local, row, col, lead;
+};
+
+inline namespace PYLO_ISA {
+
 PYLO_HD int64_t factors_size(const Item& item) { return 2 * K * (item.rows + item.cols); }
 
 PYLO_HD Factors factors_of(const Item& item, const Tensors& t, const float* factors) {
@@ -90,10 +95,6 @@ PYLO_HD Factors factors_of(const Item& item, const Tensors& t, const float* fact
 
 // Number of runs of a box (all dims but the innermost), and where a run begins.
 PYLO_HD int64_t num_runs(const Box& box) { return box.sizes[0] * box.sizes[1] * box.sizes[2] * box.sizes[3]; }
-
-struct Run {
-  int64_t local, row, col, lead;
-};
 
 PYLO_HD Run run_of(const Box& box, int64_t index) {
   Run run{box.local_at, box.row_at, box.col_at, box.lead_at};

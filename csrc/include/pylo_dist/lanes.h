@@ -7,11 +7,13 @@
 // either. The two outputs of an element arrive in lane 0 of its quad, which owns p.
 //
 // Precision: kParts = 1 rounds operands to float16 ("medium"); kParts = 2 splits them into a float16 and the float16 of the rest and
-// adds the three larger products ("high"). Accumulators are float32. Features are normalised before they are rounded, which bounds
-// them by the root of the number of elements; what still exceeds float16 saturates. NaN stays NaN.
+// adds the three larger products ("high"). Accumulators are float32. Range: features are normalised before they are rounded, which
+// bounds them by the root of the number of elements; the weights of a hidden layer and of each output are multiplied by the power of
+// two that brings their largest row to a norm in [1, 2), since the rest of a number far below 1 would be a subnormal float16, and
+// the outputs divided by all of them; what still exceeds float16 saturates. NaN stays NaN.
 //
 // A program is written over a Warp: `Each<T>` holds a T per lane, `lanes(f)` runs f(lane) for every lane there is to run here (on a
-// GPU the one own lane), `mma` is a product of the whole warp.
+// GPU the one own lane), `mma` is a product and `max` the maximum of the whole warp.
 #pragma once
 
 #include <cstdint>
@@ -165,6 +167,14 @@ struct DeviceWarp {
     f(static_cast<int>(threadIdx.x & 31));
   }
 
+  // x(lane) <- the largest x of all lanes
+  static PYLO_LANE_FN void max(Each<float>& x) {
+#if defined(__CUDA_ARCH__)
+    PYLO_LANE_UNROLL
+    for (int step = 16; step > 0; step >>= 1) x.own = fmaxf(x.own, __shfl_xor_sync(0xffffffffu, x.own, step));
+#endif
+  }
+
   // acc(lane) += left(lane) right(lane), all lanes together
   template <class C, class A, class B>
   static PYLO_LANE_FN void mma(C&& acc, A&& left, B&& right) {
@@ -195,6 +205,12 @@ struct EmulatedWarp {
   template <class F>
   static void lanes(F&& f) {
     for (int lane = 0; lane < 32; ++lane) f(lane);
+  }
+
+  static void max(Each<float>& x) {
+    float largest = x.of[0];
+    for (float own : x.of) largest = own > largest ? own : largest;
+    for (float& own : x.of) own = largest;
   }
 
   static float add(const double (&terms)[17]);
@@ -299,6 +315,8 @@ template <int kParts>
 struct LaneWeights {
   Right input[kSteps][kTiles][kParts], hidden[kSteps][kTiles][kParts], output[kSteps][kParts];
   float input_bias[kTiles][2], hidden_bias[kTiles][2], output_bias[2];
+  float scale[4];           // of the weights of the two hidden layers and the two outputs
+  float output_scale[2];    // what brings the outputs back
 };
 
 // The left operand of the first layer: features of two elements.
@@ -307,49 +325,84 @@ struct LaneInputs {
   Left step[kSteps][kParts];
 };
 
+// The power of two that brings a norm into [1, 2), from its square
+PYLO_LANE_FN float power_of_two_for(float norm_square) {
+  float scale = 1.0f;
+  for (int i = 0; i < 40 && norm_square >= 4.0f; ++i, scale *= 0.5f) norm_square *= 0.25f;
+  for (int i = 0; i < 40 && norm_square > 0.0f && norm_square < 1.0f; ++i, scale *= 2.0f) norm_square *= 4.0f;
+  return scale;
+}
+
+template <class Warp, int kParts>
+PYLO_LANE_FN void load_scales(typename Warp::template Each<LaneWeights<kParts>>& w, const NetworkPointers& from, int features) {
+  typename Warp::template Each<float> square;
+  PYLO_LANE_UNROLL
+  for (int layer = 0; layer < 4; ++layer) {
+    Warp::lanes([&](int lane) {
+      const float* row = layer == 0   ? from.input_weight + lane * from.input_stride
+                         : layer == 1 ? from.hidden_weight + lane * kHidden
+                                      : from.output_weight + (layer - 2) * kHidden;
+      float sum = 0.0f;
+      for (int i = 0; i < (layer == 0 ? features : kHidden); ++i) sum += row[i] * row[i];
+      square[lane] = sum;
+    });
+    Warp::max(square);
+    Warp::lanes([&](int lane) { w[lane].scale[layer] = power_of_two_for(square[lane]); });
+  }
+  Warp::lanes([&](int lane) {
+    const float hidden = 1.0f / w[lane].scale[0] / w[lane].scale[1];
+    w[lane].output_scale[0] = hidden / w[lane].scale[2];
+    w[lane].output_scale[1] = hidden / w[lane].scale[3];
+  });
+}
+
+// Biases differ between tensors of one network, where the iteration counts of their groups do.
 template <int kParts>
 PYLO_LANE_FN void load_biases(LaneWeights<kParts>& w, const NetworkPointers& from, int lane) {
   const int t = lane & 3;
+  const float scale1 = w.scale[0], scale2 = scale1 * w.scale[1];
   PYLO_LANE_UNROLL
   for (int i = 0; i < kTiles; ++i) {
     PYLO_LANE_UNROLL
     for (int j = 0; j < 2; ++j) {
-      w.input_bias[i][j] = from.input_bias[8 * i + 2 * t + j];
-      w.hidden_bias[i][j] = from.hidden_bias[8 * i + 2 * t + j];
+      w.input_bias[i][j] = scale1 * from.input_bias[8 * i + 2 * t + j];
+      w.hidden_bias[i][j] = scale2 * from.hidden_bias[8 * i + 2 * t + j];
     }
   }
-  w.output_bias[0] = t == 0 ? from.output_bias[0] : 0.0f;
-  w.output_bias[1] = t == 0 ? from.output_bias[1] : 0.0f;
+  w.output_bias[0] = t == 0 ? scale2 * w.scale[2] * from.output_bias[0] : 0.0f;
+  w.output_bias[1] = t == 0 ? scale2 * w.scale[3] * from.output_bias[1] : 0.0f;
 }
 
-template <int kParts>
-PYLO_LANE_FN void load_weights(LaneWeights<kParts>& w, const NetworkPointers& from, bool extended, int lane) {
-  const int q = lane >> 2, t = lane & 3;
-  PYLO_LANE_UNROLL
-  for (int s = 0; s < kSteps; ++s) {
+// Everything a lane keeps of a network that reads 28 features, or 30 if `extended`.
+template <class Warp, int kParts>
+PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>& weights, const NetworkPointers& from,
+                               bool extended) {
+  load_scales<Warp, kParts>(weights, from, extended ? 30 : 28);
+  Warp::lanes([&](int lane) {
+    LaneWeights<kParts>& w = weights[lane];
+    const int q = lane >> 2, t = lane & 3;
+    uint32_t parts[kParts];
+    const auto store = [&](Right(&to)[kParts], int r, const float* row, int i0, int i1, float scale) {
+      split<kParts>(i0 < 0 ? 0.0f : scale * row[i0], i1 < 0 ? 0.0f : scale * row[i1], parts);
+      PYLO_LANE_UNROLL
+      for (int part = 0; part < kParts; ++part) to[part].r[r] = parts[part];
+    };
     PYLO_LANE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int slot = 4 * s + 2 * r;
-      uint32_t parts[kParts];
+    for (int s = 0; s < kSteps; ++s) {
       PYLO_LANE_UNROLL
-      for (int i = 0; i < kTiles; ++i) {
-        const int unit = 8 * i + q, f0 = feature_of_slot(extended, t, slot), f1 = feature_of_slot(extended, t, slot + 1);
-        const float* row = from.input_weight + unit * from.input_stride;
-        split<kParts>(f0 < 0 ? 0.0f : row[f0], f1 < 0 ? 0.0f : row[f1], parts);
+      for (int r = 0; r < 2; ++r) {
+        const int slot = 4 * s + 2 * r, f0 = feature_of_slot(extended, t, slot), f1 = feature_of_slot(extended, t, slot + 1);
+        const int u0 = unit_of_slot(t, slot), u1 = unit_of_slot(t, slot + 1);
         PYLO_LANE_UNROLL
-        for (int part = 0; part < kParts; ++part) w.input[s][i][part].r[r] = parts[part];
-        const float* hidden = from.hidden_weight + unit * kHidden;
-        split<kParts>(hidden[unit_of_slot(t, slot)], hidden[unit_of_slot(t, slot + 1)], parts);
-        PYLO_LANE_UNROLL
-        for (int part = 0; part < kParts; ++part) w.hidden[s][i][part].r[r] = parts[part];
+        for (int i = 0; i < kTiles; ++i) {
+          store(w.input[s][i], r, from.input_weight + (8 * i + q) * from.input_stride, f0, f1, w.scale[0]);
+          store(w.hidden[s][i], r, from.hidden_weight + (8 * i + q) * kHidden, u0, u1, w.scale[1]);
+        }
+        store(w.output[s], r, from.output_weight + (q & 1) * kHidden, q < 2 ? u0 : -1, q < 2 ? u1 : -1, w.scale[2 + (q & 1)]);
       }
-      const float* output = from.output_weight + (q < 2 ? q : 0) * kHidden;
-      split<kParts>(q < 2 ? output[unit_of_slot(t, slot)] : 0.0f, q < 2 ? output[unit_of_slot(t, slot + 1)] : 0.0f, parts);
-      PYLO_LANE_UNROLL
-      for (int part = 0; part < kParts; ++part) w.output[s][part].r[r] = parts[part];
     }
-  }
-  load_biases<kParts>(w, from, lane);
+    load_biases<kParts>(w, from, lane);
+  });
 }
 
 // Slots 4 s .. 4 s + 3 of elements 0 and 1 of a lane.
@@ -439,6 +492,10 @@ PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>
     multiply<Warp, kParts>([&](int lane) -> Accumulator& { return out[lane]; },
                            [&](int lane) -> const Left* { return x[lane].step[s]; },
                            [&](int lane) -> const Right* { return w[lane].output[s]; });
+  Warp::lanes([&](int lane) {
+    PYLO_LANE_UNROLL
+    for (int j = 0; j < 4; ++j) out[lane].x[j] *= w[lane].output_scale[j & 1];
+  });
 }
 
 }  // namespace lanes

@@ -1,7 +1,7 @@
 // Arithmetic shared by host and device: float here, the CPU's vectors in csrc/vector.h. No torch, no CUDA include.
 //
-// Nothing is contracted behind our back: the compilers are told not to (-ffp-contract=off, -fmad=false is not needed because
-// every product that is added is written as fma_), so one formula has one sequence of roundings on a given machine.
+// Nothing is contracted behind our back (-ffp-contract=off): where a product and a sum are rounded once, fma_ says so. So one
+// formula has one sequence of roundings on a given machine.
 // NaN goes through max_, min_ and clamp_ as it does through torch's clamp: write no fmaxf, which drops it.
 #pragma once
 
@@ -29,6 +29,15 @@ PYLO_HD float fma_(float a, float b, float c) {
 #else
   return a * b + c;
 #endif
+}
+
+// x in every lane of T.
+template <class T>
+PYLO_HD T splat_(float x);
+
+template <>
+PYLO_HD float splat_<float>(float x) {
+  return x;
 }
 
 PYLO_HD float sqrt_(float x) { return __builtin_sqrtf(x); }
@@ -77,18 +86,18 @@ PYLO_HD float scale2_(float y, float rounded) {
 template <class T>
 PYLO_HD T exp_(T x) {
   const T bounded = max_(min_(x, 90.0f), -106.0f);  // e^90 is inf, e^-106 is 0 in float
-  const T rounded = fma_(bounded, T{} + 1.44269504088896341f, T{} + ROUND_TO_INTEGER);
+  const T rounded = fma_(bounded, splat_<T>(1.44269504088896341f), splat_<T>(ROUND_TO_INTEGER));
   const T n = rounded - ROUND_TO_INTEGER;
-  T r = fma_(n, T{} - 0.693359375f, bounded);  // log 2 in two parts, the first exact in 10 bits
-  r = fma_(n, T{} + 2.12194440e-4f, r);
-  T y = T{} + 1.98412698e-4f;  // 1/7!
-  y = fma_(y, r, T{} + 1.38888889e-3f);
-  y = fma_(y, r, T{} + 8.33333333e-3f);
-  y = fma_(y, r, T{} + 4.16666667e-2f);
-  y = fma_(y, r, T{} + 1.66666667e-1f);
-  y = fma_(y, r, T{} + 0.5f);
-  y = fma_(y, r, T{} + 1.0f);
-  y = fma_(y, r, T{} + 1.0f);
+  T r = fma_(n, splat_<T>(-0.693359375f), bounded);  // log 2 in two parts, the first exact in 10 bits
+  r = fma_(n, splat_<T>(2.12194440e-4f), r);
+  T y = splat_<T>(1.98412698e-4f);  // 1/7!
+  y = fma_(y, r, splat_<T>(1.38888889e-3f));
+  y = fma_(y, r, splat_<T>(8.33333333e-3f));
+  y = fma_(y, r, splat_<T>(4.16666667e-2f));
+  y = fma_(y, r, splat_<T>(1.66666667e-1f));
+  y = fma_(y, r, splat_<T>(0.5f));
+  y = fma_(y, r, splat_<T>(1.0f));
+  y = fma_(y, r, splat_<T>(1.0f));
   return scale2_(y, rounded);
 }
 

@@ -12,6 +12,12 @@
 #include "features.h"
 
 namespace pylo_dist {
+
+// How pass C moves one tensor: p <- p - step_size o0 exp(exp_mult o1) - decay_before p, then p <- p - decay_after p.
+struct Step {
+  float step_size, exp_mult, decay_before, decay_after;
+};
+
 inline namespace PYLO_ISA {
 
 constexpr int SIDE = 2 * K;  // factor features of a side
@@ -34,11 +40,6 @@ template <bool Extended>
 PYLO_HD constexpr int side_input(bool is_row, int s) {
   return Layout<Extended>::FIRST_FACTOR + (s < K ? s : s + K) + (is_row ? 0 : K);
 }
-
-// How pass C moves one tensor: p <- p - step_size o0 exp(exp_mult o1) - decay_before p, then p <- p - decay_after p.
-struct Step {
-  float step_size, exp_mult, decay_before, decay_after;
-};
 
 template <class T>
 PYLO_HD T direction_of(T o0, T o1, float exp_mult) {
