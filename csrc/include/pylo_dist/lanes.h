@@ -7,13 +7,14 @@
 // either. The two outputs of an element arrive in lane 0 of its quad, which owns p.
 //
 // Precision: kParts = 1 rounds operands to float16 ("medium"); kParts = 2 splits them into a float16 and the float16 of the rest and
-// adds the three larger products ("high"). Accumulators are float32. Range: features are normalised before they are rounded, which
-// bounds them by the root of the number of elements; the weights of a hidden layer and of each output are multiplied by the power of
-// two that brings their largest row to a norm in [1, 2), since the rest of a number far below 1 would be a subnormal float16, and
-// the outputs divided by all of them; what still exceeds float16 saturates. NaN stays NaN.
+// adds the three larger products ("high"), but computes the two outputs in float32: there a split costs more than it saves, and
+// trained networks have large terms that cancel. Accumulators are float32. Range: features are normalised before they are rounded, which
+// bounds them by the root of the number of elements; every row of weights is multiplied by the power of two that brings its norm into
+// [1, 2), since the rest of a number far below 1 would be a subnormal float16, and the column of the next layer that reads its unit
+// divided by it; what still exceeds float16 saturates. NaN stays NaN.
 //
 // A program is written over a Warp: `Each<T>` holds a T per lane, `lanes(f)` runs f(lane) for every lane there is to run here (on a
-// GPU the one own lane), `mma` is a product and `max` the maximum of the whole warp.
+// GPU the one own lane), `mma` is a product of the whole warp, `quad_sum` a sum over four lanes, `of` the value of another lane.
 #pragma once
 
 #include <cstdint>
@@ -167,11 +168,22 @@ struct DeviceWarp {
     f(static_cast<int>(threadIdx.x & 31));
   }
 
-  // x(lane) <- the largest x of all lanes
-  static PYLO_LANE_FN void max(Each<float>& x) {
+  // x of that lane; all lanes ask together
+  static PYLO_LANE_FN float of(const Each<float>& x, int lane) {
 #if defined(__CUDA_ARCH__)
-    PYLO_LANE_UNROLL
-    for (int step = 16; step > 0; step >>= 1) x.own = fmaxf(x.own, __shfl_xor_sync(0xffffffffu, x.own, step));
+    return __shfl_sync(0xffffffffu, x.own, lane);
+#else
+    return x.own + static_cast<float>(lane);
+#endif
+  }
+
+  // x(lane) <- (x_0 + x_1) + (x_2 + x_3) over the lanes of its quad
+  template <class X>
+  static PYLO_LANE_FN void quad_sum(X&& x) {
+#if defined(__CUDA_ARCH__)
+    float& own = x(0);
+    own += __shfl_xor_sync(0xffffffffu, own, 1);
+    own += __shfl_xor_sync(0xffffffffu, own, 2);
 #endif
   }
 
@@ -190,9 +202,9 @@ struct DeviceWarp {
   }
 };
 #else
-// 32 lanes one after the other. Tensor cores add the 16 products and the accumulator in one go; how they round is not documented.
-// kTruncates: align all 17 to the largest, cut what is below its last bit, add, cut again (what measurements of older chips
-// describe; the worst that is known). Otherwise: the sum rounded once.
+// 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates, the worst that is known of chips
+// with this product: eight products and the accumulator are aligned to the largest, cut one bit below its last bit, and added; the
+// sum is cut to float32; then the other eight. Otherwise: the sum of all rounded once.
 template <bool kTruncates>
 struct EmulatedWarp {
   template <class T>
@@ -207,13 +219,17 @@ struct EmulatedWarp {
     for (int lane = 0; lane < 32; ++lane) f(lane);
   }
 
-  static void max(Each<float>& x) {
-    float largest = x.of[0];
-    for (float own : x.of) largest = own > largest ? own : largest;
-    for (float& own : x.of) own = largest;
+  static float of(const Each<float>& x, int lane) { return x[lane]; }
+
+  template <class X>
+  static void quad_sum(X&& x) {
+    for (int lane = 0; lane < 32; lane += 4) {
+      const float sum = (x(lane) + x(lane + 1)) + (x(lane + 2) + x(lane + 3));
+      for (int t = 0; t < 4; ++t) x(lane + t) = sum;
+    }
   }
 
-  static float add(const double (&terms)[17]);
+  static float add(const double* terms, int count, float start);
 
   template <class C, class A, class B>
   static void mma(C&& acc, A&& left, B&& right) {
@@ -226,10 +242,10 @@ struct EmulatedWarp {
     for (int lane = 0; lane < 32; ++lane)
       for (int j = 0; j < 4; ++j) {
         const int row = lane / 4 + 8 * (j >> 1), column = 2 * (lane % 4) + (j & 1);
-        double terms[17];
+        double terms[16];
         for (int k = 0; k < 16; ++k) terms[k] = static_cast<double>(a[row][k]) * b[k][column];
-        terms[16] = acc(lane).x[j];
-        sums[row][column] = add(terms);
+        const float start = acc(lane).x[j];
+        sums[row][column] = kTruncates ? add(terms + 8, 8, add(terms, 8, start)) : add(terms, 16, start);
       }
     for (int lane = 0; lane < 32; ++lane)
       for (int j = 0; j < 4; ++j) acc(lane).x[j] = sums[lane / 4 + 8 * (j >> 1)][2 * (lane % 4) + (j & 1)];
@@ -237,31 +253,30 @@ struct EmulatedWarp {
 };
 
 template <bool kTruncates>
-float EmulatedWarp<kTruncates>::add(const double (&terms)[17]) {
-  double sum = 0.0, largest = 0.0;
-  for (double term : terms) {
-    sum += term;
-    const double size = term < 0.0 ? -term : term;
+float EmulatedWarp<kTruncates>::add(const double* terms, int count, float start) {
+  double sum = start, largest = start < 0.0f ? -start : start;
+  for (int i = 0; i < count; ++i) {
+    sum += terms[i];
+    const double size = terms[i] < 0.0 ? -terms[i] : terms[i];
     largest = size > largest ? size : largest;
   }
-  if (!kTruncates || !(largest > 0.0) || !(largest < 1e300) || sum != sum) return static_cast<float>(sum);
+  if (!kTruncates || !(largest > 1e-200) || !(largest < 1e200) || sum != sum) return static_cast<float>(sum);
   uint64_t bits;
   std::memcpy(&bits, &largest, 8);
-  bits = (bits >> 52 << 52) - (uint64_t{23} << 52);  // the last bit of a float32 as large as the largest
+  bits = ((bits >> 52) - 24) << 52;  // half the last bit of a float32 as large as the largest
   double unit;
   std::memcpy(&unit, &bits, 8);
-  int64_t units = 0;
-  for (double term : terms) units += static_cast<int64_t>(term / unit);
+  int64_t units = static_cast<int64_t>(start / unit);
+  for (int i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
   const double total = static_cast<double>(units) * unit;
-  float rounded = static_cast<float>(total);
-  const bool away = total > 0.0 ? rounded > total : rounded < total;
-  if (away) {
+  float cut = static_cast<float>(total);
+  if (total > 0.0 ? cut > total : cut < total) {
     uint32_t word;
-    std::memcpy(&word, &rounded, 4);
+    std::memcpy(&word, &cut, 4);
     --word;
-    std::memcpy(&rounded, &word, 4);
+    std::memcpy(&cut, &word, 4);
   }
-  return rounded;
+  return cut;
 }
 #endif
 
@@ -310,13 +325,23 @@ struct NetworkPointers {
   const float* output_bias;
 };
 
+// What one lane keeps of the output layer: its part of the right operand, or, in float32, the weights of its units.
+template <int kParts>
+struct OutputWeights {
+  Right half[kSteps];
+  float scale[2];  // what brings the outputs back
+};
+template <>
+struct OutputWeights<2> {
+  float of_unit[kTiles][2][2];  // tile, column, output
+};
+
 // What one lane keeps of the network.
 template <int kParts>
 struct LaneWeights {
-  Right input[kSteps][kTiles][kParts], hidden[kSteps][kTiles][kParts], output[kSteps][kParts];
+  Right input[kSteps][kTiles][kParts], hidden[kSteps][kTiles][kParts];
+  OutputWeights<kParts> output;
   float input_bias[kTiles][2], hidden_bias[kTiles][2], output_bias[2];
-  float scale[4];           // of the weights of the two hidden layers and the two outputs
-  float output_scale[2];    // what brings the outputs back
 };
 
 // The left operand of the first layer: features of two elements.
@@ -333,76 +358,103 @@ PYLO_LANE_FN float power_of_two_for(float norm_square) {
   return scale;
 }
 
-template <class Warp, int kParts>
-PYLO_LANE_FN void load_scales(typename Warp::template Each<LaneWeights<kParts>>& w, const NetworkPointers& from, int features) {
-  typename Warp::template Each<float> square;
-  PYLO_LANE_UNROLL
-  for (int layer = 0; layer < 4; ++layer) {
+// What the rows of the layers are multiplied by, lane u for unit u of a hidden layer or output u.
+template <class Warp>
+struct Scales {
+  typename Warp::template Each<float> input, hidden, output;
+};
+
+template <class Warp>
+PYLO_LANE_FN void load_scales(Scales<Warp>& scales, const NetworkPointers& from, int features) {
+  const auto scale_rows = [&](auto& to, const auto& of_columns, const float* weight, int64_t stride, int rows, int columns) {
     Warp::lanes([&](int lane) {
-      const float* row = layer == 0   ? from.input_weight + lane * from.input_stride
-                         : layer == 1 ? from.hidden_weight + lane * kHidden
-                                      : from.output_weight + (layer - 2) * kHidden;
-      float sum = 0.0f;
-      for (int i = 0; i < (layer == 0 ? features : kHidden); ++i) sum += row[i] * row[i];
-      square[lane] = sum;
+      const float* row = weight + lane % rows * stride;
+      float square = 0.0f;
+      for (int i = 0; i < columns; ++i) {
+        const float x = row[i] / of_columns(i);
+        square += x * x;
+      }
+      to[lane] = power_of_two_for(square);
     });
-    Warp::max(square);
-    Warp::lanes([&](int lane) { w[lane].scale[layer] = power_of_two_for(square[lane]); });
-  }
-  Warp::lanes([&](int lane) {
-    const float hidden = 1.0f / w[lane].scale[0] / w[lane].scale[1];
-    w[lane].output_scale[0] = hidden / w[lane].scale[2];
-    w[lane].output_scale[1] = hidden / w[lane].scale[3];
-  });
+  };
+  scale_rows(scales.input, [](int) { return 1.0f; }, from.input_weight, from.input_stride, kHidden, features);
+  scale_rows(scales.hidden, [&](int i) { return Warp::of(scales.input, i); }, from.hidden_weight, kHidden, kHidden, kHidden);
+  scale_rows(scales.output, [&](int i) { return Warp::of(scales.hidden, i); }, from.output_weight, kHidden, 2, kHidden);
 }
 
 // Biases differ between tensors of one network, where the iteration counts of their groups do.
-template <int kParts>
-PYLO_LANE_FN void load_biases(LaneWeights<kParts>& w, const NetworkPointers& from, int lane) {
-  const int t = lane & 3;
-  const float scale1 = w.scale[0], scale2 = scale1 * w.scale[1];
-  PYLO_LANE_UNROLL
-  for (int i = 0; i < kTiles; ++i) {
+template <class Warp, int kParts>
+PYLO_LANE_FN void load_biases(typename Warp::template Each<LaneWeights<kParts>>& weights, const Scales<Warp>& scales,
+                              const NetworkPointers& from) {
+  Warp::lanes([&](int lane) {
+    LaneWeights<kParts>& w = weights[lane];
     PYLO_LANE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      w.input_bias[i][j] = scale1 * from.input_bias[8 * i + 2 * t + j];
-      w.hidden_bias[i][j] = scale2 * from.hidden_bias[8 * i + 2 * t + j];
+    for (int i = 0; i < kTiles; ++i) {
+      PYLO_LANE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int unit = 8 * i + 2 * (lane & 3) + j;
+        w.input_bias[i][j] = Warp::of(scales.input, unit) * from.input_bias[unit];
+        w.hidden_bias[i][j] = Warp::of(scales.hidden, unit) * from.hidden_bias[unit];
+      }
     }
-  }
-  w.output_bias[0] = t == 0 ? scale2 * w.scale[2] * from.output_bias[0] : 0.0f;
-  w.output_bias[1] = t == 0 ? scale2 * w.scale[3] * from.output_bias[1] : 0.0f;
+    PYLO_LANE_UNROLL
+    for (int o = 0; o < 2; ++o) {
+      const float bias = (kParts == 1 ? Warp::of(scales.output, o) : 1.0f) * from.output_bias[o];
+      w.output_bias[o] = (lane & 3) == 0 ? bias : 0.0f;
+    }
+  });
 }
 
 // Everything a lane keeps of a network that reads 28 features, or 30 if `extended`.
 template <class Warp, int kParts>
-PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>& weights, const NetworkPointers& from,
-                               bool extended) {
-  load_scales<Warp, kParts>(weights, from, extended ? 30 : 28);
+PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>& weights, Scales<Warp>& scales,
+                               const NetworkPointers& from, bool extended) {
+  load_scales<Warp>(scales, from, extended ? 30 : 28);
   Warp::lanes([&](int lane) {
     LaneWeights<kParts>& w = weights[lane];
     const int q = lane >> 2, t = lane & 3;
     uint32_t parts[kParts];
-    const auto store = [&](Right(&to)[kParts], int r, const float* row, int i0, int i1, float scale) {
-      split<kParts>(i0 < 0 ? 0.0f : scale * row[i0], i1 < 0 ? 0.0f : scale * row[i1], parts);
-      PYLO_LANE_UNROLL
-      for (int part = 0; part < kParts; ++part) to[part].r[r] = parts[part];
-    };
     PYLO_LANE_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       PYLO_LANE_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int slot = 4 * s + 2 * r, f0 = feature_of_slot(extended, t, slot), f1 = feature_of_slot(extended, t, slot + 1);
         const int u0 = unit_of_slot(t, slot), u1 = unit_of_slot(t, slot + 1);
+        const float input0 = Warp::of(scales.input, u0), input1 = Warp::of(scales.input, u1);
+        const float hidden0 = Warp::of(scales.hidden, u0), hidden1 = Warp::of(scales.hidden, u1);
         PYLO_LANE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-          store(w.input[s][i], r, from.input_weight + (8 * i + q) * from.input_stride, f0, f1, w.scale[0]);
-          store(w.hidden[s][i], r, from.hidden_weight + (8 * i + q) * kHidden, u0, u1, w.scale[1]);
+          const float* row = from.input_weight + (8 * i + q) * from.input_stride;
+          const float row_scale = Warp::of(scales.input, 8 * i + q);
+          split<kParts>(f0 < 0 ? 0.0f : row[f0] * row_scale, f1 < 0 ? 0.0f : row[f1] * row_scale, parts);
+          PYLO_LANE_UNROLL
+          for (int part = 0; part < kParts; ++part) w.input[s][i][part].r[r] = parts[part];
+          row = from.hidden_weight + (8 * i + q) * kHidden;
+          const float hidden_scale = Warp::of(scales.hidden, 8 * i + q);
+          split<kParts>(row[u0] * (hidden_scale / input0), row[u1] * (hidden_scale / input1), parts);
+          PYLO_LANE_UNROLL
+          for (int part = 0; part < kParts; ++part) w.hidden[s][i][part].r[r] = parts[part];
         }
-        store(w.output[s], r, from.output_weight + (q & 1) * kHidden, q < 2 ? u0 : -1, q < 2 ? u1 : -1, w.scale[2 + (q & 1)]);
+        const float* output = from.output_weight;
+        if constexpr (kParts == 2) {
+          PYLO_LANE_UNROLL
+          for (int o = 0; o < 2; ++o) {
+            w.output.of_unit[slot / 2][0][o] = output[o * kHidden + u0] / hidden0;
+            w.output.of_unit[slot / 2][1][o] = output[o * kHidden + u1] / hidden1;
+          }
+        } else {
+          output += (q & 1) * kHidden;
+          const float of_row = Warp::of(scales.output, q & 1), scale = q < 2 ? of_row : 0.0f;
+          w.output.half[s].r[r] = pack(output[u0] * (scale / hidden0), output[u1] * (scale / hidden1));
+        }
       }
     }
-    load_biases<kParts>(w, from, lane);
+    if constexpr (kParts == 1) {
+      PYLO_LANE_UNROLL
+      for (int o = 0; o < 2; ++o) w.output.scale[o] = 1.0f / Warp::of(scales.output, o);
+    }
   });
+  load_biases<Warp, kParts>(weights, scales, from);
 }
 
 // Slots 4 s .. 4 s + 3 of elements 0 and 1 of a lane.
@@ -486,16 +538,32 @@ PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>
                              [&](int lane) -> const Left* { return x[lane].step[s]; },
                              [&](int lane) -> const Right* { return w[lane].hidden[s][i]; });
   }
-  activate(h2);
-  PYLO_LANE_UNROLL
-  for (int s = 0; s < kSteps; ++s)
-    multiply<Warp, kParts>([&](int lane) -> Accumulator& { return out[lane]; },
-                           [&](int lane) -> const Left* { return x[lane].step[s]; },
-                           [&](int lane) -> const Right* { return w[lane].output[s]; });
-  Warp::lanes([&](int lane) {
+  if constexpr (kParts == 2) {
+    Warp::lanes([&](int lane) {
+      PYLO_LANE_UNROLL
+      for (int i = 0; i < kTiles; ++i) {
+        PYLO_LANE_UNROLL
+        for (int j = 0; j < 4; ++j) {  // column j & 1 of element j / 2
+          const float h = relu(h2[lane].tile[i].x[j]);
+          PYLO_LANE_UNROLL
+          for (int o = 0; o < 2; ++o) out[lane].x[(j & 2) + o] += h * w[lane].output.of_unit[i][j & 1][o];
+        }
+      }
+    });
     PYLO_LANE_UNROLL
-    for (int j = 0; j < 4; ++j) out[lane].x[j] *= w[lane].output_scale[j & 1];
-  });
+    for (int j = 0; j < 4; ++j) Warp::quad_sum([&](int lane) -> float& { return out[lane].x[j]; });
+  } else {
+    activate(h2);
+    PYLO_LANE_UNROLL
+    for (int s = 0; s < kSteps; ++s)
+      Warp::mma([&](int lane) -> Accumulator& { return out[lane]; },
+                [&](int lane) -> const Left& { return x[lane].step[s][0]; },
+                [&](int lane) -> const Right& { return w[lane].output.half[s]; });
+    Warp::lanes([&](int lane) {
+      PYLO_LANE_UNROLL
+      for (int j = 0; j < 4; ++j) out[lane].x[j] *= w[lane].output.scale[j & 1];
+    });
+  }
 }
 
 }  // namespace lanes
