@@ -53,7 +53,8 @@ def nvcc() -> str:
 def gencode() -> list[str]:
     """PYLO_DIST_CUDA_ARCH, e.g. "90;100", or those of A100, H200 and B200; PTX of the last for what comes after."""
     archs = os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";")
-    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    pairs = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
 
 
 def extensions() -> list[Extension]:
@@ -83,9 +84,8 @@ def extensions() -> list[Extension]:
         settings["extra_compile_args"] = [TARGET]
         settings["include_dirs"].append(str(Path(nvcc()).parents[1] / "include"))
         settings["library_dirs"].append(str(Path(nvcc()).parents[1] / "lib64"))
-        built.append(
-            Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=["torch_cpu", "c10", "cudart"], depends=headers, **settings)
-        )
+        libraries = ["torch_cpu", "c10", "cudart"]
+        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=libraries, depends=headers, **settings))
     return built
 
 

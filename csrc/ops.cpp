@@ -175,8 +175,8 @@ void gradient_pass(
 }
 
 void moment_pass(
-    Tensor items, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
-  const Tables tables(items, items);
+    Tensor items, Tensor boxes, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+  const Tables tables(items, boxes);
   Ints active(tables.num_items);
   std::vector<Job> jobs;
   for (int64_t i = 0; i < tables.num_items; ++i) {
@@ -457,7 +457,7 @@ STABLE_TORCH_LIBRARY(pylo_dist, m) {
       "gradient_pass(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool replace, "
       "Tensor(a!)[] sums, Tensor(w!)[] workspace) -> ()");
   m.def(
-      "moment_pass(Tensor items, Tensor[] values, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] sums, "
+      "moment_pass(Tensor items, Tensor boxes, Tensor[] values, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] sums, "
       "Tensor(w!)[] workspace) -> ()");
   m.def(
       "feature_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, Tensor[] values, Tensor[] grads, "

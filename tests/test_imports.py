@@ -20,6 +20,7 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base"},
     {"reference", "comm", "publish"},
+    {"ops"},
     {"engine", "optim.factored"},
     {"optimizer"},
     {"optim.<rule>"},
