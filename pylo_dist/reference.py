@@ -196,6 +196,13 @@ def gradient_sums(
         box.window(col, d1).add_(square.sum(d1, keepdim=True))
 
 
+def moment_sums(value: Tensor, momentum: Tensor, rms: Tensor, sums: Tensor) -> None:
+    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (9,), modified in place)."""
+    for part in parts(value):
+        p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
+        sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
+
+
 # ------------------------------------------------------------------------------- between A and B
 
 

@@ -20,6 +20,7 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
+    {"ops"},
     {"engine", "optim.factored"},
     {"optimizer"},
     {"optim.<rule>"},
