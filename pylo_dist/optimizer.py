@@ -69,8 +69,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._fields: dict[Tensor, dict[str, StateField]] = {}
         self._engine: Engine | None = None
-        self._engine_params: list[tuple[Tensor, Item]] = []
-        self._engine_key: list[Tensor] = []
+        self._engine_params: list[tuple[Tensor, Item]]
+        self._engine_key: list[Tensor]
+        self._places: dict[int, tuple[int, int]]  # id(parameter) -> its batch, and its place there
+        self._early: dict[int, tuple[Tensor, int]]  # id(parameter) -> the gradient that was read early, and its version then
+        self._forget_engine()
         self._loading: dict[str, Any] | None = None
         self._loss: Tensor | None = None
         self._problem: ValueError | None = None
@@ -203,7 +206,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
         engine = self._ready()
         problem, self._problem = self._problem, None
+        early = self._early_items()
         for param, item in self._engine_params:
+            if id(param) in early:
+                item.param.present = self._bindings[param].present
+                continue
             try:
                 item.param = plain.collect(self._bindings[param], param)
             except ValueError as error:
@@ -218,6 +225,50 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group["step"].add_(engine.go.to(group["step"].device))
         for param, item in self._engine_params:
             plain.publish(item.param, param)
+
+    @torch.no_grad()
+    def gradients_arrived(self, params: Iterable[Tensor]) -> None:
+        """Let the coming step begin with these parameters: what it reads of their gradients alone is computed now.
+
+        For adapters whose gradients arrive bit by bit. The step reads a gradient again if its version counter shows a change;
+        what leaves no trace there (torch's GradScaler) needs `forget_gradients`.
+        """
+        self._ready()
+        arrived: dict[int, list[int]] = {}
+        for param in params:
+            work, i = self._places.get(id(param), (-1, 0))
+            rule, batch = self._engine.work[work] if self._engine is not None and work >= 0 else (None, None)
+            if rule is None or batch is None or param.grad is None or not hasattr(rule, "gradient_pass"):
+                continue
+            try:
+                batch.items[i].param = plain.collect(self._bindings[param], param)
+            except ValueError:  # the step will say it
+                continue
+            self._early[id(param)] = (param.grad, param.grad._version)
+            arrived.setdefault(work, []).append(i)
+        for work, indices in arrived.items():
+            rule, batch = self._ready().work[work]
+            cast(Any, rule).gradient_pass(batch, indices)
+
+    def forget_gradients(self) -> None:
+        """Undo `gradients_arrived`: the step it was for will not be taken."""
+        self._early.clear()
+        for _, batch in self._engine.work if self._engine is not None else []:
+            batch.gathered.clear()
+
+    def _early_items(self) -> set[int]:
+        """Parameters (by id) of which the step has all it needs of their gradient; what was changed since is forgotten."""
+        early, self._early = self._early, {}
+        valid = set()
+        for param, _ in self._engine_params:
+            grad, version = early.get(id(param), (None, 0))
+            if grad is not None and param.grad is grad and grad._version == version:
+                valid.add(id(param))
+            elif grad is not None:
+                work, i = self._places[id(param)]
+                rule, batch = self._ready().work[work]
+                cast(Any, rule).forget_gradient(batch, i)
+        return valid
 
     def _ready(self) -> Engine:
         """The engine over all trainable, non-empty parameters, made again when they or their state tensors are others."""
@@ -246,6 +297,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} couples all tensors; they are on {[str(d) for d in by_device]}, wanted one device"
             )
         work = [(self.rule, Batch.of(items, self.param_groups, device)) for device, items in by_device.items()]
+        places = {id(item): (w, i) for w, (_, batch) in enumerate(work) for i, item in enumerate(batch.items)}
+        self._places = {id(param): places[id(item)] for param, item in self._engine_params}
         self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), self._key(params)
         return self._engine
 
@@ -259,6 +312,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _forget_engine(self) -> None:
         self._engine, self._engine_params, self._engine_key = None, [], []
+        self._places, self._early = {}, {}
 
     @property
     def grad_norm(self) -> Tensor:

@@ -165,6 +165,7 @@ def ranks_with_backward(rank: int, world: int) -> dict[str, Any]:
     model = Net(seed=rank)
     results["compiled"] = train(rank, "adafac", stage=2, model=model, run=torch.compile(model, backend="aot_eager"))
     results["bf16"] = train(rank, "adafac", stage=2, model=Net(seed=rank).to(torch.bfloat16))
+    results["early"] = early_pass(rank)
     results["order"] = order_of_launches(rank)
     results["pieces"] = edited_pieces(rank)
     results["edited"] = edited_gradients(rank)
@@ -188,7 +189,8 @@ def order_of_launches(rank: int) -> dict[str, Any]:
 
     comm.reduce_scatter = recorded
     try:
-        model({**wanted(model, 0, rank, 1), "third.unused": torch.ones(4, 3), "fourth.sometimes": torch.ones(7, 3)}).backward()
+        others = {"third.unused": torch.ones(4, 3), "fourth.sometimes": torch.ones(7, 3)}
+        model({**wanted(model, 0, rank, 1), **others}).backward()
         in_backward = list(left)
         kept = [sum(p.grad is not None for p in model.parameters())]
         optimizer.param_groups  # noqa: B018  closes nothing: the round is over
@@ -206,6 +208,39 @@ def order_of_launches(rank: int) -> dict[str, Any]:
         "in_backward": in_backward, "after_all_used": after_all_used, "before_flush": before_flush, "after_flush": after_flush,
         "grads": grads, "kept": kept, "buckets": len(optimizer.buckets),
     }  # fmt: skip
+
+
+def early_pass(rank: int) -> list[list[int]]:
+    """How many tensors the gradient pass reads during backward, and in the step after one piece was changed."""
+    model = Net(seed=rank)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005)
+    calls: list[int] = []
+    rule = optimizer.inner.rule
+    original = rule.gradient_pass
+
+    def counted(batch: Any, indices: Any) -> None:
+        indices = list(indices)
+        calls.append(len(indices))
+        original(batch, indices)
+
+    rule.gradient_pass = counted
+    others = {"third.unused": torch.ones(4, 3), "fourth.sometimes": torch.ones(7, 3)}
+    pieces, seen = optimizer.param_groups[0]["params"], []
+    for step in range(4):
+        calls.clear()
+        model({**wanted(model, step, rank, 1), **others}).backward()
+        seen.append(sum(calls))
+        if step == 1:
+            optimizer.reduce_gradients()
+            pieces[0].grad *= 2.0
+        if step == 2:
+            optimizer.param_groups  # noqa: B018
+        if step == 3:
+            optimizer.zero_grad()
+            model({**wanted(model, step, rank, 1), **others}).backward()
+        optimizer.step()
+        seen.append(sum(calls))
+    return [seen, [len(pieces)]]
 
 
 def edited_pieces(rank: int) -> list[Gradients]:
@@ -422,6 +457,17 @@ def test_buckets_leave_in_order_during_backward(outcome: tuple[int, list[dict[st
         assert order["before_flush"] == every[: len(order["before_flush"])] != every
         assert order["after_flush"] == every
         assert all(order["grads"])
+
+
+def test_the_gradient_pass_runs_as_buckets_arrive(outcome: tuple[int, list[dict[str, Any]]]) -> None:
+    """Every tensor is read once, some before backward is over; what is changed in between is read again, with its bucket if it shows."""
+    _, ranks = outcome
+    for result in ranks:
+        seen, (tensors,) = result["early"]
+        assert 0 < seen[0] == seen[2] == seen[4] == seen[6] < tensors
+        assert seen[1] == tensors
+        assert tensors < seen[3] < 2 * tensors
+        assert seen[5] == seen[7] == 2 * tensors
 
 
 def test_gradients_may_be_changed_where_it_counts(outcome: tuple[int, list[dict[str, Any]]]) -> None:

@@ -227,20 +227,24 @@ class GradientReducer:
         self._landed(bucket)
 
     @torch.no_grad()
-    def spread_nonfinite(self) -> None:
+    def spread_nonfinite(self) -> bool:
         """Let a NaN or inf of any rank be seen in the gradients of every rank that holds anything, once per reduction.
 
         For code outside that decides from its own gradients whether to step, such as torch.amp.GradScaler: to decide otherwise
         than the other ranks would be a hang. Exact: 0 is added where all gradients are finite.
+
+        Returns:
+            Whether gradients have arrived since the last call.
         """
         poison, self._poison = self._poison, None
         if poison is None:
-            return
+            return False
         for bucket in self.buckets:
             for member in bucket.members:
                 if member.piece.numel() and member.piece.grad is not None:
                     member.piece.grad[:1].add_(poison.to(member.piece.device))
-                    return
+                    return True
+        return True
 
 
 def _arrival_hook(reducer: weakref.ref[GradientReducer], b: int, i: int) -> Callable[[Tensor], None]:

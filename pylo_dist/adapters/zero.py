@@ -142,7 +142,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The inner optimizer's groups: this rank's pieces and, once backward has run, their averaged gradients."""
         if self._built:
             self._reducer.flush()
-            self._reducer.spread_nonfinite()
+            if self._reducer.spread_nonfinite() and isinstance(self.inner, LearnedOptimizer):
+                self.inner.forget_gradients()  # whoever looks may change them, not always in a way that leaves a trace
             return self.inner.param_groups
         return cast("list[dict[str, Any]]", self.__dict__.get("_groups", []))
 
@@ -280,7 +281,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             else:
                 self.inner.step()
         finally:  # what is left would be taken for the gradient of the next step
-            self._reducer.forget()
+            self._forget_gradients()
         for bucket in self.buckets:
             bucket.write_back()
         self._gatherer.start()
@@ -301,7 +302,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return self._reducer.no_sync()
 
     def _landed(self, bucket: Bucket) -> None:
-        """A bucket's averaged gradient has arrived."""
+        """A bucket's averaged gradient has arrived: the part of the step that reads gradients alone may begin."""
+        if isinstance(self.inner, LearnedOptimizer) and self._overlap:
+            self.inner.gradients_arrived(member.piece for member in bucket.members)
+
+    def _forget_gradients(self) -> None:
+        self._reducer.forget()
+        if isinstance(self.inner, LearnedOptimizer):
+            self.inner.forget_gradients()
 
     def _problem(self) -> ValueError | None:
         """Why this rank cannot take a step."""
@@ -365,7 +373,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the model's parameters and of this rank's pieces."""
-        self._reducer.forget()
+        self._forget_gradients()
         for bucket in self.buckets:
             for member in bucket.members:
                 if set_to_none:

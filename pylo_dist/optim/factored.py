@@ -116,7 +116,7 @@ class FactoredRule(LearnedRule):
         """Add what pass A reads of the gradients of these items to the first Sum of the coming step.
 
         `step` calls it for the items that are left. An adapter may call it before, as soon as gradients are there, and again for
-        items whose gradient changed since; it clears `batch.gathered` if that step is not taken.
+        items whose gradient changed since; it clears `batch.gathered` if that step is not taken (see `forget_gradient` too).
         """
         a, indices = self.first_sum(batch), list(indices)
         for i in batch.gathered.intersection(indices):
@@ -137,6 +137,13 @@ class FactoredRule(LearnedRule):
                 bound = None if clamp == math.inf else clamp
                 reference.gradient_sums(param.grad, param.shard, dims, vector, a.audits[i], bound, replace, limit == LARGEST)
             param.grad = param.grad.nan_to_num() if replace else param.grad
+
+    def forget_gradient(self, batch: Batch, i: int) -> None:
+        """Take item i out of the first Sum again."""
+        a = self.first_sum(batch)
+        a.vectors[i].zero_()
+        a.audits[i].zero_()
+        batch.gathered.discard(i)
 
     def _limits(self, item: Item) -> tuple[float, float]:
         """The largest |g| that counts as finite (larger squares do not fit the state), and the clamp of g in the factors."""
