@@ -460,7 +460,7 @@ def test_buckets_leave_in_order_during_backward(outcome: tuple[int, list[dict[st
 
 
 def test_the_gradient_pass_runs_as_buckets_arrive(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """Every tensor is read once, some before backward is over; what is changed in between is read again, with its bucket if it shows."""
+    """Every tensor is read once, some before backward is over; what is changed in between is read again with its bucket."""
     _, ranks = outcome
     for result in ranks:
         seen, (tensors,) = result["early"]
