@@ -35,6 +35,10 @@ class Stopped(Exception):
     """SIGTERM ended a run that has been saved; the message is one line."""
 
 
+class Unsaved(Exception):
+    """A checkpoint could not be written."""
+
+
 # ---------------------------------------------------------------------------------------------- folders
 
 
@@ -53,11 +57,17 @@ def published_in(folder: Path) -> dict[int, Path]:
 
 def remove(path: Path) -> None:
     """Delete a folder, or do nothing where there is none. Killed halfway, it leaves nothing under the folder's name."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
     if path.is_dir():
-        aside = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
         path.rename(aside)
         shutil.rmtree(aside)
+
+
+def clear(folder: Path) -> None:
+    """Delete what killed saves and removals of the run in `folder` have left; no other process may be at work there."""
+    for path in (folder / FOLDER).glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def package() -> Any:
@@ -184,6 +194,8 @@ class Keeper:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
+        if is_first:
+            clear(folder)
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Keeper:
@@ -191,7 +203,7 @@ class Keeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -201,13 +213,17 @@ class Keeper:
 
         Raises:
             Stopped: `stop` is set, and the step has been saved.
+            Unsaved: on all ranks; the earlier checkpoints are as they were.
         """
         every, last = self._options.save_every, self._options.steps
         if step % every and step != last and not stop:
             return
         path = path_of(self._folder, step)
         state = {"model": self._learner.model, "optimizer": self._learner.optimizer}
-        package().save(path, state, meta={"step": step, "config": self._config})
+        try:
+            package().save(path, state, meta={"step": step, "config": self._config})
+        except ValueError as error:
+            raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
         if self._is_first and self._options.keep is not None:
             for old in list(published_in(self._folder).values())[: -self._options.keep]:
                 remove(old)
