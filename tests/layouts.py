@@ -146,8 +146,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Whole, on the first rank."""
-        full = pylo_dist.full_state_dict(self.optimizer)
-        return full and flat_state(full)
+        return flat_state(pylo_dist.full_state_dict(self.optimizer))
 
     def contents(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -169,6 +168,8 @@ class Run:
 
 def flat_state(full: dict[str, Any]) -> dict[str, Any]:
     """The values of a whole state dict by path; names of parameters without DDP's prefix."""
+    if not full:
+        return {}
     flat = {f"{i}.{name}": value for i, state in full["state"].items() for name, value in state.items()}
     for i, group in enumerate(full["param_groups"]):
         flat |= {f"group {i}.{name}": value for name, value in group.items()}
