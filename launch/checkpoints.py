@@ -27,7 +27,7 @@ FIXED = ("optimizer", "model")
 # With another of these a run is as valid, and no longer the same:
 TOLD = (
     *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
-    *("seed", "train_digest", "dtype", "compile", "device", "threads", "world_size"),
+    *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
 )
 
 
@@ -105,7 +105,7 @@ class Start:
             assert options.out is not None
             newest = list(published_in(options.out).values())[-1:]
             return cls(options.out, newest[0], options.out) if newest else cls(options.out)
-        path = Path(options.resume)
+        path = Path(options.resume).resolve()
         is_one = path in package().published(path.parent)
         checkpoint = path if is_one else next(reversed(published_in(path).values()), None)
         if checkpoint is None:
@@ -113,7 +113,7 @@ class Start:
                 f"--resume {path}: no published checkpoint there; name a folder step-... of a run that was started with "
                 "--save-every, or the run's own."
             )
-        parent = checkpoint.absolute().parent
+        parent = checkpoint.parent
         source = parent.parent if parent.name == FOLDER else None
         return cls(options.out or source or options.out_folder(), checkpoint, source)
 
@@ -158,8 +158,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
             "or pass --overwrite to drop it."
         )
     others = [f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)]
-    if config["versions"] != saved.get("versions"):
-        others.append("other versions of its packages")
+    others += [f"other {what}" for k, what in (("train_digest", "tokens"), ("versions", "versions")) if config[k] != saved.get(k)]
     return step, ", ".join(others)
 
 
@@ -176,7 +175,8 @@ def load(start: Start, learner: Any) -> None:
     try:
         package().load(start.checkpoint, {"model": learner.model, "optimizer": optimizer})
     except ValueError as error:
-        raise WrongInput(f"--resume {start.checkpoint}: {error}") from None
+        named = str(start.checkpoint) in str(error)
+        raise WrongInput(f"--resume: {error}" if named else f"--resume {start.checkpoint}: {error}") from None
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
 

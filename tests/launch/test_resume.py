@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import faults  # noqa: E402
-from faults import Faults, Kill, Setup, codes_of, differences, rows_of, run, started  # noqa: E402
+from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started  # noqa: E402
 
 STOPPED = 128 + signal.SIGTERM
 
@@ -48,7 +48,9 @@ def finished(folder: Path) -> Path:
 
 def command(folder: Path, out: Path, *extra: str, optimizer: str = "adafaclo") -> list[str]:
     """The command of faults.py on one rank, without --resume and --keep."""
-    words = Setup(folder, optimizer, 1, steps=8).command(out)
+    words = Setup(folder, "adamw", 1, steps=8).command(out)
+    at = words.index("--optimizer")
+    words[at : at + 2] = OPTIMIZERS.get(optimizer, ["--optimizer", optimizer])
     for name in ("--resume", "--keep"):
         at = words.index(name)
         del words[at : at + 2]
@@ -76,19 +78,22 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watch, "add", add_and_stop)
 
 
-@pytest.mark.parametrize("optimizer", ["adafaclo", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adafaclo", "adamw", "velo"])
 def test_sigterm_saves_and_the_run_goes_on_bit_equal(
     optimizer: str,
     folder: Path,
     finished: Path,
+    learned_weights: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, out = finished, tmp_path / "stopped"
-    extra = []
-    if optimizer == "adamw":
+    extra: list[str] = []
+    if optimizer != "adafaclo":
         whole, extra = tmp_path / "whole", ["--max-grad-norm", "1", "--warmup", "6"]
+        if optimizer == "velo":  # with state that belongs to all tensors, and a planned length
+            extra += ["--weights", str(learned_weights["velo"])]
         assert gpt2.main(command(folder, whole, *extra, optimizer=optimizer)) == 0
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -308,7 +313,7 @@ def test_what_differs_is_said_once_and_holds(
     assert gpt2.main(command(folder, tmp_path / "other", *other)) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "goes on" in line]
     assert len(told) == 1
-    assert told[0].endswith("with --lr 0.5 (was 1.0), --weight-decay 0.5 (was 0.0), --threads 2 (was 1).")
+    assert told[0].endswith("with --lr 0.5 (was 1.0), --weight-decay 0.5 (was 0.0), --steps 9 (was 8), --threads 2 (was 1).")
     (group,) = kept[0].optimizer.param_groups
     assert (group["weight_decay"], int(group["step"])) == (0.5, 9)
     assert rows_of(tmp_path / "other")[-1]["lr"] == pytest.approx(0.05)
