@@ -408,7 +408,7 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
     finally:
         if watch is not None:
             watch.close()
-    if watch is not None:
+    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
         finish(learner, options, plan, watch, config)
 
 

@@ -281,6 +281,9 @@ def test_folders_of_earlier_runs(
     assert [row["step"] for row in rows_of(tmp_path / "from_lone")] == [7, 8]
     assert rows_of(tmp_path / "from_lone") == rows_of(finished)[6:]
 
+    assert gpt2.main(command(folder, tmp_path / "nothing", "--resume", str(lone), "--steps", "6")) == 0
+    assert rows_of(tmp_path / "nothing") == []
+
     # --resume auto where nothing was published starts afresh, over what a killed run has left and over nothing else
     left = copy_of(finished, tmp_path / "left")
     for path in published_in(left).values():
