@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from . import comm
 from ._version import __version__
 from .optimizer import LearnedOptimizer
-from .sharded_state import wrap_element
+from .sharded_state import MASTER, wrap_element
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the folder; that of the state is in its parameter groups
-MASTER = "master"  # state that only some layouts have: a float32 copy of a bfloat16 or float16 parameter
 
 
 class CheckpointError(ValueError):
@@ -138,7 +137,8 @@ def load(
 
     def template() -> dict[str, Any]:
         index = _Index(folder)
-        aside = {key: _aside(_state_of(value)) for key, value in state.items()}
+        own.update({key: _state_of(value) for key, value in state.items()})
+        aside = {key: _aside(value) for key, value in own.items()}
         for key, value in state.items():
             if isinstance(value, torch.optim.Optimizer):
                 aside[key] = index.optimizer_template(key, value, aside[key])
@@ -155,9 +155,10 @@ def load(
             if hasattr(value, "check_state_dict"):
                 value.check_state_dict(loaded[key])
 
+    own: dict[str, Any] = {}
     loaded = _alike(group, template)
     _alike(group, read)
-    loaded = {key: _with_keys_of(_state_of(value), loaded[key]) for key, value in state.items()}
+    loaded = {key: _with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
     for key, value in state.items():
         if _is_stateful(value):
@@ -404,16 +405,18 @@ class _Index:
                 if "state_rule" in group or (lost := [name for name in needed if name not in group]):
                     what = f"state_rule {group['state_rule']!r}" if "state_rule" in group else f"no {lost[0]!r}"
                     raise ValueError(f"{self.folder}: group {i} of {key!r} has {what}; was it saved by another optimizer?")
-        state = dict(own["state"])
+        state = {i: dict(entries) for i, entries in own["state"].items()}
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        late = {flat: path for flat, path in self.paths.items() if path[:2] == (key, "state") and int(path[2]) not in state}
-        for flat, (_, _, i, *name) in late.items():
-            entry, param = self._empty(flat), params[int(i)]
+        for flat, path in self.paths.items():
+            if path[:2] != (key, "state"):
+                continue
+            i, name = int(path[2]), path[3]
             if isinstance(learned, LearnedOptimizer):
-                state[int(i)] = learned.state_template(param)
-            else:
-                entry = wrap_element(name[0], entry, param) if isinstance(entry, Tensor) else entry
-                _put(state.setdefault(int(i), {}), name, entry)
+                if i not in state:
+                    state[i] = learned.state_template(params[i])
+            elif name not in state.get(i, {}) and name != MASTER:
+                entry = self._empty(flat)
+                state.setdefault(i, {})[name] = wrap_element(name, entry, params[i]) if isinstance(entry, Tensor) else entry
         return {"state": state, "param_groups": groups}
 
     def as_saved(self, prefix: tuple[str, ...], own: Any) -> Any:
