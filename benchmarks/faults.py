@@ -215,8 +215,10 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(reference: Path, out: Path, steps: int) -> list[str]:
-    """Names of what the two runs did not end with alike, bit for bit."""
+    """Names of what the two runs did not end with alike: rows and last checkpoint to the bit, and which checkpoints there are."""
     found = [] if rows_of(reference) == rows_of(out) else ["metrics.jsonl"]
+    if sorted(os.listdir(reference / FOLDER)) != sorted(os.listdir(out / FOLDER)):
+        found.append(FOLDER)
     wanted, got = (content(published_in(folder)[steps]) for folder in (reference, out))
     if wanted.keys() != got.keys():
         found.append("keys")

@@ -3,9 +3,10 @@
 from . import checkpoint, testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
-from .checkpoint import CheckpointError, full_state_dict, get_optimizer_state_dict
+from .checkpoint import CheckpointError
 from .comm import CommunicationError, PeerError
 from .engine import NonFiniteGradientError
+from .gather import full_state_dict, get_optimizer_state_dict
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO
