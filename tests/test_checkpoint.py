@@ -50,7 +50,7 @@ from pylo_dist.sharded_state import ShardedState, copy_elements
 from pylo_dist.shards import PieceParameter, TensorShard, bind_shard
 
 PLAIN = Layout("plain", 1)
-TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero1", 3))  # for every source; in the suite, others are sampled
+TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))  # for every source; in the suite, others are sampled
 SAMPLES = 4
 LONG = 50
 

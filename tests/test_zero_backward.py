@@ -520,6 +520,23 @@ def test_one_process_frees_and_steps_too() -> None:
     copy.deepcopy(Net())  # hooks of optimizers are on other models
 
 
+def test_parameters_that_were_exchanged_or_frozen_late() -> None:
+    model = Net()
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2)
+    model.second.bias.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backward(model, optimizer, 0, 0, 1, False)
+    optimizer.step()
+    assert torch.equal(before["second.bias"], model.second.bias)
+    assert not torch.equal(before["second.weight"], model.second.weight)
+    model.load_state_dict(before)
+    backward(model, optimizer, 1, 0, 1, False)
+    optimizer.step()
+    model.load_state_dict(before, assign=True)
+    with pytest.raises(ValueError, match=r"Part\.weight is another parameter than when ZeroOptimizer was built"):
+        optimizer.step()
+
+
 # ------------------------------------------------------------------------------------------ replicas
 
 

@@ -94,6 +94,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._check_every, self._steps = check_replicas_every, 0
         self._given = dict(optimizer_kwargs)
         self._frozen = _frozen_params(model_or_params)
+        self._registered = _registered_params(model_or_params)
         groups: list[dict[str, Any]] = []
         try:
             self._check_arguments(optimizer_class)
@@ -321,6 +322,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
                         f"the memory of {fqn!r} was replaced after ZeroOptimizer was built (by .to(), .half(), a new tensor); "
                         "build the optimizer after such changes"
                     )
+        for module, name, param in self._registered:
+            if module._parameters.get(name) is not param:
+                return ValueError(
+                    f"{type(module).__name__}.{name} is another parameter than when ZeroOptimizer was built (assigned, or by "
+                    "load_state_dict(assign=True)), which it would not update; load in place, or build the optimizer after it"
+                )
         for fqn, param in self._frozen:
             if param.requires_grad:
                 return ValueError(
@@ -500,6 +507,12 @@ def _frozen_params(model_or_params: Any) -> list[tuple[str, Tensor]]:
     if not isinstance(model_or_params, nn.Module):
         return []
     return [(fqn, p) for fqn, p in model_or_params.named_parameters() if not p.requires_grad]
+
+
+def _registered_params(model_or_params: Any) -> list[tuple[nn.Module, str, Tensor]]:
+    """Where a module keeps its parameters."""
+    modules = model_or_params.modules() if isinstance(model_or_params, nn.Module) else ()
+    return [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
 
 
 def _as_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
