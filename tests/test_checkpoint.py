@@ -713,6 +713,49 @@ def test_state_of_another_dtype_or_order_is_refused() -> None:
     assert optimizer.param_groups[0]["param_names"] == [fqn for fqn, _ in Model().trainable()]
 
 
+@pytest.mark.parametrize("kind", LEARNED)
+def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
+    """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no second rank."""
+    run = Run(PLAIN, kind, None)
+    run.advance(STEPS)
+    wanted = copy.deepcopy(snapshot(run))
+    for options in (
+        {},
+        {"flatten_optimizer_state_dict": True},
+        {"cpu_offload": True},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "cpu_offload": True},
+    ):
+        given = StateDictOptions(**options)
+        theirs = get_optimizer_state_dict(run.model, run.optimizer, options=given)
+        ours = pylo_dist.get_optimizer_state_dict(run.model, run.optimizer, options=given)
+        assert repr(theirs) == repr(ours)
+        other = fresh(kind)
+        set_optimizer_state_dict(other.model, other.optimizer, theirs, options=given)
+        other.model.load_state_dict(run.model.state_dict())
+        assert not differing(snapshot(other), wanted), options
+        assert not differing(snapshot(run), wanted), options  # reading it, and torch's step with zero gradients, changed nothing
+
+
+def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
+    """`AdafacLO(model.parameters())` has no names to save; ZeroOptimizer always has them."""
+    model = Model()
+    unnamed = filled(pylo_dist.AdafacLO([p for _, p in model.trainable()], weights=small_fc(), process_group=False))
+    sharded_one = pylo_dist.ZeroOptimizer(Model(1), pylo_dist.AdafacLO, weights=small_fc(), process_group=False)
+    for source, target in ((unnamed, sharded_one), (filled(sharded_one), unnamed)):
+        folder = tmp_path / type(source).__name__
+        dcp.save({"o": source.state_dict()}, checkpoint_id=folder, no_dist=True)
+        for state in target.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        contents = {"o": target.state_dict()}
+        dcp.load(contents, checkpoint_id=folder, no_dist=True)
+        target.load_state_dict(contents["o"])
+        assert not differing(*(dict(flat_local(o)) for o in (source, target)))
+    assert "param_names" not in unnamed.param_groups[0]
+    assert sharded_one.param_groups[0]["param_names"] == [fqn for fqn, _ in model.trainable()]
+
+
 def test_a_piece_is_its_parameter_as_a_key() -> None:
     named, model = pieces([3], 0)
     piece, param = named[0][1], model.embedding
