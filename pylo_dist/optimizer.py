@@ -220,11 +220,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.rule.needs_loss:
             losses = LossSum(self._loss, self._loss_group())
         self._loss = None
-        yield from engine.phases(losses, problem)
-        for group in self.param_groups:
-            group["step"].add_(engine.go.to(group["step"].device))
-        for param, item in self._engine_params:
-            plain.publish(item.param, param)
+        try:
+            yield from engine.phases(losses, problem)
+            for group in self.param_groups:
+                group["step"].add_(engine.go.to(group["step"].device))
+            for param, item in self._engine_params:
+                plain.publish(item.param, param)
+        finally:  # held until the next step, gradients would be there twice in the next backward pass
+            for _, item in self._engine_params:
+                item.param.grad = None
 
     @torch.no_grad()
     def gradients_arrived(self, params: Iterable[Tensor]) -> None:
