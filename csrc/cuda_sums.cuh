@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
       if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < num) {
+    if (static_cast<int>(threadIdx.x) < num) {
       double sum = 0.0;
       for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
       tables.partials[threadIdx.x * tables.num_jobs + j] = sum;

@@ -79,24 +79,35 @@ PYLO_HD int64_t chunk_length(int dim) { return dim == INNER ? WARP_ALONG : ALONG
 
 PYLO_HD int64_t num_chunks(const Box& box, int dim) { return (along(box, dim) + chunk_length(dim) - 1) / chunk_length(dim); }
 
-// run_of for a run that is often in a box with one or two dims that matter.
+// index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a function call on a GPU, which costs
+// registers around it even where it is never made, so the rest is done bit by bit.
+PYLO_HD int64_t divide(int64_t index, int64_t size, int64_t& rest) {
+  if (static_cast<uint64_t>(index | size) <= 0xffffffffull) {
+    const uint32_t i = static_cast<uint32_t>(index), by = static_cast<uint32_t>(size), quotient = i / by;
+    rest = i - quotient * by;
+    return quotient;
+  }
+  uint64_t quotient = 0, left = 0;
+#pragma unroll 1
+  for (int bit = 62; bit >= 0; --bit) {
+    left = left << 1 | (static_cast<uint64_t>(index) >> bit & 1);
+    quotient <<= 1;
+    if (left >= static_cast<uint64_t>(size)) {
+      left -= static_cast<uint64_t>(size);
+      quotient |= 1;
+    }
+  }
+  rest = static_cast<int64_t>(left);
+  return static_cast<int64_t>(quotient);
+}
+
+// run_of, quick for boxes of which one or two dims matter.
 PYLO_HD Run find_run(const Box& box, int64_t index) {
   Run run{box.local_at, box.row_at, box.col_at, box.lead_at};
-  bool more = index > 0;
-  for (int d = INNER - 1; d >= 0 && more; --d) {
+  for (int d = INNER - 1; d >= 0 && index > 0; --d) {
     if (box.sizes[d] == 1) continue;
-    int64_t j;
-    if (index < box.sizes[d]) {
-      j = index;
-      more = false;
-    } else if (index <= 0xffffffffll) {
-      const uint32_t i = static_cast<uint32_t>(index), size = static_cast<uint32_t>(box.sizes[d]);
-      j = i % size;
-      index = i / size;
-    } else {
-      j = index % box.sizes[d];
-      index /= box.sizes[d];
-    }
+    int64_t j = index;
+    index = index < box.sizes[d] ? 0 : divide(index, box.sizes[d], j);
     run.local += j * box.local[d];
     run.row += j * box.row[d];
     run.col += j * box.col[d];
@@ -108,10 +119,11 @@ PYLO_HD Run find_run(const Box& box, int64_t index) {
 // Where output `index` of a side begins in local memory.
 PYLO_HD int64_t output_at(const Box& box, int dim, int64_t index) {
   int64_t at = box.local_at;
-  for (int d = INNER; d >= 0; --d) {
+  for (int d = INNER; d >= 0 && index > 0; --d) {
     if (d == dim || box.sizes[d] == 1) continue;
-    at += index % box.sizes[d] * box.local[d];
-    index /= box.sizes[d];
+    int64_t j = index;
+    index = index < box.sizes[d] ? 0 : divide(index, box.sizes[d], j);
+    at += j * box.local[d];
   }
   return at;
 }
@@ -186,7 +198,7 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
       const int64_t runs = num_runs(box), inner = box.sizes[INNER];
       if (runs * inner == 0) continue;
       // jobs of at most JOB elements, of one lead each unless leads are summed by threads
-      int64_t most_columns = std::min(inner, runs == 1 ? JOB : COLUMNS), together = runs;
+      int64_t most_columns = std::min(inner, runs == 1 && !fits_tensor_cores(item, box) ? JOB : COLUMNS), together = runs;
       if (item.leads > 1 && !has_small_leads(item)) {
         together = 1;
         if (box.lead[INNER] != 0) most_columns = 1;

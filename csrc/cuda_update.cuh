@@ -250,7 +250,7 @@ __device__ __forceinline__ void scalar_job(
 }
 
 template <bool Extended, int H>
-__global__ void __launch_bounds__(256) scalar_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(256, 1) scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
@@ -288,7 +288,6 @@ template <int kParts>
 __device__ __forceinline__ double tensor_core_job(
     const UpdateArgs& args, const Job& job, const Box& box, const Item& item, const Live& live,
     const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
-  using L = Layout<false>;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane >> 2, t = lane & 3, k = t > 0 ? t - 1 : 0;
   const int columns = static_cast<int>(job.last - job.first), strips = (columns + 31) / 32, warps = blockDim.x >> 5;
   const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, strip = warp % strips, turn = warp / strips;
@@ -317,19 +316,15 @@ __device__ __forceinline__ double tensor_core_job(
   const int own_type = t == 0 ? value_type(live) : static_cast<int>(FLOAT32), g_type = grad_type(live);
 
   // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and q + 24 of the strip
-  int64_t offset[4];
-  bool here[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    offset[i] = job.first + 32 * strip + 8 * i + q;
-    here[i] = offset[i] < job.last && turn < warps_per_strip;
-  }
+  const int64_t column = job.first + 32 * strip + q;  // of element 0
+  const int left = turn < warps_per_strip ? columns - 32 * strip - q : 0;
+  const auto here = [&](int i) { return 8 * i < left; };
   const auto read = [&](LaneElement(&to)[4], int64_t local) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      to[i].x = here[i] ? load_as_float(own, own_type, local + offset[i]) : 0.0f;
-      to[i].g = here[i] ? load_as_float(live.grad, g_type, local + offset[i]) : 0.0f;
-      to[i].v = here[i] ? live.rms[local + offset[i]] : 0.0f;
+      to[i].x = here(i) ? load_as_float(own, own_type, local + column + 8 * i) : 0.0f;
+      to[i].g = here(i) ? load_as_float(live.grad, g_type, local + column + 8 * i) : 0.0f;
+      to[i].v = here(i) ? live.rms[local + column + 8 * i] : 0.0f;
     }
   };
 
@@ -339,29 +334,25 @@ __device__ __forceinline__ double tensor_core_job(
   LaneElement next[4];
   int64_t run = job.first_run + turn;
   if (turn >= warps_per_strip) run = job.last_run;
-  Run at{}, after{};
   if (run < job.last_run) {
-    after = find_run(box, run);
-    read(next, after.local);
+    read(next, find_run(box, run).local);
+    __syncwarp();  // lane 0 of a quad overwrites the rms that all four have read; later runs have a product in between
   }
 #pragma unroll 1
   for (; run < job.last_run; run += warps_per_strip) {
-    at = after;
+    const Run at = find_run(box, run);
     LaneElement e[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) e[i] = next[i];
-    if (run + warps_per_strip < job.last_run) {  // on its way while this run is worked on
-      after = find_run(box, run + warps_per_strip);
-      read(next, after.local);
-    }
+    if (run + warps_per_strip < job.last_run) read(next, find_run(box, run + warps_per_strip).local);  // on its way meanwhile
     const int64_t vector_at = row_varies ? at.row : at.col;
     if (vector_at != held) {
       held = vector_at;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         read_side<kParts>(
-            along[i], vector[0], vector[1], vector[2], vector_at + offset[i] * vector_step, vector_norms[0], vector_norms[1],
-            here[i] && t > 0);
+            along[i], vector[0], vector[1], vector[2], vector_at + (column + 8 * i) * vector_step, vector_norms[0], vector_norms[1],
+            here(i) && t > 0);
       }
     }
     read_side<kParts>(
@@ -381,8 +372,8 @@ __device__ __forceinline__ double tensor_core_job(
         slots[half][1] = (t == 0 ? m : m * rs) * norm[1];
         slots[half][2] = (t == 0 ? v : f * g) * norm[2];
         slots[half][3] = (t == 0 ? rs : f * m) * norm[3];
-        if (here[i]) {
-          const int64_t local = at.local + offset[i];
+        if (here(i)) {
+          const int64_t local = at.local + column + 8 * i;
           if (t == 0) live.rms[local] = v;
           else live.momentum[k * item.numel + local] = m;
         }
@@ -402,8 +393,8 @@ __device__ __forceinline__ double tensor_core_job(
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * tile + half;
-        if (t == 0 && here[i]) {
-          change += move_element(live, at.local + offset[i], e[i].x, out[lane].x[2 * half], out[lane].x[2 * half + 1], step);
+        if (t == 0 && here(i)) {
+          change += move_element(live, at.local + column + 8 * i, e[i].x, out[lane].x[2 * half], out[lane].x[2 * half + 1], step);
         }
       }
     }

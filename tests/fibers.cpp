@@ -25,6 +25,8 @@ void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a, cons
 
 }  // namespace fibers
 
+extern "C" int64_t fibers_launches() { return fibers::launches; }
+
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   m.def(
       "gradient_pass(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool replace, Tensor(a!)[] sums, "

@@ -2,6 +2,7 @@
 // give way at barriers and warp operations. Exact in what is computed, but for the sums inside tensor cores (EmulatedWarp of lanes.h).
 #pragma once
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <cmath>
@@ -27,9 +28,10 @@ struct Dim {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;  // used once; later switches are jumps, which ask the kernel for nothing
+  jmp_buf context;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool started = false, done = false;
 };
 
 struct Barrier {
@@ -43,16 +45,26 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Barrier> warps;
   Barrier all;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   int running = 0;
   std::function<void()> body;
-  double slots[1024];                              // what the lanes of a warp show each other
+  double slots[1024];  // what the lanes of a warp show each other
   void* operands[1024][3];
 };
 
 inline Block* block = nullptr;
+inline int64_t launches = 0;  // since the library was loaded
 
-inline void yield() { swapcontext(&block->threads[block->running].context, &block->scheduler); }
+inline void yield() {
+  if (_setjmp(block->threads[block->running].context) == 0) _longjmp(block->scheduler, 1);
+}
+
+inline void resume(Thread& thread) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.context, 1);
+  thread.started = true;
+  setcontext(&thread.start);
+}
 
 inline void wait(Barrier& barrier) {
   const int64_t generation = barrier.generation;
@@ -75,11 +87,12 @@ namespace fibers {
 inline void run_thread() {
   block->body();
   block->threads[block->running].done = true;
-  yield();
+  _longjmp(block->scheduler, 1);
 }
 
 inline void launch(int blocks, int threads, const std::function<void()>& body) {
-  if (threads % WARP != 0) std::abort();
+  if (threads % WARP != 0 || threads > 1024) std::abort();
+  ++launches;
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
   static Block the_block;
@@ -92,25 +105,21 @@ inline void launch(int blocks, int threads, const std::function<void()>& body) {
     block->warps.assign(static_cast<size_t>(threads / WARP), Barrier{0, WARP, 0});
     for (Thread& thread : block->threads) {
       if (!thread.stack) thread.stack.reset(new char[STACK]);
-      thread.done = false;
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.get();
-      thread.context.uc_stack.ss_size = STACK;
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, run_thread, 0);
+      thread.started = thread.done = false;
+      getcontext(&thread.start);
+      thread.start.uc_stack.ss_sp = thread.stack.get();
+      thread.start.uc_stack.ss_size = STACK;
+      thread.start.uc_link = nullptr;
+      makecontext(&thread.start, run_thread, 0);
     }
-    for (bool more = true; more;) {
-      more = false;
-      bool moved = false;
+    for (int left = threads; left > 0;) {
       for (int t = 0; t < threads; ++t) {
         if (block->threads[t].done) continue;
         block->running = t;
         threadIdx.x = static_cast<unsigned>(t);
-        swapcontext(&block->scheduler, &block->threads[t].context);
-        moved = true;
-        more = more || !block->threads[t].done;
+        resume(block->threads[t]);
+        left -= block->threads[t].done;
       }
-      if (!moved) break;
     }
   }
 }
@@ -132,6 +141,7 @@ T exchange(T x, int lane) {
 }  // namespace fibers
 
 inline void __syncthreads() { fibers::wait(fibers::block->all); }
+inline void __syncwarp() { fibers::warp_wait(); }
 inline void __threadfence() {}
 
 template <class T>
