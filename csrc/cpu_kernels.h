@@ -13,7 +13,7 @@ namespace pylo_dist {
 inline namespace PYLO_ISA {
 
 constexpr int TILE = 64;
-constexpr int ROWS = 16;       // runs that share the vector side's first layer, which stays in the first-level cache
+constexpr int ROWS = 16;       // runs that share the vector side's first layer
 constexpr int DENSE_RUN = 32;  // shortest run that is worth it
 
 // ------------------------------------------------------------------------------------------------ dtypes
@@ -432,6 +432,7 @@ PYLO_HD Element<Vec, Extended> features_at(const Tile& tile, int o, float scale,
 
 // ------------------------------------------------------------------------------------------------ pass B
 
+// Sums of squares of the features, in double: so exact that the normalisers' float bits do not depend on the cut.
 template <bool Extended, bool Diag>
 struct FeatureSums {
   using L = Layout<Extended>;
@@ -452,6 +453,15 @@ struct FeatureSums {
     }
   }
 
+  template <bool Dense>
+  PYLO_HD void add_tile(const Tile& tile, float scale, const RuleConstants& rule, const Scales& scales) {
+    FeatureSums own = *this;  // in registers
+    int o = 0;
+    for (; o + W <= tile.count; o += W) own.add(features_at<Extended, Diag, Dense>(tile, o, scale, rule, scales), W);
+    if (o < tile.count) own.add(features_at<Extended, Diag, Dense>(tile, o, scale, rule, scales), tile.count - o);
+    *this = own;
+  }
+
   // Adds to out (NUM, leads) and starts anew.
   PYLO_HD void flush(double* out, int64_t leads, int64_t lead) {
     for (int f = 0; f < NUM; ++f) {
@@ -461,16 +471,6 @@ struct FeatureSums {
   }
 };
 
-template <bool Extended, bool Diag, bool Dense>
-PYLO_HD void add_tile(
-    FeatureSums<Extended, Diag>& sums, const Tile& tile, float scale, const RuleConstants& rule, const Scales& scales) {
-  FeatureSums<Extended, Diag> own = sums;
-  int o = 0;
-  for (; o + W <= tile.count; o += W) own.add(features_at<Extended, Diag, Dense>(tile, o, scale, rule, scales), W);
-  if (o < tile.count) own.add(features_at<Extended, Diag, Dense>(tile, o, scale, rule, scales), tile.count - o);
-  sums = own;
-}
-
 template <bool Extended, bool Diag>
 static void features_anywhere(const PassArgs& args, const Job& job, IndexRange leads, double* out) {
   const Box& box = args.boxes[job.box];
@@ -479,6 +479,7 @@ static void features_anywhere(const PassArgs& args, const Job& job, IndexRange l
   const float scale = static_cast<float>(args.scale[box.item]);
   const Factors factors = factors_of(item, t, args.factors);
   const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+  const RuleConstants rule = args.rule;
   Buffers buffers;
   alignas(64) float vector_scale[K][TILE], constant_scale[K][TILE];
   const Scales scales{
@@ -495,7 +496,7 @@ static void features_anywhere(const PassArgs& args, const Job& job, IndexRange l
       fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
       fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);
     }
-    add_tile<Extended, Diag, false>(sums, tile, scale, args.rule, scales);
+    sums.template add_tile<false>(tile, scale, rule, scales);
   }
   if (lead >= 0) sums.flush(out, leads.size, lead - leads.first);
 }
@@ -508,6 +509,7 @@ static void features_dense(const PassArgs& args, const Job& job, IndexRange lead
   const float scale = static_cast<float>(args.scale[box.item]);
   const Factors factors = factors_of(item, t, args.factors);
   const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+  const RuleConstants rule = args.rule;
   Buffers buffers;
   alignas(64) float padded[K][TILE];
   FeatureSums<Extended, false> sums;
@@ -533,22 +535,23 @@ static void features_dense(const PassArgs& args, const Job& job, IndexRange lead
           scales.vector[k] = padded[k];
         }
       }
-      add_tile<Extended, false, true>(sums, tile, scale, args.rule, scales);
+      sums.template add_tile<true>(tile, scale, rule, scales);
     }
   }
   if (lead >= 0) sums.flush(out, leads.size, lead - leads.first);
 }
 
-static void features(const PassArgs& args, const Job& job, bool extended, IndexRange leads, double* out) {
+template <bool Extended>
+static void features_of(const PassArgs& args, const Job& job, IndexRange leads, double* out) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
-  if (is_dense(item, box)) {
-    extended ? features_dense<true>(args, job, leads, out) : features_dense<false>(args, job, leads, out);
-  } else if (item.factored) {
-    extended ? features_anywhere<true, false>(args, job, leads, out) : features_anywhere<false, false>(args, job, leads, out);
-  } else {
-    extended ? features_anywhere<true, true>(args, job, leads, out) : features_anywhere<false, true>(args, job, leads, out);
-  }
+  if (is_dense(item, box)) return features_dense<Extended>(args, job, leads, out);
+  if (item.factored) return features_anywhere<Extended, false>(args, job, leads, out);
+  return features_anywhere<Extended, true>(args, job, leads, out);
+}
+
+static void features(const PassArgs& args, const Job& job, bool extended, IndexRange leads, double* out) {
+  extended ? features_of<true>(args, job, leads, out) : features_of<false>(args, job, leads, out);
 }
 
 // ------------------------------------------------------------------------------------------------ pass C
@@ -739,10 +742,25 @@ struct Updater {
     unstage(tile, t, item.numel, !t.direction);
   }
 
+  // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A small network reads memory row by
+  // row then; a large one has time to fetch the row below, see `prefetch`.
+  static constexpr int BLOCK = H == 32 ? 1 : 32;
+
+  // Fetch the inputs of a tile that is worked on later.
+  PYLO_HD void prefetch(int64_t at) const {
+    constexpr int line = 16;  // floats
+    for (int i = 0; i < TILE; i += line) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * item.numel + at + i, 1);
+      __builtin_prefetch(t.rms + at + i, 1);
+      if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i, 1);
+      if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
+    }
+  }
+
   void dense(const PassArgs& args, const Job& job) {
     const Factors factors = factors_of(item, t, args.factors);
     const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
-    alignas(64) float u[H][TILE], side[SIDE][TILE], padded[K][TILE];
+    alignas(64) float u[BLOCK][H][TILE], side[SIDE][TILE], padded[K][TILE];
     alignas(64) float r[ROWS][H];
     Run runs[ROWS];
     Tile tile;
@@ -768,33 +786,41 @@ struct Updater {
           r[i][h] = sum;
         }
       }
-      for (int64_t j = job.first; j < job.last; j += TILE) {
-        tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
-        const int64_t at = (item.vector_is_row ? runs[0].row : runs[0].col) + j;
-        Scales scales;
-        for (int k = 0; k < K; ++k) {
-          scales.vector[k] = vector.scale + k * vector.size + at;
-          if (tile.count < TILE) {
-            __builtin_memset(padded[k], 0, sizeof padded[k]);
-            __builtin_memcpy(padded[k], scales.vector[k], 4 * tile.count);
-            scales.vector[k] = padded[k];
+      const int64_t vector_at = item.vector_is_row ? runs[0].row : runs[0].col;
+      for (int64_t block = job.first; block < job.last; block += BLOCK * TILE) {
+        const int64_t end = job.last - block < BLOCK * TILE ? job.last : block + BLOCK * TILE;
+        for (int64_t j = block; j < end; j += TILE) {
+          const int count = static_cast<int>(end - j < TILE ? end - j : TILE);
+          for (int s = 0; s < SIDE; ++s) {
+            const float* from = (s < K ? vector.factor : vector.rsqrt) + s % K * vector.size + vector_at + j;
+            const float by = side_normaliser(norm, true, s);
+            for (int i = 0; i < count; ++i) side[s][i] = from[i] * by;
+            for (int i = count; i < TILE; ++i) side[s][i] = 0.0f;
           }
+          side_layer<H>(net.input_bias, side, net.vector, u[(j - block) / TILE]);
         }
-        for (int s = 0; s < SIDE; ++s) {
-          const float* from = (s < K ? vector.factor : vector.rsqrt) + s % K * vector.size + at;
-          const float by = side_normaliser(norm, true, s);
-          for (int i = 0; i < tile.count; ++i) side[s][i] = from[i] * by;
-          for (int i = tile.count; i < TILE; ++i) side[s][i] = 0.0f;
-        }
-        side_layer<H>(net.input_bias, side, net.vector, u);
         for (int i = 0; i < rows; ++i) {
-          tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
-          stage(tile, t, item.numel, buffers);
-          const int64_t row_at = item.vector_is_row ? runs[i].col : runs[i].row;
-          for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + row_at;
-          fill<false, true>(tile, scales, norm);
-          outputs_of<Extended, H>(net, x, u, r[i], out);
-          finish(tile);
+          const int64_t constant_at = item.vector_is_row ? runs[i].col : runs[i].row;
+          Scales scales;
+          for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + constant_at;
+          for (int64_t j = block; j < end; j += TILE) {
+            tile.count = static_cast<int>(end - j < TILE ? end - j : TILE);
+            for (int k = 0; k < K; ++k) {
+              scales.vector[k] = vector.scale + k * vector.size + vector_at + j;
+              if (tile.count < TILE) {
+                __builtin_memset(padded[k], 0, sizeof padded[k]);
+                __builtin_memcpy(padded[k], scales.vector[k], 4 * tile.count);
+                scales.vector[k] = padded[k];
+              }
+            }
+            if (BLOCK == 1 && i + 1 < rows) prefetch(runs[i + 1].local + j);
+            if (BLOCK == 1 && i + 1 == rows && end < job.last) prefetch(runs[0].local + end);
+            tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
+            stage(tile, t, item.numel, buffers);
+            fill<false, true>(tile, scales, norm);
+            outputs_of<Extended, H>(net, x, u[(j - block) / TILE], r[i], out);
+            finish(tile);
+          }
         }
       }
       first_run += rows;

@@ -228,7 +228,7 @@ class Kernels:
         self.limits: dict[object, Tensor] = {}
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
         self.workspace = [
-            torch.empty(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned)
+            torch.zeros(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned and device.type == "cuda")
             for size, pinned in zip(sizes, (False, True, *[False] * len(sizes)), strict=False)
         ]
 

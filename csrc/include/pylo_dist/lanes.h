@@ -20,6 +20,19 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(PYLO_FIBERS)
+namespace pylo_dist {
+namespace lanes {
+struct Accumulator;
+struct Left;
+struct Right;
+}  // namespace lanes
+}  // namespace pylo_dist
+namespace fibers {
+void mma(pylo_dist::lanes::Accumulator&, const pylo_dist::lanes::Left&, const pylo_dist::lanes::Right&);
+}
+#endif
+
 #if defined(__CUDACC__)
 #define PYLO_LANE_FN __device__ __forceinline__
 #define PYLO_LANE_UNROLL _Pragma("unroll")
@@ -154,7 +167,8 @@ PYLO_LANE_FN void split_relu(float x0, float x1, uint32_t (&parts)[kParts]) {
 
 // ---------------------------------------------------------------------------------------------- warps
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(PYLO_FIBERS)
+// The warp that runs this, on a GPU or as fibers (tests/fibers.h).
 struct DeviceWarp {
   template <class T>
   struct Each {
@@ -170,7 +184,7 @@ struct DeviceWarp {
 
   // x of that lane; all lanes ask together
   static PYLO_LANE_FN float of(const Each<float>& x, int lane) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(PYLO_FIBERS)
     return __shfl_sync(0xffffffffu, x.own, lane);
 #else
     return x.own + static_cast<float>(lane);
@@ -180,7 +194,7 @@ struct DeviceWarp {
   // x(lane) <- (x_0 + x_1) + (x_2 + x_3) over the lanes of its quad
   template <class X>
   static PYLO_LANE_FN void quad_sum(X&& x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(PYLO_FIBERS)
     float& own = x(0);
     own += __shfl_xor_sync(0xffffffffu, own, 1);
     own += __shfl_xor_sync(0xffffffffu, own, 2);
@@ -190,18 +204,24 @@ struct DeviceWarp {
   // acc(lane) += left(lane) right(lane), all lanes together
   template <class C, class A, class B>
   static PYLO_LANE_FN void mma(C&& acc, A&& left, B&& right) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(PYLO_FIBERS)
     Accumulator& c = acc(0);
     const Left& a = left(0);
     const Right& b = right(0);
+#if defined(PYLO_FIBERS)
+    fibers::mma(c, a, b);
+#else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
 #endif
+#endif
   }
 };
-#else
+#endif
+
+#if !defined(__CUDACC__)
 // 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates, the worst that is known of chips
 // with this product: eight products and the accumulator are aligned to the largest, cut one bit below its last bit, and added; the
 // sum is cut to float32; then the other eight. Otherwise: the sum of all rounded once.
