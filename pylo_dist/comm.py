@@ -36,6 +36,29 @@ def rank(group: Any) -> int:
     return 0 if group is None else int(group.rank())
 
 
+def ranks_of(group: Any) -> list[int]:
+    """The world's ranks in `group`, in its order."""
+    return dist.get_process_group_ranks(group)
+
+
+_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+
+
+def group_over(ranks: tuple[int, ...]) -> Any:
+    """A process group over these ranks (rising). The first call for them is collective over them alone."""
+    world = default_group()
+    if len(ranks) == size(world):
+        return world
+    if _MADE.get(ranks, (None, None))[0] is not world:
+        _MADE[ranks] = (world, dist.new_group(list(ranks), use_local_synchronization=True))
+    return _MADE[ranks][1]
+
+
+def can_reduce(group: Any, device: torch.device) -> bool:
+    """Whether the ranks of `group` can reduce tensors that lie on `device`."""
+    return device.type in {known.type for known in group._device_types}
+
+
 def serve(phases: Iterable[list[Collective]]) -> None:
     """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end."""
     for collectives in phases:

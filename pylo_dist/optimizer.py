@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import comm
-from .adapters import plain
+from .adapters import dtensor, plain
 from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
@@ -80,10 +80,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            bindings = {}
             for name, param in zip(self._names(group), group["params"], strict=True):
                 plain.check_param(name, param)
-                bindings[param] = plain.describe(name, param)
+            bindings = self._describe_all()  # of the other groups too: a copy of them may lie on ranks that this group brings in
         except Exception:
             self.param_groups.pop()
             raise
@@ -92,9 +91,40 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group[name] = torch.as_tensor(group.get(name, value)).detach().to(device, copy=True)
         group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
         self._bindings.update(bindings)
-        self._fields.update({p: self.rule.state_fields(binding.shard, group) for p, binding in bindings.items()})
+        self._fields.update({p: self.rule.state_fields(bindings[p].shard, group) for p in group["params"]})
         self._forget_engine()
         self._ready()
+
+    def _describe_all(self) -> dict[Tensor, ShardBinding]:
+        """Where the elements of all parameters lie, as far as their groups are known; collective where there are DTensors."""
+        named = [pair for group in self.param_groups for pair in zip(self._names(group), group["params"], strict=True)]
+        return {param: binding for (_, param), binding in zip(named, dtensor.describe_all(named), strict=True)}
+
+    def _follow_replaced_params(self) -> None:
+        """Take over parameters that a library put in the place of ours before the first step (accelerate, under FSDP2).
+
+        Raises:
+            ValueError: steps were taken, and the state belongs to the parameters that are gone.
+        """
+        if all(param in self._bindings for group in self.param_groups for param in group["params"]):
+            return
+        for group in self.param_groups:
+            for name, param in zip(self._names(group), group["params"], strict=True):
+                plain.check_param(name, param)
+                if param not in self._bindings and bool(group["step"] > 0):
+                    raise ValueError(
+                        f"{name!r} was replaced by another tensor after {int(group['step'])} steps, and its state belongs to the "
+                        "old one: shard the model before the first step"
+                    )
+        self._bindings = self._describe_all()
+        self._fields = {
+            param: self.rule.state_fields(self._bindings[param].shard, group)
+            for group in self.param_groups
+            for param in group["params"]
+        }
+        for param in [param for param in self.state if param not in self._bindings]:
+            del self.state[param]
+        self._forget_engine()
 
     def _own_group(self, given: dict[str, Any]) -> dict[str, Any]:
         """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is in a group already."""
@@ -197,12 +227,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
         engine = self._ready()
         problem, self._problem = self._problem, None
+        unreduced = [(self._bindings[p], p) for p, _ in self._engine_params if dtensor.is_unreduced(self._bindings[p], p)]
+        means = yield from dtensor.average(unreduced)
         for param, item in self._engine_params:
             try:
                 item.param = plain.collect(self._bindings[param], param)
             except ValueError as error:
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)
+        items = {id(param): item for param, item in self._engine_params}
+        for (_, param), mean in zip(unreduced, means, strict=True):
+            items[id(param)].param.grad = mean
         losses: LossSum | None = None
         if self.rule.needs_loss:
             losses = LossSum(self._loss, self._loss_group())
@@ -215,6 +250,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _ready(self) -> Engine:
         """The engine over all trainable, non-empty parameters, made again when they or their state tensors are others."""
+        self._follow_replaced_params()
         trainable = [
             (param, group)
             for group in self.param_groups
@@ -230,8 +266,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             binding = self._bindings[param]
             fields = self._fields[param]
             if not self.state[param]:
-                self.state[param] = allocate_state(fields, binding.shard, param)
-            state = {name: fields[name].flat(tensor) for name, tensor in self.state[param].items()}
+                self.state[param] = self._shown(param, allocate_state(fields, binding.shard, param))
+            state = {name: fields[name].flat(plain.local_tensor(tensor)) for name, tensor in self.state[param].items()}
             item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(binding.shard.shape))
             by_device.setdefault(param.device, []).append(item)
             self._engine_params.append((param, item))
@@ -242,6 +278,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         work = [(self.rule, Batch.of(items, self.param_groups, device)) for device, items in by_device.items()]
         self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), self._key(params)
         return self._engine
+
+    def _shown(self, param: Tensor, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a parameter as `state` shows it: what is sharded as a DTensor is a DTensor."""
+        if not plain.is_dtensor(param):
+            return local
+        fields = self._fields[param]
+        return {
+            name: tensor if fields[name].replicated is not None else dtensor.wrap_like(param, tensor, len(fields[name].copies))
+            for name, tensor in local.items()
+        }
 
     def _key(self, params: list[Tensor]) -> list[Tensor]:
         """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
@@ -379,7 +425,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 binding, state = self._bindings[param], self.state.get(param, {})
                 shard, fields = binding.shard, self._fields[param]
                 rule = self.rule.describe(fields, binding) if param.requires_grad else "frozen"
-                rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group)))
+                rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group), binding.replicas))
                 totals["parameters"] += 1
                 totals["numel"] += shard.numel
                 totals["global_numel"] += shard.global_numel

@@ -20,7 +20,7 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base"},
     {"reference", "comm", "publish"},
-    {"engine", "optim.factored"},
+    {"engine", "optim.factored", "adapters.dtensor"},
     {"optimizer"},
     {"optim.<rule>"},
     {"adapters.<layout>", "testing"},
