@@ -2,7 +2,9 @@
 
 from . import testing
 from ._version import __version__
+from .adapters.fully_sharded import shard
 from .adapters.zero import ZeroOptimizer
+from .clip import clip_grad_norm_
 from .engine import NonFiniteGradientError, PeerError
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
@@ -27,9 +29,11 @@ __all__ = [
     "WeightsError",
     "ZeroOptimizer",
     "__version__",
+    "clip_grad_norm_",
     "push_to_hub",
     "register_weights",
     "registered_weights",
     "save_weights",
+    "shard",
     "testing",
 ]

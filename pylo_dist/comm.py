@@ -54,6 +54,11 @@ def group_over(ranks: tuple[int, ...]) -> Any:
     return _MADE[ranks][1]
 
 
+def device_type() -> str:
+    """Where the world's ranks reduce: "cuda" if they can there, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda")) else "cpu"
+
+
 def can_reduce(group: Any, device: torch.device) -> bool:
     """Whether the ranks of `group` can reduce tensors that lie on `device`."""
     return device.type in {known.type for known in group._device_types}

@@ -228,7 +228,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         engine = self._ready()
         problem, self._problem = self._problem, None
         unreduced = [(self._bindings[p], p) for p, _ in self._engine_params if dtensor.is_unreduced(self._bindings[p], p)]
-        means = yield from dtensor.average(unreduced)
+        means, _ = yield from dtensor.average(unreduced)
         for param, item in self._engine_params:
             try:
                 item.param = plain.collect(self._bindings[param], param)
@@ -292,6 +292,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _key(self, params: list[Tensor]) -> list[Tensor]:
         """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
         return [tensor for param in params for tensor in (param, *self.state.get(param, {}).values())]
+
+    def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
+        """Every parameter with where its elements lie."""
+        self._ready()
+        return [(self._bindings[param], param) for group in self.param_groups for param in group["params"]]
 
     def state_fields(self, param: Tensor) -> dict[str, StateField]:
         """What the state of a parameter of this optimizer consists of."""

@@ -6,7 +6,7 @@ do so in matrix products, so that tensor parallelism cuts them as it does in a t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Union
 
 import torch
 from golden_cases import celo2_weights, load, velo_weights
@@ -123,20 +123,45 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def unsharded(world: int, optimizer_class: Any, steps: int = STEPS, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any, Net]:
+Gradients = list[dict[str, Union[Tensor, None]]]
+
+
+def backward(model: nn.Module, called: nn.Module, rank: int) -> Gradients:
+    """The gradients of STEPS steps, as the layout leaves them: they do not depend on the parameters."""
+    history: Gradients = []
+    for step in range(STEPS):
+        model.zero_grad()
+        called(step, rank).backward()
+        history.append({fqn: p.grad for fqn, p in trainable(model)})
+    model.zero_grad()
+    return history
+
+
+def mean_gradients(ranks: int) -> Gradients:
+    """What data-parallel ranks average to, exactly, in one process."""
+    model = Net()
+    parts = [backward(model, model, rank) for rank in range(ranks)]
+    history: Gradients = []
+    for step in range(STEPS):
+        present = {fqn: [part[step][fqn] for part in parts if part[step][fqn] is not None] for fqn in parts[0][step]}
+        history.append({fqn: sum(grads[1:], grads[0].clone()) / ranks if grads else None for fqn, grads in present.items()})
+    return history
+
+
+def set_gradients(model: nn.Module, gradients: dict[str, Tensor | None]) -> None:
+    for fqn, p in trainable(model):
+        p.grad = gradients[fqn]
+
+
+def unsharded(ranks: int, gradients: Gradients, optimizer_class: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any, Net]:
     """The same steps in one process on the mean gradients: parameters after each, the optimizer, the model."""
     model = Net()
     optimizer = optimizer_class(trainable(model), **kwargs)
     history = [snapshot(model)]
-    for step in range(steps):
-        optimizer.zero_grad()
-        for rank in range(world):
-            model(step, rank).backward()  # adds exactly
-        for _, p in trainable(model):
-            if p.grad is not None:
-                p.grad /= world
+    for step, mean in enumerate(gradients):
+        set_gradients(model, mean)
         if isinstance(optimizer, pylo_dist.LearnedOptimizer):
-            optimizer.set_loss(sum(loss_of(step, rank) for rank in range(world)) / world)
+            optimizer.set_loss(sum(loss_of(step, rank) for rank in range(ranks)) / ranks)
         optimizer.step()
         history.append(snapshot(model))
     return history, optimizer, model

@@ -1,7 +1,7 @@
 """DTensor layouts on real gloo processes equal one process: FSDP2, HSDP, tensor parallel, their products, and DDP.
 
-Background: `tests/sharded_model.py` makes gradients exact in any order of summation, so that what is compared is the arithmetic of
-the step alone. Sums go over all ranks that hold a copy, so that copies must agree to the bit.
+Background: `tests/sharded_model.py` makes gradients exact in any order of summation, so that what is compared is the arithmetic
+of the step alone. Sums go over all ranks that hold a copy, so that copies must agree to the bit.
 """
 
 from __future__ import annotations
@@ -12,14 +12,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded_model import STEPS, Net, loss_of, rules, snapshot, trainable, unsharded, whole
+from sharded_model import (
+    STEPS,
+    Gradients,
+    Net,
+    backward,
+    loss_of,
+    mean_gradients,
+    rules,
+    set_gradients,
+    snapshot,
+    trainable,
+    unsharded,
+    whole,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
 
 
@@ -109,16 +121,31 @@ class _Patched:
         return getattr(self._module, name)
 
 
-def train(layout: str, world: int, name: str) -> dict[str, Any]:
-    optimizer_class, kwargs = rules()[name]
+def local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def train(layout: str, world: int, names: list[str]) -> dict[str, Any]:
+    """Every rule from the same start, on the gradients of the same real backward passes."""
     model, called, rank, ranks = build(layout, world)
+    initial = {fqn: local(p).clone() for fqn, p in model.named_parameters()}
+    gradients = backward(model, called, rank)
+    results = {}
+    for name in names:
+        for fqn, p in model.named_parameters():
+            local(p).copy_(initial[fqn])
+        results[f"{layout}/{name}"] = steps(model, name, gradients, rank, ranks)
+    return results
+
+
+def steps(model: Net, name: str, gradients: Gradients, rank: int, ranks: int) -> dict[str, Any]:
+    optimizer_class, kwargs = rules()[name]
     optimizer = optimizer_class(trainable(model), **kwargs)
     with Collectives() as counts:
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            called(step, rank).backward()
+        for step, mine in enumerate(gradients):
+            set_gradients(model, mine)
             optimizer.step(torch.tensor(loss_of(step, rank)))
-    copies = {fqn: p.detach().to_local() if isinstance(p, DTensor) else p.detach() for fqn, p in model.named_parameters()}
     state: dict[str, dict[str, Tensor]] = {}
     for fqn, p in trainable(model):
         state[fqn] = {}
@@ -130,7 +157,7 @@ def train(layout: str, world: int, name: str) -> dict[str, Any]:
     return {
         "ranks": ranks,
         "params": snapshot(model),
-        "local": {fqn: tensor.clone() for fqn, tensor in copies.items()},
+        "local": {fqn: local(p).clone() for fqn, p in model.named_parameters()},
         "where": {fqn: where(optimizer, p) for fqn, p in trainable(model)},
         "state": state,
         "calls": dict(counts),
@@ -146,7 +173,10 @@ def where(optimizer: Any, param: Tensor) -> tuple[int, ...]:
 
 
 def exact_ranks(rank: int, world: int, names: list[str]) -> dict[str, Any]:
-    return {f"{layout}/{name}": train(layout, world, name) for layout in layouts(world) for name in names}
+    results: dict[str, Any] = {}
+    for layout in layouts(world):
+        results |= train(layout, world, names)
+    return results
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -154,12 +184,14 @@ def test_layouts_equal_one_process(world: int, figures: list[str]) -> None:
     names = list(rules()) if world == 4 else ["adafac", "velo", "celo2"]
     results = run_ranks(world, exact_ranks, names)
     wanted: dict[tuple[str, int], Any] = {}
+    gradients: dict[int, Gradients] = {}
     for key in results[0]:
         layout, name = key.split("/")
         ranks = results[0][key]["ranks"]
         if (name, ranks) not in wanted:
             optimizer_class, kwargs = rules()[name]
-            wanted[name, ranks] = unsharded(ranks, optimizer_class, **kwargs)
+            gradients[ranks] = gradients.get(ranks) or mean_gradients(ranks)
+            wanted[name, ranks] = unsharded(ranks, gradients[ranks], optimizer_class, **kwargs)
         history, reference, model = wanted[name, ranks]
         mine = [result[key] for result in results]
         for fqn, tensor in mine[0]["params"].items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .plain import is_dtensor
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
-def describe_all(named: Sequence[tuple[str, Tensor]]) -> list[ShardBinding]:
+def describe_all(named: Sequence[tuple[str, Any]]) -> list[ShardBinding]:
     """Where the elements of each parameter lie, and with whom they are shared. The parameters are all those of one optimizer.
 
     With a DTensor among them this is collective over their domain: its ranks compare what they have, and make the process groups
@@ -60,9 +60,9 @@ def describe_all(named: Sequence[tuple[str, Tensor]]) -> list[ShardBinding]:
     return [_bind(fqn, param, holders, len(domain)) for fqn, param in named]
 
 
-def _domain(sharded: Sequence[tuple[str, Tensor]]) -> tuple[int, ...]:
+def _domain(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
     """The ranks of the largest mesh, which must hold those of all others."""
-    ranks = {fqn: frozenset(param.device_mesh.mesh.flatten().tolist()) for fqn, param in sharded}  # type: ignore[attr-defined]
+    ranks = {fqn: frozenset(param.device_mesh.mesh.flatten().tolist()) for fqn, param in sharded}
     largest = max(ranks, key=lambda fqn: len(ranks[fqn]))
     for fqn, own in ranks.items():
         if not own <= ranks[largest]:
@@ -81,8 +81,8 @@ def _check(fqn: str, param: Any, holders: Any) -> None:
     experts = [name for name in mesh.mesh_dim_names or () if EXPERTS.search(name)]
     if experts:
         raise ValueError(
-            f"{fqn!r} lies on the mesh dimension {experts[0]!r}, which looks like expert parallelism: that is not supported; give "
-            "expert parameters an optimizer of their own, such as torch.optim.AdamW"
+            f"{fqn!r} lies on the mesh dimension {experts[0]!r}, which looks like expert parallelism: that is not supported; "
+            "give expert parameters an optimizer of their own, such as torch.optim.AdamW"
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"{fqn!r} lies on a mesh without this rank; build its optimizer on the ranks of its mesh only")
@@ -112,7 +112,7 @@ def _bind(fqn: str, param: Any, holders: Any, num_holders: int) -> ShardBinding:
         return ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None, holders=holders, replicas=num_holders)
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
-    cut = [axis for axis, placement in enumerate(param.placements) if placement.is_shard() and mesh.size(axis) > 1]
+    cut = [axis for axis, placement in enumerate(param.placements) if _cuts(placement) and mesh.size(axis) > 1]
     own = _shard_at(fqn, param, coordinate)
     if not cut:
         return ShardBinding(own, None, holders=holders, replicas=num_holders)
@@ -138,6 +138,11 @@ def _group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
             if tuple(sorted(comm.ranks_of(group))) == ranks:
                 return group
     return comm.group_over(ranks)
+
+
+def shard_of(fqn: str, param: Any) -> TensorShard:
+    """The elements of a DTensor that this rank holds."""
+    return _shard_at(fqn, param, param.device_mesh.get_coordinate())
 
 
 def _shard_at(fqn: str, param: Any, coordinate: Sequence[int]) -> TensorShard:
@@ -168,7 +173,7 @@ def _order_of_cuts(fqn: str, param: Any, dim: int) -> list[int]:
     for axis, placement in enumerate(param.placements):
         if placement.is_partial():
             raise ValueError(f"{fqn!r} has placements {tuple(param.placements)}: a parameter cannot be Partial")
-        if placement.is_shard() and placement.dim == dim and param.device_mesh.size(axis) > 1:
+        if _cuts(placement) and placement.dim == dim and param.device_mesh.size(axis) > 1:
             axes.append(axis)
     factors = {axis: getattr(param.placements[axis], "split_factor", 1) for axis in axes}
     strided = [axis for axis in axes if factors[axis] > 1]
@@ -178,8 +183,8 @@ def _order_of_cuts(fqn: str, param: Any, dim: int) -> list[int]:
     if len(axes) == 2 and strided == axes[:1] and factors[axes[0]] == param.device_mesh.size(axes[1]):
         return [axes[1], axes[0]]
     raise ValueError(
-        f"{fqn!r} with placements {tuple(param.placements)} is cut in strides on dimension {dim}; what can be expressed is one cut "
-        "of fully_shard over one cut of tensor parallelism: shard this dimension over fewer mesh axes"
+        f"{fqn!r} with placements {tuple(param.placements)} is cut in strides on dimension {dim}; what can be expressed is one "
+        "cut of fully_shard over one cut of tensor parallelism: shard this dimension over fewer mesh axes"
     )
 
 
@@ -209,9 +214,14 @@ def wrap_like(param: Any, local: Tensor, copies: int) -> Tensor:
     return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=size, stride=stride)
 
 
+def _cuts(placement: Any) -> bool:
+    """Whether this is a `Shard` or a `_StridedShard`, which is no `Shard` in newer torch."""
+    return hasattr(placement, "dim")
+
+
 def _moved(placement: Any, dims: int) -> Any:
     """A placement `dims` dimensions further right."""
-    if not placement.is_shard() or not dims:
+    if not _cuts(placement) or not dims:
         return placement
     factor = getattr(placement, "split_factor", None)
     if factor is None:
@@ -224,21 +234,25 @@ def is_unreduced(binding: ShardBinding, param: Tensor) -> bool:
     return binding.group is None and binding.holders is not None and not is_dtensor(param)
 
 
-def average(bound: Sequence[tuple[ShardBinding, Tensor]]) -> Iterator[list[Collective]]:
-    """The mean gradients, (N,) each, of whole parameters over their holders, as what the generator returns.
+def average(
+    bound: Sequence[tuple[ShardBinding, Tensor]],
+) -> Generator[list[Collective], None, tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """The mean gradients of whole parameters over their holders, (N,) each, and on how many ranks there was one, 0-d.
 
     The mean is taken in float64, where that of equal numbers is the number itself: averaging twice changes nothing.
     None counts as zeros, and so does a gradient that cannot be used.
     """
-    parts = []
-    for binding, param in bound:
-        grad = param.grad
-        usable = grad is not None and grad.layout == torch.strided
-        parts.append(grad.reshape(-1) if usable else param.new_zeros(binding.shard.numel))  # type: ignore[union-attr]
-    if not parts:
-        return []
-    buffer = torch.cat([part.detach().to(torch.float64) for part in parts])
+    if not bound:
+        return (), ()
+    grads = [param.grad for _, param in bound]
+    parts = [
+        grad.reshape(-1) if grad is not None and grad.layout == torch.strided else param.new_zeros(binding.shard.numel)
+        for grad, (binding, param) in zip(grads, bound, strict=True)
+    ]
+    present = torch.tensor([float(grad is not None) for grad in grads], dtype=torch.float64)
+    present = present.to(parts[0].device, non_blocking=True)
+    buffer = torch.cat([present, *(part.detach().to(torch.float64) for part in parts)])
     yield [(bound[0][0].holders, buffer)]
-    buffer /= bound[0][0].replicas
-    means = buffer.split([part.numel() for part in parts])
-    return [mean.to(param.dtype) for mean, (_, param) in zip(means, bound, strict=True)]
+    counts, sums = buffer.split([len(bound), buffer.numel() - len(bound)])
+    means = (sums / bound[0][0].replicas).split([part.numel() for part in parts])
+    return [mean.to(param.dtype) for mean, (_, param) in zip(means, bound, strict=True)], list(counts)
