@@ -1,9 +1,10 @@
 """Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
 
-from . import testing
+from . import checkpoint, testing
 from ._version import __version__
 from .adapters.fully_sharded import shard
 from .adapters.zero import ZeroOptimizer
+from .checkpoint import CheckpointError, full_state_dict, get_optimizer_state_dict
 from .clip import clip_grad_norm_
 from .engine import NonFiniteGradientError, PeerError
 from .optim.adafac import AdafacLO
@@ -20,6 +21,7 @@ __all__ = [
     "ELO",
     "ELO_CELO2",
     "AdafacLO",
+    "CheckpointError",
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteGradientError",
@@ -29,7 +31,10 @@ __all__ = [
     "WeightsError",
     "ZeroOptimizer",
     "__version__",
+    "checkpoint",
     "clip_grad_norm_",
+    "full_state_dict",
+    "get_optimizer_state_dict",
     "push_to_hub",
     "register_weights",
     "registered_weights",

@@ -121,3 +121,17 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
                     f"the ranks disagree on {what} number {place}: rank 0 has {here}, rank {other} has {there}; "
                     "build the same model and optimizer on every rank"
                 )
+
+
+def broadcast(tensor: Tensor, source: int, group: Any) -> None:
+    """tensor <- that of rank `source` of `group` (modified in place)."""
+    dist.broadcast(tensor, group_src=source, group=group)
+
+
+def gather_objects(mine: Any, group: Any) -> list[Any]:
+    """What every rank of `group` has, in rank order, on all of them."""
+    if group is None:
+        return [mine]
+    gathered: list[Any] = [None] * size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

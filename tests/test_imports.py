@@ -18,17 +18,20 @@ MAX_LINES = 600
 ORDER = [
     {"_version", "shards", "hub"},
     {"state", "adapters.plain"},
-    {"weights", "report", "optim.base"},
+    {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
     {"engine", "optim.factored", "adapters.dtensor"},
     {"optimizer"},
     {"optim.<rule>"},
     {"adapters.<layout>", "testing", "clip"},
+    {"checkpoint"},
     {"__init__"},
     {"__main__"},
 ]
 EMPTY = {"optim.__init__", "adapters.__init__"}  # a docstring and nothing else
-TYPES_AND_WRAPPERS = {  # what these may take from torch.distributed: no collective
+NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
+    "sharded_state": "torch.distributed.checkpoint",
+    "checkpoint": "torch.distributed.checkpoint",
     "adapters.dtensor": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 }
@@ -121,7 +124,7 @@ def test_only_comm_knows_torch_distributed() -> None:
         if module == "comm":
             continue
         named = {name for name in imports(module) if name.startswith("torch.distributed")}
-        named = {name for name in named if not name.startswith(TYPES_AND_WRAPPERS.get(module, "-"))}
+        named = {name for name in named if not name.startswith(NO_COLLECTIVES.get(module, "-"))}
         used = [n for n in runtime_nodes(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
         assert not named, module
         assert not any(ast.unparse(node).startswith("torch.distributed") for node in used), module
