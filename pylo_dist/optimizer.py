@@ -74,6 +74,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._loading: dict[str, Any] | None = None
         self._loss: Tensor | None = None
         self._problem: ValueError | None = None
+        self._had_gradients = False
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------ groups
@@ -243,6 +244,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         items = {id(param): item for param, item in self._engine_params}
         for (_, param), mean in zip(unreduced, means, strict=True):
             items[id(param)].param.grad = mean
+        if not self._had_gradients:
+            self._had_gradients = any(param.grad is not None for param, _ in self._engine_params)
+            named = [(self._bindings[param].shard.fqn, param) for param, _ in self._engine_params]
+            if not self._had_gradients and not engine.shared:
+                problem = problem or dtensor.left_behind(named)
         losses: LossSum | None = None
         if self.rule.needs_loss:
             losses = LossSum(self._loss, self._loss_group())
@@ -463,6 +469,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.__dict__.get("_loading") is not None:
             state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
         super().__setstate__(state)
+        self.__dict__.setdefault("_had_gradients", False)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
         self._loading = self._loss = self._problem = None
         self._forget_engine()

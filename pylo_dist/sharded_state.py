@@ -160,12 +160,8 @@ def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor
     State that this rank holds whole, and replicated state, is a plain tensor: `local` itself. That of a DTensor parameter is a
     DTensor already.
     """
-    if (
-        is_dtensor(local)
-        or field.replicated is not None
-        or not binding.shard.global_numel
-        or (binding.group is None and binding.shard.is_whole)
-    ):
+    whole = binding.group is None and binding.shard.is_whole
+    if whole or is_dtensor(local) or field.replicated is not None or not binding.shard.global_numel:
         return local
     return ShardedState(field.flat(local), field.copies, binding.shard)
 

@@ -43,11 +43,12 @@ class Probe(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(0.02 * torch.randn(shape)))
         self.unused = nn.Parameter(torch.randn(6, 5))
+        self.always = False
 
     def forward(self, step: int, rank: int) -> Tensor:
         total = torch.zeros(())
         for name, p in self.named_parameters(recurse=False):
-            if name != "unused" and not (name == "sometimes" and rank > 0):
+            if name != "unused" and (self.always or name != "sometimes" or rank == 0):
                 total = total + (p * integers(name, step, rank, shape=tuple(p.shape)).to(p.dtype)).sum()
         return total
 
@@ -137,9 +138,10 @@ def backward(model: nn.Module, called: nn.Module, rank: int) -> Gradients:
     return history
 
 
-def mean_gradients(ranks: int) -> Gradients:
+def mean_gradients(ranks: int, always: bool = False) -> Gradients:
     """What data-parallel ranks average to, exactly, in one process."""
     model = Net()
+    model.own.always = always
     parts = [backward(model, model, rank) for rank in range(ranks)]
     history: Gradients = []
     for step in range(STEPS):

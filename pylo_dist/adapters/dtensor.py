@@ -8,9 +8,11 @@ its sums go over the whole domain, so that all copies stay the same to the bit.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
+import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -227,6 +229,27 @@ def _moved(placement: Any, dims: int) -> Any:
     if factor is None:
         return type(placement)(placement.dim + dims)
     return type(placement)(placement.dim + dims, split_factor=factor)
+
+
+def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
+    """What is wrong if `fully_shard` put others in the place of these parameters, which no backward reaches any more.
+
+    Looks through all objects of the process: ask only where no parameter has a gradient.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None or not named:
+        return None
+    mine = {id(param) for _, param in named}
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]  # a proxy would answer isinstance
+    theirs = [param for module in modules for param in module.parameters()]
+    shapes = {tuple(param.shape) for param in theirs}
+    if any(id(param) in mine for param in theirs) or not all(tuple(param.shape) in shapes for _, param in named):
+        return None
+    return ValueError(
+        f"{named[0][0]!r} and all other parameters have no gradient: the model was given to fully_shard after this optimizer was "
+        "built, and has other parameters now; build the optimizer after fully_shard (or use pylo_dist.shard, which does both)"
+    )
 
 
 def is_unreduced(binding: ShardBinding, param: Tensor) -> bool:
