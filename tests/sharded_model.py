@@ -81,7 +81,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """An uneven tied embedding, blocks, a 0-d parameter and one that only one rank uses (both for `ignored_params`)."""
 
-    def __init__(self, seed: int = 0, width: int = 10, blocks: int = 2) -> None:
+    def __init__(self, seed: int = 0, width: int = 10, blocks: int = 1) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(53, 4)

@@ -48,12 +48,14 @@ def net() -> Net:
 
 
 class Mlp(nn.Module):
-    """Blocks in a ModuleList, a tied head, and parameters without reset_parameters nowhere: can be built on meta."""
+    """Blocks in a ModuleDict, a tied head, and a reset_parameters() for everything: can be built on the meta device."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, width)
-        self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)) for i in range(2)})
+        self.layers = nn.ModuleDict(
+            {str(i): nn.Sequential(nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)) for i in range(2)}
+        )
         self.norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, 11, bias=False)
         self.head.weight = self.embedding.weight
@@ -223,7 +225,7 @@ def odd_ranks(rank: int, world: int) -> Results:
         fully_sharded(model, init_device_mesh("cpu", (world,)))
         optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights(), nonfinite=mode)
         model(0, rank).backward()
-        last = model.blocks[1].up.weight.grad
+        last = model.blocks[0].up.weight.grad
         if rank == world - 1:
             local(last).view(-1)[1] = float("nan")
         before = snapshot(model), [local(t).clone() for state in optimizer.state.values() for t in state.values()]
@@ -348,7 +350,7 @@ def test_shard_and_what_comes_with_it() -> None:
     reference.own.always = True
     for fqn, p in reference.named_parameters():
         assert torch.equal(first["start"][fqn], p), fqn
-    assert first["units"] == ["", "blocks.0", "blocks.1"]
+    assert first["units"] == ["", "blocks.0"]
     assert first["names"] == [fqn for fqn, _ in trainable(reference)]
     assert ("own.scalar", 1, 2) in first["report"] and ("blocks.0.up.weight", 2, 1) in first["report"]
     gradients = mean_gradients(2, always=True)
@@ -357,14 +359,10 @@ def test_shard_and_what_comes_with_it() -> None:
     for result in ranks:
         for fqn, p in history[-1].items():
             torch.testing.assert_close(result["params"][fqn], p, rtol=5e-7, atol=1e-7)  # test_dtensor has the exact limits
-    torch.manual_seed(5)
     whole_model = Mlp()
-    for module in whole_model.modules():  # the head draws the tied weight again
-        if hasattr(module, "reset_parameters"):
-            pass
     wanted = {**dict(whole_model.named_parameters()), **dict(whole_model.named_buffers())}
     torch.manual_seed(5)
-    for module in whole_model.modules():
+    for module in whole_model.modules():  # the head draws the tied weight again
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     for result in ranks:
@@ -418,7 +416,7 @@ def check_odd(results: list[Results]) -> None:
         assert torch.equal(first["bf16"][fqn], p), fqn
     assert first["bf16 state"] == ["torch.float32"]
     for result in results:
-        assert re.search(r"NonFiniteGradientError: the gradient of 'blocks.1.up.weight' holds", result["error"])
+        assert re.search(r"NonFiniteGradientError: the gradient of 'blocks.0.up.weight' holds", result["error"])
         assert result["skip"] == "no error"
         assert result["error unchanged"] and result["skip unchanged"]
     for mode in ("error", "skip"):
@@ -451,10 +449,12 @@ def check_pieces(results: list[Results]) -> None:
 
 
 def test_units() -> None:
-    model = Net()
+    model = Net(blocks=2)
     assert units_of(model) == [model.blocks[1], model.blocks[0]]
     # innermost first; what shares a parameter stays with the unit that holds both
-    assert units_of(model, [nn.Embedding, nn.Linear]) == [b.__getattr__(n) for b in reversed(model.blocks) for n in ("down", "up")]
+    assert units_of(model, [nn.Embedding, nn.Linear]) == [
+        b.__getattr__(n) for b in reversed(model.blocks) for n in ("down", "up")
+    ]
     assert units_of(model, lambda module: module is model.own) == [model.own]
     model._no_split_modules = ["Block"]
     assert units_of(model) == [model.blocks[1], model.blocks[0]]
