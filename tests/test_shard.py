@@ -352,7 +352,8 @@ def test_shard_and_what_comes_with_it() -> None:
         assert torch.equal(first["start"][fqn], p), fqn
     assert first["units"] == ["", "blocks.0"]
     assert first["names"] == [fqn for fqn, _ in trainable(reference)]
-    assert ("own.scalar", 1, 2) in first["report"] and ("blocks.0.up.weight", 2, 1) in first["report"]
+    assert ("own.scalar", 1, 2) in first["report"]
+    assert ("blocks.0.up.weight", 2, 1) in first["report"]
     gradients = mean_gradients(2, always=True)
     kwargs: dict[str, Any] = {"weights": velo_weights("small"), "num_steps": 100}
     history, _, _ = unsharded(2, gradients, pylo_dist.VeLO, **kwargs)
@@ -418,9 +419,11 @@ def check_odd(results: list[Results]) -> None:
     for result in results:
         assert re.search(r"NonFiniteGradientError: the gradient of 'blocks.0.up.weight' holds", result["error"])
         assert result["skip"] == "no error"
-        assert result["error unchanged"] and result["skip unchanged"]
+        assert result["error unchanged"]
+        assert result["skip unchanged"]
     for mode in ("error", "skip"):
-        assert first[f"{mode} failure"].startswith("PeerError") and last[f"{mode} failure"] == "ValueError: only here"
+        assert first[f"{mode} failure"].startswith("PeerError")
+        assert last[f"{mode} failure"] == "ValueError: only here"
     history, reference, model = unsharded(2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc_weights())
     for fqn, p in history[-1].items():
         torch.testing.assert_close(first["offloaded"][fqn], p, rtol=5e-7, atol=1e-7)
