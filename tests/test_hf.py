@@ -1,7 +1,7 @@
 """Hugging Face Trainer and accelerate drive a learned optimizer, and a factory as torchtitan has it; tiny models made here.
 
-The recipes of the README: `optimizer_cls_and_kwargs`, a callback that brings VeLO its loss, and accelerate with FSDP2, which builds
-the optimizer before it shards the model.
+The recipes of the README: `optimizer_cls_and_kwargs`, a callback that brings VeLO its loss, and accelerate with FSDP2, which
+builds the optimizer before it shards the model.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
-    {"engine", "optim.factored", "adapters.dtensor"},
+    {"engine", "optim.factored", "gather", "adapters.dtensor"},
     {"optimizer"},
     {"optim.<rule>"},
     {"adapters.<layout>", "testing", "clip"},
@@ -31,6 +31,7 @@ ORDER = [
 EMPTY = {"optim.__init__", "adapters.__init__"}  # a docstring and nothing else
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
     "sharded_state": "torch.distributed.checkpoint",
+    "gather": "torch.distributed.checkpoint",
     "checkpoint": "torch.distributed.checkpoint",
     "adapters.dtensor": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),

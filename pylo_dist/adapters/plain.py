@@ -11,7 +11,7 @@ from torch import Tensor
 from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Whether this is a `torch.distributed.tensor.DTensor`; that module, slow to import, is not asked."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
