@@ -198,6 +198,7 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
         "fsdp1 pieces": lambda: fsdp1(True),
         "fsdp1 flat": lambda: fsdp1(False),
         "strided": strided,
+        "zero": lambda: pylo_dist.ZeroOptimizer(sharded, pylo_dist.AdafacLO, weights=small_fc_weights()),
         "experts": lambda: adafac(distributed([Shard(0)], (4, 3), ("ep",), (world,))),
         "inner dims": lambda: adafac(distributed([Shard(1), Shard(2)], (2, 4, 4), ("a", "b"), (1, world))),
         "order": lambda: disagree("order"),
@@ -390,6 +391,7 @@ REFUSALS = {
     "fsdp1 pieces": r"FSDP1.*fully_shard",
     "fsdp1 flat": r"FSDP1.*fully_shard",
     "strided": "'twice' with placements .*cut in strides on dimension 0",
+    "zero": "'embedding.weight' is a DTensor.*ZeroOptimizer shards whole parameters",
     "experts": "'experts.weight' lies on the mesh dimension 'ep'",
     "inner dims": "no error",  # an axis of one rank cuts nothing
     "order": "ranks disagree on parameter number 0",

@@ -21,7 +21,7 @@ from ..optimizer import LearnedOptimizer
 from ..report import Report, report_row
 from ..sharded_state import elementwise_local_state, elementwise_state_dict
 from ..shards import PieceParameter, TensorShard, bind_shard, bound_shard
-from .plain import check_param
+from .plain import check_param, is_dtensor
 
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
 ALIGNMENT = 16
@@ -186,6 +186,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
         for _, fqn, param in named:
             check_param(fqn, param)
+            if is_dtensor(param):
+                raise ValueError(
+                    f"{fqn!r} is a DTensor (fully_shard, tensor parallelism), which is sharded already: give the parameters to "
+                    "the optimizer itself; ZeroOptimizer shards whole parameters"
+                )
         if self.group is not None:
             specs: list[Any] = [f"bucket_cap_mb={self._cap_mb}, reduce_dtype={self._reduce_dtype}"]
             specs += [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
