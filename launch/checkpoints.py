@@ -28,6 +28,7 @@ FIXED = ("optimizer", "model")
 TOLD = (
     *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
     *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
+    *("parallel", "replicas", "tp"),
 )
 
 

@@ -34,6 +34,7 @@ from checkpoints import Keeper, Start, Stopped, Unsaved, check, load, package, r
 from data import BatchPlan, Tokens, builtin_text
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
+from parallel import data_rank, data_ranks, spread, whole_model
 from torch import Tensor
 from watch import Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
 
@@ -191,22 +192,28 @@ class Learner:
         self.model: GPT = build(options.config(), options.seed).to(place.device)
         if options.optimizer == "mulo":
             arguments["width_mults"] = self.model.width_mults()
-        named = list(self.model.named_parameters())
-        parameters: Any = named
-        if not learned:  # decay pulls on matrices only, as is usual for GPT-2
-            parameters = [
+
+        def grouped(named: list[tuple[str, Any]]) -> Any:
+            if learned:
+                return named
+            return [  # decay pulls on matrices only, as is usual for GPT-2
                 {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": options.decay()},
                 {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
             ]
+
+        called: Any = self.model
         if sharded:
-            self.optimizer: Any = package.ZeroOptimizer(parameters, optimizer_class, stage=1, **arguments)
+            called, self.optimizer = spread(
+                self.model, optimizer_class, arguments, grouped, options, place.device, place.world_size
+            )
         else:
-            self.optimizer = optimizer_class(parameters, **arguments)
+            self.optimizer = optimizer_class(grouped(list(self.model.named_parameters())), **arguments)
         if options.max_grad_norm is not None and not learned:  # a learned optimizer clips by itself
-            inner = self.optimizer.inner if sharded else self.optimizer
-            inner.register_step_pre_hook(lambda *_: clip(inner, options.max_grad_norm, sharded=sharded))
-        # After sharding, which moves the parameters into its buckets.
-        self._forward: Any = torch.compile(self.model) if options.compile else self.model
+            inner = getattr(self.optimizer, "inner", self.optimizer)
+            clip = package.clip_grad_norm_ if sharded else clip_all
+            inner.register_step_pre_hook(lambda *_: clip(inner, options.max_grad_norm))
+        # After sharding, which moves the parameters.
+        self._forward: Any = torch.compile(called) if options.compile else called
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
 
@@ -229,15 +236,9 @@ class Learner:
         self.optimizer.zero_grad()
 
 
-def clip(optimizer: torch.optim.Optimizer, max_norm: float, *, sharded: bool) -> None:
+def clip_all(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale the gradients of `optimizer` (modified in place) to a global norm of at most `max_norm`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if sharded:  # each rank holds its part of the averaged gradient
-        squared = norm**2
-        dist.all_reduce(squared)
-        norm = squared.sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def import_package() -> Any:
@@ -279,7 +280,7 @@ def train(
         loss = torch.zeros((), device=place.device)
         samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
         with named(place, step, "forward and backward"):
-            for rows in plan.rows(place.rank):
+            for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
                 part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.detach()
@@ -323,7 +324,7 @@ def evaluate(learner: Learner, data: Tokens, options: Options, place: Place, pla
     total = torch.zeros((), device=place.device)
     for i in range(options.eval_batches):
         samples = data.windows(options.seed, VALIDATION, i, plan.global_batch)
-        for rows in plan.rows(place.rank):
+        for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
             total += learner.loss(data.read(samples[rows]))
     return float(place.mean(total) / (options.eval_batches * plan.accumulation))
 
@@ -349,7 +350,7 @@ def describe(
         "micro_batch_size": plan.micro_batch,
         "block_size": options.sequence_length(),
         "accumulation": plan.accumulation,
-        "world_size": plan.world_size,
+        "world_size": place.world_size,
         "device": place.device.type,
         "threads": torch.get_num_threads(),
         "num_parameters": learner.model.num_parameters(),
@@ -367,15 +368,15 @@ def describe(
     }
 
 
-def finish(learner: Learner, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]) -> None:
-    """Write the plot and the sample, print the summary. Rank 0 only."""
+def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]) -> None:
+    """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
     unit = options.unit()
     title = f"GPT-2 {options.preset}, {options.optimizer}"
     plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
     sample = None
     if unit == "byte":
-        start = torch.full((1, 1), ord("\n"), device=next(learner.model.parameters()).device)
-        drawn = learner.model.generate(start, 240, seed=options.seed)[0, 1:]
+        start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
+        drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
         sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
         (watch.folder / "sample.txt").write_text(sample)
     more_ranks = command_for_more_ranks(config["command"], plan)
@@ -408,8 +409,9 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
     finally:
         if watch is not None:
             watch.close()
+    model = whole_model(learner.model, options, place.device)
     if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
-        finish(learner, options, plan, watch, config)
+        finish(model, options, plan, watch, config)
 
 
 def resume(start: Start, learner: Learner, config: dict[str, Any], options: Options, place: Place) -> tuple[int, list[Row]]:
@@ -440,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(argv)
         place = Place.find(options)
-        plan = options.plan(place.world_size)
+        plan = options.plan(data_ranks(options, place.world_size))
     except ValueError as error:
         return complain(error, code=2)
     # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from . import comm
 from ._version import __version__
+from .adapters.plain import is_dtensor
 from .optimizer import LearnedOptimizer
 from .sharded_state import MASTER, wrap_element
 
@@ -316,7 +317,7 @@ def _state_of(value: Any) -> Any:
 def _aside(value: Any) -> Any:
     """The same nested containers with new tensors, which are not filled."""
     if isinstance(value, Tensor):
-        return value.detach().new_empty(value.shape)
+        return torch.empty_like(value.detach()) if is_dtensor(value) else value.detach().new_empty(value.shape)
     if isinstance(value, Mapping):
         return {key: _aside(entry) for key, entry in value.items()}
     return [_aside(entry) for entry in value] if isinstance(value, list) else value

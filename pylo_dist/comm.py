@@ -40,6 +40,34 @@ def rank(group: Any) -> int:
     return 0 if group is None else int(group.rank())
 
 
+def ranks_of(group: Any) -> list[int]:
+    """The world's ranks in `group`, in its order."""
+    return dist.get_process_group_ranks(group)
+
+
+_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+
+
+def group_over(ranks: tuple[int, ...]) -> Any:
+    """A process group over these ranks (rising). The first call for them is collective over them alone."""
+    world = default_group()
+    if len(ranks) == size(world):
+        return world
+    if _MADE.get(ranks, (None, None))[0] is not world:
+        _MADE[ranks] = (world, dist.new_group(list(ranks), use_local_synchronization=True))
+    return _MADE[ranks][1]
+
+
+def device_type() -> str:
+    """Where the world's ranks reduce: "cuda" if they can there, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda")) else "cpu"
+
+
+def can_reduce(group: Any, device: torch.device) -> bool:
+    """Whether the ranks of `group` can reduce tensors that lie on `device`."""
+    return device.type in {known.type for known in group._device_types}
+
+
 class CommunicationError(RuntimeError):
     """Other ranks did not take part in a collective: they died, hang, or went another way. The process group is unusable then."""
 
@@ -121,7 +149,7 @@ def all_gather(full: Tensor, shard: Tensor, group: Any, what: str, timeout: floa
 
 def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     """Tell the other survivors through the store that this rank has given up, and name those that say nothing."""
-    mine, ranks = dist.get_rank(), dist.get_process_group_ranks(group)
+    mine, ranks = dist.get_rank(), ranks_of(group)
     silent: list[int] = []  # whoever lost a peer too says so; one that died or went another way does not
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -191,7 +219,7 @@ def union(group: Any, replicate_group: Any) -> Any:
     Raises:
         ValueError: the two groups do not form a grid, in which a replicate group holds the same place of every group.
     """
-    place, mine = rank(group), dist.get_process_group_ranks(group)
+    place, mine = rank(group), ranks_of(group)
     columns = gather_objects((place, mine), replicate_group)
     members = sorted(member for _, ranks in columns for member in ranks)
     sizes = {(column_place, len(ranks)) for column_place, ranks in columns}
@@ -200,9 +228,7 @@ def union(group: Any, replicate_group: Any) -> Any:
             f"process_group and replicate_group do not form a grid: seen from rank {dist.get_rank()} the replicas are {columns}; "
             "wanted groups of equal size without a common rank, and the same place in each"
         )
-    if members == list(range(dist.get_world_size())):
-        return dist.group.WORLD
-    return dist.new_group(members, use_local_synchronization=True)
+    return group_over(tuple(members))
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:

@@ -113,7 +113,9 @@ def check_dtype(precision: str, device: str, dtype: torch.dtype) -> None:
     """Parameters and gradients of 16 bits: the state is that of their float32 copies, the value the rounded one."""
     params, grads, losses = matrix_problem(random.Random(9), steps=1)
     half = {fqn: p.to(dtype) for fqn, p in params.items()}
-    half_grads: list[dict[str, Tensor | None]] = [{fqn: g.to(dtype) for fqn, g in step.items() if g is not None} for step in grads]
+    half_grads: list[dict[str, Tensor | None]] = [
+        {fqn: g.to(dtype) for fqn, g in step.items() if g is not None} for step in grads
+    ]
     wide: Problem = (
         {fqn: p.float() for fqn, p in half.items()},
         [{fqn: None if g is None else g.float() for fqn, g in step.items()} for step in half_grads],

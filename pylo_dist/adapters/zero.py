@@ -19,7 +19,7 @@ from ..report import Report, report_row
 from ..sharded_state import MASTER, element_part, element_state, elementwise_local_state, elementwise_state_dict
 from .buckets import Bucket, Member, Sharing, build, fill, release
 from .gathering import ParameterGatherer
-from .plain import check_param
+from .plain import check_param, is_dtensor
 from .reduction import GradientReducer
 
 # Optimizers of torch whose update of an element depends on that element alone; any other would be silently wrong on a shard.
@@ -542,6 +542,11 @@ def _check_params(groups: list[dict[str, Any]]) -> None:
         raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
     for fqn, param in named:
         check_param(fqn, param)
+        if is_dtensor(param):
+            raise ValueError(
+                f"{fqn!r} is a DTensor (fully_shard, tensor parallelism), which is sharded already: give the parameters to "
+                "the optimizer itself; ZeroOptimizer shards whole parameters"
+            )
 
 
 def _device(groups: list[dict[str, Any]]) -> torch.device:
