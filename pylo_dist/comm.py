@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Union
 
@@ -95,10 +96,11 @@ class Pending:
         if work is None:
             return
         try:
-            work.wait() if self._timeout is None else work.wait(timeout=timedelta(seconds=self._timeout))
-        except (RuntimeError, ValueError) as error:
-            self._error = _lost(self._what, self._group, error)
-            raise self._error from error
+            with _or_lost(self._what, self._group):
+                work.wait() if self._timeout is None else work.wait(timeout=timedelta(seconds=self._timeout))
+        except CommunicationError as error:
+            self._error = error
+            raise
         self._keep = ()
 
 
@@ -121,11 +123,17 @@ def _start(collective: Collective, what: str, timeout: float | None) -> Pending:
     return all_reduce(buffer, group, what, timeout)
 
 
-def _call(start: Callable[[], Any], what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> Pending:
+@contextmanager
+def _or_lost(what: str, group: Any) -> Iterator[None]:
     try:
-        return Pending(start(), what, group, keep, timeout)
-    except RuntimeError as error:  # a group that has lost a rank refuses further work
+        yield
+    except (RuntimeError, ValueError) as error:  # a group that has lost a rank refuses further work, too
         raise _lost(what, group, error) from error
+
+
+def _call(start: Callable[[], Any], what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> Pending:
+    with _or_lost(what, group):
+        return Pending(start(), what, group, keep, timeout)
 
 
 def all_reduce(buffer: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
@@ -174,7 +182,7 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
     digest = hashlib.sha256(json.dumps(entries).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
     all_digests = mine.new_empty(size(group))
-    _all_gather(all_digests, mine, group=group)
+    all_gather(all_digests, mine, group, f"a comparison of every {what}").wait()
     if bool((all_digests == all_digests[0]).all()):
         return
     gathered = gather_objects(entries, group)
@@ -203,7 +211,7 @@ def raise_together(problem: Exception | None, doing: str, group: Any, device: to
             raise problem
         return
     failed = torch.tensor([int(problem is not None)], device=device)
-    dist.all_reduce(failed, group=group)
+    all_reduce(failed, group, f"the attempt {doing}").wait()
     if not int(failed):
         return
     texts = gather_objects(None if problem is None else f"{type(problem).__name__}: {problem}", group)
@@ -243,14 +251,15 @@ def checksums(tensors: Sequence[Tensor]) -> Tensor:
 def differing(sums: Tensor, group: Any) -> list[int]:
     """Places where the int64 `sums` are not the same on all ranks of `group`; waits for the device."""
     everyone = sums.new_empty(size(group) * len(sums))
-    _all_gather(everyone, sums, group=group)
+    all_gather(everyone, sums, group, "a comparison of replicated state").wait()
     table = everyone.view(-1, len(sums))
     return [int(i) for i in (table != table[0]).any(0).nonzero()]
 
 
 def broadcast(tensor: Tensor, source: int, group: Any) -> None:
     """tensor <- that of rank `source` of `group` (modified in place)."""
-    dist.broadcast(tensor, group_src=source, group=group)
+    with _or_lost("a broadcast", group):
+        dist.broadcast(tensor, group_src=source, group=group)
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:
@@ -258,5 +267,6 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     if group is None:
         return [mine]
     gathered: list[Any] = [None] * size(group)
-    dist.all_gather_object(gathered, mine, group=group)
+    with _or_lost("an exchange of messages", group):
+        dist.all_gather_object(gathered, mine, group=group)
     return gathered
