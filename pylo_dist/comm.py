@@ -93,3 +93,19 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
                     f"the ranks disagree on {what} number {place}: rank 0 has {here}, rank {other} has {there}; "
                     "build the same model and optimizer on every rank"
                 )
+
+
+def raise_together(problem: Exception | None, group: Any) -> None:
+    """Raise `problem` on this rank, and its text as a ValueError on the ranks of `group` that have none of their own.
+
+    Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
+    """
+    texts: list[Any] = [None if problem is None else str(problem)]
+    if size(group) > 1:
+        texts *= size(group)
+        dist.all_gather_object(texts, texts[0], group=group)
+    if problem is not None:
+        raise problem
+    for other, text in enumerate(texts):
+        if text is not None:
+            raise ValueError(f"rank {other}: {text}")
