@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import os
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pylo_dist
+from pylo_dist.shards import bound_shard
 from pylo_dist.weights import SMALL_FC
-
-STEPS = 20
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element. (DeepSpeed refuses 0-d ones.)
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -29,7 +32,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "wide": (12, 40),
     "conv": (4, 3, 3, 3),
     "bias": (41,),
-    "one": (1,),
+    "single": (1,),
     "unused": (6, 5),  # never has a gradient
     "frozen": (3,),
 }
@@ -65,13 +68,16 @@ class Model(nn.Module):
 
 
 def coefficients(step: int, micro: int, rank: int) -> dict[str, Tensor]:
-    """Multiples of 3/1024 below 1/8: sums over a few ranks and means over 2 or 3 are exact in any order."""
+    """Multiples of 3/1024: sums over ranks and micro-batches, and means over 2 or 3 ranks, are exact in any order.
+
+    At most 10 of them: the tied tensor's sum over 2 ranks and 2 micro-batches, 80 * 3 / 1024, is exact in bfloat16 too.
+    """
     found = {}
     for name, shape in SHAPES.items():
         if name in ("unused", "frozen"):
             continue
         generator = torch.Generator().manual_seed(1000 * step + 100 * micro + 10 * rank + sum(map(ord, name)))
-        found[name] = torch.randint(-21, 22, shape, generator=generator) * (3.0 / 1024.0)
+        found[name] = torch.randint(-10, 11, shape, generator=generator) * (3.0 / 1024.0)
     found["head"] = found["embedding"].flip(0)
     return found
 
@@ -122,17 +128,30 @@ def rules(files: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def config(entry: tuple[str, dict[str, Any]], stage: int, micros: int = 1, **extra: Any) -> dict[str, Any]:
-    name, params = entry
-    return {
-        "optimizer": {"type": name, "params": params},
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micros,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        **extra,
-        "zero_optimization": {"stage": stage, **extra.get("zero_optimization", {})},
-    }
+@dataclass(frozen=True)
+class Case:
+    """A run: ZeRO stage, rule, micro-batches per step, whether in two parameter groups, further JSON, whether under zero.Init."""
+
+    stage: int
+    rule: str = "adafac"
+    micros: int = 1
+    groups: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    zero_init: bool = False
+    steps: int = 10
+
+    def json(self, files: dict[str, str]) -> dict[str, Any]:
+        name, params = rules(files)[self.rule]
+        return {
+            "optimizer": {"type": name, "params": dict(params)},
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.micros,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            **self.extra,
+        }
 
 
 def import_deepspeed() -> Any:
@@ -144,19 +163,20 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # DeepSpeed asks for what launchers set
     logger.setLevel("ERROR")
+    warnings.simplefilter("ignore")  # DeepSpeed calls what newer torch deprecates
     import pylo_dist.deepspeed
 
     return deepspeed
 
 
-def build(json: dict[str, Any], model: nn.Module | None = None, groups: bool = False) -> Any:
-    """A DeepSpeed engine."""
+def build(case: Case, files: dict[str, str], **json: Any) -> Any:
+    """A DeepSpeed engine; `json` takes the place of entries of the case's."""
     deepspeed = import_deepspeed()
-    model = model or Model()
-    params: Any = model.parameters()
-    if groups:
-        params = split_groups(model)
-    return deepspeed.initialize(model=model, model_parameters=params, config=copy.deepcopy(json))[0]
+    config = {**case.json(files), **json}
+    with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else nullcontext():
+        model = Model()
+    params = split_groups(model) if case.groups else model.parameters()
+    return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
 
 
 def split_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -186,28 +206,57 @@ def whole_params(engine: Any) -> dict[str, Tensor]:
 
 
 def unsharded(
-    entry: tuple[str, dict[str, Any]], world: int, micros: int = 1, groups: bool = False, scales: list[float] | None = None, **kwargs: Any
+    case: Case,
+    files: dict[str, str],
+    world: int,
+    scales: Sequence[float] = (),
+    rates: Sequence[float] = (),
 ) -> tuple[list[dict[str, Tensor]], pylo_dist.LearnedOptimizer]:
-    """The same steps in one process on the mean gradients: parameters after each, and the optimizer."""
-    name, params = entry
+    """The same steps in one process on the mean gradients: parameters after each, and the optimizer.
+
+    Args:
+        scales: what the gradients of a step are multiplied by; rates: the lr of a step.
+    """
+    name, params = rules(files)[case.rule]
     model = Model()
     named = dict(model.named_parameters())
     given: Any = [(n, p) for n, p in named.items() if p.requires_grad]
-    if groups:
+    if case.groups:
         fqns = {p: n for n, p in named.items()}
         given = [{**g, "params": [(fqns[p], p) for p in g["params"] if p.requires_grad]} for g in split_groups(model)]
-    face = getattr(pylo_dist, name)
-    if name in ("ELO", "CELO2", "ELO_CELO2"):
-        kwargs["clip_grad"] = False
-    optimizer = face(given, **params, **kwargs)
+    own_clip_off = {"clip_grad": False} if name in ("ELO", "CELO2", "ELO_CELO2") else {}
+    optimizer = getattr(pylo_dist, name)(given, **params, **own_clip_off)
     history = [{n: p.detach().clone() for n, p in named.items()}]
-    for step in range(STEPS):
-        grads = mean_gradients(step, micros, world)
+    for step in range(case.steps):
+        grads = mean_gradients(step, case.micros, world)
         for n, p in named.items():
             p.grad = grads.get(n)
-            if scales is not None and p.grad is not None:
+            if scales and p.grad is not None:
                 p.grad = p.grad * scales[step]
-        optimizer.set_loss(mean_loss(step, micros, world))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step] if rates else group["lr"]
+        optimizer.set_loss(mean_loss(step, case.micros, world))
         optimizer.step()
         history.append({n: p.detach().clone() for n, p in named.items()})
     return history, optimizer
+
+
+def masters(engine: Any) -> dict[str, tuple[int, Tensor]]:
+    """This rank's part of the float32 parameters: by fqn its start and its elements, flat."""
+    found = {}
+    for _, source, member in engine.basic_optimizer.layout.members():
+        shard = bound_shard(member.piece)
+        found[member.fqn] = (0 if source.is_whole or shard is None else shard.start, member.piece.detach().reshape(-1).clone())
+    return found
+
+
+def joined(parts: Sequence[dict[str, tuple[int, Tensor]]]) -> dict[str, Tensor]:
+    """The whole tensors that the ranks' `masters` are parts of."""
+    wholes = {}
+    for fqn in parts[0]:
+        name = fqn.removesuffix(".weight")
+        whole = torch.full(SHAPES[name], math.nan)
+        for start, piece in (part[fqn] for part in parts):
+            whole.view(-1)[start : start + piece.numel()] = piece
+        wholes[fqn] = whole
+    return wholes
