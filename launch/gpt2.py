@@ -1,6 +1,7 @@
 """Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or under torchrun on many ranks.
 
-Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on every rank. 1: anything else.
+Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on every rank. 143: ended by SIGTERM, as without
+--save-every, with which the run has been saved. 1: anything else.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import logging
 import math
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,11 +30,12 @@ import torch.distributed as dist
 # Imported before there is a process group: its default arguments hold the group that exists at its first import,
 # which optimizers cause. A group held so outlives leave(), and its threads now and then abort the process at exit.
 import torch.distributed.nn.functional
+from checkpoints import Keeper, Start, Stopped, check, load, package, remove, tell
 from data import BatchPlan, Tokens, builtin_text
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
 from torch import Tensor
-from watch import Row, Watch, open_folder, plot, summary
+from watch import Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
 
 TRAIN, VALIDATION = 0, 1  # streams of samples
 T = TypeVar("T")
@@ -102,8 +106,15 @@ class Place:
                 raise WrongInput(found)
         return result  # type: ignore[return-value]
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """`work()` of rank 0, on all ranks. A ValueError there is WrongInput on all."""
+        results = [self.together(work if self.rank == 0 else lambda: None)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results, src=0)
+        return results[0]  # type: ignore[return-value]
+
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over the ranks (`value` is modified in place)."""
+        """The mean over the ranks (`value` is modified in place)."""
         if self.world_size > 1:
             dist.all_reduce(value)
             value /= self.world_size
@@ -137,11 +148,9 @@ def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
     if options.data is not None:
         return place.together(lambda: open_files(options, sizes))
     # Rank 0 reads it for all: other machines may carry another Python.
-    texts: list[Any] = [place.together(builtin_text if place.rank == 0 else lambda: None)]
-    if place.world_size > 1:
-        dist.broadcast_object_list(texts, src=0)
+    texts = place.from_first(builtin_text)
     names = ("built-in training text", "built-in validation text")
-    tokens = [Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts[0], strict=True)]
+    tokens = [Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts, strict=True)]
     return tokens[0], tokens[1] if options.eval_every else None
 
 
@@ -254,35 +263,58 @@ def train(
     place: Place,
     plan: BatchPlan,
     watch: Watch | None,
+    *,
+    done: int = 0,
+    keeper: Keeper | None = None,
 ) -> None:
-    """Every step of the run. Raises Diverged."""
+    """Every step of the run after the `done` first. Raises Diverged, and Stopped where SIGTERM asked `keeper` to stop."""
     train_data, val_data = data
     clock = Clock(place.device)
     tokens_per_step = plan.global_batch * options.sequence_length()
-    for step in range(1, options.steps + 1):
+    for step in range(done + 1, options.steps + 1):
         lr = options.lr_at(step)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
         start = clock.mark()
         loss = torch.zeros((), device=place.device)
         samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
-        for rows in plan.rows(place.rank):
-            part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
-        mean_loss = place.mean(loss.clone())
+        with named(place, step, "forward and backward"):
+            for rows in plan.rows(place.rank):
+                part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+        with named(place, step, "the mean of the loss"):
+            asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone
+            told = place.mean(torch.stack((loss, torch.full_like(loss, asked))))
         before = clock.mark()
-        learner.step(loss)
+        with named(place, step, "the optimizer's step"):
+            learner.step(loss)
         end = clock.mark()
         step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
+        mean_loss, stop = told.tolist()
         if not math.isfinite(mean_loss):
-            raise Diverged(f"the loss is {mean_loss.item()} at step {step}; lower --lr or clip: --max-grad-norm 1.")
+            raise Diverged(f"the loss is {mean_loss} at step {step}; lower --lr or clip: --max-grad-norm 1.")
         val_loss = None
         if val_data is not None and (step % options.eval_every == 0 or step == options.steps):
-            val_loss = evaluate(learner, val_data, options, place, plan)
+            with named(place, step, "the validation"):
+                val_loss = evaluate(learner, val_data, options, place, plan)
         if watch is not None:
             tokens_per_s = tokens_per_step / step_ms * 1e3
-            watch.add(Row(step, mean_loss.item(), val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
+            watch.add(Row(step, mean_loss, val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
+        if keeper is not None:
+            with named(place, step, "the checkpoint"):
+                keeper.after(step, stop=stop > 0)
+
+
+@contextmanager
+def named(place: Place, step: int, what: str) -> Iterator[None]:
+    """A RuntimeError, such as of a rank that has lost another, says where this rank was."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, Diverged):
+            raise
+        raise RuntimeError(f"rank {place.rank} of {place.world_size} at step {step}, in {what}: {error}") from error
 
 
 @torch.no_grad()
@@ -300,6 +332,7 @@ def describe(
     learner: Learner,
     data: tuple[Tokens, Tokens | None],
     options: Options,
+    place: Place,
     plan: BatchPlan,
     argv: Sequence[str],
 ) -> dict[str, Any]:
@@ -317,9 +350,12 @@ def describe(
         "block_size": options.sequence_length(),
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
+        "device": place.device.type,
+        "threads": torch.get_num_threads(),
         "num_parameters": learner.model.num_parameters(),
         "weights": learner.weights,
         "train_tokens": data[0].num_tokens,
+        "train_digest": data[0].digest(),
         "val_tokens": None if data[1] is None else data[1].num_tokens,
         "model": dataclasses.asdict(options.config()),
         "versions": {
@@ -347,24 +383,55 @@ def finish(learner: Learner, options: Options, plan: BatchPlan, watch: Watch, co
 
 
 def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) -> None:
-    """One run on ranks that have met. Raises WrongInput before training, Diverged during it."""
+    """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped during it."""
     is_first = place.rank == 0
-    folder = options.out_folder()
-    place.together(lambda: open_folder(folder, overwrite=options.overwrite) if is_first else None)
+    if options.save_every:
+        place.together(package)
+    start = place.from_first(lambda: Start.find(options))
+    folder, resumes = start.folder, start.checkpoint is not None
+    if not resumes:
+        # What a run left that was killed before its first checkpoint is not in the way of one that restarts by itself.
+        overwrite = options.overwrite or (options.resume is not None and place.from_first(lambda: is_leftover(folder)))
+        place.together(lambda: open_folder(folder, overwrite=overwrite) if is_first else None)
     data = open_data(options, place)
     learner = Learner(options, place)
-    config = describe(learner, data, options, plan, argv)
-    watch = place.together(lambda: Watch(options, folder, config) if is_first else None)
+    config = describe(learner, data, options, place, plan, argv)
+    done, rows = resume(start, learner, config, options, place) if resumes else (0, [])
+    watch = place.together(lambda: Watch(options, folder, config, rows) if is_first else None)
     report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
     if watch is not None and report is not None:
         (folder / "optimizer.txt").write_text(f"{report}\n")
+    keeper = Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
     try:
-        train(learner, data, options, place, plan, watch)
+        with keeper or nullcontext():
+            train(learner, data, options, place, plan, watch, done=done, keeper=keeper)
     finally:
         if watch is not None:
             watch.close()
     if watch is not None:
         finish(learner, options, plan, watch, config)
+
+
+def resume(start: Start, learner: Learner, config: dict[str, Any], options: Options, place: Place) -> tuple[int, list[Row]]:
+    """Bring `learner` to where the checkpoint was (modified in place): the steps done, and their rows on rank 0.
+
+    Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
+    """
+    step, others = place.together(lambda: check(start, options, config))
+    is_first = place.rank == 0
+    opens = is_first and not start.goes_on  # a folder of its own; the run that goes on has one
+    rows = rows_until(start.source, step) if is_first and start.source is not None else []
+    place.together(lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None)
+    load(start, learner)
+    place.together(lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None)
+    if is_first:
+        for path in start.newer(step):
+            remove(path)
+        tell(f"goes on after step {step} from {start.checkpoint}" + (f", with {others}" if others else "") + ".")
+        if len(rows) < step:
+            tell(f"metrics.jsonl of that run holds {len(rows)} of {step} steps; the others are lost.")
+    config["resumed_from"] = {"checkpoint": str(start.checkpoint), "step": step}
+    return step, rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -376,8 +443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = options.plan(place.world_size)
     except ValueError as error:
         return complain(error, code=2)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     place.join(options.timeout)
     code = 0
     try:
@@ -386,6 +453,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = complain(error, code=2)
     except Diverged as error:
         code = complain(error, code=1)
+    except Stopped as error:
+        code = complain(error, code=128 + signal.SIGTERM)
+    except Exception:
+        if place.world_size == 1:
+            raise
+        # Of the others some may be gone: neither wait for them, nor leave a group behind that can abort this process.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     place.leave()
     return code
 

@@ -42,6 +42,7 @@ OPTIMIZERS = (*LEARNED, "adamw")
 SHAPE_FLAGS = ("vocab_size", "n_embd", "n_head", "mup_base_width", "mup_base_heads")
 # Flags that mean something to one optimizer alone.
 OWN_FLAGS = {"num_steps": "velo", "mup_base_width": "mulo", "mup_base_heads": "mulo"}
+AUTO = "auto"  # --resume: from the newest checkpoint of the run in --out, or from the start where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class Options:
     val_data: Path | None
     out: Path | None
     overwrite: bool
+    save_every: int
+    keep: int | None
+    resume: str | None
     dtype: str
     compile: bool
     device: str
@@ -117,6 +121,8 @@ class Options:
             ("num_steps", 2),
             ("eval_every", 0),
             ("eval_batches", 1),
+            ("save_every", 0),
+            ("keep", 1),
             ("seed", 0),
             ("threads", 1),
             ("timeout", 1),
@@ -158,6 +164,10 @@ class Options:
             raise WrongInput(message) from None
         if self.val_data is not None and self.data is None:
             raise WrongInput("--val-data came without --data; pass the training tokens too.")
+        if self.keep is not None and not self.save_every:
+            raise WrongInput(f"--keep {self.keep} came without --save-every; pass it too, or drop --keep.")
+        if self.resume == AUTO and self.out is None:
+            raise WrongInput(f"--resume {AUTO} looks for a checkpoint of the run in --out; pass --out FOLDER.")
 
     def config(self) -> GPTConfig:
         preset = PRESETS[self.preset]
@@ -304,6 +314,13 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--val-data", type=Path, help="validation file; default: the *val*.bin of the --data folder")
     files.add_argument("--out", type=Path, help="folder to write; default: a new one under runs/")
     files.add_argument("--overwrite", action="store_true", help="let --out replace an earlier run")
+    files.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; also at the end; 0: never")
+    files.add_argument("--keep", type=int, help="newest checkpoints to keep; default: all")
+    files.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        help="go on from a checkpoint or a run's newest; auto: the newest in --out, if there is one",
+    )
     files.add_argument("--tensorboard", action="store_true")
     files.add_argument("--wandb", action="store_true")
     return parser
@@ -316,9 +333,9 @@ def command_for_more_ranks(argv: Sequence[str], plan: BatchPlan) -> str:
     kept = []
     words = iter(argv)
     for word in words:  # a repeated run needs its own folder, and each rank's share its own micro-batch
-        if word in ("--out", "--micro-batch-size"):
+        if word in ("--out", "--micro-batch-size", "--resume"):
             next(words, None)
-        elif word != "--overwrite" and not word.startswith(("--out=", "--micro-batch-size=")):
+        elif word != "--overwrite" and not word.startswith(("--out=", "--micro-batch-size=", "--resume=")):
             kept.append(word)
     script = os.path.relpath(Path(__file__).with_name("gpt2.py"))
     return shlex.join(["torchrun", f"--nproc_per_node={ranks}", script, *kept])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import FOLDER, remove
 from options import Options, WrongInput
 from tqdm import tqdm
 
-WRITTEN = ("config.json", "metrics.jsonl", "optimizer.txt", "loss.png", "sample.txt")
+METRICS = "metrics.jsonl"
+WRITTEN = ("config.json", METRICS, "optimizer.txt", "loss.png", "sample.txt")
 PLAIN_LINES = 20  # of a run whose stderr is no terminal
 Logger = Callable[[dict[str, float]], None]
 
@@ -30,19 +33,62 @@ class Row:
     optimizer_ms: float  # optimizer.step() with its collectives
     lr: float
 
+    @classmethod
+    def parse(cls, line: str) -> Row:
+        """A line of metrics.jsonl. ValueError where it is none."""
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError("a line that is no object")
+        try:
+            return cls(**{"val_loss": None} | values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
     def as_dict(self) -> dict[str, float]:
         values = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in values.items() if value is not None}
 
 
-def open_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make `folder`, or empty it of an earlier run's files. Raises WrongInput for a folder in use."""
+def rows_until(folder: Path, step: int) -> list[Row]:
+    """Of the run in `folder` the rows up to `step`, the last of each step. No file, no rows; what is no row is left out.
+
+    A process that was killed may leave half a line, and rows of steps that no checkpoint has seen.
+    """
+    path, rows = folder / METRICS, {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = Row.parse(line)
+        except ValueError:
+            continue
+        rows[row.step] = row
+    return [rows[n] for n in sorted(rows) if n <= step]
+
+
+def is_leftover(folder: Path) -> bool:
+    """Whether all that lies in `folder` is what a run writes, as where one was killed before its first checkpoint."""
+    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, "tensorboard", "wandb"}
+    checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
+    return (
+        folder.is_dir()
+        and all(path.name in ours for path in folder.iterdir())
+        and all(path.name.startswith(".") for path in checkpoints)  # unpublished
+    )
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise WrongInput for a folder in use."""
     if folder.exists() and not folder.is_dir():
         raise WrongInput(f"--out {folder} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise WrongInput(f"--out {folder} is not empty; choose another folder or pass --overwrite.")
+
+
+def open_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make `folder`, or empty it of an earlier run's files and checkpoints. Raises WrongInput for a folder in use."""
+    check_folder(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove(folder / FOLDER)  # before the rest: no later run shall take one of them for its own
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -52,17 +98,22 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
 class Watch:
     """Shows and records rows as they come."""
 
-    def __init__(self, options: Options, folder: Path, config: Mapping[str, Any]) -> None:
-        self.rows: list[Row] = []
+    def __init__(self, options: Options, folder: Path, config: Mapping[str, Any], earlier: Sequence[Row] = ()) -> None:
+        """`earlier`: the rows before this run, where it goes on from a checkpoint; metrics.jsonl then holds these alone."""
+        self.rows: list[Row] = list(earlier)
         self.folder = folder
-        self._val_loss: float | None = None
-        self._loggers, self._closers = _open_loggers(options, folder, config)
+        self._val_loss = next((row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None)
+        done = self.rows[-1].step if self.rows else 0
+        self._loggers, self._closers = _open_loggers(options, folder, config, done)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)  # a crash loses no line
+        aside = folder / f"{METRICS}.part"
+        aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
+        os.replace(aside, folder / METRICS)
+        self._metrics = (folder / METRICS).open("a", buffering=1)  # a crash loses no line
         self._plain_every = -(-options.steps // PLAIN_LINES)
         self._steps = options.steps
         # On a terminal tqdm redraws one line; elsewhere a plain line now and then reads better.
-        self._bar = tqdm(total=options.steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=options.steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -92,7 +143,10 @@ class Watch:
             close()
 
 
-def _open_loggers(options: Options, folder: Path, config: Mapping[str, Any]) -> tuple[list[Logger], list[Callable[[], None]]]:
+def _open_loggers(
+    options: Options, folder: Path, config: Mapping[str, Any], done: int
+) -> tuple[list[Logger], list[Callable[[], None]]]:
+    """Functions that record a row elsewhere, and those that end it. `done`: steps before this run; later ones are dropped."""
     loggers: list[Logger] = []
     closers: list[Callable[[], None]] = []
     if options.tensorboard:
@@ -100,7 +154,7 @@ def _open_loggers(options: Options, folder: Path, config: Mapping[str, Any]) -> 
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise WrongInput("--tensorboard needs a package: pip install tensorboard") from None
-        board: Any = SummaryWriter(folder / "tensorboard")
+        board: Any = SummaryWriter(folder / "tensorboard", purge_step=done + 1 if done else None)
 
         def to_board(values: dict[str, float]) -> None:
             for name, value in values.items():

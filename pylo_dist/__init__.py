@@ -1,8 +1,9 @@
 """Learned optimizers for sharded training: exact ZeRO steps, from `torchrun` to a JSON entry."""
 
-from . import testing
+from . import checkpoint, testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
+from .checkpoint import CheckpointError, full_state_dict, get_optimizer_state_dict
 from .engine import NonFiniteGradientError, PeerError
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
@@ -18,6 +19,7 @@ __all__ = [
     "ELO",
     "ELO_CELO2",
     "AdafacLO",
+    "CheckpointError",
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteGradientError",
@@ -27,6 +29,9 @@ __all__ = [
     "WeightsError",
     "ZeroOptimizer",
     "__version__",
+    "checkpoint",
+    "full_state_dict",
+    "get_optimizer_state_dict",
     "push_to_hub",
     "register_weights",
     "registered_weights",

@@ -95,15 +95,26 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
                 )
 
 
+def broadcast(tensor: Tensor, source: int, group: Any) -> None:
+    """tensor <- that of rank `source` of `group` (modified in place)."""
+    dist.broadcast(tensor, group_src=source, group=group)
+
+
+def gather_objects(mine: Any, group: Any) -> list[Any]:
+    """What every rank of `group` has, in rank order, on all of them."""
+    if group is None:
+        return [mine]
+    gathered: list[Any] = [None] * size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered
+
+
 def raise_together(problem: Exception | None, group: Any) -> None:
     """Raise `problem` on this rank, and its text as a ValueError on the ranks of `group` that have none of their own.
 
     Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
     """
-    texts: list[Any] = [None if problem is None else str(problem)]
-    if size(group) > 1:
-        texts *= size(group)
-        dist.all_gather_object(texts, texts[0], group=group)
+    texts = gather_objects(None if problem is None else str(problem), group)
     if problem is not None:
         raise problem
     for other, text in enumerate(texts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any, cast
@@ -17,11 +18,14 @@ from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
 from .report import Report, num_bytes, report_row
-from .shards import ShardBinding
+from .sharded_state import canonical, covering_gap, local_part
+from .shards import ShardBinding, TensorShard
 from .state import StateField, allocate_state, state_dtype
 from .weights import MetaNetwork
 
 _REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")
+
+STATE_FORMAT = 1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -91,6 +95,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for name, value in self.rule.group_state().items():
             group[name] = torch.as_tensor(group.get(name, value)).detach().to(device, copy=True)
         group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
+        group.update(self._marks())
         self._bindings.update(bindings)
         self._fields.update({p: self.rule.state_fields(binding.shard, group) for p, binding in bindings.items()})
         self._forget_engine()
@@ -262,21 +267,52 @@ class LearnedOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch. Raises a NonFiniteGradientError still pending from the last step on a GPU."""
+        """As in torch, in the keys, shapes and dtypes of the unsharded optimizer whatever the layout.
+
+        Sharded state is a `ShardedState` (sharded_state.py), which torch.distributed.checkpoint saves and loads; no collective.
+        Groups without names of their own are given `group{i}.{j}`. Raises a NonFiniteGradientError still pending from the last
+        step on a GPU.
+        """
         if self._engine is not None:
             self._engine.raise_pending()
-        return super().state_dict()
+
+        def unsharded(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            for saved, param in self._saved_to_param(state_dict["param_groups"]).items():
+                if saved in state_dict["state"]:
+                    fields, binding = self._fields[param], self._bindings[param]
+                    state_dict["state"][saved] = {
+                        name: canonical(tensor, fields[name], binding) if name in fields else tensor
+                        for name, tensor in state_dict["state"][saved].items()
+                    }
+                elif param.requires_grad and not self._bindings[param].shard.global_numel:
+                    state_dict["state"][saved] = {}  # torch's set_optimizer_state_dict misses it otherwise
+            for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+                saved_group["param_names"] = list(self._names(group))
+            return state_dict
+
+        handle = self.register_state_dict_post_hook(unsharded, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its dtype (float32 for bfloat16 parameters) and shares no memory with `state_dict`.
 
+        Args:
+            state_dict: of the same optimizer in any layout: tensors are whole, or sharded so that this rank has its elements.
+
         Raises:
-            ValueError: state that is missing or misshapen, by parameter; nothing has been changed then.
+            ValueError: state of another model, rule, meta-network or format, or state that is missing or misshapen, by key or
+                parameter; nothing has been changed then.
         """
 
-        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            self._check_state(loaded)
-            self._loading = loaded
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self.check_state_dict(loaded)
+            # names are the model's own; where the state has none torch keeps those of the group
+            groups = [{key: value for key, value in g.items() if key != "param_names"} for g in loaded["param_groups"]]
+            self._loading = {**loaded, "param_groups": groups}
+            return {**self._loading, "state": {}}  # see `_exact_state`
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
@@ -292,47 +328,79 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for saved, param in zip(saved_group["params"], group["params"], strict=True)
         }
 
-    def _check_state(self, loaded: dict[str, Any]) -> None:
+    def _marks(self) -> dict[str, Any]:
+        """What every group says about its state, so that every format of a checkpoint holds it."""
+        return {"state_format": STATE_FORMAT, "state_rule": self.rule.name, "state_weights": self.weights.digest}
+
+    def check_state_dict(self, loaded: dict[str, Any]) -> None:
+        """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
         for key in ("param_groups", "state"):
             if key not in loaded:
                 raise ValueError(f"the state has no {key!r}; wanted what state_dict() of {type(self).__name__} returned")
-        saved_sizes = [len(group["params"]) for group in loaded["param_groups"]]
+        self.check_groups(loaded["param_groups"])
+        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
+            state = loaded["state"].get(saved, {})
+            if state or self.state.get(param):
+                self._check_param_state(param, state)
+
+    def check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """As `check_state_dict`, of the parameter groups alone."""
+        saved_sizes = [len(group["params"]) for group in groups]
         own_sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != own_sizes:
             raise ValueError(
                 f"the state holds groups of {saved_sizes} parameters, this optimizer groups of {own_sizes}; "
                 "build the optimizer with the groups that were saved"
             )
-        for i, group in enumerate(loaded["param_groups"]):
-            for key in (
-                "step",
-                *self.group_keys,
-                *self.rule.group_state(),
-                *(name for name in self.defaults if name not in _REFUSED),
-            ):
-                if key not in group:
-                    raise ValueError(f"group {i} of the state has no {key!r}; was it saved by another optimizer?")
-        for saved, param in self._saved_to_param(loaded["param_groups"]).items():
-            binding = self._bindings[param]
-            shard = binding.shard
-            state = loaded["state"].get(saved, {})
-            if not state and not self.state.get(param):
-                continue
-            for name, field in self._fields[param].items():
-                wanted = field.local_shape(shard)
-                got = state.get(name)
-                if not isinstance(got, Tensor) or tuple(got.shape) != wanted:
-                    found = (
-                        f"shape {tuple(got.shape)}"
-                        if isinstance(got, Tensor)
-                        else "nothing"
-                        if got is None
-                        else type(got).__name__
-                    )
+        for i, group in enumerate(groups):
+            self._check_group_state(i, group)
+
+    def state_template(self, param: Tensor) -> dict[str, Tensor]:
+        """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""
+        fields, binding = self._fields[param], self._bindings[param]
+        state = allocate_state(fields, binding.shard, param)
+        return {name: canonical(tensor, fields[name], binding) for name, tensor in state.items()}
+
+    def _check_group_state(self, i: int, group: dict[str, Any]) -> None:
+        settings = (name for name in self.defaults if name not in _REFUSED)
+        for key in ("step", *self.group_keys, *self.rule.group_state(), *settings, *self._marks()):
+            if key not in group:
+                raise ValueError(f"group {i} of the state has no {key!r}; was it saved by another optimizer?")
+        for key, wanted in self._marks().items():
+            if group[key] != wanted:
+                raise ValueError(
+                    f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; {_OTHER_MARKS[key]}"
+                )
+        names = self._names(self.param_groups[i])
+        for saved, own in zip(group.get("param_names") or names, names, strict=False):
+            if not _same_name(saved, own):
+                raise ValueError(
+                    f"group {i} of the state has {saved!r} in the place of {own!r}: it belongs to another model, or has its "
+                    "parameters in another order; build the optimizer as it was saved (without 'param_names' in its groups a "
+                    "state loads by position)"
+                )
+
+    def _check_param_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        shard = self._bindings[param].shard
+        for name, field in self._fields[param].items():
+            got, wanted, dtype = state.get(name), field.canonical_shape(shard.shape), state_dtype(param.dtype)
+            if isinstance(got, Tensor) and (tuple(got.shape), got.dtype) == (wanted, dtype):
+                whole = field.replicated is not None
+                cut, copies = (TensorShard.whole(shard.fqn, wanted), ()) if whole else (shard, field.copies)
+                if gap := covering_gap(got, copies, cut):
                     raise ValueError(
-                        f"state {name!r} of {shard.fqn!r}: found {found}, wanted shape {wanted}; "
-                        "the state belongs to another model, optimizer or layout"
+                        f"state {name!r} of {shard.fqn!r}: {gap} elements of this rank are on other ranks; load it through "
+                        "torch.distributed.checkpoint, or give whole tensors (pylo_dist.full_state_dict)"
                     )
+                continue
+            found = "nothing" if got is None else type(got).__name__
+            if isinstance(got, Tensor):
+                found = f"shape {tuple(got.shape)}" if tuple(got.shape) != wanted else str(got.dtype)
+            asked = str(dtype) if isinstance(got, Tensor) and tuple(got.shape) == wanted else f"shape {wanted}"
+            raise ValueError(
+                f"state {name!r} of {shard.fqn!r}: found {found}, wanted {asked}; "
+                "the state belongs to another model, optimizer or layout"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
@@ -353,19 +421,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group[name] = torch.as_tensor(group[name], dtype=value.dtype, device=device)
 
     def _exact_state(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The loaded state per parameter, copied to its device in its state dtype."""
+        """This rank's elements of the loaded state per parameter, copied to its device."""
         exact: dict[Tensor, dict[str, Tensor]] = copy.copy(self.state)
         exact.clear()
         for saved, param in self._saved_to_param(loaded["param_groups"]).items():
             fields = self._fields[param]
             entries = loaded["state"].get(saved)
-            if not entries:
-                continue
-            exact[param] = {
-                name: entries[name].detach().to(param.device, state_dtype(param.dtype), copy=True).contiguous()
-                for name in fields
-                if name in entries
-            }
+            if entries:
+                shard = self._bindings[param].shard
+                exact[param] = {name: local_part(entries[name], field, shard, param) for name, field in fields.items()}
         return exact
 
     # ------------------------------------------------------------------------------------------- views
@@ -396,6 +460,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
         `clip_rate`: share of the steps, since the set of parameters last changed, in which its gradient was clipped.
         """
         return self._ready().stats()
+
+
+_OTHER_MARKS = {
+    "state_format": "it was saved by another version of pylo_dist",
+    "state_rule": "build the optimizer that saved it",
+    "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was saved with",
+}
+_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
+
+
+def _same_name(saved: str, own: str) -> bool:
+    """Whether two parameter names may mean the same parameter: wrappers and generated names do not count."""
+    for wrapper in _WRAPPERS * 2:
+        saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
+    return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
 
 
 _PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields", "_width_mults")

@@ -315,6 +315,28 @@ class ShardBinding:
             self.holders = self.group
 
 
+class PieceParameter(torch.nn.Parameter):
+    """The local 1-D piece of a model's parameter `whole`, equal to it as a key.
+
+    So code that looks a model's parameters up among those of an optimizer finds the pieces, above all torch's
+    `get_optimizer_state_dict` and `set_optimizer_state_dict`. Compared with anything else it is an ordinary tensor.
+    """
+
+    whole: Tensor
+
+    @staticmethod
+    def __new__(cls, local: Tensor, whole: Tensor) -> PieceParameter:
+        piece: PieceParameter = super().__new__(cls, local)
+        piece.whole = whole
+        return piece
+
+    def __hash__(self) -> int:
+        return hash(self.whole)
+
+    def __eq__(self, other: object) -> Any:
+        return other is self or other is self.whole or super().__eq__(other)
+
+
 _BINDING = "_pylo_dist_shard"
 
 

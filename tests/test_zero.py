@@ -501,8 +501,8 @@ def test_scheduler_groups_and_resume_in_place() -> None:
         group["lr"] = factor * 0.25
     advance(2, 4)
     assert all(torch.equal(wanted[f], p) for f, p in snapshot(model).items())
-    broken = {**saved, "layout": {**saved["layout"], "ranks": 2}}
-    with pytest.raises(ValueError, match="saved with ranks 2"):
+    broken = {**saved, "param_groups": [{**group, "state_rule": "velo"} for group in saved["param_groups"]]}
+    with pytest.raises(ValueError, match="state_rule 'velo', this optimizer 'small_fc'"):
         optimizer.load_state_dict(broken)
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())

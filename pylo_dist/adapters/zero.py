@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..report import Report, report_row
-from ..shards import TensorShard, bind_shard, bound_shard
+from ..sharded_state import elementwise_local_state, elementwise_state_dict
+from ..shards import PieceParameter, TensorShard, bind_shard, bound_shard
 from .plain import check_param
 
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
@@ -243,7 +244,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 start, stop = (min(max(bound - offset, 0), end - offset) for bound in (first, first + shard_numel))
                 peers.append(TensorShard.interval(fqn, tuple(param.shape), start, stop))
             start = offset + peers[self.rank].start
-            piece = nn.Parameter(flat[start : start + peers[self.rank].numel])
+            piece = PieceParameter(flat[start : start + peers[self.rank].numel], param)
             bind_shard(piece, peers, self.rank, self.group)
             members.append(Member(fqn, param, offset, piece))
             offset = end
@@ -366,48 +367,44 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------- state
 
-    def _layout(self) -> dict[str, Any]:
-        pieces = [_shard_of(member.piece) for bucket in self.buckets for member in bucket.members]
-        return {
-            "ranks": self.ranks,
-            "rank": self.rank,
-            "shards": [[s.fqn, list(s.shape), s.start, s.numel] for s in pieces],
-        }
-
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, with the layout it belongs to. It loads on the same rank of the same layout."""
+        """The state in the keys, shapes and dtypes of the unsharded optimizer, of which this rank has its part; no collective.
+
+        Save it with torch.distributed.checkpoint, or what `pylo_dist.full_state_dict` gathers with torch.save.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state: dict[str, Any] = {**self.inner.state_dict(), "layout": self._layout()}
+        state: dict[str, Any] = self.inner.state_dict()
+        if not isinstance(self.inner, LearnedOptimizer):
+            state = elementwise_state_dict(state, self.param_groups)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on this rank.
+        """Load the state of the same optimizer, saved in any layout on any number of ranks.
+
+        Args:
+            state_dict: as `LearnedOptimizer.load_state_dict`.
 
         Raises:
-            ValueError: state of another layout; nothing has been changed then.
+            ValueError: state that does not fit, by key or parameter; nothing has been changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saved, own = state_dict.get("layout"), self._layout()
-        if saved is None:
-            raise ValueError("the state has no 'layout': it was not saved by ZeroOptimizer")
-        for key in ("ranks", "rank", "shards"):
-            if saved[key] != own[key]:
-                got, wanted = saved[key], own[key]
-                if key == "shards":
-                    pairs = zip(saved[key], own[key], strict=False)
-                    got, wanted = next(((a, b) for a, b in pairs if a != b), (len(saved[key]), len(own[key])))
-                raise ValueError(
-                    f"the state was saved with {key} {got}, here it is {wanted}; load it with the ranks, the model and the "
-                    "bucket size it was saved with"
-                )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "layout"})
+        if not isinstance(self.inner, LearnedOptimizer):
+            state_dict = elementwise_local_state(state_dict, self.param_groups)
+        self.inner.load_state_dict(state_dict)
         self._share_groups()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
+        if isinstance(self.inner, LearnedOptimizer):
+            self.inner.check_state_dict(state_dict)
+        else:
+            elementwise_local_state(state_dict, self.param_groups)
 
     # ----------------------------------------------------------------------------------------- views
 

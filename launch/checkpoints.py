@@ -1,0 +1,220 @@
+"""Checkpoints of a run: where they lie, what they hold beside model and optimizer, when they are made, and the way back in.
+
+    OUT/checkpoints/step-00000050    one folder each, of pylo_dist.checkpoint: published complete, with checksums, or not at all
+
+A run needs no random state: its samples are a function of seed, step and global batch, and nothing else is drawn while it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from options import AUTO, Options, WrongInput, flag
+
+FOLDER = "checkpoints"
+NAME = re.compile(r"step-(\d{8,})")
+# Entries of config.json. With another of these, the numbers of a checkpoint would mean something else:
+FIXED = ("optimizer", "model")
+# With another of these a run is as valid, and no longer the same:
+TOLD = (
+    *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
+    *("seed", "train_digest", "dtype", "compile", "device", "threads", "world_size"),
+)
+
+
+class Stopped(Exception):
+    """SIGTERM ended a run that has been saved; the message is one line."""
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step of the run in `folder`."""
+    return folder / FOLDER / f"step-{step:08d}"
+
+
+def published_in(folder: Path) -> dict[int, Path]:
+    """By step, ascending, the published checkpoints of the run in `folder`."""
+    if not (folder / FOLDER).is_dir():
+        return {}
+    named = {path: NAME.fullmatch(path.name) for path in package().published(folder / FOLDER)}
+    return dict(sorted((int(matched[1]), path) for path, matched in named.items() if matched))
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, or do nothing where there is none. Killed halfway, it leaves nothing under the folder's name."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
+def package() -> Any:
+    """pylo_dist.checkpoint, which runs without checkpoints do without. Raises WrongInput."""
+    try:
+        import pylo_dist.checkpoint
+    except ImportError as error:
+        raise WrongInput(f"pylo_dist cannot be imported ({error}); install it: pip install .") from None
+    return pylo_dist.checkpoint
+
+
+# ------------------------------------------------------------------------------------------ the way back
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run is written, and what it goes on from.
+
+    Attributes:
+        folder: of config.json and the like.
+        checkpoint: None for a run from its first step.
+        source: the folder of the run that the checkpoint belongs to, if it lies in one.
+    """
+
+    folder: Path
+    checkpoint: Path | None = None
+    source: Path | None = None
+
+    @classmethod
+    def find(cls, options: Options) -> Start:
+        """What --out and --resume name. Looks at names only. Raises WrongInput."""
+        if options.resume is None:
+            return cls(options.out_folder())
+        if options.resume == AUTO:
+            assert options.out is not None
+            newest = list(published_in(options.out).values())[-1:]
+            return cls(options.out, newest[0], options.out) if newest else cls(options.out)
+        path = Path(options.resume)
+        is_one = path in package().published(path.parent)
+        checkpoint = path if is_one else next(reversed(published_in(path).values()), None)
+        if checkpoint is None:
+            raise WrongInput(
+                f"--resume {path}: no published checkpoint there; name a folder step-... of a run that was started with "
+                "--save-every, or the run's own."
+            )
+        parent = checkpoint.absolute().parent
+        source = parent.parent if parent.name == FOLDER else None
+        return cls(options.out or source or options.out_folder(), checkpoint, source)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it continues the very run that the checkpoint belongs to."""
+        return self.source is not None and self.folder.resolve() == self.source.resolve()
+
+    def newer(self, step: int) -> list[Path]:
+        """Checkpoints of a run continued at `step` that it would come by again."""
+        return [path for n, path in published_in(self.folder).items() if n > step] if self.goes_on else []
+
+
+def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[int, str]:
+    """The step of the checkpoint, and what differs from the run that saved it, in one line or "". Changes nothing.
+
+    Args:
+        config: what `gpt2.describe` gives of this run.
+
+    Raises:
+        WrongInput: this run cannot go on from the checkpoint.
+    """
+    checkpoint = start.checkpoint
+    assert checkpoint is not None
+    try:
+        meta = package()._manifest(checkpoint)["meta"]
+        step, saved = int(meta["step"]), dict(meta["config"])
+    except (KeyError, TypeError):
+        raise WrongInput(f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved.") from None
+    for name in FIXED:
+        here, there = json.loads(json.dumps(config[name])), saved.get(name)
+        if isinstance(here, dict) and isinstance(there, dict):
+            name, here, there = next(((k, here[k], there.get(k)) for k in here if here[k] != there.get(k)), (name, 0, 0))
+        if here != there:
+            raise WrongInput(f"--resume {checkpoint}: saved with {name} {there}, this run has {here}; pass the same flags.")
+    if step > options.steps:
+        raise WrongInput(f"--resume {checkpoint}: saved after step {step}, and --steps is {options.steps}; pass more.")
+    newer = start.newer(step)
+    if newer and not options.overwrite:
+        raise WrongInput(
+            f"--resume {checkpoint}: {newer[-1].name} of the same run is newer; resume from that, name another --out, "
+            "or pass --overwrite to drop it."
+        )
+    others = [f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)]
+    if config["versions"] != saved.get("versions"):
+        others.append("other versions of its packages")
+    return step, ", ".join(others)
+
+
+def load(start: Start, learner: Any) -> None:
+    """Give model and optimizer of `learner` the checkpoint's numbers (both modified in place); call it on all ranks.
+
+    Hyperparameters stay those of this run's command line, which may be others.
+
+    Raises:
+        WrongInput: on all ranks; nothing has changed then.
+    """
+    optimizer = learner.optimizer
+    own = [{key: group[key] for key in optimizer.defaults if key in group} for group in optimizer.param_groups]
+    try:
+        package().load(start.checkpoint, {"model": learner.model, "optimizer": optimizer})
+    except ValueError as error:
+        raise WrongInput(f"--resume {start.checkpoint}: {error}") from None
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
+# ----------------------------------------------------------------------------------------------- saving
+
+
+class Keeper:
+    """Saves a run every so many steps, at its end, and when SIGTERM asks it to stop. On every rank.
+
+    As a context it listens for SIGTERM.
+    """
+
+    def __init__(self, options: Options, folder: Path, learner: Any, config: Mapping[str, Any], *, is_first: bool) -> None:
+        self.asked = False  # to stop, on this rank
+        self._options, self._folder, self._learner, self._config = options, folder, learner, config
+        self._is_first = is_first
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+
+    def __enter__(self) -> Keeper:
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def after(self, step: int, *, stop: bool) -> None:
+        """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.
+
+        Raises:
+            Stopped: `stop` is set, and the step has been saved.
+        """
+        every, last = self._options.save_every, self._options.steps
+        if step % every and step != last and not stop:
+            return
+        path = path_of(self._folder, step)
+        state = {"model": self._learner.model, "optimizer": self._learner.optimizer}
+        package().save(path, state, meta={"step": step, "config": self._config})
+        if self._is_first and self._options.keep is not None:
+            for old in list(published_in(self._folder).values())[: -self._options.keep]:
+                remove(old)
+        if stop and step != last:
+            raise Stopped(f"SIGTERM: stopped after step {step}, saved in {path}; the same command with --resume auto goes on.")
+
+
+def tell(line: str) -> None:
+    """A line for the user, beside those of the progress."""
+    print(f"gpt2.py: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,326 @@
+"""A run that was stopped, killed or moved to other ranks goes on as if nothing had happened, or says why it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpt2
+import pytest
+import torch
+from checkpoints import Keeper, published_in, remove
+from watch import Row, Watch, rows_until
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import faults  # noqa: E402
+from faults import Faults, Kill, Setup, codes_of, differences, rows_of, run, started  # noqa: E402
+
+STOPPED = 128 + signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the runs of this module, with tokens in it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    path = tmp_path_factory.mktemp("resume")
+    faults.prepare(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """A run of AdafacLO on one rank, 8 steps, all its checkpoints kept: 3, 6 and 8. Tests copy it."""
+    out = folder / "finished"
+    assert gpt2.main(command(folder, out)) == 0
+    return out
+
+
+def command(folder: Path, out: Path, *extra: str, optimizer: str = "adafaclo") -> list[str]:
+    """The command of faults.py on one rank, without --resume and --keep."""
+    words = Setup(folder, optimizer, 1, steps=8).command(out)
+    for name in ("--resume", "--keep"):
+        at = words.index(name)
+        del words[at : at + 2]
+    return [*words, *extra]
+
+
+def copy_of(run_folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run_folder, to))
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Hashes of all files below a folder."""
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()}
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process sent SIGTERM as soon as the row of a step is written."""
+    add = Watch.add
+
+    def add_and_stop(self: Watch, row: Row) -> None:
+        add(self, row)
+        if row.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Watch, "add", add_and_stop)
+
+
+@pytest.mark.parametrize("optimizer", ["adafaclo", "adamw"])
+def test_sigterm_saves_and_the_run_goes_on_bit_equal(
+    optimizer: str,
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, out = finished, tmp_path / "stopped"
+    extra = []
+    if optimizer == "adamw":
+        whole, extra = tmp_path / "whole", ["--max-grad-norm", "1", "--warmup", "6"]
+        assert gpt2.main(command(folder, whole, *extra, optimizer=optimizer)) == 0
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        assert gpt2.main(command(folder, out, *extra, optimizer=optimizer)) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == before
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "SIGTERM: stopped after step 5, saved in" in said
+    assert list(published_in(out)) == [3, 5]
+    assert gpt2.main(command(folder, out, *extra, "--resume", "auto", optimizer=optimizer)) == 0
+    assert f"goes on after step 5 from {out}" in capsys.readouterr().err
+    assert list(published_in(out)) == [3, 5, 6, 8]
+    assert [row["step"] for row in rows_of(out)] == list(range(1, 9))
+    assert differences(whole, out, 8) == []
+    config = json.loads((out / "config.json").read_text())
+    assert config["resumed_from"] == {"checkpoint": str(out / "checkpoints" / "step-00000005"), "step": 5}
+    assert config["threads"] == 1
+
+
+def test_the_comparison_sees_one_bit(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """Of the test above and of faults.py: runs that differ in one sample, and in the last bit of one number."""
+    out = tmp_path / "other"
+    assert gpt2.main(command(folder, out, "--seed", "1")) == 0
+    found = differences(finished, out, 8)
+    assert {"metrics.jsonl", "/model/norm.weight"} <= set(found)
+    wanted = faults.content(published_in(finished)[8])
+    assert sum(isinstance(value, torch.Tensor) for value in wanted.values()) > 100
+    assert differences(finished, finished, 8) == []
+
+
+def test_another_number_of_ranks_follows_the_curve(folder: Path, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two ranks, of which one alone gets SIGTERM, while they save step 3; then one; and four."""
+    setup, out = Setup(folder, "adafaclo", 2, steps=8), folder / "moved"
+    with started(setup, out, kill=Kill(rank=1, where="save", point=2, number=signal.SIGTERM)) as processes:
+        assert codes_of(processes, out, 60) == [STOPPED, STOPPED]
+    assert list(published_in(out)) == [3, 4]
+    assert len(rows_of(out)) == 4
+    alone = copy_of(out, folder / "alone")
+    assert gpt2.main([*command(folder, alone), "--resume", "auto"]) == 0
+    assert "with --micro-batch-size 4 (was 2), --world-size 1 (was 2)." in capfd.readouterr().err
+    run(replace(setup, ranks=4), out)
+    for moved in (alone, out):
+        a, b = rows_of(finished), rows_of(moved)
+        assert [row["step"] for row in b] == list(range(1, 9))
+        # Sums over ranks round in another order; the bound is that of any two layouts that train by themselves.
+        assert max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)) <= 1e-4
+        assert abs(a[-1]["val_loss"] - b[-1]["val_loss"]) <= 1e-4
+
+
+def wait_for_rows(out: Path, count: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        path = out / "metrics.jsonl"
+        if path.is_file() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"{out} has not {count} rows after 60 s")
+
+
+@pytest.mark.parametrize(("optimizer", "seed"), [("adafaclo", 1), ("adamw", 2)])
+def test_a_killed_rank(optimizer: str, seed: int, folder: Path, figures: list[str]) -> None:
+    """A handful of what benchmarks/faults.py does."""
+    these, generator = Faults(Setup(folder, optimizer, steps=8)), random.Random(seed)
+    assert min(these.file_operations) >= 6  # two a save, at least
+    for i, where in enumerate(("step", "save")):
+        trial = these.trial(these.draw(generator, where), folder / f"{optimizer}-trial{i}")
+        figures.append(f"killed rank, {optimizer}, {where}: resumed at {trial.resumed}, others left in {trial.left_after_s} s")
+        assert trial.passed, trial
+
+
+def damage(checkpoint: Path, how: str) -> str:
+    """Change a published checkpoint; the name of the changed file."""
+    data = max((path for path in checkpoint.iterdir() if path.suffix == ".distcp"), key=lambda path: path.stat().st_size)
+    if how == "byte":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif how == "cut":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif how == "gone":
+        data.unlink()
+    elif how == "manifest":
+        data = checkpoint / "manifest.json"
+        data.write_text(data.read_text().replace('"step": 8', '"step": 9'))
+    return data.name
+
+
+def test_what_cannot_go_on_says_so_and_changes_nothing(
+    folder: Path, finished: Path, learned_weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(finished, tmp_path / "run")
+    newest, middle = published_in(out)[8], published_in(out)[6]
+    other = ["--out", str(tmp_path / "new"), "--resume", str(newest)]
+    cases = {
+        "model": (["--resume", "auto", "--n-head", "2"], "saved with n_head 4, this run has 2"),
+        "size": (["--resume", "auto", "--n-embd", "32"], "saved with n_embd 64, this run has 32"),
+        "optimizer": ([*other, "--optimizer", "mulo"], "saved with optimizer adafaclo, this run has mulo"),
+        "weights": (["--resume", "auto", "--weights", str(learned_weights["adafaclo"])], "weights"),
+        "steps": (["--resume", "auto", "--steps", "7"], "saved after step 8, and --steps is 7; pass more"),
+        "nothing there": (["--resume", str(tmp_path)], "no published checkpoint there"),
+        "no such folder": (["--resume", str(tmp_path / "gone" / "away")], "no published checkpoint there"),
+        "newer": (["--resume", str(middle)], "step-00000008 of the same run is newer"),
+        "used": (["--resume", str(newest), "--out", str(tmp_path)], "is not empty"),
+        "keep": (["--save-every", "0", "--keep", "2"], "--keep 2 came without --save-every"),
+        "keep none": (["--keep", "0"], "--keep is 0"),
+    }
+    before = tree(tmp_path)
+    for name, (arguments, words) in cases.items():
+        assert gpt2.main([*command(folder, out), *arguments]) == 2, name
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, (name, lines)
+        assert words in lines[0], (name, lines)
+        assert tree(tmp_path) == before, name
+    without_out = [word for word in command(folder, out) if word not in ("--out", str(out))]
+    assert gpt2.main([*without_out, "--resume", "auto"]) == 2
+    assert "pass --out FOLDER" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for how in ("byte", "cut", "gone", "manifest"):
+        out = copy_of(finished, tmp_path / how)
+        name = damage(published_in(out)[8], how)
+        before = tree(out)
+        assert gpt2.main([*command(folder, out, "--steps", "9"), "--resume", "auto"]) == 2, how
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, (how, lines)
+        assert name in lines[0], (how, lines)
+        assert tree(out) == before, how
+    ranks = Setup(folder, "adafaclo", 2, steps=9)  # the last one again, and the code on both ranks
+    with started(ranks, out) as processes:
+        assert codes_of(processes, out, 60) == [2, 2]
+    assert len(Path(f"{out}.log").read_text().splitlines()) == 1
+    assert tree(out) == before
+
+
+def test_folders_of_earlier_runs(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # done already: nothing to train, and the code of a run that is done
+    done = copy_of(finished, tmp_path / "done")
+    assert gpt2.main(command(folder, done, "--resume", "auto")) == 0
+    assert differences(finished, done, 8) == []
+
+    # from an older checkpoint, in the same folder: the newer ones and their rows are dropped
+    out = copy_of(finished, tmp_path / "run")
+    older = published_in(out)[3]
+    assert gpt2.main(command(folder, out, "--resume", str(older), "--overwrite", "--steps", "4")) == 0
+    assert list(published_in(out)) == [3, 4]
+    assert rows_of(out) != rows_of(finished)[:4]  # validated at the last step, and cosine to another end
+    assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
+
+    # into a folder of its own, with rows of the run it left; the newest of a run's folder; --keep
+    branch = tmp_path / "branch"
+    assert gpt2.main(command(folder, branch, "--resume", str(finished), "--steps", "10", "--save-every", "1", "--keep", "1")) == 0
+    assert [row["step"] for row in rows_of(branch)] == list(range(1, 11))
+    assert rows_of(branch)[:8] == rows_of(finished)
+    assert list(published_in(branch)) == [10]
+    assert list(published_in(finished)) == [3, 6, 8]
+
+    # a checkpoint away from its run has no rows to bring, which is said
+    capsys.readouterr()
+    lone = Path(shutil.copytree(published_in(finished)[6], tmp_path / "lone"))
+    assert gpt2.main(command(folder, tmp_path / "from_lone", "--resume", str(lone))) == 0
+    assert "holds 0 of 6 steps" in capsys.readouterr().err
+    assert [row["step"] for row in rows_of(tmp_path / "from_lone")] == [7, 8]
+    assert rows_of(tmp_path / "from_lone") == rows_of(finished)[6:]
+
+    # --resume auto where nothing was published starts afresh, over what a killed run has left and over nothing else
+    left = copy_of(finished, tmp_path / "left")
+    for path in published_in(left).values():
+        path.rename(path.with_name(f".{path.name}.partial"))
+    assert gpt2.main(command(folder, left, "--resume", "auto")) == 0
+    assert differences(finished, left, 8) == []
+    remove(left / "checkpoints")
+    (left / "notes.txt").write_text("mine")
+    assert gpt2.main(command(folder, left, "--resume", "auto")) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+    # a run in its place leaves no checkpoint of the earlier one for a later --resume auto
+    assert gpt2.main(command(folder, left, "--overwrite", "--steps", "2", "--save-every", "0")) == 0
+    assert published_in(left) == {}
+
+
+def test_what_differs_is_said_once_and_holds(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    made = Keeper.__init__
+
+    def make(self: Keeper, options: Any, out: Any, learner: Any, *rest: Any, **more: Any) -> None:
+        kept.append(learner)
+        made(self, options, out, learner, *rest, **more)
+
+    monkeypatch.setattr(Keeper, "__init__", make)
+    try:
+        other = ["--weight-decay", "0.5", "--lr", "0.5", "--threads", "2", "--resume", str(finished), "--steps", "9"]
+        assert gpt2.main(command(folder, tmp_path / "other", *other)) == 0
+    finally:
+        torch.set_num_threads(1)
+    told = [line for line in capsys.readouterr().err.splitlines() if "goes on" in line]
+    assert len(told) == 1
+    assert told[0].endswith("with --lr 0.5 (was 1.0), --weight-decay 0.5 (was 0.0), --threads 2 (was 1).")
+    (group,) = kept[0].optimizer.param_groups
+    assert (group["weight_decay"], int(group["step"])) == (0.5, 9)
+    assert rows_of(tmp_path / "other")[-1]["lr"] == pytest.approx(0.05)
+
+
+def test_rows_of_a_killed_run(tmp_path: Path) -> None:
+    rows = [Row(step, 1 / 3 * step, None, 1.0, 2.0, 0.5, 0.1) for step in range(1, 6)]
+    lines = [json.dumps(row.as_dict()) for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:4], "[]", '{"step": 9}', lines[1], lines[4][:20]]))
+    assert rows_until(tmp_path, 3) == rows[:3]
+    assert rows_until(tmp_path, 9) == rows[:4]
+    assert rows_until(tmp_path / "gone", 9) == []
+
+
+def test_torchrun_passes_sigterm_on(folder: Path) -> None:
+    """As a scheduler ends a job: torchrun gets the signal, and its ranks have half a minute to save."""
+    out = folder / "torchrun"
+    words = Setup(folder, "adamw", 2, steps=100_000, save_every=100_000).command(out)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "launch" / "gpt2.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *launch, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_rows(out, 2)
+            process.terminate()
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    (step,) = published_in(out)
+    assert f"SIGTERM: stopped after step {step}, saved in" in err
+    assert rows_of(out)[-1]["step"] == step
