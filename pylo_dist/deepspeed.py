@@ -136,7 +136,9 @@ def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
     entry = config.pop("optimizer", None) or {}
     held = OPTIMIZERS.get(entry.get("type", ""))
     if held is None or kwargs.get("optimizer") is not None:
-        raise ValueError(f'"optimizer.type" is {entry.get("type")!r}; wanted one of {", ".join(OPTIMIZERS)}, and no other optimizer')
+        raise ValueError(
+            f'"optimizer.type" is {entry.get("type")!r}; wanted one of {", ".join(OPTIMIZERS)}, and no other optimizer'
+        )
     refuse(config, model)
     params = dict(entry.get("params") or {})
     # what DeepSpeed asks for before it takes an optimizer that it did not make
@@ -160,30 +162,33 @@ def _read(config: Any) -> dict[str, Any]:
 def refuse(config: Mapping[str, Any], module: Any) -> None:
     """Raise ValueError for what is not served, by its JSON key."""
     zero = config.get("zero_optimization") or {}
-    devices = {key: (zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")}
-    tensor_parallel = config.get("tensor_parallel") or {}
+    moments, params = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
     autocast = config.get("torch_autocast") or {}
-    offload = zero.get("offload_optimizer") or {}
-    problems = {
-        "a PipelineModule": "pipeline" if isinstance(module, deepspeed.PipelineModule) else None,
-        "mixture-of-experts layers": _first_moe(module),
-        '"zero_optimization.offload_optimizer.device"': devices["offload_optimizer"] == "nvme" and "nvme",
-        '"zero_optimization.offload_param.device"': devices["offload_param"] == "nvme" and "nvme",
-        '"zero_optimization.offload_optimizer.ratio"': float(offload.get("ratio", 1.0)) < 1.0 and offload["ratio"],
-        '"zero_optimization.offload_optimizer.super_offload"': offload.get("super_offload"),
-        '"zero_optimization.zero_hpz_partition_size"': int(zero.get("zero_hpz_partition_size", 1)) > 1
-        and zero["zero_hpz_partition_size"],
-        '"zero_optimization.mics_shard_size"': int(zero.get("mics_shard_size", -1)) > 0 and zero["mics_shard_size"],
-        '"zero_optimization.elastic_checkpoint"': zero.get("elastic_checkpoint"),
-        '"zero_optimization.zenflow"': zero.get("zenflow"),
-        '"tensor_parallel.autotp_size"': int(tensor_parallel.get("autotp_size") or 0) > 1 and tensor_parallel["autotp_size"],
-        '"sequence_parallel_size"': int(config.get("sequence_parallel_size", 1)) > 1 and config["sequence_parallel_size"],
-        '"torch_autocast.dtype"': autocast.get("enabled") and "16" in str(autocast.get("dtype")) and "b" not in str(autocast["dtype"])
-        and autocast["dtype"],
+    half = autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half")
+    found = {
+        "zero_optimization.offload_optimizer.device": moments.get("device") == "nvme",
+        "zero_optimization.offload_optimizer.ratio": float(moments.get("ratio", 1.0)) < 1.0,
+        "zero_optimization.offload_optimizer.super_offload": bool(moments.get("super_offload")),
+        "zero_optimization.offload_param.device": params.get("device") == "nvme",
+        "zero_optimization.zero_hpz_partition_size": int(zero.get("zero_hpz_partition_size", 1)) > 1,
+        "zero_optimization.mics_shard_size": int(zero.get("mics_shard_size", -1)) > 0,
+        "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "tensor_parallel.autotp_size": int((config.get("tensor_parallel") or {}).get("autotp_size") or 0) > 1,
+        "sequence_parallel_size": int(config.get("sequence_parallel_size", 1)) > 1,
+        "torch_autocast.dtype": bool(half),  # its GradScaler judges a step flat tensor by flat tensor
     }
-    for key, value in problems.items():
-        if value:
-            raise ValueError(f"{key}: {value!r} is not served by pylo_dist's learned optimizers under DeepSpeed; leave it out")
+    for key, is_set in found.items():
+        if is_set:
+            value: Any = config
+            for step in key.split("."):
+                value = value[step]
+            raise ValueError(f'"{key}": {value!r} is not served by pylo_dist under DeepSpeed; leave it out')
+    if isinstance(module, deepspeed.PipelineModule):
+        raise ValueError("a PipelineModule is not served by pylo_dist under DeepSpeed; use ZeRO, stages 0 to 3")
+    expert = _first_moe(module)
+    if expert is not None:
+        raise ValueError(f"{expert!r} is a mixture of experts, which is not served by pylo_dist under DeepSpeed")
 
 
 def _first_moe(module: Any) -> str | None:

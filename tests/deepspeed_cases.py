@@ -23,7 +23,8 @@ import pylo_dist
 from pylo_dist.shards import bound_shard
 from pylo_dist.weights import SMALL_FC
 
-# Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element. (DeepSpeed refuses 0-d ones.)
+# Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element.
+# (DeepSpeed itself cannot broadcast a 0-d one.)
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (503, 4),
     "row": (1, 37),
@@ -164,7 +165,7 @@ def import_deepspeed() -> Any:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # DeepSpeed asks for what launchers set
     logger.setLevel("ERROR")
     warnings.simplefilter("ignore")  # DeepSpeed calls what newer torch deprecates
-    import pylo_dist.deepspeed
+    import pylo_dist.deepspeed  # noqa: F401
 
     return deepspeed
 
@@ -245,8 +246,9 @@ def masters(engine: Any) -> dict[str, tuple[int, Tensor]]:
     """This rank's part of the float32 parameters: by fqn its start and its elements, flat."""
     found = {}
     for _, source, member in engine.basic_optimizer.layout.members():
-        shard = bound_shard(member.piece)
-        found[member.fqn] = (0 if source.is_whole or shard is None else shard.start, member.piece.detach().reshape(-1).clone())
+        binding = bound_shard(member.piece)
+        start = 0 if source.is_whole or binding is None else binding.shard.start
+        found[member.fqn] = start, member.piece.detach().reshape(-1).clone()
     return found
 
 

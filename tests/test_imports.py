@@ -25,6 +25,8 @@ ORDER = [
     {"optim.<rule>"},
     {"adapters.<layout>", "testing"},
     {"checkpoint"},
+    {"adapters.deepspeed_checkpoint"},
+    {"deepspeed"},
     {"__init__"},
     {"__main__"},
 ]

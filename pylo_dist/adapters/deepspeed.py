@@ -16,6 +16,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..report import Report
-from ..shards import TensorShard, bind_shard
+from ..shards import TensorShard, bind_shard, bound_shard
 
 # JSON entries that would do again what DeepSpeed does, and what to use instead.
 _DEEPSPEEDS = {
@@ -151,18 +152,16 @@ def _flat(engine: Any, groups: list[list[Tensor]], wholes: list[Tensor], partiti
     wrapper = engine.optimizer
     layout = Layout("flat", _shared(wrapper.dp_process_group))
     for i, (params, whole, partition) in enumerate(zip(groups, wholes, partitions, strict=True)):
-        source = Source(partition, i, [])
+        source, part = Source(partition, i, []), partition.numel()
         # where a parameter really lies: round-robin order and alignment are in it
-        placed = sorted(((p.data.storage_offset() - whole.storage_offset(), p) for p in params), key=lambda pair: pair[0])
+        placed = sorted(((int(p.data.storage_offset() - whole.storage_offset()), p) for p in params), key=lambda pair: pair[0])
         for offset, param in placed:
             numel, fqn = param.numel(), engine.param_names[param]
             if numel and param.data_ptr() != whole.data_ptr() + offset * whole.element_size():
                 raise ValueError(f"{fqn!r} does not lie in the flat tensor of its group; was the model moved after initialize?")
-            bounds = [rank * partition.numel() - offset for rank in range(layout.ranks + 1)]
-            cuts = [min(max(bound, 0), numel) for bound in bounds]
-            pieces = zip(cuts[:-1], cuts[1:], strict=True)
-            peers = [TensorShard.interval(fqn, tuple(param.shape), a, b) for a, b in pieces]
-            begin = offset + peers[layout.rank].start - layout.rank * partition.numel()
+            cuts = [min(max(rank * part - offset, 0), numel) for rank in range(layout.ranks + 1)]
+            peers = [TensorShard.interval(fqn, tuple(param.shape), a, b) for a, b in pairwise(cuts)]
+            begin = offset + peers[layout.rank].start - layout.rank * part
             source.members.append(_bound(fqn, param, peers, partition, begin, layout))
         if hasattr(wrapper, "parallel_partitioned_bit16_groups"):
             source.publish = _copier(wrapper.parallel_partitioned_bit16_groups[i], layout.rank, partition)
@@ -187,9 +186,7 @@ def _split(engine: Any) -> Layout:
         for param in params:
             fqn, part, numel = engine.param_names[param], int(param.partition_numel()), int(param.ds_numel)
             cuts = [min(rank * part, numel) for rank in range(layout.ranks + 1)]
-            peers = [
-                TensorShard.interval(fqn, tuple(param.ds_shape), a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-            ]
+            peers = [TensorShard.interval(fqn, tuple(param.ds_shape), a, b) for a, b in pairwise(cuts)]
             source.members.append(_bound(fqn, param, peers, flat, offset, layout))
             offset += part
         if offset != flat.numel():
@@ -281,7 +278,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self._at = engine.global_steps
         for _, _, member in layout.members():
             if member.param.requires_grad:
-                member.param.register_post_accumulate_grad_hook(self._noter(member.fqn))  # type: ignore[attr-defined]
+                member.param.register_post_accumulate_grad_hook(self._noter(member.fqn))
         if self._inner.rule.needs_loss:
             self._listen(engine)
 
@@ -352,17 +349,19 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------------------- step
 
     def set_loss(self, loss: Tensor | float) -> None:
-        """Give the loss of the coming step, this rank's mean over its micro-batches, in place of those seen by engine.backward."""
+        """Give the loss of the coming step, this rank's mean over its micro-batches; those engine.backward saw do not count."""
         self._drop_what_a_skipped_step_left()
         self._given_loss = torch.as_tensor(loss).detach()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Called by DeepSpeed, once for every flat tensor or once for all: the last call of a step takes it.
 
         Raises:
             NonFiniteGradientError, ValueError, PeerError: as `LearnedOptimizer.step`; nothing has changed then.
         """
+        if closure is not None:
+            raise ValueError("step(closure): under DeepSpeed call engine.backward(loss) and engine.step()")
         if self._inner is None:
             return
         last: Source | None = None
@@ -418,7 +417,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             source.follow()
             assert source.grad is not None
             member.piece.grad = source.grad[member.offset : member.offset + member.piece.numel()]
-            self.inner._bindings[member.piece].present = member.fqn in present
+            binding = bound_shard(member.piece)
+            assert binding is not None
+            binding.present = member.fqn in present
 
     def _bring_settings(self) -> None:
         for mine, its in zip(self._groups, self.inner.param_groups, strict=True):
