@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .adapters.deepspeed import DeepSpeedOptimizer
+from .adapters.deepspeed_checkpoint import load_checkpoint, read_checkpoint, states
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO
@@ -38,7 +39,16 @@ try:
 except ImportError as error:
     raise ImportError(f"pylo_dist.deepspeed needs DeepSpeed 0.19 or newer ({error}): pip install 'deepspeed>=0.19'") from error
 
-__all__ = ["OPTIMIZERS", "attach", "initialize", "register", "unregister"]
+__all__ = [
+    "OPTIMIZERS",
+    "attach",
+    "initialize",
+    "load_checkpoint",
+    "read_checkpoint",
+    "register",
+    "states",
+    "unregister",
+]
 
 if (deepspeed.__version_major__, deepspeed.__version_minor__) < (0, 19):
     raise ImportError(

@@ -61,6 +61,7 @@ class Model(nn.Module):
             weight = torch.randint(-127, 128, shape, generator=generator) / 128.0
             self.add_module(name, Leaf(nn.Parameter(weight, requires_grad=name != "frozen")))
         self.head = Leaf(self.embedding.weight)  # tied
+        self.register_buffer("seen", torch.zeros(2))
 
     def forward(self, coefficients: dict[str, Tensor], loss: float) -> Tensor:
         children = dict(self.named_children())
@@ -209,13 +210,14 @@ def whole_params(engine: Any) -> dict[str, Tensor]:
 def unsharded(
     case: Case,
     files: dict[str, str],
-    world: int,
+    world: int | Sequence[int],
     scales: Sequence[float] = (),
     rates: Sequence[float] = (),
 ) -> tuple[list[dict[str, Tensor]], pylo_dist.LearnedOptimizer]:
     """The same steps in one process on the mean gradients: parameters after each, and the optimizer.
 
     Args:
+        world: number of ranks whose gradients are averaged, or that of every step.
         scales: what the gradients of a step are multiplied by; rates: the lr of a step.
     """
     name, params = rules(files)[case.rule]
@@ -228,15 +230,16 @@ def unsharded(
     own_clip_off = {"clip_grad": False} if name in ("ELO", "CELO2", "ELO_CELO2") else {}
     optimizer = getattr(pylo_dist, name)(given, **params, **own_clip_off)
     history = [{n: p.detach().clone() for n, p in named.items()}]
+    worlds = [world] * case.steps if isinstance(world, int) else world
     for step in range(case.steps):
-        grads = mean_gradients(step, case.micros, world)
+        grads = mean_gradients(step, case.micros, worlds[step])
         for n, p in named.items():
             p.grad = grads.get(n)
             if scales and p.grad is not None:
                 p.grad = p.grad * scales[step]
         for group in optimizer.param_groups:
             group["lr"] = rates[step] if rates else group["lr"]
-        optimizer.set_loss(mean_loss(step, case.micros, world))
+        optimizer.set_loss(mean_loss(step, case.micros, worlds[step]))
         optimizer.step()
         history.append({n: p.detach().clone() for n, p in named.items()})
     return history, optimizer

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..report import Report
+from ..sharded_state import ShardedState
 from ..shards import TensorShard, bind_shard, bound_shard
+
+STATE_KEY = "pylo_dist"  # in the optimizer state of DeepSpeed's files
 
 # JSON entries that would do again what DeepSpeed does, and what to use instead.
 _DEEPSPEEDS = {
@@ -58,7 +61,7 @@ class Source:
     Attributes:
         flat: 1-D float32 partition on this rank, or a whole parameter (its only member is itself then).
         group: index of its parameter group.
-        members: the parameters it has a part of, in the order of their offsets, also those of which this rank has no element.
+        members: the parameters of its group or sub-group, also those of which this rank has no element.
         publish: brings `flat` to where DeepSpeed copies it after its optimizer's step; None: there is nothing to repeat.
         grad: the gradient of the step being collected.
     """
@@ -153,9 +156,9 @@ def _flat(engine: Any, groups: list[list[Tensor]], wholes: list[Tensor], partiti
     layout = Layout("flat", _shared(wrapper.dp_process_group))
     for i, (params, whole, partition) in enumerate(zip(groups, wholes, partitions, strict=True)):
         source, part = Source(partition, i, []), partition.numel()
-        # where a parameter really lies: round-robin order and alignment are in it
-        placed = sorted(((int(p.data.storage_offset() - whole.storage_offset()), p) for p in params), key=lambda pair: pair[0])
-        for offset, param in placed:
+        for param in params:
+            # where it really lies: round-robin order and alignment are in it
+            offset = int(param.data.storage_offset() - whole.storage_offset())
             numel, fqn = param.numel(), engine.param_names[param]
             if numel and param.data_ptr() != whole.data_ptr() + offset * whole.element_size():
                 raise ValueError(f"{fqn!r} does not lie in the flat tensor of its group; was the model moved after initialize?")
@@ -271,6 +274,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Build the inner optimizer on the engine's partitions and listen to its losses. Alike on all ranks, once."""
         layout = find_layout(engine)
         self._inner = self._together(lambda: self._build(layout))
+        self._inner.register_load_state_dict_post_hook(lambda _: self._settings_follow())
         self._layout = layout
         self._by_flat = {id(source.flat): source for source in layout.sources}
         self._groups = self.param_groups
@@ -425,6 +429,58 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         for mine, its in zip(self._groups, self.inner.param_groups, strict=True):
             its.update({key: mine[key] for key in self._defaults if key in mine})
 
+    # ------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part, as engine.save_checkpoint writes it: plain tensors, with the layout they belong to."""
+        groups = [{**{k: v for k, v in group.items() if k != "params"}, "params": []} for group in self._groups]
+        state: dict[str, Any] = {"state": {}, "param_groups": groups}
+        if self._inner is None:
+            return state
+        inner = self._inner.state_dict()
+        inner["state"] = {i: {k: _to_plain(v) for k, v in entry.items()} for i, entry in inner["state"].items()}
+        return {**state, STATE_KEY: {"layout": self.describe_layout(), "optimizer": inner}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this rank of the same layout; engine.load_checkpoint calls it.
+
+        Raises:
+            ValueError: state of another optimizer or layout; nothing has been changed then.
+        """
+        saved, own = state_dict.get(STATE_KEY), self.describe_layout()
+        if saved is None:
+            raise ValueError(f"the checkpoint has no {STATE_KEY!r} in its optimizer: it was not saved by {self.face.__name__}")
+        if saved["layout"] != own:
+            differing = next(key for key in own if saved["layout"].get(key) != own[key])
+            found, wanted = (str(layout[differing])[:200] for layout in (saved["layout"], own))
+            raise ValueError(
+                f"the checkpoint was saved with {differing} {found}, here it is {wanted}; load it with "
+                "pylo_dist.deepspeed.load_checkpoint(engine, folder), which serves any number of ranks and stage"
+            )
+        shards = [TensorShard.interval(fqn, tuple(shape), at, at + n) for fqn, shape, at, n, _, _ in own["pieces"]]
+        inner = saved["optimizer"]
+        state = {i: {k: _from_plain(v, shards[i]) for k, v in entry.items()} for i, entry in inner["state"].items()}
+        self.inner.load_state_dict({**inner, "state": state})
+
+    def describe_layout(self) -> dict[str, Any]:
+        """What a checkpoint says about this rank's pieces: per parameter, in the inner optimizer's order, its name, global shape,
+        first element and number of elements here, and where they lie: number of the flat tensor, offset in it."""
+        order = {id(p): i for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])}
+        pieces: list[list[Any]] = [[]] * len(order)
+        for number, source, member in self._layout.members():
+            binding = bound_shard(member.piece)
+            shard = binding.shard if binding is not None else TensorShard.whole(member.fqn, tuple(member.piece.shape))
+            place = [-1, 0] if source.is_whole else [number, member.offset]
+            pieces[order[id(member.piece)]] = [shard.fqn, list(shard.shape), shard.start, shard.numel, *place]
+        layout = self._layout
+        rank, ranks = (0, 1) if layout.kind == "whole" else (layout.rank, layout.ranks)  # whole tensors: rank 0 saves for all
+        return {"kind": layout.kind, "ranks": ranks, "rank": rank, "pieces": pieces}
+
+    def _settings_follow(self) -> None:
+        """Settings loaded into the inner optimizer (lr) are those of DeepSpeed's groups from now on."""
+        for mine, its in zip(self._groups, self.inner.param_groups, strict=True):
+            mine.update({key: its[key] for key in (*self._defaults, "initial_lr") if key in its})
+
     # ------------------------------------------------------------------------------------------- views
 
     def extend(self, num_steps: int) -> None:
@@ -461,6 +517,18 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             f"{len(layout.sources)} flat tensors; {clipping}, none by pylo_dist"
         )
         return report
+
+
+def _to_plain(value: Tensor) -> Any:
+    """State as torch.save can write it: of a piece its local elements."""
+    return {"local": value.local, "copies": list(value.copies)} if isinstance(value, ShardedState) else value
+
+
+def _from_plain(value: Any, shard: TensorShard) -> Tensor:
+    if isinstance(value, dict):
+        return ShardedState(value["local"], tuple(value["copies"]), shard)
+    plain: Tensor = value
+    return plain
 
 
 def _names(face: type[LearnedOptimizer]) -> set[str]:
