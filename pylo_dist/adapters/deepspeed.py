@@ -146,6 +146,8 @@ def _shared(group: Any) -> Any:
 def _whole(engine: Any, params: list[tuple[int, Tensor, Tensor]]) -> Layout:
     layout = Layout("whole", _shared(engine.seq_data_parallel_group))
     for i, param, master in params:
+        if not param.requires_grad:  # as the other stages
+            continue
         layout.sources.append(Source(master, i, [Member(engine.param_names[param], param, master, 0)]))
     return layout
 
@@ -274,6 +276,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Build the inner optimizer on the engine's partitions and listen to its losses. Alike on all ranks, once."""
         layout = find_layout(engine)
         self._inner = self._together(lambda: self._build(layout))
+        # what schedulers set since the last step is saved too, and what is loaded counts from now on
+        self._inner.register_state_dict_pre_hook(lambda _: self._bring_settings())
         self._inner.register_load_state_dict_post_hook(lambda _: self._settings_follow())
         self._layout = layout
         self._by_flat = {id(source.flat): source for source in layout.sources}
@@ -371,7 +375,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         last: Source | None = None
         for group in self.param_groups:
             for flat in group["params"]:
-                last = self._by_flat[id(flat)]
+                last = self._by_flat.get(id(flat))
+                if last is None:  # frozen, stage 0
+                    continue
                 if last.grad is not None and not last.is_whole:  # left by a step that broke off between two calls
                     for source in self._layout.sources:
                         source.grad = None
