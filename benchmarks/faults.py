@@ -43,6 +43,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa:
 
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 OPTIMIZERS = {"adafaclo": ["--optimizer", "adafaclo", "--weights", "demo"], "adamw": ["--optimizer", "adamw"]}
+# What a run imports sooner or later, in the order of its weight.
+PRELOAD = ["gpt2", "torch._dynamo", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "pylo_dist.checkpoint"]
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 TIMEOUT_S = 30  # --timeout: the longest that a rank may wait for one that is dead
 
@@ -154,7 +156,7 @@ def free_port() -> int:
 def started(setup: Setup, out: Path, *, kill: Kill | None = None, counted: Path | None = None) -> Iterator[list[Any]]:
     """The processes of a run; none is left when the block ends."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["gpt2", "pylo_dist.checkpoint"])
+    context.set_forkserver_preload(PRELOAD)
     port, processes = free_port(), []
     for rank in range(setup.ranks):
         counts = "" if counted is None else f"{counted}.{rank}"
@@ -213,8 +215,10 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(reference: Path, out: Path, steps: int) -> list[str]:
-    """Names of what the two runs did not end with alike, bit for bit."""
+    """Names of what the two runs did not end with alike: rows and last checkpoint to the bit, and which checkpoints there are."""
     found = [] if rows_of(reference) == rows_of(out) else ["metrics.jsonl"]
+    if sorted(os.listdir(reference / FOLDER)) != sorted(os.listdir(out / FOLDER)):
+        found.append(FOLDER)
     wanted, got = (content(published_in(folder)[steps]) for folder in (reference, out))
     if wanted.keys() != got.keys():
         found.append("keys")

@@ -27,12 +27,16 @@ FIXED = ("optimizer", "model")
 # With another of these a run is as valid, and no longer the same:
 TOLD = (
     *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
-    *("seed", "train_digest", "dtype", "compile", "device", "threads", "world_size"),
+    *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
 )
 
 
 class Stopped(Exception):
     """SIGTERM ended a run that has been saved; the message is one line."""
+
+
+class Unsaved(Exception):
+    """A checkpoint could not be written."""
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -53,11 +57,17 @@ def published_in(folder: Path) -> dict[int, Path]:
 
 def remove(path: Path) -> None:
     """Delete a folder, or do nothing where there is none. Killed halfway, it leaves nothing under the folder's name."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
     if path.is_dir():
-        aside = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
         path.rename(aside)
         shutil.rmtree(aside)
+
+
+def clear(folder: Path) -> None:
+    """Delete what killed saves and removals of the run in `folder` have left; no other process may be at work there."""
+    for path in (folder / FOLDER).glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def package() -> Any:
@@ -95,7 +105,7 @@ class Start:
             assert options.out is not None
             newest = list(published_in(options.out).values())[-1:]
             return cls(options.out, newest[0], options.out) if newest else cls(options.out)
-        path = Path(options.resume)
+        path = Path(options.resume).resolve()
         is_one = path in package().published(path.parent)
         checkpoint = path if is_one else next(reversed(published_in(path).values()), None)
         if checkpoint is None:
@@ -103,7 +113,7 @@ class Start:
                 f"--resume {path}: no published checkpoint there; name a folder step-... of a run that was started with "
                 "--save-every, or the run's own."
             )
-        parent = checkpoint.absolute().parent
+        parent = checkpoint.parent
         source = parent.parent if parent.name == FOLDER else None
         return cls(options.out or source or options.out_folder(), checkpoint, source)
 
@@ -148,8 +158,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
             "or pass --overwrite to drop it."
         )
     others = [f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)]
-    if config["versions"] != saved.get("versions"):
-        others.append("other versions of its packages")
+    others += [f"other {what}" for k, what in (("train_digest", "tokens"), ("versions", "versions")) if config[k] != saved.get(k)]
     return step, ", ".join(others)
 
 
@@ -166,7 +175,8 @@ def load(start: Start, learner: Any) -> None:
     try:
         package().load(start.checkpoint, {"model": learner.model, "optimizer": optimizer})
     except ValueError as error:
-        raise WrongInput(f"--resume {start.checkpoint}: {error}") from None
+        named = str(start.checkpoint) in str(error)
+        raise WrongInput(f"--resume: {error}" if named else f"--resume {start.checkpoint}: {error}") from None
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
 
@@ -184,6 +194,8 @@ class Keeper:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
+        if is_first:
+            clear(folder)
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Keeper:
@@ -191,7 +203,7 @@ class Keeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -201,13 +213,17 @@ class Keeper:
 
         Raises:
             Stopped: `stop` is set, and the step has been saved.
+            Unsaved: on all ranks; the earlier checkpoints are as they were.
         """
         every, last = self._options.save_every, self._options.steps
         if step % every and step != last and not stop:
             return
         path = path_of(self._folder, step)
         state = {"model": self._learner.model, "optimizer": self._learner.optimizer}
-        package().save(path, state, meta={"step": step, "config": self._config})
+        try:
+            package().save(path, state, meta={"step": step, "config": self._config})
+        except ValueError as error:
+            raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
         if self._is_first and self._options.keep is not None:
             for old in list(published_in(self._folder).values())[: -self._options.keep]:
                 remove(old)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 # Imported before there is a process group: its default arguments hold the group that exists at its first import,
 # which optimizers cause. A group held so outlives leave(), and its threads now and then abort the process at exit.
 import torch.distributed.nn.functional
-from checkpoints import Keeper, Start, Stopped, check, load, package, remove, tell
+from checkpoints import Keeper, Start, Stopped, Unsaved, check, load, package, remove, tell
 from data import BatchPlan, Tokens, builtin_text
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
@@ -408,7 +408,7 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
     finally:
         if watch is not None:
             watch.close()
-    if watch is not None:
+    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
         finish(learner, options, plan, watch, config)
 
 
@@ -451,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(argv, options, place, plan)
     except WrongInput as error:
         code = complain(error, code=2)
-    except Diverged as error:
+    except (Diverged, Unsaved) as error:
         code = complain(error, code=1)
     except Stopped as error:
         code = complain(error, code=128 + signal.SIGTERM)

@@ -66,7 +66,7 @@ def rows_until(folder: Path, step: int) -> list[Row]:
 
 def is_leftover(folder: Path) -> bool:
     """Whether all that lies in `folder` is what a run writes, as where one was killed before its first checkpoint."""
-    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, "tensorboard", "wandb"}
+    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, f".{FOLDER}.removed", "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
         folder.is_dir()

@@ -3,8 +3,9 @@
 from . import checkpoint, testing
 from ._version import __version__
 from .adapters.zero import ZeroOptimizer
-from .checkpoint import CheckpointError, full_state_dict, get_optimizer_state_dict
+from .checkpoint import CheckpointError
 from .engine import NonFiniteGradientError, PeerError
+from .gather import full_state_dict, get_optimizer_state_dict
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO

@@ -1,4 +1,4 @@
-"""Checkpoints: folders with checksums that are published last, and whole copies of sharded state. Writes the folder it is given.
+"""Checkpoints: folders with checksums that are published last. Writes the folder it is given, and what it loads into.
 
 A folder is written by torch.distributed.checkpoint, so any layout on any number of ranks loads what any other saved.
 
@@ -17,7 +17,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -28,15 +27,13 @@ from torch import Tensor, nn
 from . import comm
 from ._version import __version__
 from .optimizer import LearnedOptimizer
-from .sharded_state import ShardedState, wrap_element
-from .shards import ShardBinding, bound_shard
+from .sharded_state import MASTER, wrap_element
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the folder; that of the state is in its parameter groups
-MASTER = "master"  # state that only some layouts have: a float32 copy of a bfloat16 or float16 parameter
 
 
 class CheckpointError(ValueError):
@@ -140,11 +137,14 @@ def load(
 
     def template() -> dict[str, Any]:
         index = _Index(folder)
-        aside = {key: _aside(_state_of(value)) for key, value in state.items()}
+        own.update({key: _state_of(value) for key, value in state.items()})
+        aside = {key: _aside(value) for key, value in own.items()}
         for key, value in state.items():
             if isinstance(value, torch.optim.Optimizer):
                 aside[key] = index.optimizer_template(key, value, aside[key])
-        index.check(aside, optional)
+            elif _is_stateful(value) and not isinstance(value, nn.Module):  # a scheduler's numbers may have become tensors
+                aside[key] = index.as_saved((key,), aside[key])
+        index.check(aside, optional, [key for key, value in state.items() if _is_stateful(value)])
         return aside
 
     def read() -> None:
@@ -155,8 +155,10 @@ def load(
             if hasattr(value, "check_state_dict"):
                 value.check_state_dict(loaded[key])
 
+    own: dict[str, Any] = {}
     loaded = _alike(group, template)
     _alike(group, read)
+    loaded = {key: _with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
     for key, value in state.items():
         if _is_stateful(value):
@@ -198,80 +200,6 @@ def published(parent: Folder) -> list[Path]:
     Looks for manifests only; `load` verifies.
     """
     return sorted(path.parent for path in Path(parent).glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
-
-
-# ------------------------------------------------------------------------------------------- whole copies
-
-
-def full_state_dict(optimizer: torch.optim.Optimizer, *, rank0_only: bool = True) -> dict[str, Any]:
-    """The state dict with whole tensors in host memory, e.g. for torch.save. All ranks that share the parameters call it alike.
-
-    `load_state_dict` of any layout takes it, and `torch.load(..., weights_only=True)` reads it back. Memory on the way: one
-    state tensor at a time on the device.
-
-    Args:
-        rank0_only: give it to rank 0 only, and {} to the others.
-    """
-    return _gathered(optimizer.state_dict(), optimizer, rank0_only, cpu=True)
-
-
-def get_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, options: Any = None) -> dict[str, Any]:
-    """torch.distributed.checkpoint.state_dict's function of this name, which also gathers what ZeroOptimizer has sharded.
-
-    Without `full_state_dict` torch's own does as well, and its set_optimizer_state_dict serves every layout.
-
-    Args:
-        options: a StateDictOptions. With `full_state_dict` tensors are whole on every rank; with `cpu_offload` too, on rank 0
-            only and {} elsewhere, as in torch.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as get
-
-    options = options or StateDictOptions()
-    if not (options.full_state_dict and _bindings(optimizer)):
-        return get(model, optimizer, options=options)
-    state = get(model, optimizer, options=replace(options, full_state_dict=False, cpu_offload=False))
-    return _gathered(state, optimizer, options.cpu_offload, options.cpu_offload)
-
-
-def _bindings(optimizer: torch.optim.Optimizer) -> dict[str, ShardBinding]:
-    """The parameters of which this rank has a piece, by name."""
-    bound = [bound_shard(param) for group in optimizer.param_groups for param in group["params"]]
-    return {binding.shard.fqn: binding for binding in bound if binding is not None}
-
-
-@torch.no_grad()
-def _gathered(tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only: bool, cpu: bool) -> dict[str, Any]:
-    bindings = _bindings(optimizer)
-    keep = not (rank0_only and comm.rank(comm.default_group()))
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: whole(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [whole(entry) for entry in value]
-        if isinstance(value, ShardedState):
-            value = _whole_tensor(value, bindings[value.shard.fqn], keep)
-        if isinstance(value, Tensor) and keep:
-            return value.detach().to("cpu" if cpu else value.device, copy=True)
-        return value
-
-    result: dict[str, Any] = whole(tree)
-    return result if keep else {}
-
-
-def _whole_tensor(state: ShardedState, binding: ShardBinding, keep: bool) -> Tensor | None:
-    """A state tensor whole, from the ranks that have its pieces; None where it is not to be kept."""
-    result = state.local.new_empty(state.shape) if keep else None
-    for source, peer in enumerate(binding.peers or (binding.shard,)):
-        if peer.numel:
-            piece = state.local if source == binding.rank else state.local.new_empty((*state.copies, peer.numel))
-            if binding.group is not None:
-                comm.broadcast(piece, source, binding.group)
-            if result is not None:
-                for offsets, view in ShardedState(piece, state.copies, peer).parts():
-                    result[tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))] = view
-    return result
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -419,8 +347,11 @@ class _Index:
         self.entries: dict[str, Any] = metadata.state_dict_metadata
         self.paths: dict[str, tuple[Any, ...]] = metadata.planner_data
 
-    def check(self, template: dict[str, Any], optional: Sequence[str]) -> None:
+    def check(self, template: dict[str, Any], optional: Sequence[str], complete: Sequence[str]) -> None:
         """Compare what is wanted with what is there; entries that may be missing leave the template (modified in place).
+
+        Args:
+            complete: keys of which the checkpoint may hold nothing else.
 
         Raises:
             CheckpointError: a key that is missing, unknown, or of another shape or dtype.
@@ -447,7 +378,7 @@ class _Index:
                     )
         paths = {tuple(map(str, path)) for path in wanted}
         for path, key in known.items():
-            if path[0] in template and path not in paths and path[0] not in optional and path[-1] != MASTER:
+            if path[0] in complete and path not in paths and path[0] not in optional and path[-1] != MASTER:
                 raise CheckpointError(f"{self.folder} has {key!r}, which is not wanted here; it is of another model or optimizer")
 
     def optimizer_template(self, key: str, optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> dict[str, Any]:
@@ -459,13 +390,7 @@ class _Index:
         Raises:
             ValueError: groups that do not fit.
         """
-        groups: list[dict[str, Any]] = []
-        for flat, path in self.paths.items():
-            if path[:2] == (key, "param_groups"):
-                groups += [{} for _ in range(path[2] + 1 - len(groups))]
-                _put(groups, path[2:], self._empty(flat))
-        for group, own_group in zip(groups, own["param_groups"], strict=False):  # what is empty leaves no trace in a checkpoint
-            group.update({k: v for k, v in own_group.items() if isinstance(v, Mapping) and not v and k not in group})
+        groups: list[dict[str, Any]] = self.as_saved((key, "param_groups"), own["param_groups"])
         _read(self.folder, {key: {"param_groups": groups}}, None, no_dist=True)
         learned = getattr(optimizer, "inner", optimizer)
         if isinstance(learned, LearnedOptimizer):
@@ -473,17 +398,39 @@ class _Index:
         sizes, wanted = ([len(group["params"]) for group in g] for g in (groups, optimizer.param_groups))
         if sizes != wanted:
             raise ValueError(f"{self.folder} holds groups of {sizes} parameters, the optimizer groups of {wanted}")
-        state = dict(own["state"])
+        if not isinstance(learned, LearnedOptimizer):
+            flags = (None, False)  # what newer versions of torch add
+            needed = [name for name, value in optimizer.defaults.items() if not any(value is flag for flag in flags)]
+            for i, group in enumerate(groups):
+                if "state_rule" in group or (lost := [name for name in needed if name not in group]):
+                    what = f"state_rule {group['state_rule']!r}" if "state_rule" in group else f"no {lost[0]!r}"
+                    raise ValueError(f"{self.folder}: group {i} of {key!r} has {what}; was it saved by another optimizer?")
+        state = {i: dict(entries) for i, entries in own["state"].items()}
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        late = {flat: path for flat, path in self.paths.items() if path[:2] == (key, "state") and int(path[2]) not in state}
-        for flat, (_, _, i, *name) in late.items():
-            entry, param = self._empty(flat), params[int(i)]
+        for flat, path in self.paths.items():
+            if path[:2] != (key, "state"):
+                continue
+            i, name = int(path[2]), path[3]
             if isinstance(learned, LearnedOptimizer):
-                state[int(i)] = learned.state_template(param)
-            else:
-                entry = wrap_element(name[0], entry, param) if isinstance(entry, Tensor) else entry
-                _put(state.setdefault(int(i), {}), name, entry)
+                if i not in state:
+                    state[i] = learned.state_template(params[i])
+            elif name not in state.get(i, {}) and name != MASTER:
+                entry = self._empty(flat)
+                state.setdefault(i, {})[name] = wrap_element(name, entry, params[i]) if isinstance(entry, Tensor) else entry
         return {"state": state, "param_groups": groups}
+
+    def as_saved(self, prefix: tuple[str, ...], own: Any) -> Any:
+        """What to read for all that was saved under a path; containers that are empty in `own` leave no trace in a checkpoint."""
+        tree: Any = type(own)()
+        for flat, path in self.paths.items():
+            if path[: len(prefix)] == prefix:
+                _put(tree, path[len(prefix) :], self._empty(flat))
+        for place, entry in own.items() if isinstance(own, Mapping) else enumerate(own):
+            if isinstance(own, list) and isinstance(entry, Mapping) and place < len(tree):
+                tree[place].update({k: v for k, v in entry.items() if _is_empty(v) and k not in tree[place]})
+            elif isinstance(own, Mapping) and _is_empty(entry):
+                tree.setdefault(place, entry)
+        return tree
 
     def _empty(self, flat: str) -> Any:
         size = getattr(self.entries[flat], "size", None)
@@ -500,6 +447,27 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
             yield from _leaves(entry, (*path, i))
     else:
         yield path, value
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
+
+
+def _with_keys_of(own: Any, read: Any) -> Any:
+    """What was read, its keys as in `own`: torch.distributed.checkpoint makes strings of numbers."""
+    if isinstance(read, list):
+        pairs = own if isinstance(own, list) and len(own) == len(read) else [None] * len(read)
+        return [_with_keys_of(mine, entry) for mine, entry in zip(pairs, read, strict=True)]
+    if not isinstance(read, Mapping):
+        return read
+    mine = own if isinstance(own, Mapping) else {}
+    numbers = bool(mine) and all(isinstance(key, int) for key in mine)
+    keyed: dict[Any, Any] = {}
+    for key, entry in read.items():
+        as_own = int(key) if numbers and str(key).lstrip("-").isdigit() else key
+        entry = _with_keys_of(mine.get(as_own), entry)
+        keyed[as_own] = {**keyed[as_own], **entry} if isinstance(entry, dict) and as_own in keyed else entry
+    return keyed
 
 
 def _is_leaf(value: Any) -> bool:

@@ -239,6 +239,7 @@ def _narrow(part: Tensor, offsets: Shape, block: list[tuple[int, int]]) -> Tenso
 # ------------------------------------------------------------------------------- torch's elementwise optimizers on shards
 
 _ELEMENT = StateField()
+MASTER = "master"  # state that only some layouts have: a float32 copy of a bfloat16 or float16 parameter
 _OF_THE_TENSOR = ("step", "mu_product")  # state of torch's optimizers that is one number per tensor
 
 
@@ -248,7 +249,7 @@ def elementwise_state_dict(state_dict: dict[str, Any], groups: list[dict[str, An
     Args:
         groups: the optimizer's own, with the pieces.
     """
-    return {**state_dict, "state": dict(_each_entry(state_dict, groups, _wrapped))}
+    return {**state_dict, "state": dict(_each_entry(state_dict, groups, element_state))}
 
 
 def elementwise_local_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def elementwise_local_state(state_dict: dict[str, Any], groups: list[dict[str, A
     sizes, own = ([len(group["params"]) for group in g] for g in (state_dict["param_groups"], groups))
     if sizes != own:
         raise ValueError(f"the state holds groups of {sizes} parameters, this optimizer groups of {own}")
-    return {**state_dict, "state": dict(_each_entry(state_dict, groups, _unwrapped))}
+    return {**state_dict, "state": dict(_each_entry(state_dict, groups, element_part))}
 
 
 def _each_entry(
@@ -275,7 +276,8 @@ def _each_entry(
             )
 
 
-def _wrapped(_: str, value: Tensor, piece: Tensor) -> Tensor:
+def element_state(_: str, value: Tensor, piece: Tensor) -> Tensor:
+    """A tensor (N,) beside a bound piece as a checkpoint has it; see `canonical`."""
     binding = bound_shard(piece)
     assert binding is not None
     if not binding.shard.global_numel or (binding.group is None and binding.shard.is_whole):
@@ -288,10 +290,11 @@ def wrap_element(name: str, whole: Tensor, param: Tensor) -> Tensor:
     binding = bound_shard(param)
     if binding is None or name in _OF_THE_TENSOR:
         return whole.new_empty(whole.shape, device=whole.device if name in _OF_THE_TENSOR else param.device)
-    return _wrapped(name, whole.new_empty(binding.shard.numel, device=param.device), param)
+    return element_state(name, whole.new_empty(binding.shard.numel, device=param.device), param)
 
 
-def _unwrapped(name: str, value: Tensor, piece: Tensor) -> Tensor:
+def element_part(name: str, value: Tensor, piece: Tensor) -> Tensor:
+    """The elements (N,) of a bound piece out of loaded state; see `local_part`. Raises ValueError for another shape."""
     binding = bound_shard(piece)
     assert binding is not None
     shard = binding.shard

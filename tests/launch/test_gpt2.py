@@ -286,7 +286,7 @@ def test_defaults_fit_their_presets() -> None:
 
 
 def test_the_command_for_more_ranks_drops_what_belongs_to_this_run() -> None:
-    argv = ["--preset", "nano", "--out", "x", "--overwrite", "--micro-batch-size=12", "--batch-size", "12"]
+    argv = ["--preset", "nano", "--out", "x", "--overwrite", "--micro-batch-size=12", "--resume", "auto", "--batch-size", "12"]
     told = command_for_more_ranks(argv, parse(argv).plan(1))
     assert told.startswith("torchrun --nproc_per_node=2 ")
     assert told.endswith("gpt2.py --preset nano --batch-size 12")
