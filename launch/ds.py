@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def package() -> Any:
     # found compatible, this operator would be built at the first run, and a build that was killed blocks all later ones
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls, by the thousand
     return deepspeed
 
 
