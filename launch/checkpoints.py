@@ -174,7 +174,7 @@ def load(start: Start, learner: Any) -> None:
     optimizer = learner.optimizer
     own = [{key: group[key] for key in optimizer.defaults if key in group} for group in optimizer.param_groups]
     try:
-        package().load(start.checkpoint, {"model": learner.model, "optimizer": optimizer})
+        package().load(start.checkpoint, learner.states())
     except ValueError as error:
         named = str(start.checkpoint) in str(error)
         raise WrongInput(f"--resume: {error}" if named else f"--resume {start.checkpoint}: {error}") from None
@@ -227,9 +227,8 @@ class Keeper:
         if step % every and step != last and not stop:
             return
         path = path_of(self._folder, step)
-        state = {"model": self._learner.model, "optimizer": self._learner.optimizer}
         try:
-            package().save(path, state, meta={"step": step, "config": self._config})
+            package().save(path, self._learner.states(), meta={"step": step, "config": self._config})
         except ValueError as error:
             raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
         if self._is_first:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from checkpoints import Keeper, Start, Stopped, Unsaved, check, load, package, remove, tell
 from data import BatchPlan, Tokens, builtin_text
+from ds import DeepSpeedLearner, discover
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
 from parallel import data_rank, data_ranks, spread, whole_model
@@ -224,15 +225,33 @@ class Learner:
             loss: Tensor = self._forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch's share of the loss of a step."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def num_parameters(self) -> int:
+        return self.model.num_parameters()
+
+    def whole_model(self, options: Options) -> GPT:
+        """The model on this rank with all its parameters; call it on all ranks."""
+        return whole_model(self.model, options, self._device)
+
     def step(self, loss: Tensor) -> None:
-        """Update the parameters, given this rank's mean `loss`, 0-d, and clear the gradients. Raises Diverged."""
+        """Update the parameters, given this rank's mean `loss`, 0-d, and clear the gradients.
+
+        Raises FloatingPointError for gradients that are no numbers.
+        """
         try:
             if self._learned:
                 self.optimizer.step(loss=loss)  # velo reads it, and averages it over the ranks by itself
             else:
                 self.optimizer.step()
         except self._nonfinite as error:
-            raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
+            raise FloatingPointError(str(error)) from None
         self.optimizer.zero_grad()
 
 
@@ -258,7 +277,7 @@ def try_out(optimizer_class: Any, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def train(
-    learner: Learner,
+    learner: Learner | DeepSpeedLearner,
     data: tuple[Tokens, Tokens | None],
     options: Options,
     place: Place,
@@ -282,14 +301,17 @@ def train(
         with named(place, step, "forward and backward"):
             for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
                 part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
-                part.backward()  # type: ignore[no-untyped-call]
+                learner.backward(part)
                 loss += part.detach()
         with named(place, step, "the mean of the loss"):
             asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone
             told = place.mean(torch.stack((loss, torch.full_like(loss, asked))))
         before = clock.mark()
         with named(place, step, "the optimizer's step"):
-            learner.step(loss)
+            try:
+                learner.step(loss)
+            except FloatingPointError as error:
+                raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
         end = clock.mark()
         step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
         mean_loss, stop = told.tolist()
@@ -319,7 +341,7 @@ def named(place: Place, step: int, what: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, data: Tokens, options: Options, place: Place, plan: BatchPlan) -> float:
+def evaluate(learner: Learner | DeepSpeedLearner, data: Tokens, options: Options, place: Place, plan: BatchPlan) -> float:
     """The mean loss over `--eval-batches` global batches, the same ones every time."""
     total = torch.zeros((), device=place.device)
     for i in range(options.eval_batches):
@@ -330,7 +352,7 @@ def evaluate(learner: Learner, data: Tokens, options: Options, place: Place, pla
 
 
 def describe(
-    learner: Learner,
+    learner: Learner | DeepSpeedLearner,
     data: tuple[Tokens, Tokens | None],
     options: Options,
     place: Place,
@@ -353,7 +375,7 @@ def describe(
         "world_size": place.world_size,
         "device": place.device.type,
         "threads": torch.get_num_threads(),
-        "num_parameters": learner.model.num_parameters(),
+        "num_parameters": learner.num_parameters(),
         "weights": learner.weights,
         "train_tokens": data[0].num_tokens,
         "train_digest": data[0].digest(),
@@ -395,7 +417,11 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
         overwrite = options.overwrite or (options.resume is not None and place.from_first(lambda: is_leftover(folder)))
         place.together(lambda: open_folder(folder, overwrite=overwrite) if is_first else None)
     data = open_data(options, place)
-    learner = Learner(options, place)
+    learner: Learner | DeepSpeedLearner
+    if options.deepspeed is None:
+        learner = Learner(options, place)
+    else:
+        learner = DeepSpeedLearner(options, place, plan.accumulation, plan.micro_batch)
     config = describe(learner, data, options, place, plan, argv)
     done, rows = resume(start, learner, config, options, place) if resumes else (0, [])
     watch = place.together(lambda: Watch(options, folder, config, rows) if is_first else None)
@@ -409,12 +435,14 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
     finally:
         if watch is not None:
             watch.close()
-    model = whole_model(learner.model, options, place.device)
+    model = learner.whole_model(options)
     if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
         finish(model, options, plan, watch, config)
 
 
-def resume(start: Start, learner: Learner, config: dict[str, Any], options: Options, place: Place) -> tuple[int, list[Row]]:
+def resume(
+    start: Start, learner: Learner | DeepSpeedLearner, config: dict[str, Any], options: Options, place: Place
+) -> tuple[int, list[Row]]:
     """Bring `learner` to where the checkpoint was (modified in place): the steps done, and their rows on rank 0.
 
     Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
@@ -441,6 +469,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse(argv)
+        if options.deepspeed is not None:
+            discover()
         place = Place.find(options)
         plan = options.plan(data_ranks(options, place.world_size))
     except ValueError as error:

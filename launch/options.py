@@ -108,6 +108,7 @@ class Options:
     save_every: int
     keep: int | None
     resume: str | None
+    deepspeed: Path | None
     dtype: str
     compile: bool
     device: str
@@ -179,6 +180,12 @@ class Options:
             raise WrongInput("--val-data came without --data; pass the training tokens too.")
         if self.keep is not None and not self.save_every:
             raise WrongInput(f"--keep {self.keep} came without --save-every; pass it too, or drop --keep.")
+        if self.deepspeed is not None:
+            if self.optimizer == "adamw":
+                raise WrongInput("--deepspeed is for learned optimizers here, and adamw is none; pass --optimizer.")
+            if self.dtype != "float32" or self.compile:
+                name = "--compile" if self.compile else "--dtype"
+                raise WrongInput(f'{name} does not go with --deepspeed; its JSON says "bf16": {{"enabled": true}} where wanted.')
         if self.resume == AUTO and self.out is None:
             raise WrongInput(f"--resume {AUTO} looks for a checkpoint of the run in --out; pass --out FOLDER.")
 
@@ -270,7 +277,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str]) -> Options:
     """The options of a command line. Raises WrongInput."""
-    return Options(**vars(_parser().parse_args(argv)))
+    # DeepSpeed's launcher adds --local_rank=N, which is in the environment too
+    return Options(**vars(_parser().parse_args([word for word in argv if not word.startswith("--local_rank=")])))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -331,6 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--deepspeed", type=Path, metavar="JSON", help="shard with DeepSpeed, e.g. launch/deepspeed/zero2.json")
     run.add_argument("--timeout", type=int, default=600, help="seconds a rank waits for the others before it fails")
 
     files = parser.add_argument_group("files")

@@ -270,3 +270,16 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     with _or_lost("an exchange of messages", group):
         dist.all_gather_object(gathered, mine, group=group)
     return gathered
+
+
+def raise_together(problem: Exception | None, group: Any) -> None:
+    """Raise `problem` on this rank, and its text as a ValueError on the ranks of `group` that have none of their own.
+
+    Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
+    """
+    texts = gather_objects(None if problem is None else str(problem), group)
+    if problem is not None:
+        raise problem
+    for other, text in enumerate(texts):
+        if text is not None:
+            raise ValueError(f"rank {other}: {text}")

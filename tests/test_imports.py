@@ -28,6 +28,8 @@ ORDER = [
     {"adapters.reduction", "adapters.gathering"},
     {"adapters.<layout>", "testing", "clip"},
     {"checkpoint"},
+    {"adapters.deepspeed_checkpoint"},
+    {"deepspeed"},
     {"__init__"},
     {"__main__"},
 ]

@@ -1,0 +1,152 @@
+"""gpt2.py under DeepSpeed: `--deepspeed FILE`. The JSON says how to shard, the flags say what to train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from model import GPT, build
+from options import LEARNED, Options, WrongInput
+from torch import Tensor
+
+# What the flags decide; in the JSON it would say the same thing twice.
+FLAGS = {
+    "optimizer": "--optimizer and its flags",
+    "scheduler": "--schedule and --warmup",
+    "train_batch_size": "--batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--batch-size and --micro-batch-size",
+    "gradient_clipping": "--max-grad-norm",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON of --deepspeed. Raises WrongInput."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"--deepspeed {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise WrongInput(f"--deepspeed {path}: wanted a JSON object.")
+    for key, flags in FLAGS.items():
+        if key in config:
+            raise WrongInput(f'--deepspeed {path} holds "{key}", which follows from {flags}; drop it there.')
+    return config
+
+
+def package() -> Any:
+    """DeepSpeed, which compiles nothing. Raises WrongInput where it or pylo_dist is missing or too old."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+
+        import pylo_dist.deepspeed  # noqa: F401
+    except ImportError as error:
+        raise WrongInput(f"--deepspeed: {error}; install it: launch/setup.sh launch,deepspeed") from None
+    # found compatible, this operator would be built at the first run, and a build that was killed blocks all later ones
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls, by the thousand
+    return deepspeed
+
+
+def discover() -> None:
+    """Under mpirun: what torchrun puts into the environment, from mpi4py. Raises WrongInput."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    from importlib.util import find_spec
+
+    if find_spec("mpi4py") is None:
+        raise WrongInput("mpirun with --deepspeed needs mpi4py; install it: pip install mpi4py")
+    deepspeed = package()
+    deepspeed.comm.mpi_discovery(distributed_port=int(os.environ.get("MASTER_PORT", "29500")), verbose=False)
+
+
+class DeepSpeedLearner:
+    """As gpt2.Learner, with the model and its optimizer in a DeepSpeed engine."""
+
+    def __init__(self, options: Options, place: Any, accumulation: int, micro_batch: int) -> None:
+        """Raises WrongInput for a JSON, arguments or weights that are refused."""
+        assert options.deepspeed is not None
+        place.together(package)
+        config = place.together(lambda: read(options.deepspeed))  # type: ignore[arg-type]
+        import pylo_dist.deepspeed
+
+        self._nonfinite = pylo_dist.NonFiniteGradientError
+        self._package = pylo_dist.deepspeed
+        if not dist.is_initialized():  # DeepSpeed wants a process group, also of one
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        model = build(options.config(), options.seed).to(place.device)
+        arguments = options.learned_arguments()
+        for key in ("max_grad_norm", "clip_grad", "clip_norm"):
+            arguments.pop(key, None)
+        if options.optimizer == "mulo":
+            arguments["width_mults"] = model.width_mults()
+        config |= {
+            "optimizer": {"type": LEARNED[options.optimizer].class_name, "params": arguments},
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": options.clip_norm() or 0.0,
+            "steps_per_print": None,
+        }
+        try:
+            self.engine, *_ = pylo_dist.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        except ValueError as error:  # on all ranks
+            raise WrongInput(f"--deepspeed {options.deepspeed}: {error}") from None
+        self.model: GPT = self.engine.module
+        self.optimizer = self.engine.basic_optimizer
+        self.weights = {"name": self.optimizer.weights.name, "hash": self.optimizer.weights.digest}
+        self._stage = self.engine.zero_optimization_stage()
+        self._accumulation, self._micro, self._device = accumulation, 0, place.device
+
+    def loss(self, windows: np.ndarray) -> Tensor:
+        """Mean loss of windows (n, tokens + 1)."""
+        tokens = torch.from_numpy(windows).to(self._device)
+        forward = self.engine if torch.is_grad_enabled() else self.engine.module
+        loss: Tensor = forward(tokens[:, :-1], tokens[:, 1:])[1]
+        return loss.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch's share of the loss of a step."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self._micro += 1
+        if self._micro < self._accumulation:
+            self.engine.step()  # DeepSpeed counts micro-batches by it
+
+    def step(self, loss: Tensor) -> None:
+        """Update the parameters; the engine has seen the loss. Raises FloatingPointError for gradients that are no numbers."""
+        self._micro = 0
+        try:
+            self.engine.step()
+        except self._nonfinite as error:
+            raise FloatingPointError(str(error)) from None
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        found: dict[str, Any] = self._package.states(self.engine)
+        return found
+
+    def num_parameters(self) -> int:
+        """Elements of the model, each counted once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    def whole_model(self, options: Options) -> GPT:
+        """The model on this rank with all its parameters; call it on all ranks."""
+        if self._stage < 3:
+            return self.model
+        import deepspeed
+
+        named = dict(self.model.named_parameters())
+        whole = build(options.config(), options.seed).to(self._device)
+        with deepspeed.zero.GatheredParameters(list(named.values())), torch.no_grad():
+            for name, param in whole.named_parameters():
+                param.copy_(named[name])
+        return whole
