@@ -288,7 +288,8 @@ void update_pass(
   const auto prepare = extended ? prepare_kernel<true, 0> : prepare_kernel<false, 0>;
   PYLO_LAUNCH(prepare, slices, 128, head, args);
   const auto update = !extended ? scalar_kernel<false, 32> : hidden == 8 ? scalar_kernel<true, 8> : scalar_kernel<true, 4>;
-  PYLO_LAUNCH(update, device.blocks(update, 256, jobs), 256, args);
+  const int threads = scalar_threads(static_cast<int>(hidden));
+  PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
 }
 
 // Bytes on the device and pinned on the host, both zeroed by the caller.

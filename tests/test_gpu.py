@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import cuda_checks
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_kernels import SETTINGS, in_float64, relative, run
 
 import pylo_dist
 from pylo_dist import ops
+from pylo_dist.shards import TensorShard, bind_shard
+from pylo_dist.testing import largest_changes, layout_error, run_virtual
 
 REASON = ops.library("cuda")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"CUDA passes: {REASON}")
@@ -165,3 +170,53 @@ def test_random_cuts_and_ranks() -> None:
     rng = random.Random(51)
     for _ in range(20):
         cuda_checks.check_random("adafac", "high", "cuda", rng.randrange(1000), rng.choice([1, 2, 5]))
+
+
+RANK_SHAPES = {"w": (70, 96), "embedding": (301, 64), "b": (65,), "c": (8, 4, 3, 3), "s": ()}
+
+
+def rank_problem() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(61)
+    params = {fqn: 0.02 * torch.randn(shape, generator=generator) for fqn, shape in RANK_SHAPES.items()}
+    return params, [{fqn: torch.randn(shape, generator=generator) for fqn, shape in RANK_SHAPES.items()} for _ in range(4)]
+
+
+def one_rank(rank: int, world: int, backend: str, folder: str) -> None:
+    """A rank of a real process group on the one GPU: flat intervals of every tensor, at uneven places."""
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        params, grads = rank_problem()
+        shards, pieces = {}, {}
+        for fqn, p in params.items():
+            points = [0, *(p.numel() * r // world + (p.numel() > world) for r in range(1, world)), p.numel()]
+            shards[fqn] = TensorShard.interval(fqn, tuple(p.shape), points[rank], points[rank + 1])
+            pieces[fqn] = torch.nn.Parameter(shards[fqn].take(p).cuda())
+            bind_shard(pieces[fqn], shards[fqn], rank, dist.group.WORLD)
+        optimizer = pylo_dist.AdafacLO(list(pieces.items()), weights="demo")
+        for step in grads:
+            for fqn, piece in pieces.items():
+                piece.grad = shards[fqn].take(step[fqn]).cuda()
+            optimizer.step()
+        torch.save({fqn: piece.detach().cpu() for fqn, piece in pieces.items()}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "world"), [("gloo", 2), ("gloo", 4), ("nccl", 1)])
+def test_real_ranks_on_one_gpu(backend: str, world: int, tmp_path: Path) -> None:
+    """The layout tolerance between real processes with real cuts and one process without."""
+    params, grads = rank_problem()
+    with ops.use_kernels(True):
+        whole = run_virtual(
+            pylo_dist.AdafacLO,
+            {fqn: p.cuda() for fqn, p in params.items()},
+            1,
+            [{fqn: g.cuda() for fqn, g in step.items()} for step in grads],
+            weights="demo",
+        )
+    mp.spawn(one_rank, args=(world, backend, str(tmp_path)), nprocs=world, join=True)
+    pieces = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    joined = {fqn: torch.cat([piece[fqn] for piece in pieces]).view(p.shape).cuda() for fqn, p in params.items()}
+    history = [{fqn: p.cuda() for fqn, p in params.items()}, *whole.history]
+    errors = layout_error(joined, whole.params, largest_changes(history))
+    assert max(errors.values()) <= 1.0, errors
