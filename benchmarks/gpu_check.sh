@@ -5,7 +5,7 @@
 #   PYLO_DIR=../pylo benchmarks/gpu_check.sh        also PyLO's plain classes against its CUDA classes
 #
 # Builds the extensions in place with the torch that is there (no network is used), runs the tests, real ranks, the sanitizer, the
-# benchmarks and a profile. Writes benchmarks/results/gpu_<device>.json and one log per part beside it; a short table comes last.
+# benchmarks and a profile. Writes benchmarks/results/gpu_<device>.json, and a log of every part to runs/gpu_check; a short table last.
 # Exit code 0 if every part that could run succeeded. Without a GPU: compile checks for all architectures, then 0.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -15,18 +15,26 @@ if [ -z "$python" ]; then
   python=python3
   [ -x .venv/bin/python ] && python=.venv/bin/python
 fi
-logs=benchmarks/results/gpu_logs
+logs=runs/gpu_check
 mkdir -p "$logs"
 rm -f "$logs"/*
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1
 began=$SECONDS
+most=590 # seconds, with a GPU
 failed=0
 
 # part NAME SECONDS COMMAND...: runs it for at most that long, its output in a log, its result as a line of parts.tsv
 part() {
   local name=$1 limit=$2 start=$SECONDS code=0 result=ok
   shift 2
+  local left=$((most - (SECONDS - began)))
+  if [ "$left" -lt 5 ]; then
+    skip "$name" "the ten minutes are over"
+    failed=1
+    return 1
+  fi
+  [ "$limit" -gt "$left" ] && limit=$left
   echo "== $name" >&2
   timeout "$limit" "$@" >"$logs/$name.log" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then
@@ -75,7 +83,7 @@ for name in ("kernels", "graph", "parity"):
 if (logs / "step.json").exists():
     result["step"] = json.loads((logs / "step.json").read_text())
 device = "none" if result["device"] is None else "".join(c if c.isalnum() else "_" for c in result["device"])
-out = logs.parent / f"gpu_{device}.json"
+out = Path("benchmarks/results") / f"gpu_{device}.json"
 if result["device"] is not None:
     out.write_text(json.dumps(result, indent=2) + "\n")
 width = max(len(name) for name, *_ in parts)
@@ -99,6 +107,7 @@ has_gpu=0
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1 && has_gpu=1
 
 if [ "$has_gpu" -eq 0 ]; then
+  most=3600
   echo "no GPU that torch can use: only the compile checks are made" >&2
   if [ "$has_nvcc" -eq 1 ]; then
     include=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")') || exit 1
@@ -120,10 +129,12 @@ if [ "$has_nvcc" -eq 1 ]; then
 else
   skip build "no nvcc; what is built already is used"
 fi
+parallel=()
+"$python" -c 'import xdist' >/dev/null 2>&1 && parallel=(--numprocesses 6)
 part doctor 60 "$python" -m pylo_dist doctor
-part tests_gpu 200 "$python" -m pytest -q tests/test_gpu.py -k "not real_ranks"
+part tests_gpu 180 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} tests/test_gpu.py -k "not real_ranks"
 part ranks 90 "$python" -m pytest -q tests/test_gpu.py -k real_ranks
-part tests_passes 100 "$python" -m pytest -q tests/test_lanes.py tests/test_kernels.py -x
+part tests_passes 100 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} tests/test_lanes.py tests/test_kernels.py
 if command -v compute-sanitizer >/dev/null 2>&1; then
   small=(-m pytest -q tests/test_gpu.py -k "nan_and_extremes or 16_bits and bfloat16")
   for tool in memcheck racecheck; do
