@@ -1,9 +1,9 @@
 // The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and writes; the kernels are in
 // cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
 //
-// Per pass one small kernel brings the pointers of the call to the device as its argument; nothing is allocated, nothing waits for the
-// host, and a CUDA graph that captured a step keeps its own pointers. Launches for any number of tensors (up to 403; beyond it one more
-// per 403 and pass): A 3, B 3, C 3 or, with tensor cores, 4, VeLO's moments 2.
+// The pointers of a call travel as an argument of the first kernel of a pass, so nothing is allocated, nothing waits for the host, and a
+// CUDA graph that captured a step keeps its own. Launches of a step for any number of tensors: A 2, B 2, C 2, VeLO's moments 1 (beyond
+// 400 tensors one more per 400 and pass).
 #include "bindings.h"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
@@ -149,8 +149,14 @@ std::vector<Live> live_of(
   return live;
 }
 
-void send_live(const Device& device, const std::vector<Live>& live, void* to) {
-  send(device, live.data(), static_cast<int64_t>(live.size() * sizeof(Live)), to);
+// What the first kernel of a pass gets; items that do not fit into its argument go ahead.
+Head head_of(const Device& device, const std::vector<Live>& live, Live* to) {
+  Head head{};
+  head.count = std::min<int64_t>(HEAD_ITEMS, static_cast<int64_t>(live.size()));
+  std::memcpy(head.upload.words, live.data(), static_cast<size_t>(head.count) * sizeof(Live));
+  const int64_t rest = static_cast<int64_t>(live.size()) - head.count;
+  if (rest > 0) send(device, live.data() + head.count, rest * static_cast<int64_t>(sizeof(Live)), to + head.count);
+  return head;
 }
 
 int64_t end_of_a(const Item& item) { return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols); }
@@ -168,9 +174,9 @@ void gradient_pass(
       buffers_of(host, sums, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
   const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
   const Workspace space(device, workspace, host);
-  send_live(device, live, space.base + space.plan.live);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const GradientArgs args{space.tables(), doubles(limits, 2 * host.num_items, "limits"), replace};
-  PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256, args);
+  PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256, head, args);
   PYLO_LAUNCH(entry_kernel, static_cast<int>(space.plan.num_entry_jobs), 256, args);
 }
 
@@ -190,10 +196,10 @@ void moment_pass(
       [](const Item& item) { return item.a_extra + NUM_MOMENTS; });
   const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
   const Workspace space(device, workspace, host);
-  send_live(device, live, space.base + space.plan.live);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const Plan& plan = space.plan;
   PYLO_LAUNCH(
-      moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, space.tables(),
+      moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head, space.tables(),
       space.at<int64_t>(plan.first_moment_job), space.at<unsigned>(plan.counters) + host.num_items,
       space.at<double>(plan.moment_partials));
 }
@@ -233,11 +239,11 @@ void feature_pass(
   const std::vector<Live> live = live_of(host, active, lists, &a, &b);
   const Sizes sizes = sizes_of(host, active);
   const Workspace space(device, workspace, host);
-  send_live(device, live, space.base + space.plan.live);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const PassArgs args{
       space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
       floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
-  PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, args);
+  PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
   const auto features = extended ? feature_kernel<true> : feature_kernel<false>;
   PYLO_LAUNCH(features, device.blocks(features, 256, jobs), 256, args);
@@ -259,7 +265,7 @@ void update_pass(
   const Sizes sizes = sizes_of(host, active);
   const int64_t num_networks = networks.numel() / network_size(extended, hidden);
   const Workspace space(device, workspace, host);
-  send_live(device, live, space.base + space.plan.live);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const double* squares_ = doubles(squares, sizes.squares, "squares");
   const PassArgs pass{
       space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
@@ -269,19 +275,21 @@ void update_pass(
       static_cast<const int64_t*>(memory(network_of, host.num_items, ScalarType::Long, "network_of")),
       reinterpret_cast<const Step*>(floats(steps, 4 * host.num_items, "steps")),
       doubles(param_squares, host.num_items, "param_squares"), doubles(update_squares, host.num_items, "update_squares"), squares_};
-  const auto normalisers = extended ? normaliser_kernel<true> : normaliser_kernel<false>;
-  PYLO_LAUNCH(normalisers, static_cast<int>(SLICES * host.num_items), 128, args);
   const int64_t jobs = space.plan.num_jobs;
+  const int slices = static_cast<int>(SLICES * host.num_items);
   if (!extended && precision > 0) {
     STD_TORCH_CHECK(num_networks <= host.num_items, "there are more networks than items");
-    const auto pack = precision == 1 ? pack_kernel<2> : pack_kernel<1>;
+    const auto prepare = precision == 1 ? prepare_kernel<false, 2> : prepare_kernel<false, 1>;
     const auto update = precision == 1 ? tensor_core_kernel<2> : tensor_core_kernel<1>;
-    PYLO_LAUNCH(pack, static_cast<int>(num_networks), 32, args.networks, args.pass.tables.networks);
+    PYLO_LAUNCH(prepare, slices + static_cast<int>(num_networks), 128, head, args);
     PYLO_LAUNCH(update, device.blocks(update, 128, jobs), 128, args);
     return;
   }
+  const auto prepare = extended ? prepare_kernel<true, 0> : prepare_kernel<false, 0>;
+  PYLO_LAUNCH(prepare, slices, 128, head, args);
   const auto update = !extended ? scalar_kernel<false, 32> : hidden == 8 ? scalar_kernel<true, 8> : scalar_kernel<true, 4>;
-  PYLO_LAUNCH(update, device.blocks(update, 256, jobs), 256, args);
+  const int threads = scalar_threads(static_cast<int>(hidden));
+  PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
 }
 
 // Bytes on the device and pinned on the host, both zeroed by the caller.

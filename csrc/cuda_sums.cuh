@@ -10,7 +10,7 @@ namespace gpu {
 
 // A table or a part of it on its way to the device, as the argument of a kernel: it needs no memory on the host that would have to
 // live on, and a CUDA graph keeps its copy.
-constexpr int UPLOAD_WORDS = 4032;
+constexpr int UPLOAD_WORDS = 4000;
 struct Upload {
   int64_t words[UPLOAD_WORDS];
 };
@@ -25,7 +25,7 @@ __device__ __forceinline__ int grad_type(const Live& live) { return static_cast<
 
 // Pointers into the workspace.
 struct Tables {
-  const Live* live;
+  Live* live;
   unsigned* counters;
   const Item* items;
   const Box* boxes;
@@ -41,6 +41,25 @@ struct Tables {
   double* partials;
   int64_t num_items, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs;
 };
+
+// What the first kernel of a pass is told about the first items of a batch; it keeps it in the workspace for the kernels after it. What
+// is told of further items is there already.
+struct Head {
+  Upload upload;
+  int64_t count;
+};
+constexpr int64_t HEAD_ITEMS = UPLOAD_WORDS / LIVE_WORDS;
+
+__device__ __forceinline__ const Live& live_at(const Head& head, const Tables& tables, int64_t i) {
+  return i < head.count ? reinterpret_cast<const Live*>(head.upload.words)[i] : tables.live[i];
+}
+
+// Item i's part, by the threads of a block.
+__device__ __forceinline__ void keep_live(const Head& head, const Tables& tables, int64_t i) {
+  if (i < head.count && threadIdx.x < LIVE_WORDS) {
+    reinterpret_cast<int64_t*>(tables.live)[LIVE_WORDS * i + threadIdx.x] = head.upload.words[LIVE_WORDS * i + threadIdx.x];
+  }
+}
 
 // ------------------------------------------------------------------------------------------------ pass A
 
@@ -69,13 +88,14 @@ __device__ __forceinline__ double square_of(float g, float limit, double clamp_s
   return min_(square, clamp_square);
 }
 
-__global__ void __launch_bounds__(256) gradient_kernel(const GradientArgs args) {
+__global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ Head head, const GradientArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.tables;
+  for (int64_t i = blockIdx.x; i < head.count; i += gridDim.x) keep_live(head, tables, i);
   for (int64_t j = blockIdx.x; j < tables.num_side_jobs; j += gridDim.x) {
     const SideJob job = tables.side_jobs[j];
     const Box& box = tables.boxes[job.box];
-    const Live& live = tables.live[box.item];
+    const Live& live = live_at(head, tables, box.item);
     if (!is_active(live)) continue;
     const float limit = static_cast<float>(args.limits[2 * box.item]);
     const double clamp = args.limits[2 * box.item + 1], clamp_square = clamp * clamp;
@@ -163,7 +183,7 @@ __global__ void __launch_bounds__(256) entry_kernel(const GradientArgs args) {
 // ---------------------------------------------------------------------------------------------- VeLO's moments
 
 __global__ void __launch_bounds__(256) moment_kernel(
-    const Tables tables, const int64_t* first_job, unsigned* counters, double* partials) {
+    const __grid_constant__ Head head, const Tables tables, const int64_t* first_job, unsigned* counters, double* partials) {
   __shared__ double scratch[MOST_WARPS];
   const int num_items = static_cast<int>(tables.num_items);
   for (int64_t j = blockIdx.x; j < first_job[num_items]; j += gridDim.x) {
@@ -173,7 +193,7 @@ __global__ void __launch_bounds__(256) moment_kernel(
       if (first_job[middle] <= j) low = middle;
       else high = middle;
     }
-    const Live& it = tables.live[low];
+    const Live& it = live_at(head, tables, low);
     const int64_t numel = tables.items[low].numel, first = (j - first_job[low]) * MOMENT_JOB;
     const int64_t last = first + MOMENT_JOB < numel ? first + MOMENT_JOB : numel;
     double sums[NUM_MOMENTS] = {};
@@ -246,10 +266,11 @@ __device__ __forceinline__ double lead_square(const Item& item, const float* x, 
 }
 
 // One block per item: the factors' new state, and everything the passes read of them.
-__global__ void __launch_bounds__(512) factor_kernel(const PassArgs args) {
+__global__ void __launch_bounds__(512) factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const int64_t i = blockIdx.x;
-  const Live& live = args.tables.live[i];
+  keep_live(head, args.tables, i);
+  const Live& live = live_at(head, args.tables, i);
   const Item& item = args.tables.items[i];
   if (!is_active(live) || !item.factored) return;
   float *row = live.row_or_diag, *col = live.col;

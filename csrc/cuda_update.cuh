@@ -23,14 +23,42 @@ struct UpdateArgs {
 
 constexpr int SLICES = 4;  // blocks that share an item
 
-// Normalisers (leads, inputs) of every item, its global sum of p^2, and 0 for what is summed next.
-template <bool Extended>
-__global__ void __launch_bounds__(128) normaliser_kernel(const UpdateArgs args) {
+// A network as the lanes of a warp keep it, by a warp.
+template <int kParts>
+__device__ __forceinline__ void pack_network(const float* net, uint32_t* packed) {
+  using P = PackedNetwork<false, 32>;
+  using Weights = lanes::LaneWeights<kParts>;
+  static_assert(sizeof(Weights) % 4 == 0 && sizeof(Weights) * 32 <= NETWORK_WORDS * 4, "NETWORK_WORDS is too small");
+  const lanes::NetworkPointers from{net,           P::INPUTS,       net + P::INPUT_BIAS, net + P::HIDDEN, net + P::HIDDEN_BIAS,
+                                    net + P::OUTPUT, net + P::OUTPUT_BIAS};
+  lanes::DeviceWarp::Each<Weights> weights;
+  lanes::Scales<lanes::DeviceWarp> scales;
+  lanes::load_network<lanes::DeviceWarp, kParts>(weights, scales, from, false);
+  uint32_t words[sizeof(Weights) / 4];
+  memcpy(words, &weights[threadIdx.x], sizeof(Weights));
+#pragma unroll
+  for (unsigned w = 0; w < sizeof(Weights) / 4; ++w) packed[w * 32 + threadIdx.x] = words[w];
+}
+
+// Normalisers (leads, inputs) of every item, its global sum of p^2, and 0 for what is summed next: SLICES blocks per item. Then,
+// where kParts is not 0, a block per network that packs it.
+template <bool Extended, int kParts>
+__global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Head head, const UpdateArgs args) {
   using L = Layout<Extended>;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;
   const int64_t i = blockIdx.x / SLICES, slice = blockIdx.x % SLICES;
-  const Live& live = tables.live[i];
+  if constexpr (kParts > 0) {
+    const int64_t network = static_cast<int64_t>(blockIdx.x) - SLICES * tables.num_items;
+    if (network >= 0) {
+      if (threadIdx.x < 32) {
+        pack_network<kParts>(args.networks + network * PackedNetwork<false, 32>::SIZE, tables.networks + network * NETWORK_WORDS);
+      }
+      return;
+    }
+  }
+  if (slice == 0) keep_live(head, tables, i);
+  const Live& live = live_at(head, tables, i);
   if (!is_active(live)) return;
   const Item& item = tables.items[i];
   const double* sums = live.b + item.b_at;
@@ -58,23 +86,6 @@ __global__ void __launch_bounds__(128) normaliser_kernel(const UpdateArgs args) 
     args.param_squares[i] = total;
     args.update_squares[i] = 0.0;
   }
-}
-
-// Every network as the lanes of a warp keep it, a block of 32 threads per network.
-template <int kParts>
-__global__ void __launch_bounds__(32) pack_kernel(const float* networks, uint32_t* packed) {
-  using P = PackedNetwork<false, 32>;
-  using Weights = lanes::LaneWeights<kParts>;
-  static_assert(sizeof(Weights) % 4 == 0 && sizeof(Weights) * 32 <= NETWORK_WORDS * 4, "NETWORK_WORDS is too small");
-  const float* net = networks + blockIdx.x * P::SIZE;
-  const lanes::NetworkPointers from{net,           P::INPUTS,       net + P::INPUT_BIAS, net + P::HIDDEN, net + P::HIDDEN_BIAS,
-                                    net + P::OUTPUT, net + P::OUTPUT_BIAS};
-  lanes::DeviceWarp::Each<Weights> weights;
-  lanes::Scales<lanes::DeviceWarp> scales;
-  lanes::load_network<lanes::DeviceWarp, kParts>(weights, scales, from, false);
-  uint32_t words[sizeof(Weights) / 4];
-  memcpy(words, &weights[threadIdx.x], sizeof(Weights));
-  for (unsigned w = 0; w < sizeof(Weights) / 4; ++w) packed[blockIdx.x * NETWORK_WORDS + w * 32 + threadIdx.x] = words[w];
 }
 
 template <int kParts>
@@ -249,8 +260,10 @@ __device__ __forceinline__ void scalar_job(
   finish_job(args, j, i, change, scratch);
 }
 
+constexpr int scalar_threads(int hidden) { return hidden == 8 ? 192 : 256; }  // as many as need no spills
+
 template <bool Extended, int H>
-__global__ void __launch_bounds__(256, 1) scalar_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(scalar_threads(H)) scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
@@ -403,7 +416,7 @@ __device__ __forceinline__ double tensor_core_job(
 }
 
 template <int kParts>
-__global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(128, kParts == 2 ? 2 : 3) tensor_core_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<false, 32> shared;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;

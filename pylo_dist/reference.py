@@ -178,11 +178,12 @@ def gradient_sums(
         sums: float64 (R + C,), see `split_gradient_sums` (modified in place).
         audit: float64 gradient audit (modified in place).
     """
-    largest = torch.finfo(state_dtype(grad.dtype)).max
+    wide = state_dtype(grad.dtype)  # in 16 bits the limit would be inf
+    largest = torch.finfo(wide).max
     limit = largest if bounded else math.sqrt(largest)
     for box in chunks(shard, grad.device):
         g = box.view(grad)
-        audit[NONFINITE] += (g.abs() <= limit).logical_not_().sum()
+        audit[NONFINITE] += (g.to(wide).abs() <= limit).logical_not_().sum()
         g = g.nan_to_num() if replace else g
         square = g.to(torch.float64).square()
         audit[SQUARES] += square.sum()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,9 @@ class Emulated:
 
 
 @pytest.fixture(autouse=True)
-def _emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "pylo_dist", Emulated(), raising=False)
     monkeypatch.setattr(ops, "library", lambda device_type: "")
-    yield
 
 
 @pytest.mark.parametrize(("seed", "ranks"), [(0, 2), (1, 3)], ids=["matrices", "random"])
@@ -94,6 +92,6 @@ def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
         run(name, (params, grads, [1.0] * steps))
         return int(library.fibers_launches() - before)
 
-    for name, most in (("adafac", 10), ("velo", 11)):
+    for name, most in (("adafac", 6), ("velo", 7)):
         per_step = {n: launches(name, n, 3) - launches(name, n, 2) for n in (1, 40)}
         assert per_step[1] == per_step[40] <= most, (name, per_step)

@@ -252,6 +252,20 @@ def test_nonfinite_gradients(name: str, bad: float) -> None:
             torch.testing.assert_close(ends[1][key], wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_inf_is_seen_in_16_bits(dtype: torch.dtype, kernels: bool) -> None:
+    for max_grad_norm in (None, 1.0):
+        param = torch.nn.Parameter(torch.randn(4, 8).to(dtype))
+        optimizer = pylo_dist.AdafacLO([param], weights="demo", nonfinite="skip", max_grad_norm=max_grad_norm)
+        with ops.use_kernels(kernels):
+            for first in (math.inf, 1.0):
+                param.grad = torch.randn_like(param)
+                param.grad[0, 0] = first
+                optimizer.step()
+        assert optimizer.param_groups[0]["step"] == 1
+
+
 def test_zero_gradients() -> None:
     params, grads, losses = random_problem(random.Random(13))
     zero: Problem = params, [{fqn: torch.zeros_like(p) for fqn, p in params.items()} for _ in grads], losses
