@@ -212,7 +212,11 @@ class Learner:
         if options.max_grad_norm is not None and not learned:  # a learned optimizer clips by itself
             inner = getattr(self.optimizer, "inner", self.optimizer)
             clip = package.clip_grad_norm_ if sharded else clip_all
-            inner.register_step_pre_hook(lambda *_: clip(inner, options.max_grad_norm))
+
+            def before_step(*_: Any) -> None:  # a hook that returns something replaces the step's arguments
+                clip(inner, options.max_grad_norm)
+
+            inner.register_step_pre_hook(before_step)
         # After sharding, which moves the parameters.
         self._forward: Any = torch.compile(called) if options.compile else called
         self._autocast = options.dtype == "bfloat16"

@@ -219,14 +219,10 @@ def _alike(group: Any, action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         problem = error
-    texts = comm.gather_objects(None if problem is None else str(problem) or type(problem).__name__, group)
     if isinstance(problem, OSError):
-        raise CheckpointError(f"{problem}") from problem
-    if problem is not None:
-        raise problem
-    for other, text in enumerate(texts):
-        if text is not None:
-            raise CheckpointError(f"rank {other}: {text}")
+        problem, cause = CheckpointError(f"{problem}"), problem
+        problem.__cause__ = cause
+    comm.raise_together(problem, group, CheckpointError)
     done: T = result
     return done
 

@@ -201,26 +201,6 @@ class PeerError(RuntimeError):
     """Another rank could not do its part; what it could not do is in its own error. Nothing was changed."""
 
 
-def raise_together(problem: Exception | None, doing: str, group: Any, device: torch.device) -> None:
-    """Raise on every rank if any has a problem: its own, or a PeerError that quotes the first other rank's.
-
-    Called before a collective that a rank with a problem would not reach.
-    """
-    if group is None:
-        if problem is not None:
-            raise problem
-        return
-    failed = torch.tensor([int(problem is not None)], device=device)
-    all_reduce(failed, group, f"the attempt {doing}").wait()
-    if not int(failed):
-        return
-    texts = gather_objects(None if problem is None else f"{type(problem).__name__}: {problem}", group)
-    if problem is not None:
-        raise problem
-    first = next(rank for rank, text in enumerate(texts) if text is not None)
-    raise PeerError(f"rank {first} failed {doing}: {texts[first]}")
-
-
 def union(group: Any, replicate_group: Any) -> Any:
     """The process group of all ranks of all replicas; every rank of them must call it.
 
@@ -272,14 +252,14 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     return gathered
 
 
-def raise_together(problem: Exception | None, group: Any) -> None:
-    """Raise `problem` on this rank, and its text as a ValueError on the ranks of `group` that have none of their own.
+def raise_together(problem: Exception | None, group: Any, error: type[Exception] = PeerError) -> None:
+    """Raise `problem` on this rank, and its text as an `error` on the ranks of `group` that have none of their own.
 
     Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
     """
-    texts = gather_objects(None if problem is None else str(problem), group)
+    texts = gather_objects(None if problem is None else str(problem) or type(problem).__name__, group)
     if problem is not None:
         raise problem
     for other, text in enumerate(texts):
         if text is not None:
-            raise ValueError(f"rank {other}: {text}")
+            raise error(f"rank {other}: {text}")

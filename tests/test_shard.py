@@ -470,8 +470,16 @@ def test_units() -> None:
 # ------------------------------------------------------------------------------------------ checkpoints
 
 
+def unequal_copies(rank: int, world: int) -> str:
+    """Ranks that were seeded otherwise: each of the two halves would hold a model of its own."""
+    torch.manual_seed(rank // 2)
+    model = nn.Linear(5, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    return message(lambda: pylo_dist.AdafacLO(model.named_parameters(), weights=small_fc_weights()))
+
+
 def train_and_save(rank: int, world: int, folder: str) -> Results:
-    results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"])}
+    results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]), "unequal": unequal_copies(rank, world)}
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):
         model, called, place, _ = build(layout, world)
         optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
@@ -521,6 +529,8 @@ def assert_same(got: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
 def test_checkpoints_between_layouts(tmp_path: Path) -> None:
     saved = run_ranks(4, train_and_save, str(tmp_path))
     check_clip([result["clip"] for result in saved])
+    for result in saved:
+        assert "'weight' differs between the ranks 0 and 2, which hold copies of it" in result["unequal"]
     for result in saved:
         for source, target in (("tp_fsdp2", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "tp_fsdp2")):
             assert_same(result[f"{source} into {target}"], saved[0][source])

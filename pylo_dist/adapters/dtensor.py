@@ -59,7 +59,9 @@ def describe_all(named: Sequence[tuple[str, Any]]) -> list[ShardBinding]:
         raise problem or disagreement from None
     if problem is not None:
         raise problem
-    return [_bind(fqn, param, holders, len(domain)) for fqn, param in named]
+    bindings = [_bind(fqn, param, holders, len(domain)) for fqn, param in named]
+    _check_copies(bindings, [param for _, param in named], holders)
+    return bindings
 
 
 def _domain(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
@@ -130,6 +132,26 @@ def _bind(fqn: str, param: Any, holders: Any, num_holders: int) -> ShardBinding:
     group = _group_of(tuple(sorted(ranks)), [mesh])
     peers = tuple(by_rank[rank] for rank in comm.ranks_of(group))
     return ShardBinding(own, group, peers, comm.rank(group), holders=holders, replicas=num_holders // len(ranks))
+
+
+@torch.no_grad()
+def _check_copies(bindings: Sequence[ShardBinding], params: Sequence[Tensor], holders: Any) -> None:
+    """Raise ValueError, on all ranks, where ranks hold copies of the same elements that are not the same."""
+    copied = [(binding.shard, plain.local_tensor(p)) for binding, p in zip(bindings, params, strict=True) if binding.replicas > 1]
+    if not copied:
+        return
+    squares = torch.stack([torch.linalg.vector_norm(local, dtype=torch.float64).cpu() for _, local in copied]).tolist()
+    sums = torch.stack([local.sum(dtype=torch.float64).cpu() for _, local in copied]).tolist()
+    mine = [(shard.start, shard.numel, shard.run, repr((a, b))) for (shard, _), a, b in zip(copied, squares, sums, strict=True)]
+    seen: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for rank, theirs in zip(comm.ranks_of(holders), comm.gather_objects(mine, holders), strict=True):
+        for i, (*place, values) in enumerate(theirs):
+            other, wanted = seen.setdefault((i, *place), (rank, values))
+            if values != wanted:
+                raise ValueError(
+                    f"{copied[i][0].fqn!r} differs between the ranks {other} and {rank}, which hold copies of it: give all ranks "
+                    "the same parameters before sharding (one seed, or a broadcast; pylo_dist.shard sees to it)"
+                )
 
 
 def _group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:

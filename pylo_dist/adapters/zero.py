@@ -106,14 +106,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
             problem: Exception | None = None
         except Exception as error:
             problem = error
-        self._raise_together(problem, groups)
+        comm.raise_together(problem, self.sharing.holders)
         self._check_same_on_all_ranks(groups)
         try:
             self.inner = optimizer_class([self._shard_group(group) for group in groups], **optimizer_kwargs)
         except Exception as error:
             release(self.buckets)
             problem = error
-        self._raise_together(problem, groups)
+        comm.raise_together(problem, self.sharing.holders)
         self._check_same_settings()
         if isinstance(self.inner, LearnedOptimizer):  # the loss is averaged over the ranks that share the parameters
             self.inner.process_group = False if self.sharing.holders is None else self.sharing.holders
@@ -175,7 +175,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             problem: Exception | None = None
         except Exception as error:
             problem = error
-        self._raise_together(problem, [group])
+        comm.raise_together(problem, self.sharing.holders)
         self._check_same_on_all_ranks([group])
         self._gatherer.wait()
         try:
@@ -184,7 +184,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             release(self.buckets[before:])
             del self.buckets[before:]
             problem = error
-        self._raise_together(problem, [group])
+        comm.raise_together(problem, self.sharing.holders)
         self._reducer.add(before)
         added = {id(param) for _, param in group["params"]}
         self._frozen = [(fqn, param) for fqn, param in self._frozen if id(param) not in added]
@@ -208,9 +208,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"{optimizer_class.__name__} may read whole tensors and would be silently wrong on shards; wanted a learned "
                 f"optimizer of pylo_dist or one of {known}"
             )
-
-    def _raise_together(self, problem: Exception | None, groups: list[dict[str, Any]]) -> None:
-        comm.raise_together(problem, "to build its optimizer", self.sharing.holders, _device(groups))
 
     def _check_same_on_all_ranks(self, groups: list[dict[str, Any]]) -> None:
         if self.sharing.holders is None:
