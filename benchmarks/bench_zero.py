@@ -44,7 +44,7 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
         sys.path.insert(0, str(_folder))
 
 from bench_demo import environment, markdown  # noqa: E402
-from bench_memory import formula_of, num_bytes  # noqa: E402
+from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
 from golden_cases import velo_weights  # noqa: E402
 from model import PRESETS, GPTConfig, build  # noqa: E402
 from ranks import run_ranks  # noqa: E402
@@ -59,7 +59,7 @@ RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores
 MINI = GPTConfig(vocab_size=256, block_size=128, n_layer=8, n_head=4, n_embd=128, init_std=0.05)
 CONFIGS = {"mini": MINI, **PRESETS}
-PROFILED_STEPS = 4
+PROFILED_STEPS = 3
 
 # ------------------------------------------------------------------------------------------------- phases
 
@@ -396,16 +396,16 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
             trainee.step()
         trainee.look()  # the last all-gather has a forward pass to arrive in, as the others do
     trainee.settle()
-    events = list(profiler.events() or [])
+    events = [(e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6)) for e in raw_events(profiler)]
 
-    def spans(*names: str) -> list[Span]:
-        return union([(e.time_range.start, e.time_range.end) for e in events if e.name in names])
+    def spans(wanted: str) -> list[Span]:
+        return union([span for name, span in events if name == wanted])
 
     inner = spans("bench: inner step")
     carried = [
-        (e.name.lower(), (e.time_range.start, e.time_range.end))
-        for e in events
-        if (e.name.startswith("gloo:") if not cuda else "nccl" in e.name.lower() and "kernel" in e.name.lower())
+        (name.lower(), span)
+        for name, span in events
+        if (name.startswith("gloo:") if dist.get_backend() == "gloo" else name.lower().startswith("nccldevkernel"))
     ]
     outside = [(name, span) for name, span in carried if not any(a <= span[0] < b for a, b in inner)]
     gathers = union([span for name, span in outside if "gather" in name])
@@ -417,9 +417,9 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     ):
         inside = spans(f"bench: {range_}")
         waits = [span for span in spans(f"bench: {wait}") if common([span], inside)]
-        found[f"{what}_ms"] = sum(end - start for start, end in taken) / 1e3 / PROFILED_STEPS
-        found[f"{what}_inside_ms"] = common(taken, inside) / 1e3 / PROFILED_STEPS
-        found[f"{what}_hidden_ms"] = found[f"{what}_inside_ms"] - common(taken, waits) / 1e3 / PROFILED_STEPS
+        found[f"{what}_ms"] = sum(end - start for start, end in taken) / PROFILED_STEPS
+        found[f"{what}_inside_ms"] = common(taken, inside) / PROFILED_STEPS
+        found[f"{what}_hidden_ms"] = found[f"{what}_inside_ms"] - common(taken, waits) / PROFILED_STEPS
     if trace is not None:
         name = trainee.contender.name.replace(", ", "_").replace(" ", "_")
         Path(trace).mkdir(parents=True, exist_ok=True)
