@@ -140,7 +140,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     checkpoint = start.checkpoint
     assert checkpoint is not None
     try:
-        meta = package()._manifest(checkpoint)["meta"]
+        meta = package().read_meta(checkpoint)
         step, saved = int(meta["step"]), dict(meta["config"])
     except (KeyError, TypeError):
         raise WrongInput(f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved.") from None

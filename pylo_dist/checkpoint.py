@@ -195,6 +195,16 @@ def verify(folder: Folder, *, process_group: Any = None) -> dict[str, Any]:
     return _alike(group, check)
 
 
+def read_meta(folder: Folder) -> dict[str, Any]:
+    """The `meta` of a published checkpoint, checked against the manifest's own checksum alone; `load` verifies the files.
+
+    Raises:
+        CheckpointError: no manifest, or a damaged one.
+    """
+    meta: dict[str, Any] = _manifest(Path(folder))["meta"]
+    return meta
+
+
 def published(parent: Folder) -> list[Path]:
     """The published checkpoints in `parent`, sorted by name ("step-000100" < "step-000200"); [] where there is none.
 

@@ -217,7 +217,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         names = ("bucket_cap_mb", "reduce_dtype", "stage", "overlap", "master_weights", "check_replicas_every")
         specs: list[Any] = [", ".join(f"{name}={value}" for name, value in zip(names, own, strict=True))]
         specs += [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
-        comm.check_equal("parameter", specs, self.sharing.holders, _device(groups))
+        comm.check_equal("parameter", specs, self.sharing.holders, named[0][2].device)
 
     def _check_same_settings(self) -> None:
         """Ranks with other weights or hyperparameters would not fail, they would drift apart."""
@@ -544,14 +544,6 @@ def _check_params(groups: list[dict[str, Any]]) -> None:
                 f"{fqn!r} is a DTensor (fully_shard, tensor parallelism), which is sharded already: give the parameters to "
                 "the optimizer itself; ZeroOptimizer shards whole parameters"
             )
-
-
-def _device(groups: list[dict[str, Any]]) -> torch.device:
-    """Where small collectives take place: with the parameters, or where those are not known, where the process has its GPU."""
-    first = next((param for group in groups for _, param in group["params"]), None)
-    if isinstance(first, Tensor):
-        return first.device
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
 
 
 def _sharing(process_group: Any, replicate_group: Any) -> Sharing:
