@@ -51,13 +51,18 @@ struct ItemRange {
   int64_t first_job, last_job, first_side_job, last_side_job;
 };
 
+#if defined(PYLO_SMALL_JOBS)  // for tests: small tensors then have many jobs and sums of many parts
+constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700, SMALL_LEAD = 50;
+#else
 constexpr int64_t JOB = 8192;          // elements
 constexpr int64_t COLUMNS = 128;       // of a job with more than one run
-constexpr int64_t TENSOR_CORE_RUN = 16;  // shortest run that is worth whole products
+constexpr int64_t ALONG = 128;         // elements of a sum in a job whose outputs lie side by side
+constexpr int64_t WARP_ALONG = 4096;   // elements of a sum in a job whose sums go along runs
+constexpr int64_t MOMENT_JOB = 32768;  // elements
 constexpr int64_t SMALL_LEAD = 1024;   // largest matrix that one thread sums
-constexpr int64_t OUTPUTS = 256, ALONG = 128;             // of a job whose outputs lie side by side
-constexpr int64_t WARP_OUTPUTS = 64, WARP_ALONG = 4096;   // of a job whose sums go along runs
-constexpr int64_t MOMENT_JOB = 32768;
+#endif
+constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
+constexpr int64_t TENSOR_CORE_RUN = 16;              // shortest run that is worth whole products
 constexpr int NUM_MOMENTS = 9;
 constexpr int MOST_SUMS = 24;  // of pass B
 

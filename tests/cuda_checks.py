@@ -22,11 +22,14 @@ def on(problem: Problem, device: str) -> Problem:
     return {fqn: p.to(device) for fqn, p in params.items()}, there, losses
 
 
-def matrix_problem(rng: random.Random, steps: int = 2) -> Problem:
-    """Shapes for the tensor-core path and its edges: runs of 16 to 300, either factor along them, small tensors."""
+SMALL = [(40, 72), (33, 20), (20, 16), (5, 150), (2, 6, 36), (2, 3, 9, 12), (33, 33), (8, 4, 3, 3), (40,), ()]
+LARGE = [(170, 296), (296, 33), (40, 16), (17, 300), (3, 20, 136), (2, 3, 18, 20), (165, 165), (16, 8, 3, 3), (4000,), ()]
+
+
+def matrix_problem(rng: random.Random, device: str, steps: int = 2) -> Problem:
+    """Shapes for the tensor-core path and its edges: short and long runs, either factor along them, small tensors."""
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    sizes = [(70, 96), (96, 33), (40, 16), (17, 300), (3, 20, 36), (2, 3, 18, 20), (65, 65), (16, 8, 3, 3), (40,), ()]
-    shapes = {f"t{i}": shape for i, shape in enumerate(sizes)}
+    shapes = {f"t{i}": shape for i, shape in enumerate(SMALL if device == "cpu" else LARGE)}
 
     def normal(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).float()
@@ -61,7 +64,7 @@ def check_rule(name: str, precision: str, problem: Problem, device: str, cuts: A
 
 def check_random(name: str, precision: str, device: str, seed: int, ranks: int) -> tuple[float, float]:
     rng = random.Random(f"{name} {seed}")
-    problem = random_problem(rng) if seed % 2 else matrix_problem(rng)
+    problem = random_problem(rng) if seed % 2 else matrix_problem(rng, device)
     return check_rule(name, precision, problem, device, random_cuts(rng, problem[0], ranks))
 
 
@@ -73,14 +76,14 @@ def same_bits(a: VirtualRun, b: VirtualRun) -> None:
 
 
 def check_two_runs(name: str, precision: str, device: str) -> None:
-    """The same bits again; and after a step on other gradients in between, the same bits from the same workspace."""
-    problem = on(matrix_problem(random.Random(7)), device)
+    """The same bits again."""
+    problem = on(matrix_problem(random.Random(7), device), device)
     same_bits(run(name, problem, 2, precision=precision), run(name, problem, 2, precision=precision))
 
 
 def check_nan(precision: str, device: str) -> None:
     """A NaN that is let through makes its tensor NaN, and no other; a step that is passed over changes nothing."""
-    params, grads, losses = matrix_problem(random.Random(8), steps=1)
+    params, grads, losses = matrix_problem(random.Random(8), device, steps=1)
     grads[0]["t0"][5, 7] = float("nan")  # type: ignore[index]
     problem = on((params, grads, losses), device)
     setting = SETTINGS["adafac"]
@@ -99,9 +102,9 @@ def check_nan(precision: str, device: str) -> None:
 
 def check_extremes(precision: str, device: str) -> None:
     """Gradients from 1e-30 to what float32 can square, and one number among zeros: finite, and as the PyTorch path."""
-    params = {f"t{i}": 0.01 * torch.randn(40, 48) for i in range(5)}
+    params = {f"t{i}": 0.01 * torch.randn(20, 40) for i in range(5)}
     scales = (0.0, 1e-30, 1e-12, 1e12, 1e18)
-    grad = {fqn: torch.randn(40, 48) * scale for fqn, scale in zip(params, scales, strict=True)}
+    grad = {fqn: torch.randn(20, 40) * scale for fqn, scale in zip(params, scales, strict=True)}
     grad["t0"][3, 4] = 2.0
     problem: Problem = (params, [dict(grad)], [1.0])
     truth, oracle = run("adafac", in_float64(problem)), run("adafac", problem, kernels=False)
@@ -116,7 +119,7 @@ def check_extremes(precision: str, device: str) -> None:
 
 def check_dtype(precision: str, device: str, dtype: torch.dtype) -> None:
     """Parameters and gradients of 16 bits: the state is that of their float32 copies, the value the rounded one."""
-    params, grads, losses = matrix_problem(random.Random(9), steps=1)
+    params, grads, losses = matrix_problem(random.Random(9), device, steps=1)
     half = {fqn: p.to(dtype) for fqn, p in params.items()}
     half_grads: list[dict[str, Tensor | None]] = [
         {fqn: g.to(dtype) for fqn, g in step.items() if g is not None} for step in grads

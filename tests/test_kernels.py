@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 from pylo_dist import ops
+from pylo_dist.__main__ import main
 from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
 
 pytestmark = pytest.mark.skipif(bool(ops.library("cpu")), reason=ops.library("cpu"))
@@ -386,3 +387,12 @@ def test_float64_and_foreign_networks_take_the_pytorch_path() -> None:
         optimizer.step(torch.tensor(1.0))
         batch = optimizer._ready().work[0][1]
         assert (batch.kept["kernels"] is not None) == served
+
+
+def test_doctor_says_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    versions, *_, cpu, cuda = capsys.readouterr().out.splitlines()
+    assert pylo_dist.__version__ in versions
+    assert torch.__version__ in versions
+    assert cpu == f"cpu: compiled kernels, instruction set {torch.ops.pylo_dist.instruction_set('auto')}"
+    assert cuda.startswith("cuda: ")
