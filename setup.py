@@ -1,5 +1,83 @@
-"""Build entry; everything declarative is in pyproject.toml. Compiled extensions will be added here."""
+"""Build entry: the compiled passes in csrc/, where a compiler and torch are there. Everything declarative is in pyproject.toml.
 
-from setuptools import setup
+They need the torch that will run them, hence `pip install --no-build-isolation .`; an isolated build gives plain PyTorch.
+PYLO_DIST_CUDA=1 insists on the CUDA extension, 0 leaves it out; by default it is built where nvcc is found.
+"""
 
-setup()
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ull"  # the stable ABI as of torch 2.10
+COMMON = ["-std=c++17", "-O3", "-g0", "-Wall", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", TARGET]
+# The instruction set is chosen at run time: each has a file of its own, and only that file may use it.
+PER_FILE = {
+    "cpu_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-Wno-uninitialized"],
+    "cpu_avx2": ["-mavx2", "-mfma"],
+}
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
+CUDA_SOURCES = ["csrc/cuda.cu"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_HOME = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc") or "/none/bin/nvcc").resolve().parents[1])
+ARCHITECTURES = os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";")  # A100, H200, B200, and PTX of the last
+
+
+class Build(build_ext):
+    """build_ext with flags per file, nvcc for .cu files, and one thread per source."""
+
+    def build_extension(self, ext: Extension) -> None:
+        host, compile_all = self.compiler._compile, self.compiler.compile
+        targets = [(arch, f"sm_{arch}") for arch in ARCHITECTURES] + [(ARCHITECTURES[-1], f"compute_{ARCHITECTURES[-1]}")]
+        nvcc = [
+            str(CUDA_HOME / "bin/nvcc"),
+            *NVCC_FLAGS,
+            *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets),
+        ]
+
+        def compile_one(obj, source, suffix, cc_args, extra, pp_opts):
+            if suffix == ".cu":
+                subprocess.check_call([*nvcc, *(o for o in pp_opts if o.startswith(("-I", "-D"))), "-c", source, "-o", obj])
+            else:
+                host(obj, source, suffix, cc_args, [*extra, *PER_FILE.get(Path(source).stem, [])], pp_opts)
+
+        def compile_in_threads(sources, **kwargs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(pool.map(lambda source: compile_all([source], **kwargs), sources), [])
+
+        self.compiler.src_extensions.append(".cu")
+        self.compiler._compile, self.compiler.compile = compile_one, compile_in_threads
+        super().build_extension(ext)
+        self.compiler._compile, self.compiler.compile = host, compile_all
+
+
+def extensions() -> list[Extension]:
+    wanted, has_nvcc = os.environ.get("PYLO_DIST_CUDA", "auto"), (CUDA_HOME / "bin/nvcc").exists()
+    if wanted == "1" and not has_nvcc:
+        sys.exit("PYLO_DIST_CUDA=1, but there is no nvcc: put it on the PATH or set CUDA_HOME, or leave PYLO_DIST_CUDA out")
+    try:
+        import torch
+    except ImportError:
+        return [] if wanted != "1" else sys.exit("PYLO_DIST_CUDA=1, but no torch here: use pip install --no-build-isolation")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")):
+        return []
+    root = Path(torch.__file__).parent
+    include, lib = ["csrc", "csrc/include", str(root / "include")], [str(root / "lib")]
+    headers = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)]
+    shared = {"depends": headers, "py_limited_api": True, "language": "c++", "extra_compile_args": COMMON}  # no Python in them
+    links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10"]}
+    built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
+    if wanted == "1" or (wanted != "0" and has_nvcc):
+        links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": [*lib, str(CUDA_HOME / "lib64")]}
+        built.append(
+            Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=["torch_cpu", "c10", "cudart"], **links, **shared)
+        )
+    return built
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -35,6 +35,7 @@ from data import BatchPlan, Tokens, builtin_text
 from ds import DeepSpeedLearner, discover
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
+from parallel import data_rank, data_ranks, spread, whole_model
 from torch import Tensor
 from watch import Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
 
@@ -192,22 +193,32 @@ class Learner:
         self.model: GPT = build(options.config(), options.seed).to(place.device)
         if options.optimizer == "mulo":
             arguments["width_mults"] = self.model.width_mults()
-        named = list(self.model.named_parameters())
-        parameters: Any = named
-        if not learned:  # decay pulls on matrices only, as is usual for GPT-2
-            parameters = [
+
+        def grouped(named: list[tuple[str, Any]]) -> Any:
+            if learned:
+                return named
+            return [  # decay pulls on matrices only, as is usual for GPT-2
                 {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": options.decay()},
                 {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
             ]
+
+        called: Any = self.model
         if sharded:
-            self.optimizer: Any = package.ZeroOptimizer(parameters, optimizer_class, stage=1, **arguments)
+            called, self.optimizer = spread(
+                self.model, optimizer_class, arguments, grouped, options, place.device, place.world_size
+            )
         else:
-            self.optimizer = optimizer_class(parameters, **arguments)
+            self.optimizer = optimizer_class(grouped(list(self.model.named_parameters())), **arguments)
         if options.max_grad_norm is not None and not learned:  # a learned optimizer clips by itself
-            inner = self.optimizer.inner if sharded else self.optimizer
-            inner.register_step_pre_hook(lambda *_: clip(inner, options.max_grad_norm, sharded=sharded))
-        # After sharding, which moves the parameters into its buckets.
-        self._forward: Any = torch.compile(self.model) if options.compile else self.model
+            inner = getattr(self.optimizer, "inner", self.optimizer)
+            clip = package.clip_grad_norm_ if sharded else clip_all
+
+            def before_step(*_: Any) -> None:  # a hook that returns something replaces the step's arguments
+                clip(inner, options.max_grad_norm)
+
+            inner.register_step_pre_hook(before_step)
+        # After sharding, which moves the parameters.
+        self._forward: Any = torch.compile(called) if options.compile else called
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
 
@@ -231,7 +242,7 @@ class Learner:
 
     def whole_model(self, options: Options) -> GPT:
         """The model on this rank with all its parameters; call it on all ranks."""
-        return self.model
+        return whole_model(self.model, options, self._device)
 
     def step(self, loss: Tensor) -> None:
         """Update the parameters, given this rank's mean `loss`, 0-d, and clear the gradients.
@@ -248,15 +259,9 @@ class Learner:
         self.optimizer.zero_grad()
 
 
-def clip(optimizer: torch.optim.Optimizer, max_norm: float, *, sharded: bool) -> None:
+def clip_all(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale the gradients of `optimizer` (modified in place) to a global norm of at most `max_norm`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if sharded:  # each rank holds its part of the averaged gradient
-        squared = norm**2
-        dist.all_reduce(squared)
-        norm = squared.sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def import_package() -> Any:
@@ -298,7 +303,7 @@ def train(
         loss = torch.zeros((), device=place.device)
         samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
         with named(place, step, "forward and backward"):
-            for rows in plan.rows(place.rank):
+            for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
                 part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
                 learner.backward(part)
                 loss += part.detach()
@@ -345,7 +350,7 @@ def evaluate(learner: Learner | DeepSpeedLearner, data: Tokens, options: Options
     total = torch.zeros((), device=place.device)
     for i in range(options.eval_batches):
         samples = data.windows(options.seed, VALIDATION, i, plan.global_batch)
-        for rows in plan.rows(place.rank):
+        for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
             total += learner.loss(data.read(samples[rows]))
     return float(place.mean(total) / (options.eval_batches * plan.accumulation))
 
@@ -371,7 +376,7 @@ def describe(
         "micro_batch_size": plan.micro_batch,
         "block_size": options.sequence_length(),
         "accumulation": plan.accumulation,
-        "world_size": plan.world_size,
+        "world_size": place.world_size,
         "device": place.device.type,
         "threads": torch.get_num_threads(),
         "num_parameters": learner.num_parameters(),
@@ -390,7 +395,7 @@ def describe(
 
 
 def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]) -> None:
-    """Write the plot and the sample, print the summary. Rank 0 only."""
+    """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
     unit = options.unit()
     title = f"GPT-2 {options.preset}, {options.optimizer}"
     plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
@@ -471,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.deepspeed is not None:
             discover()
         place = Place.find(options)
-        plan = options.plan(place.world_size)
+        plan = options.plan(data_ranks(options, place.world_size))
     except ValueError as error:
         return complain(error, code=2)
     # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.

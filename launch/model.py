@@ -113,12 +113,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, channels = x.shape
+        batch, length, _ = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
         # (B, T, C) -> (B, H, T, C / H)
         q, k, v = (t.view(batch, length, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(batch, length, channels)))
+        return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(batch, length, -1)))
 
 
 class MLP(nn.Module):

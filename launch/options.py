@@ -42,6 +42,9 @@ OPTIMIZERS = (*LEARNED, "adamw")
 SHAPE_FLAGS = ("vocab_size", "n_embd", "n_head", "mup_base_width", "mup_base_heads")
 # Flags that mean something to one optimizer alone.
 OWN_FLAGS = {"num_steps": "velo", "mup_base_width": "mulo", "mup_base_heads": "mulo"}
+PARALLEL = ("zero1", "zero2", "fsdp2", "hsdp", "tp", "ddp")
+# Flags that mean something to one layout alone.
+MESH_FLAGS = {"replicas": "hsdp", "tp": "tp"}
 AUTO = "auto"  # --resume: from the newest checkpoint of the run in --out, or from the start where there is none
 
 
@@ -81,6 +84,9 @@ class Options:
     n_head: int | None
     optimizer: str
     weights: str | None
+    parallel: str
+    replicas: int | None
+    tp: int | None
     num_steps: int | None
     mup_base_width: int | None
     mup_base_heads: int | None
@@ -120,6 +126,8 @@ class Options:
             ("block_size", 1),
             ("vocab_size", 1),
             ("num_steps", 2),
+            ("replicas", 1),
+            ("tp", 1),
             ("eval_every", 0),
             ("eval_batches", 1),
             ("save_every", 0),
@@ -151,6 +159,11 @@ class Options:
             if getattr(self, name) is not None and self.optimizer != owner:
                 raise WrongInput(
                     f"{flag(name)} is for --optimizer {owner} and means nothing to {self.optimizer}; drop it, or use {owner}."
+                )
+        for name, owner in MESH_FLAGS.items():
+            if getattr(self, name) is not None and self.parallel != owner:
+                raise WrongInput(
+                    f"{flag(name)} is for --parallel {owner} and means nothing to {self.parallel}; drop it, or use {owner}."
                 )
         if self.optimizer == "velo" and self.planned_steps() < 2:
             raise WrongInput(
@@ -303,6 +316,17 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--mup-base-heads", type=int, help="of mulo: heads at that width; default: the model's own")
     learn.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     learn.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
+
+    mesh = parser.add_argument_group("ranks")
+    mesh.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default="zero1",
+        help="what several ranks share: zero1 and zero2 optimizer state (and gradients); fsdp2 parameters too; hsdp the same in "
+        "several copies; tp matrix products; ddp nothing but gradients",
+    )
+    mesh.add_argument("--replicas", type=int, help="of hsdp: copies of the model; default: 2")
+    mesh.add_argument("--tp", type=int, help="of tp: ranks that share a product; fsdp2 over the rest; default: all ranks")
 
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=int, default=300)

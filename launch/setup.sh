@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Make .venv in the repository with the pinned requirements and this package.
+# Make .venv in the repository with the pinned requirements and this package, its compiled passes built in place where there is a
+# C++ compiler (those for CUDA only where there is a GPU: `nvcc` takes minutes).
 #
 #   launch/setup.sh EXTRAS        e.g. launch/setup.sh launch,dev
 #
-# Does nothing when an earlier call with the same EXTRAS, constraints.txt and pyproject.toml finished. PYTHON names the interpreter.
+# Does nothing when an earlier call with the same EXTRAS, constraints.txt, pyproject.toml and csrc finished. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=$1
 python=${PYTHON:-python3}
-stamp=.venv/.done-$(printf '%s\n' "$extras" "$PWD" | cat - constraints.txt pyproject.toml setup.py | cksum | cut -d ' ' -f 1)
+sources=(constraints.txt pyproject.toml setup.py csrc/*.* csrc/include/pylo_dist/*)
+stamp=.venv/.done-$(printf "%s\n" "$extras" "$PWD" | cat - "${sources[@]}" | cksum | cut -d " " -f 1)
 [ -e "$stamp" ] && exit 0
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -24,6 +26,7 @@ stamp=.venv/.done-$(printf '%s\n' "$extras" "$PWD" | cat - constraints.txt pypro
 echo "setting up .venv (once; torch is large)" >&2
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
 "${pip[@]}" torch setuptools wheel
+[ -n "${PYLO_DIST_CUDA:-}" ] || { nvidia-smi >/dev/null 2>&1 || export PYLO_DIST_CUDA=0; }
 "${pip[@]}" --no-build-isolation --editable ".[$extras]"
 wanted=$(sed -n 's/^torch==//p' constraints.txt)
 .venv/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$wanted', torch.__version__" || {

@@ -2,9 +2,12 @@
 
 from . import checkpoint, testing
 from ._version import __version__
+from .adapters.fully_sharded import shard
 from .adapters.zero import ZeroOptimizer
 from .checkpoint import CheckpointError
-from .engine import NonFiniteGradientError, PeerError
+from .clip import clip_grad_norm_
+from .comm import CommunicationError, PeerError
+from .engine import NonFiniteGradientError
 from .gather import full_state_dict, get_optimizer_state_dict
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
@@ -21,6 +24,7 @@ __all__ = [
     "ELO_CELO2",
     "AdafacLO",
     "CheckpointError",
+    "CommunicationError",
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteGradientError",
@@ -31,11 +35,13 @@ __all__ = [
     "ZeroOptimizer",
     "__version__",
     "checkpoint",
+    "clip_grad_norm_",
     "full_state_dict",
     "get_optimizer_state_dict",
     "push_to_hub",
     "register_weights",
     "registered_weights",
     "save_weights",
+    "shard",
     "testing",
 ]

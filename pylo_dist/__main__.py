@@ -1,12 +1,20 @@
-"""The command line: `python -m pylo_dist weights list | show | fetch | verify`. Writes only the folder that `fetch` is given."""
+"""The command line: `python -m pylo_dist doctor` and `... weights list | show | fetch | verify`.
+
+Writes only the folder that `fetch` is given.
+"""
 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from . import ops
+from ._version import __version__
 from .hub import HubError
 from .publish import architecture_named, save_weights, stored_digest
 from .weights import (
@@ -27,7 +35,10 @@ DONE, OTHER, WRONG_INPUT = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit code: 0 done, 2 wrong input, 1 otherwise. Errors are one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m pylo_dist", description="Learned optimizers for sharded training.")
-    _add_weights(parser.add_subparsers(metavar="COMMAND", required=True))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    doctor = commands.add_parser("doctor", help="versions, what was built, and which path each device takes")
+    doctor.set_defaults(run=_doctor)
+    _add_weights(commands)
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
@@ -59,6 +70,15 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify = actions.add_parser("verify", help="compare a folder's tensors with the digest that was written with them")
     verify.add_argument("folder", metavar="FOLDER")
     verify.set_defaults(run=_verify)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    print(f"pylo_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for i in range(torch.cuda.device_count()):
+        print(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+    for line in ops.paths():
+        print(line)
+    return DONE
 
 
 def _one_line(error: Exception) -> str:

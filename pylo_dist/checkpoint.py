@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from . import comm
 from ._version import __version__
+from .adapters.plain import is_dtensor
 from .optimizer import LearnedOptimizer
 from .sharded_state import MASTER, wrap_element
 
@@ -194,6 +195,16 @@ def verify(folder: Folder, *, process_group: Any = None) -> dict[str, Any]:
     return _alike(group, check)
 
 
+def read_meta(folder: Folder) -> dict[str, Any]:
+    """The `meta` of a published checkpoint, checked against the manifest's own checksum alone; `load` verifies the files.
+
+    Raises:
+        CheckpointError: no manifest, or a damaged one.
+    """
+    meta: dict[str, Any] = _manifest(Path(folder))["meta"]
+    return meta
+
+
 def published(parent: Folder) -> list[Path]:
     """The published checkpoints in `parent`, sorted by name ("step-000100" < "step-000200"); [] where there is none.
 
@@ -218,14 +229,10 @@ def _alike(group: Any, action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         problem = error
-    texts = comm.gather_objects(None if problem is None else str(problem) or type(problem).__name__, group)
     if isinstance(problem, OSError):
-        raise CheckpointError(f"{problem}") from problem
-    if problem is not None:
-        raise problem
-    for other, text in enumerate(texts):
-        if text is not None:
-            raise CheckpointError(f"rank {other}: {text}")
+        problem, cause = CheckpointError(f"{problem}"), problem
+        problem.__cause__ = cause
+    comm.raise_together(problem, group, CheckpointError)
     done: T = result
     return done
 
@@ -316,7 +323,7 @@ def _state_of(value: Any) -> Any:
 def _aside(value: Any) -> Any:
     """The same nested containers with new tensors, which are not filled."""
     if isinstance(value, Tensor):
-        return value.detach().new_empty(value.shape)
+        return torch.empty_like(value.detach()) if is_dtensor(value) else value.detach().new_empty(value.shape)
     if isinstance(value, Mapping):
         return {key: _aside(entry) for key, entry in value.items()}
     return [_aside(entry) for entry in value] if isinstance(value, list) else value

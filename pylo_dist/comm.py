@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Union
 
 import torch
@@ -16,6 +19,8 @@ from .optim.base import Transfer
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
 Collective = Union[Reduction, Transfer]
@@ -36,39 +41,137 @@ def rank(group: Any) -> int:
     return 0 if group is None else int(group.rank())
 
 
-def serve(phases: Iterable[list[Collective]]) -> None:
+def ranks_of(group: Any) -> list[int]:
+    """The world's ranks in `group`, in its order."""
+    return dist.get_process_group_ranks(group)
+
+
+_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+
+
+def group_over(ranks: tuple[int, ...]) -> Any:
+    """A process group over these ranks (rising). The first call for them is collective over them alone."""
+    world = default_group()
+    if len(ranks) == size(world):
+        return world
+    if _MADE.get(ranks, (None, None))[0] is not world:
+        _MADE[ranks] = (world, dist.new_group(list(ranks), use_local_synchronization=True))
+    return _MADE[ranks][1]
+
+
+def device_type() -> str:
+    """Where the world's ranks reduce: "cuda" if they can there, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda")) else "cpu"
+
+
+def can_reduce(group: Any, device: torch.device) -> bool:
+    """Whether the ranks of `group` can reduce tensors that lie on `device`."""
+    return device.type in {known.type for known in group._device_types}
+
+
+class CommunicationError(RuntimeError):
+    """Other ranks did not take part in a collective: they died, hang, or went another way. The process group is unusable then."""
+
+
+class Pending:
+    """A collective under way.
+
+    Args:
+        work: what torch.distributed returned, or None if it is done.
+        what: its name, for errors.
+        keep: tensors it reads or writes; they live as long as it.
+        timeout: seconds to wait at most, for tensors in host memory; None, and on GPUs: what the process group has.
+    """
+
+    def __init__(self, work: Any, what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> None:
+        self._work, self._what, self._group, self._keep = work, what, group, keep
+        self._error: CommunicationError | None = None
+        self._timeout = timeout if keep and keep[0].device.type == "cpu" else None
+
+    def wait(self) -> None:
+        """Until the result is there; on a GPU, for work queued from here on. Raises CommunicationError."""
+        if self._error is not None:
+            raise self._error
+        work, self._work = self._work, None
+        if work is None:
+            return
+        try:
+            with _or_lost(self._what, self._group):
+                work.wait() if self._timeout is None else work.wait(timeout=timedelta(seconds=self._timeout))
+        except CommunicationError as error:
+            self._error = error
+            raise
+        self._keep = ()
+
+
+def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> None:
     """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end."""
-    for collectives in phases:
-        for work in [_start(collective) for collective in collectives]:
-            work.wait()
+    for number, collectives in enumerate(phases):
+        what = ("the gradient sums of the step (phase A)", "the feature sums of the step (phase B)")[number : number + 1]
+        for pending in [_start(c, what[0] if what else f"phase {number + 1} of the step", timeout) for c in collectives]:
+            pending.wait()
 
 
-def _start(collective: Collective) -> Any:
+def _start(collective: Collective, what: str, timeout: float | None) -> Pending:
     if isinstance(collective, Transfer):
         t = collective
-        return dist.all_to_all_single(t.receive, t.send, t.receive_counts, t.send_counts, group=t.group, async_op=True)
+        return _call(
+            lambda: dist.all_to_all_single(t.receive, t.send, t.receive_counts, t.send_counts, group=t.group, async_op=True),
+            what, t.group, [t.receive, t.send], timeout,
+        )  # fmt: skip
     group, buffer = collective
-    return dist.all_reduce(buffer, group=group, async_op=True)
+    return all_reduce(buffer, group, what, timeout)
 
 
-def reduce_scatter_mean(shard: Tensor, full: Tensor, group: Any) -> None:
-    """shard <- mean over ranks of this rank's part of `full` (`shard` is modified in place).
+@contextmanager
+def _or_lost(what: str, group: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # a group that has lost a rank refuses further work, too
+        raise _lost(what, group, error) from error
+
+
+def _call(start: Callable[[], Any], what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> Pending:
+    with _or_lost(what, group):
+        return Pending(start(), what, group, keep, timeout)
+
+
+def all_reduce(buffer: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
+    """Start adding `buffer` over the ranks (modified in place)."""
+    return _call(lambda: dist.all_reduce(buffer, group=group, async_op=True), what, group, [buffer], timeout)
+
+
+def reduce_scatter(shard: Tensor, full: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
+    """Start shard <- sum over ranks of this rank's part of `full` (`shard` is modified in place).
 
     Args:
         shard: (numel,), full: (ranks * numel,).
     """
-    _reduce_scatter(shard, full, group=group)
-    shard.div_(size(group))  # once, after the sum: the rounding of an average then does not depend on the backend
+    return _call(lambda: _reduce_scatter(shard, full, group=group, async_op=True), what, group, [shard, full], timeout)
 
 
-def all_gather(full: Tensor, shard: Tensor, group: Any) -> None:
-    """full <- the shards of all ranks, in rank order (`full` is modified in place; `shard` may be a view of it)."""
-    _all_gather(full, shard, group=group)
+def all_gather(full: Tensor, shard: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
+    """Start full <- the shards of all ranks, in rank order (`full` is modified in place; `shard` may be a view of it)."""
+    return _call(lambda: _all_gather(full, shard, group=group, async_op=True), what, group, [full, shard], timeout)
 
 
-def broadcast_from_first(tensor: Tensor, group: Any) -> None:
-    """tensor <- that of rank 0 of `group` (modified in place)."""
-    dist.broadcast(tensor, group_src=0, group=group)
+def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
+    """Tell the other survivors through the store that this rank has given up, and name those that say nothing."""
+    mine, ranks = dist.get_rank(), ranks_of(group)
+    silent: list[int] = []  # whoever lost a peer too says so; one that died or went another way does not
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"pylo_dist/gave_up/{mine}", what)
+        until = time.monotonic() + GRACE
+        silent = [rank for rank in ranks if rank != mine]
+        while silent and time.monotonic() < until:
+            silent = [rank for rank in silent if not store.check([f"pylo_dist/gave_up/{rank}"])]
+            time.sleep(0.05)
+    except Exception:  # the store may have died with its rank; what is known is said all the same
+        pass
+    who = f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the same" if silent else ""
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
 
 
 def check_equal(what: str, entries: list[Any], group: Any, device: torch.device) -> None:
@@ -79,11 +182,10 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
     digest = hashlib.sha256(json.dumps(entries).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
     all_digests = mine.new_empty(size(group))
-    _all_gather(all_digests, mine, group=group)
+    all_gather(all_digests, mine, group, f"a comparison of every {what}").wait()
     if bool((all_digests == all_digests[0]).all()):
         return
-    gathered: list[Any] = [None] * size(group)
-    dist.all_gather_object(gathered, entries, group=group)
+    gathered = gather_objects(entries, group)
     for other, theirs in enumerate(gathered):
         for place in range(max(len(theirs), len(gathered[0]))):
             here = gathered[0][place] if place < len(gathered[0]) else "nothing"
@@ -95,9 +197,49 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
                 )
 
 
+class PeerError(RuntimeError):
+    """Another rank could not do its part; what it could not do is in its own error. Nothing was changed."""
+
+
+def union(group: Any, replicate_group: Any) -> Any:
+    """The process group of all ranks of all replicas; every rank of them must call it.
+
+    Raises:
+        ValueError: the two groups do not form a grid, in which a replicate group holds the same place of every group.
+    """
+    place, mine = rank(group), ranks_of(group)
+    columns = gather_objects((place, mine), replicate_group)
+    members = sorted(member for _, ranks in columns for member in ranks)
+    sizes = {(column_place, len(ranks)) for column_place, ranks in columns}
+    if sizes != {(place, len(mine))} or len(set(members)) != len(members):
+        raise ValueError(
+            f"process_group and replicate_group do not form a grid: seen from rank {dist.get_rank()} the replicas are {columns}; "
+            "wanted groups of equal size without a common rank, and the same place in each"
+        )
+    return group_over(tuple(members))
+
+
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 (len,): a number per tensor that changes with any of its bits (and their places)."""
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+        sums.append((bits * (torch.arange(len(bits), device=bits.device) % 8191 + 1)).sum())
+    return torch.stack(sums)
+
+
+def differing(sums: Tensor, group: Any) -> list[int]:
+    """Places where the int64 `sums` are not the same on all ranks of `group`; waits for the device."""
+    everyone = sums.new_empty(size(group) * len(sums))
+    all_gather(everyone, sums, group, "a comparison of replicated state").wait()
+    table = everyone.view(-1, len(sums))
+    return [int(i) for i in (table != table[0]).any(0).nonzero()]
+
+
 def broadcast(tensor: Tensor, source: int, group: Any) -> None:
     """tensor <- that of rank `source` of `group` (modified in place)."""
-    dist.broadcast(tensor, group_src=source, group=group)
+    with _or_lost("a broadcast", group):
+        dist.broadcast(tensor, group_src=source, group=group)
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:
@@ -105,18 +247,19 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     if group is None:
         return [mine]
     gathered: list[Any] = [None] * size(group)
-    dist.all_gather_object(gathered, mine, group=group)
+    with _or_lost("an exchange of messages", group):
+        dist.all_gather_object(gathered, mine, group=group)
     return gathered
 
 
-def raise_together(problem: Exception | None, group: Any) -> None:
-    """Raise `problem` on this rank, and its text as a ValueError on the ranks of `group` that have none of their own.
+def raise_together(problem: Exception | None, group: Any, error: type[Exception] = PeerError) -> None:
+    """Raise `problem` on this rank, and its text as an `error` on the ranks of `group` that have none of their own.
 
     Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
     """
-    texts = gather_objects(None if problem is None else str(problem), group)
+    texts = gather_objects(None if problem is None else str(problem) or type(problem).__name__, group)
     if problem is not None:
         raise problem
     for other, text in enumerate(texts):
         if text is not None:
-            raise ValueError(f"rank {other}: {text}")
+            raise error(f"rank {other}: {text}")

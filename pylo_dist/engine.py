@@ -9,15 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .comm import Collective, Reduction
+from .comm import Collective, PeerError, Reduction
 from .optim.base import AUDIT_SLOTS, FAILED, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, Exchange, LearnedRule, Request, Sum
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
-
-
-class PeerError(RuntimeError):
-    """Another rank could not take this step; what it could not do is in its own error. Nothing was changed."""
 
 
 class LossSum:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import comm
+from .adapters.plain import is_dtensor
 from .sharded_state import ShardedState
 from .shards import ShardBinding, bound_shard
 
@@ -63,6 +64,8 @@ def _gathered(tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only
             return [whole(entry) for entry in value]
         if isinstance(value, ShardedState):
             value = _whole_tensor(value, bindings[value.shard.fqn], keep)
+        elif is_dtensor(value):
+            value = value.full_tensor()
         if isinstance(value, Tensor) and keep:
             return value.detach().to("cpu" if cpu else value.device, copy=True)
         return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any, cast
@@ -13,19 +12,17 @@ import torch
 from torch import Tensor
 
 from . import comm
-from .adapters import plain
+from .adapters import dtensor, plain
 from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
 from .report import Report, num_bytes, report_row
-from .sharded_state import canonical, covering_gap, local_part
+from .sharded_state import OTHER_MARKS, STATE_FORMAT, canonical, covering_gap, local_part, same_name
 from .shards import ShardBinding, TensorShard
 from .state import StateField, allocate_state, state_dtype
 from .weights import MetaNetwork
 
 _REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")
-
-STATE_FORMAT = 1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -69,11 +66,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._fields: dict[Tensor, dict[str, StateField]] = {}
         self._engine: Engine | None = None
-        self._engine_params: list[tuple[Tensor, Item]] = []
-        self._engine_key: list[Tensor] = []
+        self._engine_params: list[tuple[Tensor, Item]]
+        self._engine_key: list[Tensor]
+        self._places: dict[int, tuple[int, int]]  # id(parameter) -> its batch, and its place there
+        self._early: dict[int, tuple[Tensor, int]]  # id(parameter) -> the gradient that was read early, and its version then
+        self._forget_engine()
         self._loading: dict[str, Any] | None = None
         self._loss: Tensor | None = None
         self._problem: ValueError | None = None
+        self.timeout: float | None = None  # seconds, see comm.Pending; set by adapters
+        self._had_gradients = False
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------ groups
@@ -84,10 +86,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            bindings = {}
             for name, param in zip(self._names(group), group["params"], strict=True):
                 plain.check_param(name, param)
-                bindings[param] = plain.describe(name, param)
+            bindings = self._describe_all()  # of the other groups too: a copy of them may lie on ranks that this group brings in
         except Exception:
             self.param_groups.pop()
             raise
@@ -97,9 +98,40 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group["step"] = torch.as_tensor(group.get("step", 0), dtype=torch.int64, device=device).clone()
         group.update(self._marks())
         self._bindings.update(bindings)
-        self._fields.update({p: self.rule.state_fields(binding.shard, group) for p, binding in bindings.items()})
+        self._fields.update({p: self.rule.state_fields(bindings[p].shard, group) for p in group["params"]})
         self._forget_engine()
         self._ready()
+
+    def _describe_all(self) -> dict[Tensor, ShardBinding]:
+        """Where the elements of all parameters lie, as far as their groups are known; collective where there are DTensors."""
+        named = [pair for group in self.param_groups for pair in zip(self._names(group), group["params"], strict=True)]
+        return {param: binding for (_, param), binding in zip(named, dtensor.describe_all(named), strict=True)}
+
+    def _follow_replaced_params(self) -> None:
+        """Take over parameters that a library put in the place of ours before the first step (accelerate, under FSDP2).
+
+        Raises:
+            ValueError: steps were taken, and the state belongs to the parameters that are gone.
+        """
+        if all(param in self._bindings for group in self.param_groups for param in group["params"]):
+            return
+        for group in self.param_groups:
+            for name, param in zip(self._names(group), group["params"], strict=True):
+                plain.check_param(name, param)
+                if param not in self._bindings and bool(group["step"] > 0):
+                    raise ValueError(
+                        f"{name!r} was replaced by another tensor after {int(group['step'])} steps, and its state belongs to the "
+                        "old one: shard the model before the first step"
+                    )
+        self._bindings = self._describe_all()
+        self._fields = {
+            param: self.rule.state_fields(self._bindings[param].shard, group)
+            for group in self.param_groups
+            for param in group["params"]
+        }
+        for param in [param for param in self.state if param not in self._bindings]:
+            del self.state[param]
+        self._forget_engine()
 
     def _own_group(self, given: dict[str, Any]) -> dict[str, Any]:
         """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is in a group already."""
@@ -195,31 +227,94 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if loss is not None:
             self.set_loss(loss)
-        comm.serve(self.phases())
+        comm.serve(self.phases(), self.timeout)
         return loss
 
     def phases(self) -> Iterator[list[Collective]]:
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
         engine = self._ready()
         problem, self._problem = self._problem, None
+        early = self._early_items()
+        unreduced = [(self._bindings[p], p) for p, _ in self._engine_params if dtensor.is_unreduced(self._bindings[p], p)]
+        means, _ = yield from dtensor.average(unreduced)
         for param, item in self._engine_params:
+            if id(param) in early:
+                item.param.present = self._bindings[param].present
+                continue
             try:
                 item.param = plain.collect(self._bindings[param], param)
             except ValueError as error:
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)
+        items = {id(param): item for param, item in self._engine_params}
+        for (_, param), mean in zip(unreduced, means, strict=True):
+            items[id(param)].param.grad = mean
+        if not self._had_gradients:
+            self._had_gradients = any(param.grad is not None for param, _ in self._engine_params)
+            named = [(self._bindings[param].shard.fqn, param) for param, _ in self._engine_params]
+            if not self._had_gradients and not engine.shared:
+                problem = problem or dtensor.left_behind(named)
         losses: LossSum | None = None
         if self.rule.needs_loss:
             losses = LossSum(self._loss, self._loss_group())
         self._loss = None
-        yield from engine.phases(losses, problem)
-        for group in self.param_groups:
-            group["step"].add_(engine.go.to(group["step"].device))
-        for param, item in self._engine_params:
-            plain.publish(item.param, param)
+        try:
+            yield from engine.phases(losses, problem)
+            for group in self.param_groups:
+                group["step"].add_(engine.go.to(group["step"].device))
+            for param, item in self._engine_params:
+                plain.publish(item.param, param)
+        finally:  # held until the next step, gradients would be there twice in the next backward pass
+            for _, item in self._engine_params:
+                item.param.grad = None
+
+    @torch.no_grad()
+    def gradients_arrived(self, params: Iterable[Tensor]) -> None:
+        """Let the coming step begin with these parameters: what it reads of their gradients alone is computed now.
+
+        For adapters whose gradients arrive bit by bit. The step reads a gradient again if its version counter shows a change;
+        what leaves no trace there (torch's GradScaler) needs `forget_gradients`.
+        """
+        self._ready()
+        arrived: dict[int, list[int]] = {}
+        for param in params:
+            work, i = self._places.get(id(param), (-1, 0))
+            rule, batch = self._engine.work[work] if self._engine is not None and work >= 0 else (None, None)
+            if rule is None or batch is None or param.grad is None or not hasattr(rule, "gradient_pass"):
+                continue
+            try:
+                batch.items[i].param = plain.collect(self._bindings[param], param)
+            except ValueError:  # the step will say it
+                continue
+            self._early[id(param)] = (param.grad, param.grad._version)
+            arrived.setdefault(work, []).append(i)
+        for work, indices in arrived.items():
+            rule, batch = self._ready().work[work]
+            cast(Any, rule).gradient_pass(batch, indices)
+
+    def forget_gradients(self) -> None:
+        """Undo `gradients_arrived`: the step it was for will not be taken."""
+        self._early.clear()
+        for _, batch in self._engine.work if self._engine is not None else []:
+            batch.gathered.clear()
+
+    def _early_items(self) -> set[int]:
+        """Parameters (by id) of which the step has all it needs of their gradient; what was changed since is forgotten."""
+        early, self._early = self._early, {}
+        valid = set()
+        for param, _ in self._engine_params:
+            grad, version = early.get(id(param), (None, 0))
+            if grad is not None and param.grad is grad and grad._version == version:
+                valid.add(id(param))
+            elif grad is not None:
+                work, i = self._places[id(param)]
+                rule, batch = self._ready().work[work]
+                cast(Any, rule).forget_gradient(batch, i)
+        return valid
 
     def _ready(self) -> Engine:
         """The engine over all trainable, non-empty parameters, made again when they or their state tensors are others."""
+        self._follow_replaced_params()
         trainable = [
             (param, group)
             for group in self.param_groups
@@ -235,8 +330,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             binding = self._bindings[param]
             fields = self._fields[param]
             if not self.state[param]:
-                self.state[param] = allocate_state(fields, binding.shard, param)
-            state = {name: fields[name].flat(tensor) for name, tensor in self.state[param].items()}
+                self.state[param] = self._shown(param, allocate_state(fields, binding.shard, param))
+            state = {name: fields[name].flat(plain.local_tensor(tensor)) for name, tensor in self.state[param].items()}
             item = Item(plain.without_gradient(binding, param), state, group, self.rule.dims(binding.shard.shape))
             by_device.setdefault(param.device, []).append(item)
             self._engine_params.append((param, item))
@@ -245,12 +340,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} couples all tensors; they are on {[str(d) for d in by_device]}, wanted one device"
             )
         work = [(self.rule, Batch.of(items, self.param_groups, device)) for device, items in by_device.items()]
+        places = {id(item): (w, i) for w, (_, batch) in enumerate(work) for i, item in enumerate(batch.items)}
+        self._places = {id(param): places[id(item)] for param, item in self._engine_params}
         self._engine, self._engine_key = Engine(work, self._nonfinite, self._clip), self._key(params)
         return self._engine
+
+    def _shown(self, param: Tensor, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a parameter as `state` shows it: what is sharded as a DTensor is a DTensor."""
+        if not plain.is_dtensor(param):
+            return local
+        fields = self._fields[param]
+        return {
+            name: tensor if fields[name].replicated is not None else dtensor.wrap_like(param, tensor, len(fields[name].copies))
+            for name, tensor in local.items()
+        }
 
     def _key(self, params: list[Tensor]) -> list[Tensor]:
         """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
         return [tensor for param in params for tensor in (param, *self.state.get(param, {}).values())]
+
+    def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
+        """Every parameter with where its elements lie."""
+        self._ready()
+        return [(self._bindings[param], param) for group in self.param_groups for param in group["params"]]
 
     def state_fields(self, param: Tensor) -> dict[str, StateField]:
         """What the state of a parameter of this optimizer consists of."""
@@ -258,6 +370,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _forget_engine(self) -> None:
         self._engine, self._engine_params, self._engine_key = None, [], []
+        self._places, self._early = {}, {}
 
     @property
     def grad_norm(self) -> Tensor:
@@ -358,7 +471,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state_template(self, param: Tensor) -> dict[str, Tensor]:
         """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""
         fields, binding = self._fields[param], self._bindings[param]
-        state = allocate_state(fields, binding.shard, param)
+        state = self._shown(param, allocate_state(fields, binding.shard, param))
         return {name: canonical(tensor, fields[name], binding) for name, tensor in state.items()}
 
     def _check_group_state(self, i: int, group: dict[str, Any]) -> None:
@@ -369,11 +482,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for key, wanted in self._marks().items():
             if group[key] != wanted:
                 raise ValueError(
-                    f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; {_OTHER_MARKS[key]}"
+                    f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; {OTHER_MARKS[key]}"
                 )
         names = self._names(self.param_groups[i])
         for saved, own in zip(group.get("param_names") or names, names, strict=False):
-            if not _same_name(saved, own):
+            if not same_name(saved, own):
                 raise ValueError(
                     f"group {i} of the state has {saved!r} in the place of {own!r}: it belongs to another model, or has its "
                     "parameters in another order; build the optimizer as it was saved (without 'param_names' in its groups a "
@@ -412,8 +525,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self.__dict__.get("_loading") is not None:
             state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
         super().__setstate__(state)
+        self.__dict__.setdefault("_had_gradients", False)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
-        self._loading = self._loss = self._problem = None
+        self._loading = self._loss = self._problem = self.timeout = None
         self._forget_engine()
         for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
@@ -429,7 +543,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             entries = loaded["state"].get(saved)
             if entries:
                 shard = self._bindings[param].shard
-                exact[param] = {name: local_part(entries[name], field, shard, param) for name, field in fields.items()}
+                parts = {name: local_part(entries[name], field, shard, param) for name, field in fields.items()}
+                exact[param] = self._shown(param, parts)
         return exact
 
     # ------------------------------------------------------------------------------------------- views
@@ -443,7 +558,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 binding, state = self._bindings[param], self.state.get(param, {})
                 shard, fields = binding.shard, self._fields[param]
                 rule = self.rule.describe(fields, binding) if param.requires_grad else "frozen"
-                rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group)))
+                rows.append(report_row(shard, param.dtype, rule, state, comm.size(binding.group), binding.replicas))
                 totals["parameters"] += 1
                 totals["numel"] += shard.numel
                 totals["global_numel"] += shard.global_numel
@@ -460,21 +575,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         `clip_rate`: share of the steps, since the set of parameters last changed, in which its gradient was clipped.
         """
         return self._ready().stats()
-
-
-_OTHER_MARKS = {
-    "state_format": "it was saved by another version of pylo_dist",
-    "state_rule": "build the optimizer that saved it",
-    "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was saved with",
-}
-_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
-
-
-def _same_name(saved: str, own: str) -> bool:
-    """Whether two parameter names may mean the same parameter: wrappers and generated names do not count."""
-    for wrapper in _WRAPPERS * 2:
-        saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
-    return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
 
 
 _PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields", "_width_mults")

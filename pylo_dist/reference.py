@@ -178,11 +178,12 @@ def gradient_sums(
         sums: float64 (R + C,), see `split_gradient_sums` (modified in place).
         audit: float64 gradient audit (modified in place).
     """
-    largest = torch.finfo(state_dtype(grad.dtype)).max
+    wide = state_dtype(grad.dtype)  # in 16 bits the limit would be inf
+    largest = torch.finfo(wide).max
     limit = largest if bounded else math.sqrt(largest)
     for box in chunks(shard, grad.device):
         g = box.view(grad)
-        audit[NONFINITE] += (g.abs() <= limit).logical_not_().sum()
+        audit[NONFINITE] += (g.to(wide).abs() <= limit).logical_not_().sum()
         g = g.nan_to_num() if replace else g
         square = g.to(torch.float64).square()
         audit[SQUARES] += square.sum()
@@ -194,6 +195,13 @@ def gradient_sums(
         row, col = split_gradient_sums(sums, shard.shape, dims)
         box.window(row, d0).add_(square.sum(d0, keepdim=True))
         box.window(col, d1).add_(square.sum(d1, keepdim=True))
+
+
+def moment_sums(value: Tensor, momentum: Tensor, rms: Tensor, sums: Tensor) -> None:
+    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (9,), modified in place)."""
+    for part in parts(value):
+        p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
+        sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
 
 
 # ------------------------------------------------------------------------------- between A and B

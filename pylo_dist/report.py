@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters.plain import local_tensor
 from .shards import TensorShard
 
 COLUMNS = ("fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas")
@@ -42,7 +43,9 @@ class Report(list[dict[str, Any]]):
         return "\n".join([*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"])
 
 
-def report_row(shard: TensorShard, dtype: torch.dtype, rule: str, state: Mapping[str, Any], group_size: int) -> dict[str, Any]:
+def report_row(
+    shard: TensorShard, dtype: torch.dtype, rule: str, state: Mapping[str, Any], group_size: int, replicas: int = 1
+) -> dict[str, Any]:
     """One parameter's row; `state_bytes` counts the tensors in `state` on this rank."""
     return {
         "fqn": shard.fqn,
@@ -53,12 +56,13 @@ def report_row(shard: TensorShard, dtype: torch.dtype, rule: str, state: Mapping
         "dtype": str(dtype).removeprefix("torch."),
         "state_bytes": sum(num_bytes(t) for t in state.values() if isinstance(t, Tensor)),
         "group_size": group_size,
-        "replicas": 1,
+        "replicas": replicas,
     }
 
 
 def num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """Bytes of what this rank holds."""
+    return local_tensor(tensor).numel() * tensor.element_size()
 
 
 def _cell(value: object) -> str:

@@ -10,16 +10,34 @@ that the rest of the package knows about formats of sharded tensors.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters.plain import is_dtensor, local_tensor
 from .shards import Shape, ShardBinding, TensorShard, bound_shard
 from .state import StateField
 
 aten = torch.ops.aten
+
+STATE_FORMAT = 1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
+
+OTHER_MARKS = {
+    "state_format": "it was saved by another version of pylo_dist",
+    "state_rule": "build the optimizer that saved it",
+    "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was saved with",
+}
+_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
+
+
+def same_name(saved: str, own: str) -> bool:
+    """Whether two parameter names may mean the same parameter: wrappers and generated names do not count."""
+    for wrapper in _WRAPPERS * 2:
+        saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
+    return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
 
 
 class ShardedState(Tensor):
@@ -156,9 +174,11 @@ _OPS: dict[Any, Callable[..., Any]] = {
 def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor:
     """A parameter's state tensor as a checkpoint has it: canonical shape, the memory of `local`.
 
-    State that this rank holds whole, and replicated state, is a plain tensor: `local` itself.
+    State that this rank holds whole, and replicated state, is a plain tensor: `local` itself. That of a DTensor parameter is a
+    DTensor already.
     """
-    if field.replicated is not None or not binding.shard.global_numel or (binding.group is None and binding.shard.is_whole):
+    whole = binding.group is None and binding.shard.is_whole
+    if whole or is_dtensor(local) or field.replicated is not None or not binding.shard.global_numel:
         return local
     return ShardedState(field.flat(local), field.copies, binding.shard)
 
@@ -216,11 +236,10 @@ def _parts(source: Tensor) -> Iterator[tuple[Shape, Tensor]]:
     """Blocks of a canonical tensor that this rank holds: their offsets and values."""
     if isinstance(source, ShardedState):
         yield from source.parts()
-    elif hasattr(source, "to_local") and hasattr(source, "placements"):  # a DTensor: one block
+    elif is_dtensor(source):  # one block
         chunks = source.__create_chunk_list__()  # type: ignore[attr-defined]
-        local = source.to_local()
         for chunk in chunks:
-            yield tuple(chunk.offsets), local
+            yield tuple(chunk.offsets), local_tensor(source)
     else:
         yield (0,) * source.dim(), source.detach()
 

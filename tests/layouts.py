@@ -70,14 +70,6 @@ def optimizer_kinds() -> dict[str, tuple[type[torch.optim.Optimizer], dict[str, 
 LEARNED = ("AdafacLO", "VeLO", "CELO2")
 
 
-def stage_2_exists() -> bool:
-    try:
-        pylo_dist.ZeroOptimizer([nn.Parameter(torch.zeros(2))], torch.optim.SGD, stage=2, process_group=False)
-    except ValueError:
-        return False
-    return True
-
-
 @dataclass(frozen=True, order=True)
 class Layout:
     """A way to hold the state, e.g. "zero1" on 3 ranks."""
@@ -90,7 +82,7 @@ class Layout:
 
 
 def all_layouts() -> list[Layout]:
-    sharded = ("ddp", "zero1", *(("zero2",) if stage_2_exists() else ()))
+    sharded = ("ddp", "zero1", "zero2")
     return [Layout("plain", 1), *(Layout(name, ranks) for name in sharded for ranks in RANKS)]
 
 

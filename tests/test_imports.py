@@ -20,10 +20,13 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
-    {"engine", "optim.factored", "gather"},
+    {"ops"},
+    {"engine", "optim.factored", "gather", "adapters.dtensor"},
     {"optimizer"},
     {"optim.<rule>"},
-    {"adapters.<layout>", "testing"},
+    {"adapters.buckets"},
+    {"adapters.reduction", "adapters.gathering"},
+    {"adapters.<layout>", "testing", "clip"},
     {"checkpoint"},
     {"adapters.deepspeed_checkpoint"},
     {"deepspeed"},
@@ -31,6 +34,13 @@ ORDER = [
     {"__main__"},
 ]
 EMPTY = {"optim.__init__", "adapters.__init__"}  # a docstring and nothing else
+NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
+    "sharded_state": "torch.distributed.checkpoint",
+    "gather": "torch.distributed.checkpoint",
+    "checkpoint": "torch.distributed.checkpoint",
+    "adapters.dtensor": "torch.distributed.tensor",
+    "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),
+}
 OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py")
 
 
@@ -120,8 +130,7 @@ def test_only_comm_knows_torch_distributed() -> None:
         if module == "comm":
             continue
         named = {name for name in imports(module) if name.startswith("torch.distributed")}
-        if module in ("sharded_state", "gather", "checkpoint"):  # files and their formats, no collective
-            named = {name for name in named if not name.startswith("torch.distributed.checkpoint")}
+        named = {name for name in named if not name.startswith(NO_COLLECTIVES.get(module, "-"))}
         used = [n for n in runtime_nodes(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
         assert not named, module
         assert not any(ast.unparse(node).startswith("torch.distributed") for node in used), module

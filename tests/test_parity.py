@@ -1,11 +1,14 @@
-"""The PyTorch path of every optimizer against golden, see golden_cases."""
+"""Every optimizer against golden, float32 with the compiled passes and without, see golden_cases."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from golden_cases import CASES, STEPS, Case, load, relative, run, state, updates
 
+from pylo_dist import ops
 from pylo_dist.shards import factored_dims
 
 
@@ -41,8 +44,15 @@ def test_float64_updates_and_state(name: str, figures: list[str]) -> None:
     figures.append(f"parity | {optimizer} | {name}_f64 | update {worst:.1e}, 0-d {worst_0d:.1e}, state {worst_state:.1e}")
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "pytorch"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both paths of float32; float64 always takes the PyTorch path."""
+    with ops.use_kernels(request.param):
+        yield "kernels" if request.param else "PyTorch"
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "velo" not in name and "celo2" not in name])
-def test_float32_within_the_references_own_error(name: str, figures: list[str]) -> None:
+def test_float32_within_the_references_own_error(name: str, path: str, figures: list[str]) -> None:
     """Per tensor, the largest over steps within twice what the reference itself loses between float64 and float32, or 2e-6."""
     file, exact = load(f"{name}_f32"), load(f"{name}_f64")
     errors = [0.0] * 9
@@ -56,11 +66,11 @@ def test_float32_within_the_references_own_error(name: str, figures: list[str]) 
         shares.append(error / max(2 * own, 2e-6))
         assert shares[-1] <= 1.0, (i, error, own)
     optimizer = type(step.optimizer).__name__
-    figures.append(f"parity | {optimizer} | {name}_f32 | update {max(errors):.1e}, {max(shares):.2f} of the bound")
+    figures.append(f"parity | {optimizer} | {name}_f32, {path} | update {max(errors):.1e}, {max(shares):.2f} of the bound")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("velo")])
-def test_float32_velo_parameters(name: str, figures: list[str]) -> None:
+def test_float32_velo_parameters(name: str, path: str, figures: list[str]) -> None:
     """VeLO's updates are 1e-5 of its parameters, so float32 parameters are compared themselves.
 
     7e-7 is what the reference's own float32 run differs from its float64 run by: some units in the last place of numbers near 1.
@@ -73,7 +83,7 @@ def test_float32_velo_parameters(name: str, figures: list[str]) -> None:
             assert error <= 7e-7, (i, step.t, error)
             worst = max(worst, error)
     assert worst <= 7e-7, worst
-    figures.append(f"parity | VeLO | {name}_f32 | parameters {worst:.1e} absolute")
+    figures.append(f"parity | VeLO | {name}_f32, {path} | parameters {worst:.1e} absolute")
 
 
 def test_velo_reads_loss_and_run_as_the_reference(figures: list[str]) -> None:
@@ -88,7 +98,7 @@ def test_velo_reads_loss_and_run_as_the_reference(figures: list[str]) -> None:
         torch.testing.assert_close(lr_mult.double(), torch.tensor(file["lr_mult"][step.t]), rtol=2e-6, atol=1e-7)
 
 
-def test_float32_on_larger_tensors(figures: list[str]) -> None:
+def test_float32_on_larger_tensors(path: str, figures: list[str]) -> None:
     """Parameters every step and state at the end.
 
     Bounds: an update of the f32 reference is itself off by up to 2e-5 relative (measured f32 against f64), so a parameter may be
@@ -110,7 +120,9 @@ def test_float32_on_larger_tensors(figures: list[str]) -> None:
             assert error <= 6e-5, (i, key, error)
             worst_state = max(worst_state, error)
     assert len(step.params) == 5
-    figures.append(f"parity | AdafacLO | small_fc_big_f32 | parameters {worst:.1e} absolute, final state {worst_state:.1e}")
+    figures.append(
+        f"parity | AdafacLO | small_fc_big_f32, {path} | parameters {worst:.1e} absolute, final state {worst_state:.1e}"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -266,7 +266,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             where = f'DeepSpeed JSON, "params" of "optimizer" ("type": "{self.face.__name__}")'
             problem = ValueError(f"{where}: {error}")
             problem.__cause__ = error
-        comm.raise_together(problem, comm.default_group())
+        comm.raise_together(problem, comm.default_group(), ValueError)
         assert made is not None
         return made
 

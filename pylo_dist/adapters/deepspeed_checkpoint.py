@@ -212,7 +212,7 @@ def _together(work: Callable[[], T], group: Any) -> T:
         result = work()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         problem = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
-    comm.raise_together(problem, group)
+    comm.raise_together(problem, group, ValueError)
     done: T = result
     return done
 

@@ -3,14 +3,40 @@ parameters back where they could not be viewed as one dimension."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether this is a `torch.distributed.tensor.DTensor`; that module, slow to import, is not asked."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, sharing its memory; any other tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    local: Any = tensor.to_local()  # type: ignore[attr-defined]
+    local = local.wait() if hasattr(local, "wait") else local  # a collective may be under way
+    return local.detach()  # type: ignore[no-any-return]  # of the local tensor: an operation on a DTensor costs ten times as much
+
+
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
+    if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+        raise ValueError(
+            f"{fqn!r} belongs to FullyShardedDataParallel (FSDP1), which is not supported yet: wrap the model with "
+            "torch.distributed.fsdp.fully_shard (see pylo_dist.shard), or use ZeroOptimizer on the unwrapped model"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"{fqn!r} is on the meta device: build the optimizer after the model was sharded and initialised "
+            "(pylo_dist.shard does both)"
+        )
     if param.layout != torch.strided:
         raise ValueError(f"{fqn!r} has layout {param.layout}; learned optimizers need dense parameters (torch.strided)")
     if param.is_complex():
@@ -37,8 +63,10 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
         )
     if grad is None:
         return absent(binding, param)
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     sharded = without_gradient(binding, param)
-    sharded.grad, sharded.present = grad.detach().reshape(-1).contiguous(), binding.present
+    sharded.grad, sharded.present = local_tensor(grad).detach().reshape(-1).contiguous(), binding.present
     return sharded
 
 
@@ -53,12 +81,13 @@ def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:
 def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect`, before there is a gradient."""
     # reshape alone may give a view with steps between its elements, where rules expect none
-    value = param.detach().reshape(-1).contiguous()
+    value = local_tensor(param).detach().reshape(-1).contiguous()
     b = binding
     return ShardedParam(b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
 
 
 def publish(sharded: ShardedParam, param: Tensor) -> None:
     """Write the values back into `param` where `collect` had to copy them (`param` is modified in place)."""
-    if not param.is_contiguous():
-        param.copy_(sharded.value.view(param.shape))
+    local = local_tensor(param)
+    if not local.is_contiguous():
+        local.copy_(sharded.value.view(local.shape))

@@ -34,6 +34,7 @@ class AdafacRule(ThreePassRule):
 
     name = "small_fc"
     features = reference.SMALL_FC
+    num_hidden = 32
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class AdafacRule(ThreePassRule):
         for (key, dtype), hyper in groups.items():
             self._networks[key, dtype, batch.device] = self._network(hyper["step"].to(batch.device), dtype)
 
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+    def update(self, i: int, item: Item) -> Update:
         hyper = item.hyper
         lr = wide(hyper["lr"])
         return Update(
@@ -191,6 +192,7 @@ class AdafacLO(LearnedOptimizer):
             )
         ]
         rule = self.rule_class(network, *betas)
+        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

@@ -120,6 +120,7 @@ class Batch:
         allows_nonfinite: whether gradients with NaN or inf are let through; set by the engine at construction.
         kept: what a rule works out once, for as long as the items are the same.
         figures: what else the rule tells `stats()`, by name, (items,) each.
+        gathered: items whose gradients are in the first Sum already, see `FactoredRule.gradient_pass`.
         go: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks what belongs to no single tensor.
         loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it; set with `go`.
         param_squares, update_squares: float64 (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor
@@ -139,6 +140,7 @@ class Batch:
     allows_nonfinite: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
+    gathered: set[int] = field(default_factory=set)
     _sums: dict[str, Sum] = field(default_factory=dict)
 
     @classmethod
@@ -151,10 +153,14 @@ class Batch:
 
     def new_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
         """The zeroed request of this phase; `length` must follow from global shapes alone. Its memory is kept over steps."""
+        return self.kept_sum(phase, length, audited).zero_()
+
+    def kept_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
+        """As `new_sum`, with what is in it."""
         if phase not in self._sums:
             lengths = [length(item) for item in self.items]
             self._sums[phase] = Sum(self.items, lengths, self.device, audited)
-        return self._sums[phase].zero_()
+        return self._sums[phase]
 
     def moving(self) -> Iterator[tuple[int, Item]]:
         """Items that may change in this step: all but the unshared ones without a gradient."""

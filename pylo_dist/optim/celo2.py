@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..engine import Clip, Nonfinite
+from ..ops import Updates
 from ..optimizer import LearnedOptimizer
 from ..reference import Network, StepTensors
 from ..shards import ShardBinding, TensorShard
@@ -25,7 +26,7 @@ from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
 from . import gram
 from .adafac import Precision, check_precision, checked_decays, wide
-from .base import Batch, Item, Request
+from .base import Batch, Item, Request, Sum
 from .factored import FactoredRule
 from .owners import OwnedMatrices
 
@@ -57,6 +58,7 @@ class CELO2Rule(FactoredRule):
     """
 
     name = "celo2"
+    num_hidden = 8
     clip_eps = 0.0
 
     def __init__(
@@ -93,26 +95,25 @@ class CELO2Rule(FactoredRule):
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         # A: sums of g^2 along rows and columns of the matrices
         matrices = {i for i, item in enumerate(batch.items) if "momentum" in item.state}
-        a = batch.new_sum("A", _num_sums_a, audited=True)
+        a = self.first_sum(batch)
+        self.gradient_pass(batch, [i for i, _ in batch.moving() if i not in batch.gathered])
+        batch.gathered.clear()
+        kernels = self.kernels(batch)
         for i, item in batch.moving():
-            param, is_matrix = item.param, i in matrices
-            assert param.grad is not None
-            clipped = item.hyper.get("max_grad_norm") is not None
-            clamp = self.features.clamp if is_matrix and not clipped else None
-            dims = item.dims if is_matrix else None
-            sums = a.vectors[i] if is_matrix else a.vectors[i][:0]
-            reference.gradient_sums(param.grad, param.shard, dims, sums, a.audits[i], clamp, bounded=clipped or clamp is not None)
-            for part in reference.parts(param.value) if not is_matrix else ():
-                a.vectors[i] += param.value[part].to(torch.float64).square().sum()
+            for part in reference.parts(item.param.value) if i not in matrices else ():
+                a.vectors[i] += item.param.value[part].to(torch.float64).square().sum()
         yield a
 
         # B: the sum of squares of every feature, per matrix
         moving = [i for i, _ in batch.moving() if i in matrices]
-        b = batch.new_sum("B", self._num_sums_b)
+        b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
-        for i in moving:
-            tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
-            reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
+        if kernels is not None and moving:
+            kernels.feature_pass(batch, moving)
+        else:
+            for i in moving:
+                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
+                reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
         for i, item in batch.moving():
             if i not in matrices:
                 batch.param_squares[i] = a.vectors[i][0]
@@ -120,33 +121,50 @@ class CELO2Rule(FactoredRule):
         yield b
 
         # C: the network's direction, orthogonal or not, at a fixed rms
-        directions = {i: self._direction(batch, i, tensors[i], b.vectors[i]) for i in moving}
+        if kernels is not None and moving:
+            directions = {i: torch.empty_like(batch.items[i].state["rms"]).view(-1) for i in moving}
+            kernels.update_pass(batch, moving, self._updates(batch, moving, b), self.precision, list(directions.values()))
+        else:
+            directions = {i: self._direction(batch, i, tensors[i], b.vectors[i]) for i in moving}
         if self.settings.orthogonalize:
             yield from self._orthogonalise(batch, directions)
         else:
             yield from self._normalise(batch, directions)
         for i in moving:
-            item, t = batch.items[i], tensors[i]
-            lr, decay = reference.in_dtype(item.hyper["lr"], t.momentum.dtype), item.hyper["weight_decay"]
+            item, s = batch.items[i], directions[i]
+            lr, decay = reference.in_dtype(item.hyper["lr"], s.dtype), item.hyper["weight_decay"]
             batch.update_squares[i].zero_()
-            for box in reference.chunks(t.shard, t.value.device):
+            for part in reference.parts(s):
                 # p <- p - lr (s rmsmult + weight_decay p)
-                value = box.view(t.value)
-                old = value.to(t.momentum.dtype, copy=True)
-                change = box.view(directions[i]) * item.hyper["rmsmult"] + decay * old
-                reference.move(value, old, old - lr * change, t.keep, batch.update_squares[i])
+                value = item.param.value[part]
+                old = value.to(s.dtype, copy=True)
+                change = s[part] * item.hyper["rmsmult"] + decay * old
+                reference.move(value, old, old - lr * change, batch.keep[i], batch.update_squares[i])
 
-    def _num_sums_b(self, item: Item) -> int:
-        if "momentum" not in item.state:
-            return 0
-        return self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+    def extra_sums(self, item: Item) -> int:
+        return int("momentum" not in item.state)  # p^2 of the others; that of a matrix is one of its features
+
+    def _updates(self, batch: Batch, indices: Sequence[int], b: Sum) -> Updates:
+        """What the compiled pass C reads: "step_size" multiplies the direction."""
+        steps = torch.zeros(len(batch.items), 4, dtype=torch.float32, device=batch.device)
+        steps[:, 0] = 1.0
+        for i in indices:
+            steps[i, 1] = batch.items[i].hyper["exp_mult"]
+            if self.settings.param_scale_mult:
+                steps[i, 0] = self._param_rms(batch.items[i], b.vectors[i])
+        networks = ops.packed(self._network(torch.float32, batch.device))[None]
+        return Updates(networks, torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device), steps)
+
+    def _param_rms(self, item: Item, sums: Tensor) -> Tensor:
+        shape = item.param.shard.shape
+        squares = sums.view(-1, *self.features.lead(shape))[self.features.p].sum()
+        return (squares / item.param.shard.global_numel + EPS_STEP).sqrt()
 
     def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor) -> Tensor:
         """The local elements (N,) of s = o0 exp(exp_mult o1), and the new state of the tensor."""
         shape, exp_mult = t.shard.shape, batch.items[i].hyper["exp_mult"]
-        per_matrix = sums.view(-1, *self.features.lead(shape))
-        batch.param_squares[i] = per_matrix[self.features.p].sum()
-        scale = (batch.param_squares[i] / t.shard.global_numel + EPS_STEP).sqrt().to(t.momentum.dtype)
+        batch.param_squares[i] = sums.view(-1, *self.features.lead(shape))[self.features.p].sum()
+        scale = self._param_rms(batch.items[i], sums).to(t.momentum.dtype)
         s = torch.empty_like(t.rms)
         network = self._network(t.momentum.dtype, t.momentum.device)
         for box, direction, magnitude in reference.network_outputs(t, reference.normalisers(t, sums), network, self._scratch):
@@ -273,11 +291,6 @@ class CELO2Rule(FactoredRule):
         return self._networks[dtype, device]
 
 
-def _num_sums_a(item: Item) -> int:
-    """Row and column sums of a matrix; of others the sum of p^2, for `stats()`."""
-    return reference.num_gradient_sums(item.param.shard.shape, item.dims) if "momentum" in item.state else 1
-
-
 def _settings(
     orthogonalize: bool,
     param_scale_mult: bool,
@@ -392,6 +405,7 @@ class CELO2(LearnedOptimizer):
                 embedding_pattern,
             ),
         )
+        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,

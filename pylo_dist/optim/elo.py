@@ -27,7 +27,7 @@ class ELORule(AdafacRule):
     clip_eps = 0.0  # g <- g min(1, clip_norm / |g|), as optax has it
     replaces_nonfinite = True
 
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+    def update(self, i: int, item: Item) -> Update:
         lr = wide(item.hyper["lr"])
         return Update(
             network=self.network_of(item),
@@ -83,6 +83,7 @@ class ELO(LearnedOptimizer):
             checked_decays("initial_rms_decays", initial_rms_decays, 1),
             checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
         )
+        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

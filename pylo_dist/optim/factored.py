@@ -5,18 +5,23 @@ A rule of this family says which features its network reads, and per tensor whic
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
+from ..ops import Kernels, Updates
 from ..reference import Decay, Factors, FeatureSet, Network, Scratch, StepTensors
 from ..shards import Shape, TensorShard, drop_dim, factored_dims
 from ..state import StateField
-from .base import Batch, Item, LearnedRule, Request
+from .base import Batch, Item, LearnedRule, Request, Sum
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class FactoredRule(LearnedRule):
     """
 
     features: FeatureSet
+    num_hidden = 0  # hidden units of the network, for the compiled passes
+    precision = "high"  # of the network in GPU kernels
 
     def __init__(self, momentum_decays: Sequence[float], rms_decays: Sequence[float], factor_decays: Sequence[float]) -> None:
         self.momentum_decays = tuple(momentum_decays)
@@ -58,6 +65,94 @@ class FactoredRule(LearnedRule):
         d1, d0 = dims
         row, col = StateField((3,), replicated=drop_dim(shape, d0)), StateField((3,), replicated=drop_dim(shape, d1))
         return {**fields, "row": row, "col": col}
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def extra_sums(self, item: Item) -> int:
+        """How many sums of a tensor's own ride in front of its row and column sums."""
+        return 0
+
+    def first_sum(self, batch: Batch) -> Sum:
+        """The request of pass A: zeroed, unless it holds gradients of this step already."""
+
+        def length(item: Item) -> int:
+            return self.extra_sums(item) + reference.num_gradient_sums(item.param.shard.shape, self._factored_dims(item))
+
+        kept = batch.kept_sum("A", length, audited=True)
+        return kept if batch.gathered else kept.zero_()
+
+    def second_sum(self, batch: Batch) -> Sum:
+        """The request of pass B, with what is in it."""
+
+        def length(item: Item) -> int:
+            if "momentum" not in item.state:
+                return 0
+            return self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+
+        return batch.kept_sum("B", length)
+
+    @staticmethod
+    def _factored_dims(item: Item) -> tuple[int, int] | None:
+        return item.dims if "row" in item.state else None
+
+    def kernels(self, batch: Batch) -> Kernels | None:
+        """The compiled passes that serve this batch, or None."""
+        if not ops.enabled():
+            return None
+        if "kernels" not in batch.kept:
+            found = None
+            if batch.items and ops.servable(batch, self.features, self.num_hidden):
+                decays = (*self.momentum_decays, self.rms_decay, *self.factor_decays)
+                extra = [self.extra_sums(item) for item in batch.items]
+                a, b = batch.kept_sum("A", lambda item: 0), self.second_sum(batch)
+                found = Kernels(batch, self.features, decays, self.num_hidden, a, b, extra)
+            batch.kept["kernels"] = found if found is not None and found.served else None
+        kernels: Kernels | None = batch.kept["kernels"]
+        return kernels
+
+    # -------------------------------------------------------------------------------------------- pass A
+
+    def gradient_pass(self, batch: Batch, indices: Iterable[int]) -> None:
+        """Add what pass A reads of the gradients of these items to the first Sum of the coming step.
+
+        `step` calls it for the items that are left. An adapter may call it before, as soon as gradients are there, and again for
+        items whose gradient changed since; it clears `batch.gathered` if that step is not taken (see `forget_gradient` too).
+        """
+        a, indices = self.first_sum(batch), list(indices)
+        for i in batch.gathered.intersection(indices):
+            a.vectors[i].zero_()
+            a.audits[i].zero_()
+        batch.gathered.update(indices)
+        replace = self.replaces_nonfinite and batch.allows_nonfinite
+        limits = [self._limits(item) for item in batch.items]
+        kernels = self.kernels(batch)
+        if kernels is not None and indices:
+            kernels.gradient_pass(batch, indices, limits, replace)
+        for i in indices:
+            item = batch.items[i]
+            param, (limit, clamp) = item.param, limits[i]
+            assert param.grad is not None
+            if kernels is None:
+                dims, vector = self._factored_dims(item), a.vectors[i][self.extra_sums(item) :]
+                bound = None if clamp == math.inf else clamp
+                reference.gradient_sums(param.grad, param.shard, dims, vector, a.audits[i], bound, replace, limit == LARGEST)
+            param.grad = param.grad.nan_to_num() if replace else param.grad
+
+    def forget_gradient(self, batch: Batch, i: int) -> None:
+        """Take item i out of the first Sum again."""
+        a = self.first_sum(batch)
+        a.vectors[i].zero_()
+        a.audits[i].zero_()
+        batch.gathered.discard(i)
+
+    def _limits(self, item: Item) -> tuple[float, float]:
+        """The largest |g| that counts as finite (larger squares do not fit the state), and the clamp of g in the factors."""
+        # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
+        clipped = item.hyper.get("max_grad_norm") is not None
+        clamp = None if clipped or "momentum" not in item.state else self.features.clamp
+        return (LARGEST if clipped or clamp is not None else math.sqrt(LARGEST)), (math.inf if clamp is None else clamp)
+
+    # -------------------------------------------------------------------------------------------- pass B
 
     def gather(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
         param, state, keep = item.param, item.state, batch.keep[i]
@@ -93,55 +188,87 @@ class FactoredRule(LearnedRule):
 class ThreePassRule(FactoredRule):
     """The passes of a rule whose network gives the update itself."""
 
-    num_tensor_sums = 0  # sums of a tensor's own that ride in pass A, see `tensor_sums`
+    num_tensor_sums = 0  # sums of a tensor's own that ride in pass A: none, or the nine of `reference.moment_sums`
 
-    def tensor_sums(self, item: Item, sums: Tensor) -> None:
-        """Add the local part of `num_tensor_sums` sums of the old state and parameter (`sums` float64, modified in place).
-
-        Asked of every tensor, also of those without a gradient.
-        """
+    def extra_sums(self, item: Item) -> int:
+        return self.num_tensor_sums
 
     def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
         """Between A and B, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
 
     @abstractmethod
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
-        """How item i of the batch moves."""
+    def update(self, i: int, item: Item) -> Update:
+        """How item i of the batch moves; asked after `prepare`."""
+
+    def updates(self, batch: Batch, indices: Sequence[int]) -> Updates:
+        """`update` of these items, as the compiled passes read it."""
+        networks: dict[int, tuple[int, Network]] = {}
+        network_of = [0] * len(batch.items)
+        rows: list[tuple[float | Tensor, ...]] = [(0.0, 0.0, 0.0, 0.0)] * len(batch.items)
+        for i in indices:
+            how = self.update(i, batch.items[i])
+            network_of[i] = networks.setdefault(id(how.network), (len(networks), how.network))[0]
+            rows[i] = (how.step_size, how.exp_mult, how.decay_before, how.decay_after)
+        return Updates(
+            networks=torch.stack([ops.packed(network) for _, network in networks.values()]),
+            network_of=self._kept_tensor(batch, "network_of", tuple(network_of), torch.int64),
+            steps=self._steps(batch, rows),
+        )
+
+    def _steps(self, batch: Batch, rows: Sequence[tuple[float | Tensor, ...]]) -> Tensor:
+        """Rows of numbers as float32 (items, 4); numbers that are tensors stay on the device."""
+        numbers = tuple(tuple(0.0 if isinstance(x, Tensor) else x for x in row) for row in rows)
+        steps = self._kept_tensor(batch, "steps", numbers, torch.float32)
+        tensors = {(i, j): x for i, row in enumerate(rows) for j, x in enumerate(row) if isinstance(x, Tensor)}
+        if tensors:
+            steps = steps.clone()
+            for (i, j), x in tensors.items():
+                steps[i, j] = x
+        return steps
+
+    @staticmethod
+    def _kept_tensor(batch: Batch, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        """`values` on the batch's device, copied there only when they change."""
+        kept = batch.kept.get(name)
+        if kept is None or kept[0] != values:
+            kept = batch.kept[name] = (values, torch.tensor(values, dtype=dtype).to(batch.device))
+        tensor: Tensor = kept[1]
+        return tensor
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
-        # A: sums of g^2 along rows and columns
+        moving = [i for i, _ in batch.moving()]
+        # A: sums of g^2 along rows and columns, and of the tensors' own numbers
         extra = self.num_tensor_sums
-        a = batch.new_sum("A", lambda x: extra + reference.num_gradient_sums(x.param.shard.shape, x.dims), audited=True)
-        for i, item in enumerate(batch.items):
-            if extra:
-                self.tensor_sums(item, a.vectors[i][:extra])
-        for i, item in batch.moving():
-            param = item.param
-            assert param.grad is not None
-            replace = self.replaces_nonfinite and batch.allows_nonfinite
-            # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
-            clipped = item.hyper.get("max_grad_norm") is not None
-            clamp = None if clipped else self.features.clamp
-            bounded = clipped or clamp is not None
-            reference.gradient_sums(
-                param.grad, param.shard, item.dims, a.vectors[i][extra:], a.audits[i], clamp, replace, bounded
-            )
-            param.grad = param.grad.nan_to_num() if replace else param.grad
+        a = self.first_sum(batch)
+        self.gradient_pass(batch, [i for i in moving if i not in batch.gathered])
+        batch.gathered.clear()
+        kernels = self.kernels(batch)
+        if extra and kernels is not None:
+            kernels.moment_pass(batch)
+        elif extra:
+            for i, item in enumerate(batch.items):
+                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], a.vectors[i][:extra])
         yield a
 
         # B: with the factors known, the sum of squares of every feature
         self.prepare(batch, [vector[:extra] for vector in a.vectors])
-        b = batch.new_sum("B", lambda x: self.features.num_sums(x.dims))
+        b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
-        for i, item in batch.moving():
-            tensors[i] = self.gather(batch, i, item, a.vectors[i][extra:])
-            reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
+        if kernels is not None and moving:
+            kernels.feature_pass(batch, moving)
+        else:
+            for i in moving:
+                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i][extra:])
+                reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
         yield b
 
         # C: normalise, run the network, write
-        for i, item in batch.moving():
+        if kernels is not None and moving:
+            kernels.update_pass(batch, moving, self.updates(batch, moving), self.precision)
+            return
+        for i in moving:
             batch.param_squares[i] = b.vectors[i][self.features.p]
-            how = self.update(i, item, a.vectors[i][:extra])
+            how = self.update(i, batch.items[i])
             reference.apply_update(
                 tensors[i],
                 reference.normalisers(tensors[i], b.vectors[i]),

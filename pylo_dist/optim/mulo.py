@@ -21,8 +21,8 @@ class MuLORule(AdafacRule):
 
     name = "mulo"
 
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
-        update = super().update(i, item, tensor_sums)
+    def update(self, i: int, item: Item) -> Update:
+        update = super().update(i, item)
         width_mult = item.hyper["width_mults"].get(item.param.shard.fqn, 1.0)
         update.step_size = update.step_size / width_mult
         update.decay_after = update.decay_after / width_mult

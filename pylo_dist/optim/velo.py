@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..engine import Clip, Nonfinite
+from ..ops import Updates
 from ..optimizer import LearnedOptimizer
 from ..reference import Network
 from ..shards import Shape, TensorShard, factored_dims
@@ -80,6 +81,7 @@ class VeLORule(ThreePassRule):
     needs_loss = True
     features = reference.VELO
     num_tensor_sums = 9
+    num_hidden = 4
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class VeLORule(ThreePassRule):
         self.weights = weights
         self.tie_break = tie_break
         self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        self._networks: list[Network] = []
+        self._mixed: list[Tensor] = []
         self._step_sizes = torch.empty(0)
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
@@ -111,12 +113,6 @@ class VeLORule(ThreePassRule):
         means = torch.zeros(NUM_LOSS_MEANS, dtype=torch.float64)
         return {"loss_means": means, "loss_minima": torch.full_like(means, 999999999999.0)}
 
-    def tensor_sums(self, item: Item, sums: Tensor) -> None:
-        value, momentum, rms = item.param.value, item.state["momentum"], item.state["rms"]
-        for part in reference.parts(value):
-            p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
-            sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
-
     def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
         hyper = batch.groups[0]
         # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the run a float64 one
@@ -130,9 +126,10 @@ class VeLORule(ThreePassRule):
             reference.commit(group["loss_means"], means, batch.go)
             reference.commit(group["loss_minima"], minima, batch.go)
 
-        inputs = self._inputs(batch, torch.stack(tensor_sums), loss_features)
-        hidden = torch.stack([item.state["lstm_hidden"] for item in batch.items]).to(dtype)
-        cell = torch.stack([item.state["lstm_cell"] for item in batch.items]).to(dtype)
+        n, sums = self._constants(batch)[0], torch.stack(tensor_sums)
+        inputs = self._inputs(batch, sums, loss_features)
+        rows = [[item.state[name].view(-1) for item in batch.items] for name in ("lstm_hidden", "lstm_cell")]
+        hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
         # x <- x W2 + b2 + max over tensors of relu(x W1 + b1)
         mixed = torch.relu(inputs @ w["mix_layer2.weight"].T + w["mix_layer2.bias"]).amax(0)
         x = inputs @ w["final_mix_layer.weight"].T + w["final_mix_layer.bias"] + mixed
@@ -140,15 +137,25 @@ class VeLORule(ThreePassRule):
         i, g, f, o = gates.chunk(4, dim=1)
         cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
-        for row, item in enumerate(batch.items):
-            reference.commit(item.state["lstm_hidden"], hidden[row], batch.go)
-            reference.commit(item.state["lstm_cell"], cell[row], batch.go)
+        for part, before, now in zip(rows, old, (hidden, cell), strict=True):
+            torch._foreach_copy_(part, list(torch.where(batch.go, now, before).unbind()))
 
         controls = hidden @ w["rnn_to_controls.weight"].T + w["rnn_to_controls.bias"]
         lr_mult = (hidden @ w["step_size.weight"].T + w["step_size.bias"])[:, 0]
         batch.figures["lr_mult"] = lr_mult
-        self._networks = self._mix(controls, w, [item.state["momentum"].dtype for item in batch.items])
-        self._step_sizes = lr_mult
+        self._mixed = self._mix(controls, w)
+        self._step_sizes = self._rates(batch) * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
+
+    @staticmethod
+    def _rates(batch: Batch) -> Tensor:
+        """lr * step_mult of every item, float64 (items,)."""
+        rates = [
+            torch.as_tensor(wide(group["lr"]) * group["step_mult"], dtype=torch.float64, device=batch.device)
+            for group in batch.groups
+        ]
+        number = {id(group): i for i, group in enumerate(batch.groups)}
+        of_item = ThreePassRule._kept_tensor(batch, "groups", tuple(number[id(x.hyper)] for x in batch.items), torch.int64)
+        return torch.stack(rates)[of_item]
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the step."""
@@ -186,25 +193,28 @@ class VeLORule(ThreePassRule):
         return torch.tanh(10.0 * (where - at))
 
     @staticmethod
-    def _mix(controls: Tensor, w: dict[str, Tensor], dtypes: list[torch.dtype]) -> list[Network]:
+    def _mix(controls: Tensor, w: dict[str, Tensor]) -> list[Tensor]:
         """Every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors, P)."""
         names = ("input_weights_", "input_bias_", "hidden_weights_.0", "hidden_bias_.0", "output_weights_", "output_bias_")
-        mixed = {name: torch.tensordot(controls, w[name], dims=1) * (100.0 / controls.shape[1]) for name in names}
-        return [
-            Network(*(mixed[name][i].view(mixed[name].shape[1], -1).to(dtype) for name in names))
-            for i, dtype in enumerate(dtypes)
-        ]
+        return [torch.tensordot(controls, w[name], dims=1) * (100.0 / controls.shape[1]) for name in names]
 
-    def update(self, i: int, item: Item, tensor_sums: Tensor) -> Update:
+    def update(self, i: int, item: Item) -> Update:
         hyper, dtype = item.hyper, item.state["momentum"].dtype
-        scale = (tensor_sums[P_SQUARES] / item.param.shard.global_numel + 1e-9).sqrt()
-        lr = wide(hyper["lr"])
         return Update(
-            network=self._networks[i],
-            step_size=(lr * hyper["step_mult"] * self._step_sizes[i] * scale).to(dtype),
+            network=Network(*(part[i].view(part.shape[1], -1).to(dtype) for part in self._mixed)),
+            step_size=self._step_sizes[i].to(dtype),
             exp_mult=hyper["exp_mult"],
-            decay_after=lr * hyper["weight_decay"],
+            decay_after=wide(hyper["lr"]) * hyper["weight_decay"],
         )
+
+    def updates(self, batch: Batch, indices: Sequence[int]) -> Updates:
+        rows = [(0.0, item.hyper["exp_mult"], 0.0, wide(item.hyper["lr"]) * item.hyper["weight_decay"]) for item in batch.items]
+        steps = self._steps(batch, rows).clone()
+        steps[:, 0] = self._step_sizes
+        two_outputs = (*self._mixed[:4], *(part[:, :2] for part in self._mixed[4:]))
+        networks = torch.cat([part.reshape(len(batch.items), -1) for part in two_outputs], dim=1)
+        own = self._kept_tensor(batch, "network_of", tuple(range(len(batch.items))), torch.int64)
+        return Updates(networks, own, steps)
 
     def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         if (dtype, device) not in self._tensors:
@@ -273,6 +283,7 @@ class VeLO(LearnedOptimizer):
             checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
             tie_break,
         )
+        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,

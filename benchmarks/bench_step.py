@@ -1,0 +1,345 @@
+"""Time one optimizer step on real lists of tensors: the compiled passes, plain PyTorch, AdamW, and PyLO from a folder you name.
+
+    python benchmarks/bench_step.py --device cpu --pylo ../pylo
+
+On a CPU the figure is CPU time per parameter and core, and every contender of a list takes its turn in every round, so that a
+busy machine slows all alike; medians of the rounds. Beside them the ceilings of the same rounds: a large float32 matrix product
+and a copy that no cache holds. PyLO allocates a great deal, so the whole comparison runs once as glibc ships and once with an
+allocator that keeps its memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_). On a GPU: milliseconds between device events.
+
+By default a CPU takes --blocks 2 of a model's blocks and leaves its token embedding out (figures are per parameter; --full takes
+all). Meta-weights are random of the published sizes: they cost what learned ones do. Writes results/step_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench_demo import environment, markdown  # noqa: E402
+
+import pylo_dist  # noqa: E402
+from pylo_dist import ops, reference  # noqa: E402
+from pylo_dist.weights import ARCHITECTURES  # noqa: E402
+
+Shapes = list[tuple[int, ...]]
+TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
+PASSES = ("gradient_pass", "moment_pass", "feature_pass", "update_pass")
+# bytes that the passes move per parameter (float32) and their flops, see csrc/README.md
+BYTES = {"small_fc": 68, "velo": 88, "celo2": 68}
+FLOPS = {"small_fc": 3200, "velo": 200, "celo2": 500}
+
+
+def transformer(width: int, blocks: int, positions: int, tokens: int) -> Shapes:
+    """GPT-2's tensors with tied embeddings."""
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(tokens, width)] * (tokens > 0) + [(positions, width), *block * blocks, (width,), (width,)]
+
+
+def tensor_lists(blocks: int | None) -> dict[str, Shapes]:
+    """The lists; with `blocks`, that many of each model and no token embedding."""
+    vit = [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,), (1000, 768), (1000,)]
+    return {
+        "1000x1000": [(1000, 1000)],
+        "GPT-2 124M": transformer(768, blocks or 12, 1024, 0 if blocks else 50257),
+        "GPT-2 355M": transformer(1024, blocks or 24, 1024, 0 if blocks else 50257),
+        "ViT-B/16": vit + transformer(768, blocks or 12, 1, 0)[1:],
+    }
+
+
+def random_weights(architecture: str) -> dict[str, torch.Tensor]:
+    """Weights of the published sizes (LSTM 512, 256 sets of weights)."""
+    sizes = {"H": 512, "2H": 1024, "4H": 2048, "P": 256}
+    generator = torch.Generator().manual_seed(0)
+    shapes = ARCHITECTURES[architecture].shapes
+    return {
+        name: 0.05 * torch.randn([sizes[s] if isinstance(s, str) else s for s in shape], generator=generator)
+        for name, shape in shapes.items()
+    }
+
+
+class Contender:
+    """An optimizer over its own copy of a list of tensors. `kernels`: whether the compiled passes are allowed."""
+
+    def __init__(self, name: str, shapes: Shapes, device: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.name, self.kernels, self.device = name, kernels, device
+        self.params = [torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes]
+        for p in self.params:
+            p.grad = (1e-2 * torch.randn(p.shape, generator=generator)).to(device)
+        self.optimizer = build(self.params)
+        self.numel = sum(p.numel() for p in self.params)
+        self.loss = torch.tensor(1.0, device=device)
+        learned = isinstance(self.optimizer, pylo_dist.LearnedOptimizer) or type(self.optimizer).__module__.startswith("pylo.")
+        self.arguments = (self.loss,) if learned else ()
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def step(self) -> None:
+        with ops.use_kernels(self.kernels):
+            self.optimizer.step(*self.arguments)
+
+    def measure(self) -> None:
+        """One step: seconds of it, and of each compiled pass."""
+        if self.device != "cpu":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            self.step()
+            end.record()
+            end.synchronize()
+            self.seconds["step"].append(1e-3 * start.elapsed_time(end))
+            return
+        originals = {name: getattr(ops.Kernels, name) for name in PASSES}
+        for name, original in originals.items():
+            setattr(ops.Kernels, name, self._timed(name, original))
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            self.step()
+        finally:
+            self.seconds["step"].append(time.process_time() - cpu)
+            self.seconds["wall"].append(time.perf_counter() - wall)
+            for name, original in originals.items():
+                setattr(ops.Kernels, name, original)
+
+    def _timed(self, name: str, original: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            start = time.process_time()
+            original(*args)
+            self.seconds[name].append(time.process_time() - start)
+
+        return timed
+
+    def row(self) -> dict[str, float]:
+        """Nanoseconds per parameter (a GPU: milliseconds per step as well)."""
+        row = {key: round(1e9 * median(values) / self.numel, 3) for key, values in self.seconds.items()}
+        if self.device != "cpu":
+            row["ms"] = round(1e3 * median(self.seconds["step"]), 3)
+        return row
+
+
+def ours(name: str, precision: str = "high") -> Callable[[Any], Any]:
+    makers: dict[str, Callable[[Any], Any]] = {
+        "small_fc": lambda p: pylo_dist.AdafacLO(p, weights=random_weights("small_fc"), precision=precision),
+        "velo": lambda p: pylo_dist.VeLO(p, num_steps=100_000, weights=random_weights("velo"), precision=precision),
+        "celo2": lambda p: pylo_dist.CELO2(p, weights=random_weights("celo2"), precision=precision),
+        "celo2 without Newton-Schulz": lambda p: pylo_dist.CELO2(p, weights=random_weights("celo2"), orthogonalize=False),
+    }
+    return makers[name]
+
+
+def pylo_makers(folder: str) -> dict[str, Callable[[Any], Any]]:
+    """PyLO's plain classes with random weights instead of those on the Hub."""
+    sys.path.insert(0, folder)
+    import importlib.util
+    import types
+    import warnings
+
+    if importlib.util.find_spec("mup") is None:  # imported by PyLO's package for a class that is not measured here
+        sys.modules["mup"], sys.modules["mup.optim"] = types.ModuleType("mup"), types.ModuleType("mup.optim")
+        sys.modules["mup.optim"].process_param_groups = None  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pylo
+    from pylo.models.Meta_MLP import MetaMLP
+    from pylo.models.VeLO_MLP import VeLOMLP
+    from pylo.models.VeLO_RNN import VeLORNN
+
+    for cls, sizes in ((MetaMLP, (39, 32, 1)), (VeLOMLP, ()), (VeLORNN, ())):
+        cls.from_pretrained = classmethod(lambda cls, *args, sizes=sizes, **kwargs: cls(*sizes))
+    return {
+        "small_fc": lambda p: pylo.AdafacLO_naive(p),
+        "velo": lambda p: pylo.VeLO_naive(p, lr=1.0, num_steps=100_000),
+    }
+
+
+class Ceilings:
+    """What the machine can do, measured beside the steps: float32 flops of a matrix product, bytes of a copy."""
+
+    def __init__(self, device: str) -> None:
+        n = 1024 if device == "cpu" else 8192
+        self.a, self.b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+        self.source = torch.randn((1 << 25) if device == "cpu" else (1 << 29), device=device)
+        self.target = torch.empty_like(self.source)
+        self.device = device
+        self.gflops: list[float] = []
+        self.gbytes: list[float] = []
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        if self.device == "cpu":
+            start = time.process_time()
+            work()
+            return time.process_time() - start
+        start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start_event.record()
+        work()
+        end_event.record()
+        end_event.synchronize()
+        return 1e-3 * start_event.elapsed_time(end_event)
+
+    def measure(self) -> None:
+        self.gflops.append(2e-9 * self.a.shape[0] ** 3 / self._seconds(lambda: torch.mm(self.a, self.b)))
+        self.gbytes.append(8e-9 * self.source.numel() / self._seconds(lambda: self.target.copy_(self.source)))
+
+    def row(self) -> dict[str, float]:
+        return {"GFLOP/s": round(median(self.gflops), 1), "GB/s": round(median(self.gbytes), 2)}
+
+
+def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> list[Contender]:
+    """All that take part on a list; the slow ones only where it is small."""
+    device = args.device
+    precisions = ("high",) if device == "cpu" else ("highest", "high", "medium")
+    found = []
+    for rule in ("small_fc", "velo"):
+        for precision in precisions:
+            name = rule if device == "cpu" else f"{rule} {precision}"
+            found.append(Contender(name, shapes, device, ours(rule, precision)))
+    found += [Contender(rule, shapes, device, ours(rule)) for rule in ("celo2 without Newton-Schulz", "celo2")]
+    found.append(Contender("AdamW foreach", shapes, device, lambda p: torch.optim.AdamW(p, foreach=True)))
+    found.append(Contender("AdamW fused", shapes, device, lambda p: torch.optim.AdamW(p, fused=True)))
+    if small or device != "cpu":
+        for rule in ("small_fc", "velo"):
+            found.append(Contender(f"{rule}, plain PyTorch", shapes, device, ours(rule), kernels=False))
+    if args.pylo and (small or args.full):
+        for rule, make in pylo_makers(args.pylo).items():
+            found.append(Contender(f"{rule}, PyLO naive", shapes, device, make))
+    return found
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """All lists, in this process."""
+    result: dict[str, Any] = {}
+    for name, shapes in tensor_lists(None if args.full or args.device != "cpu" else args.blocks).items():
+        if args.only and name not in args.only:
+            continue
+        small = name == "1000x1000"
+        ceilings, entries = Ceilings(args.device), contenders(args, shapes, small)
+        for entry in entries:
+            entry.step()  # state, tables and caches
+        for _ in range(args.rounds):
+            ceilings.measure()
+            for entry in entries:
+                entry.measure()
+        rows = {entry.name: entry.row() for entry in entries}
+        top = ceilings.row()
+        for rule, row in rows.items():
+            base = rule.split()[0]
+            if base in BYTES and "," not in rule and rule != "celo2":
+                own = sum(row[p] for p in PASSES if p in row) or row["step"]
+                row["GB/s"], row["GFLOP/s"] = round(BYTES[base] / own, 2), round(FLOPS[base] / own, 1)
+        result[name] = {"parameters": entries[0].numel, "tensors": len(shapes), "ceilings": top, "ns_per_parameter": rows}
+        print(f"{name}: done", file=sys.stderr, flush=True)
+    return result
+
+
+def compiled_reference(args: argparse.Namespace) -> dict[str, Any]:
+    """torch.compile of our plain features of one 1000 x 1000 tensor beside the same in eager, ns per parameter."""
+    shape = (1000, 1000)
+    contender = Contender("small_fc", [shape], args.device, ours("small_fc"), kernels=False)
+    contender.step()
+    eager = reference._fill_features
+    found = {}
+    for name, fill in (("eager", eager), ("torch.compile", torch.compile(eager, dynamic=False))):
+        reference._fill_features = fill
+        contender.step()
+        contender.seconds.clear()
+        for _ in range(args.rounds):
+            contender.measure()
+        found[name] = contender.row()["step"]
+    reference._fill_features = eager
+    return found
+
+
+def threads(args: argparse.Namespace) -> dict[str, float]:
+    """Wall clock of one step with 1 thread over that with 2."""
+    found = {}
+    for rule in ("small_fc", "velo"):
+        entry = Contender(rule, [(1024, 4096)] * 2, "cpu", ours(rule))
+        walls: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(args.rounds + 1):
+            for count, wall in walls.items():
+                torch.set_num_threads(count)
+                entry.seconds.clear()
+                entry.measure()
+                wall.append(entry.seconds["wall"][0])
+        found[rule] = round(median(walls[1][1:]) / median(walls[2][1:]), 3)
+    torch.set_num_threads(1)
+    return found
+
+
+def table(lists: dict[str, Any], device: str) -> str:
+    columns = list(lists)
+    names = list(dict.fromkeys(name for entry in lists.values() for name in entry["ns_per_parameter"]))
+    key, unit = ("step", "ns per parameter and core") if device == "cpu" else ("ms", "ms per step")
+    lines: list[Sequence[str]] = [[unit, *columns]]
+    for name in names:
+        rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
+        lines.append([name, *("-" if row is None else f"{row[key]:.2f}" for row in rows)])
+        passes = [p for p in PASSES if any(row and p in row for row in rows)]
+        if passes:
+            each = ["-" if row is None else " + ".join(f"{row[p]:.2f}" for p in passes if p in row) for row in rows]
+            lines.append([f"... its passes ({', '.join(p.split('_')[0] for p in passes)})", *each])
+    for figure in ("GFLOP/s", "GB/s"):
+        lines.append([f"ceiling, {figure}", *(str(lists[column]["ceilings"][figure]) for column in columns)])
+    return markdown(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time one optimizer step of all rules beside AdamW and PyLO.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--pylo", help="folder with PyLO's source")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=2, help="blocks of each model on a CPU")
+    parser.add_argument("--full", action="store_true", help="whole models on a CPU, PyLO on all of them")
+    parser.add_argument("--only", nargs="+", help="names of lists")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain PyTorch features")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.inner:
+        print(json.dumps(compare(args)))
+        return 0
+    result: dict[str, Any] = {
+        "what": "CPU nanoseconds per parameter and core" if args.device == "cpu" else "device time of a step",
+        **environment(),
+        "paths": ops.paths(),
+        "rounds": args.rounds,
+        "blocks": None if args.full or args.device != "cpu" else args.blocks,
+    }
+    if args.device == "cpu":
+        for allocator, variables in (("glibc as shipped", {}), ("glibc keeping its memory", TUNED)):
+            command = [sys.executable, __file__, "--inner", *sys.argv[1:]]
+            done = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, check=True, text=True)
+            result[allocator] = json.loads(done.stdout.splitlines()[-1])
+            print(f"\n{allocator}\n\n{table(result[allocator], args.device)}", flush=True)
+        result["two_threads_over_one"] = threads(args)
+        print(f"\n2 threads against 1, wall clock: {result['two_threads_over_one']}")
+    else:
+        result["device"] = torch.cuda.get_device_name()
+        result["lists"] = compare(args)
+        print(table(result["lists"], args.device))
+    if args.compile:
+        result["torch_compile"] = compiled_reference(args)
+        print(f"plain PyTorch small_fc, ns per parameter: {result['torch_compile']}")
+    out = args.out or ROOT / "benchmarks" / "results" / f"step_{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

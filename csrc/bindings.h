@@ -1,0 +1,159 @@
+// From the tensor lists of a call to pointers, with checks. Included by ops.cpp and cuda.cu; torch's stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "pylo_dist/mlp.h"
+
+namespace pylo_dist {
+
+using torch::stable::Tensor;
+using Tensors_ = std::vector<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline int64_t dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return FLOAT32;
+    case ScalarType::BFloat16:
+      return BFLOAT16;
+    case ScalarType::Half:
+      return FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, name, " has a dtype without a kernel; wanted float32, bfloat16 or float16");
+      return -1;
+  }
+}
+
+inline void check_list(const Tensors_& list, int64_t size, const char* name) {
+  STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == size, name, " has ", list.size(), " tensors, wanted ", size);
+}
+
+// The memory of a contiguous tensor of `type` with at least `numel` elements.
+inline void* memory(const Tensor& x, int64_t numel, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.is_contiguous(), name, " is not contiguous");
+  STD_TORCH_CHECK(x.numel() >= numel, name, " has ", x.numel(), " elements, wanted ", numel);
+  return const_cast<void*>(x.data_ptr());
+}
+
+inline float* floats(const Tensor& x, int64_t numel, const char* name) {
+  return static_cast<float*>(memory(x, numel, ScalarType::Float, name));
+}
+
+inline double* doubles(const Tensor& x, int64_t numel, const char* name) {
+  return static_cast<double*>(memory(x, numel, ScalarType::Double, name));
+}
+
+// The tables, which are on the host whatever the device of the other tensors.
+struct Tables {
+  const Item* items;
+  const Box* boxes;
+  int64_t num_items, num_boxes;
+
+  Tables(const Tensor& items_, const Tensor& boxes_)
+      : items(static_cast<const Item*>(memory(items_, 0, ScalarType::Long, "items"))),
+        boxes(static_cast<const Box*>(memory(boxes_, 0, ScalarType::Long, "boxes"))),
+        num_items(items_.numel() / static_cast<int64_t>(sizeof(Item) / 8)),
+        num_boxes(boxes_.numel() / static_cast<int64_t>(sizeof(Box) / 8)) {
+    STD_TORCH_CHECK(items_.is_cpu() && boxes_.is_cpu(), "items and boxes must be on the host");
+    STD_TORCH_CHECK(
+        num_items * static_cast<int64_t>(sizeof(Item) / 8) == items_.numel() &&
+            num_boxes * static_cast<int64_t>(sizeof(Box) / 8) == boxes_.numel(),
+        "items and boxes were not made for this library");
+  }
+
+  void check_active(const std::vector<int64_t>& active) const {
+    for (int64_t i : active) STD_TORCH_CHECK(0 <= i && i < num_items, "there is no item ", i);
+  }
+};
+
+// Pointers of every item of a call. Lists that a pass has no use for are null.
+struct TensorLists {
+  const Tensors_ *values = nullptr, *momentum = nullptr, *rms = nullptr, *row_or_diag = nullptr, *col = nullptr,
+                 *directions = nullptr;
+  const Tensors_* grads = nullptr;  // one per entry of `active`
+};
+
+inline std::vector<Tensors> pointers_of(const Tables& tables, const std::vector<int64_t>& active, const TensorLists& lists) {
+  std::vector<Tensors> all(tables.num_items, Tensors{});
+  for (const Tensors_* list : {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
+    if (list) check_list(*list, tables.num_items, "a list with one tensor per item");
+  }
+  if (lists.grads) check_list(*lists.grads, static_cast<int64_t>(active.size()), "grads");
+  tables.check_active(active);
+  for (size_t a = 0; a < active.size(); ++a) {
+    const int64_t i = active[a];
+    const Item& item = tables.items[i];
+    Tensors& t = all[i];
+    if (lists.grads) {
+      const Tensor& grad = (*lists.grads)[a];
+      t.grad_type = dtype_of(grad, "a gradient");
+      t.grad = memory(grad, item.numel, grad.scalar_type(), "a gradient");
+    }
+    if (lists.values) {
+      const Tensor& value = (*lists.values)[i];
+      t.value_type = dtype_of(value, "a value");
+      t.value = memory(value, item.numel, value.scalar_type(), "a value");
+    }
+    if (lists.momentum) t.momentum = floats((*lists.momentum)[i], K * item.numel, "momentum");
+    if (lists.rms) t.rms = floats((*lists.rms)[i], item.numel, "rms");
+    if (lists.row_or_diag) {
+      float* first = floats((*lists.row_or_diag)[i], K * (item.factored ? item.rows : item.numel), "row_or_diag");
+      (item.factored ? t.row : t.diag) = first;
+    }
+    if (lists.col && item.factored) t.col = floats((*lists.col)[i], K * item.cols, "col");
+    if (lists.directions && !lists.directions->empty()) {
+      check_list(*lists.directions, static_cast<int64_t>(active.size()), "directions");
+      t.direction = floats((*lists.directions)[a], item.numel, "a direction");
+    }
+  }
+  return all;
+}
+
+// The float64 buffers of a Sum; `needed(item)` gives the end of what an item has in its buffer.
+template <class BufferOf, class EndOf>
+std::vector<double*> buffers_of(
+    const Tables& tables, const Tensors_& sums, const std::vector<int64_t>& active, BufferOf buffer, EndOf end) {
+  std::vector<int64_t> sizes(sums.size(), 0);
+  for (int64_t i : active) {
+    const int64_t at = buffer(tables.items[i]);
+    STD_TORCH_CHECK(0 <= at && at < static_cast<int64_t>(sums.size()), "item ", i, " has no buffer ", at);
+    if (end(tables.items[i]) > sizes[at]) sizes[at] = end(tables.items[i]);
+  }
+  std::vector<double*> pointers;
+  for (size_t b = 0; b < sums.size(); ++b) pointers.push_back(doubles(sums[b], sizes[b], "a buffer of sums"));
+  return pointers;
+}
+
+inline RuleConstants rule_of(const std::vector<double>& rule) {
+  STD_TORCH_CHECK(rule.size() == RULE_NUMBERS, "rule has ", rule.size(), " numbers, wanted ", RULE_NUMBERS);
+  return rule_constants(rule.data());
+}
+
+inline int64_t network_size(bool extended, int64_t hidden) {
+  if (!extended && hidden == 32) return PackedNetwork<false, 32>::SIZE;
+  if (extended && hidden == 8) return PackedNetwork<true, 8>::SIZE;
+  if (extended && hidden == 4) return PackedNetwork<true, 4>::SIZE;
+  STD_TORCH_CHECK(false, "no kernel for ", extended ? 30 : 28, " features and ", hidden, " hidden units");
+  return 0;
+}
+
+inline int64_t num_inputs(bool extended) { return extended ? Layout<true>::INPUTS : Layout<false>::INPUTS; }
+
+inline int64_t first_factor(bool extended) { return extended ? Layout<true>::FIRST_FACTOR : Layout<false>::FIRST_FACTOR; }
+
+// Sums of pass B per lead of an item.
+inline int64_t num_sums(const Item& item, bool extended) {
+  if (item.factored) return extended ? Layout<true>::SUMS_FACTORED : Layout<false>::SUMS_FACTORED;
+  return extended ? Layout<true>::SUMS_DIAG : Layout<false>::SUMS_DIAG;
+}
+
+}  // namespace pylo_dist

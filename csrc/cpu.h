@@ -1,0 +1,66 @@
+// What cpu.cpp, which deals the work, and cpu_kernels.h, which does it for one instruction set, say to each other. No torch.
+#pragma once
+
+#include "pylo_dist/mlp.h"
+
+namespace pylo_dist {
+
+// Runs first_run .. last_run of a box, and of each the elements first .. last along the innermost dim. Jobs follow from the tables
+// alone, never from the number of threads: so do the partial sums, and with them the bits of the results.
+struct Job {
+  int64_t box, first_run, last_run, first, last;
+};
+
+// A range of indices into a row, column or lead vector that a job touches.
+struct IndexRange {
+  int64_t first, size;
+};
+
+struct GradientLimits {
+  float limit;          // larger ones count as non-finite
+  double clamp_square;  // bound of g^2 in the factors
+  bool replace;         // NaN and inf are taken as 0 and the largest number
+};
+
+struct PassArgs {
+  const Item* items;
+  const Box* boxes;
+  const Tensors* tensors;
+  RuleConstants rule;
+  const double* scale;       // per item
+  const float* factors;
+  const float* normalisers;  // (leads, INPUTS) per item, from normalisers_at[item]
+  const int64_t* normalisers_at;
+  const float* networks;
+  int64_t network_size;
+  const int64_t* network_of;
+  const Step* steps;
+};
+
+// The sums of squares of pass A that a job makes.
+struct GradientPartial {
+  double audit[2];  // non-finite entries, sum of g^2
+  double *row, *col;
+  IndexRange rows, cols;
+};
+
+constexpr int PAD = 16;  // numbers beyond the end of row and col of a partial that may be written (zeros are added there)
+constexpr int NUM_MOMENTS = 9;
+
+struct Kernels {
+  const char* name;
+  void (*gradients)(const PassArgs&, const Job&, const GradientLimits&, GradientPartial&);
+  // p^2, m_k, m_k^2, v, v^2 over the local elements first .. last
+  void (*moments)(const Tensors&, int64_t numel, int64_t first, int64_t last, double* out);
+  // (num_sums, leads.size) sums of squares of the element features
+  void (*features)(const PassArgs&, const Job&, bool extended, IndexRange leads, double* out);
+  // pass C; gives the sum of (p_new - p)^2
+  double (*updates)(const PassArgs&, const Job&, int hidden);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx512, kernels_avx2;
+#endif
+extern const Kernels kernels_baseline;
+
+}  // namespace pylo_dist

@@ -1,0 +1,6 @@
+#define PYLO_ISA baseline
+#include "cpu_kernels.h"
+
+namespace pylo_dist {
+extern const Kernels kernels_baseline = {"baseline", gradients, moments, features, updates};
+}

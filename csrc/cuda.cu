@@ -1,0 +1,330 @@
+// The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and writes; the kernels are in
+// cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
+//
+// The pointers of a call travel as an argument of the first kernel of a pass, so nothing is allocated, nothing waits for the host, and a
+// CUDA graph that captured a step keeps its own. Launches of a step for any number of tensors: A 2, B 2, C 2, VeLO's moments 1 (beyond
+// 400 tensors one more per 400 and pass).
+#include "bindings.h"
+#include "cuda_sums.cuh"
+#include "cuda_update.cuh"
+
+#if !defined(PYLO_FIBERS)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#endif
+
+namespace pylo_dist {
+namespace gpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using HostTables = pylo_dist::Tables;
+
+#if defined(PYLO_FIBERS)
+#define PYLO_LAUNCH(kernel, blocks, threads, ...) fibers::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); })
+
+struct Device {
+  explicit Device(const Tensor&) {}
+  bool is_capturing() const { return false; }
+  void clear(void* at, int64_t bytes) const { std::memset(at, 0, bytes); }
+  template <class Kernel>
+  int blocks(Kernel, int, int64_t jobs) const {
+    return static_cast<int>(std::min<int64_t>(jobs, 3));
+  }
+};
+#else
+#define PYLO_LAUNCH(kernel, blocks, threads, ...)               \
+  do {                                                          \
+    if ((blocks) > 0) {                                         \
+      kernel<<<(blocks), (threads), 0, device.stream>>>(__VA_ARGS__); \
+      STD_CUDA_KERNEL_LAUNCH_CHECK();                           \
+    }                                                           \
+  } while (0)
+
+// The device of a tensor, made current, and its current stream.
+struct Device {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+  int index;
+
+  explicit Device(const Tensor& like) : guard(like.get_device_index()), index(like.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  bool is_capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  void clear(void* at, int64_t bytes) const { STD_CUDA_CHECK(cudaMemsetAsync(at, 0, bytes, stream)); }
+
+  // As many blocks as the device runs at a time, if there are as many jobs.
+  template <class Kernel>
+  int blocks(Kernel kernel, int threads, int64_t jobs) const {
+    int processors = 0, each = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0));
+    return static_cast<int>(std::min<int64_t>(jobs, static_cast<int64_t>(processors) * (each > 0 ? each : 1)));
+  }
+};
+#endif
+
+// A table to the device, in as many kernel arguments as it takes.
+void send(const Device& device, const void* from, int64_t bytes, void* to) {
+  const int64_t* words = static_cast<const int64_t*>(from);
+  (void)device;
+  for (int64_t at = 0; at < bytes / 8; at += UPLOAD_WORDS) {
+    Upload part;
+    const int count = static_cast<int>(std::min<int64_t>(UPLOAD_WORDS, bytes / 8 - at));
+    std::memcpy(part.words, words + at, 8 * static_cast<size_t>(count));
+    PYLO_LAUNCH(upload, 1, 256, part, static_cast<int64_t*>(to) + at, count);
+  }
+}
+
+// The batch's memory on the device and what is known about it. Its tables are made in the first call, and again inside a graph that is
+// being captured, since that runs later and perhaps alone.
+struct Workspace {
+  Plan plan;
+  char* base;
+
+  Workspace(const Device& device, const Tensors_& workspace, const HostTables& host) {
+    check_list(workspace, 2, "workspace");
+    base = static_cast<char*>(memory(workspace[0], 0, ScalarType::Byte, "workspace[0]"));
+    STD_TORCH_CHECK(workspace[1].is_cpu(), "workspace[1] must be on the host");
+    Plan* kept = static_cast<Plan*>(memory(workspace[1], sizeof(Plan), ScalarType::Byte, "workspace[1]"));
+    const bool known = kept->magic == PLAN_MAGIC && kept->num_items == host.num_items && kept->num_boxes == host.num_boxes;
+    if (known && !device.is_capturing()) {
+      plan = *kept;
+      return;
+    }
+    const Work work = deal(host.items, host.num_items, host.boxes, host.num_boxes);
+    plan = work.plan;
+    STD_TORCH_CHECK(workspace[0].numel() >= plan.total, "workspace[0] has ", workspace[0].numel(), " bytes, wanted ", plan.total);
+    const auto bring = [&](const auto& table, int64_t at) {
+      send(device, table.data(), static_cast<int64_t>(table.size() * sizeof(table[0])), base + at);
+    };
+    device.clear(base + plan.counters, 2 * plan.num_items * 4);
+    send(device, host.items, host.num_items * static_cast<int64_t>(sizeof(Item)), base + plan.items);
+    send(device, host.boxes, host.num_boxes * static_cast<int64_t>(sizeof(Box)), base + plan.boxes);
+    bring(work.jobs, plan.jobs);
+    bring(work.side_jobs, plan.side_jobs);
+    bring(work.side_at, plan.side_at);
+    bring(work.entry_jobs, plan.entry_jobs);
+    bring(work.lead_jobs, plan.lead_jobs);
+    bring(work.ranges, plan.ranges);
+    bring(work.normalisers_at, plan.normalisers_at);
+    bring(work.first_moment_job, plan.first_moment_job);
+    if (!device.is_capturing()) *kept = plan;
+  }
+
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(base + offset);
+  }
+
+  Tables tables() const {
+    return Tables{
+        at<Live>(plan.live), at<unsigned>(plan.counters), at<Item>(plan.items), at<Box>(plan.boxes), at<Job>(plan.jobs),
+        at<SideJob>(plan.side_jobs), at<int64_t>(plan.side_at), at<EntryJob>(plan.entry_jobs), at<LeadJob>(plan.lead_jobs),
+        at<ItemRange>(plan.ranges), at<int64_t>(plan.normalisers_at), at<float>(plan.normalisers), at<uint32_t>(plan.networks),
+        at<double>(plan.partials), plan.num_items, plan.num_jobs, plan.num_side_jobs, plan.num_entry_jobs, plan.num_lead_jobs};
+  }
+};
+
+std::vector<Live> live_of(
+    const HostTables& host, const Ints& active, const TensorLists& lists, const std::vector<double*>* a, const std::vector<double*>* b) {
+  const std::vector<Tensors> tensors = pointers_of(host, active, lists);
+  std::vector<Live> live(static_cast<size_t>(host.num_items), Live{});
+  for (int64_t i : active) {
+    const Tensors& t = tensors[i];
+    const Item& item = host.items[i];
+    live[i] = Live{
+        t.value, t.grad, t.momentum, t.rms, item.factored ? t.row : t.diag, t.col, t.direction, a ? (*a)[item.a_buffer] : nullptr,
+        b ? (*b)[item.b_buffer] : nullptr, t.value_type | t.grad_type << 2 | int64_t{1} << 4};
+  }
+  return live;
+}
+
+// What the first kernel of a pass gets; items that do not fit into its argument go ahead.
+Head head_of(const Device& device, const std::vector<Live>& live, Live* to) {
+  Head head{};
+  head.count = std::min<int64_t>(HEAD_ITEMS, static_cast<int64_t>(live.size()));
+  std::memcpy(head.upload.words, live.data(), static_cast<size_t>(head.count) * sizeof(Live));
+  const int64_t rest = static_cast<int64_t>(live.size()) - head.count;
+  if (rest > 0) send(device, live.data() + head.count, rest * static_cast<int64_t>(sizeof(Live)), to + head.count);
+  return head;
+}
+
+int64_t end_of_a(const Item& item) { return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols); }
+
+// ------------------------------------------------------------------------------------------------ operators
+
+void gradient_pass(
+    Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits, bool replace, Tensors_ sums, Tensors_ workspace) {
+  if (active.empty()) return;
+  const Device device(grads[0]);
+  const HostTables host(items, boxes);
+  TensorLists lists;
+  lists.grads = &grads;
+  const std::vector<double*> a =
+      buffers_of(host, sums, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
+  const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
+  const Workspace space(device, workspace, host);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const GradientArgs args{space.tables(), doubles(limits, 2 * host.num_items, "limits"), replace};
+  PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256, head, args);
+  PYLO_LAUNCH(entry_kernel, static_cast<int>(space.plan.num_entry_jobs), 256, args);
+}
+
+void moment_pass(
+    Tensor items, Tensor boxes, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+  if (values.empty()) return;
+  const Device device(values[0]);
+  const HostTables host(items, boxes);
+  Ints active(static_cast<size_t>(host.num_items));
+  for (int64_t i = 0; i < host.num_items; ++i) active[i] = i;
+  TensorLists lists;
+  lists.values = &values;
+  lists.momentum = &momentum;
+  lists.rms = &rms;
+  const std::vector<double*> a = buffers_of(
+      host, sums, active, [](const Item& item) { return item.a_buffer; },
+      [](const Item& item) { return item.a_extra + NUM_MOMENTS; });
+  const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
+  const Workspace space(device, workspace, host);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const Plan& plan = space.plan;
+  PYLO_LAUNCH(
+      moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head, space.tables(),
+      space.at<int64_t>(plan.first_moment_job), space.at<unsigned>(plan.counters) + host.num_items,
+      space.at<double>(plan.moment_partials));
+}
+
+struct Sizes {
+  int64_t factors = 0, squares = 0;
+};
+
+Sizes sizes_of(const HostTables& host, const Ints& active) {
+  Sizes sizes;
+  for (int64_t i : active) {
+    const Item& item = host.items[i];
+    if (!item.factored) continue;
+    sizes.factors = std::max(sizes.factors, item.factors_at + factors_size(item));
+    sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
+  }
+  return sizes;
+}
+
+const bool* bools(const Tensor& x, int64_t numel, const char* name) {
+  return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
+}
+
+void feature_pass(
+    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
+    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
+    Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
+  if (active.empty()) return;
+  const Device device(values[0]);
+  const HostTables host(items, boxes);
+  const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
+  const std::vector<double*> a =
+      buffers_of(host, sums_a, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
+  const std::vector<double*> b = buffers_of(
+      host, sums_b, active, [](const Item& item) { return item.b_buffer; },
+      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<Live> live = live_of(host, active, lists, &a, &b);
+  const Sizes sizes = sizes_of(host, active);
+  const Workspace space(device, workspace, host);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const PassArgs args{
+      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
+      floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
+  PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
+  const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
+  const auto features = extended ? feature_kernel<true> : feature_kernel<false>;
+  PYLO_LAUNCH(features, device.blocks(features, 256, jobs), 256, args);
+}
+
+void update_pass(
+    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
+    Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
+    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
+    Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+  if (active.empty()) return;
+  const Device device(values[0]);
+  const HostTables host(items, boxes);
+  const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
+  const std::vector<double*> b = buffers_of(
+      host, sums_b, active, [](const Item& item) { return item.b_buffer; },
+      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<Live> live = live_of(host, active, lists, nullptr, &b);
+  const Sizes sizes = sizes_of(host, active);
+  const int64_t num_networks = networks.numel() / network_size(extended, hidden);
+  const Workspace space(device, workspace, host);
+  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const double* squares_ = doubles(squares, sizes.squares, "squares");
+  const PassArgs pass{
+      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
+      floats(factors, sizes.factors, "factors"), nullptr};
+  const UpdateArgs args{
+      pass, floats(networks, 0, "networks"),
+      static_cast<const int64_t*>(memory(network_of, host.num_items, ScalarType::Long, "network_of")),
+      reinterpret_cast<const Step*>(floats(steps, 4 * host.num_items, "steps")),
+      doubles(param_squares, host.num_items, "param_squares"), doubles(update_squares, host.num_items, "update_squares"), squares_};
+  const int64_t jobs = space.plan.num_jobs;
+  const int slices = static_cast<int>(SLICES * host.num_items);
+  if (!extended && precision > 0) {
+    STD_TORCH_CHECK(num_networks <= host.num_items, "there are more networks than items");
+    const auto prepare = precision == 1 ? prepare_kernel<false, 2> : prepare_kernel<false, 1>;
+    const auto update = precision == 1 ? tensor_core_kernel<2> : tensor_core_kernel<1>;
+    PYLO_LAUNCH(prepare, slices + static_cast<int>(num_networks), 128, head, args);
+    PYLO_LAUNCH(update, device.blocks(update, 128, jobs), 128, args);
+    return;
+  }
+  const auto prepare = extended ? prepare_kernel<true, 0> : prepare_kernel<false, 0>;
+  PYLO_LAUNCH(prepare, slices, 128, head, args);
+  const auto update = !extended ? scalar_kernel<false, 32> : hidden == 8 ? scalar_kernel<true, 8> : scalar_kernel<true, 4>;
+  const int threads = scalar_threads(static_cast<int>(hidden));
+  PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
+}
+
+// Bytes on the device and pinned on the host, both zeroed by the caller.
+Ints workspace_sizes(Tensor items, Tensor boxes, Tensor) {
+  const HostTables host(items, boxes);
+  return Ints{deal(host.items, host.num_items, host.boxes, host.num_boxes).plan.total, static_cast<int64_t>(sizeof(Plan))};
+}
+
+#if !defined(PYLO_FIBERS)
+#define PYLO_TEXT_(...) #__VA_ARGS__
+#define PYLO_TEXT(...) PYLO_TEXT_(__VA_ARGS__)
+#if defined(__CUDA_ARCH_LIST__)
+std::string cuda_architectures() { return PYLO_TEXT(__CUDA_ARCH_LIST__); }
+#else
+std::string cuda_architectures() { return "unknown"; }
+#endif
+#endif
+
+}  // namespace
+}  // namespace gpu
+}  // namespace pylo_dist
+
+#if !defined(PYLO_FIBERS)
+STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) { m.def("cuda_architectures() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&pylo_dist::gpu::cuda_architectures));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CUDA, m) {
+  using namespace pylo_dist::gpu;
+  m.impl("gradient_pass", TORCH_BOX(&gradient_pass));
+  m.impl("moment_pass", TORCH_BOX(&moment_pass));
+  m.impl("feature_pass", TORCH_BOX(&feature_pass));
+  m.impl("update_pass", TORCH_BOX(&update_pass));
+  m.impl("workspace_sizes", TORCH_BOX(&workspace_sizes));
+}
+#endif

@@ -1,0 +1,487 @@
+// The operators' schemas, and their implementation on a CPU: jobs, threads and the sums over jobs. The element work is in
+// cpu_kernels.h. csrc/README.md says what each operator reads and writes.
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+
+#include "bindings.h"
+#include "cpu.h"
+
+namespace pylo_dist {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+// ------------------------------------------------------------------------------------------ instruction sets
+
+const Kernels* supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (name == "auto" || name == "avx512")) return &kernels_avx512;
+  if (avx2 && (name == "auto" || name == "avx2")) return &kernels_avx2;
+#endif
+  return name == "auto" || name == "baseline" ? &kernels_baseline : nullptr;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load();
+  if (!now) {
+    now = supported("auto");
+    chosen.store(now);
+  }
+  return *now;
+}
+
+// ---------------------------------------------------------------------------------------------- threads
+
+// Calls work(i) for every i < count, on torch's threads. Which thread takes which i is open; what is computed is not.
+template <class Work>
+void for_each(int64_t count, const Work& work) {
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------- jobs
+
+constexpr int64_t SMALLEST_JOB = 1 << 14, LARGEST_JOB = 1 << 20, JOBS = 256;
+constexpr int64_t LONGEST_RUN = 2048;  // sums of as many columns stay in the first-level cache
+
+struct Jobs {
+  std::vector<Job> jobs;
+  std::vector<int64_t> first;  // of the a-th active item; one more at the end
+};
+
+Jobs deal(const Tables& tables, const Ints& active) {
+  int64_t numel = 0;
+  for (int64_t i = 0; i < tables.num_items; ++i) numel += tables.items[i].numel;
+  const int64_t size = std::clamp(numel / JOBS, SMALLEST_JOB, LARGEST_JOB);
+  Jobs all;
+  for (int64_t i : active) {
+    all.first.push_back(static_cast<int64_t>(all.jobs.size()));
+    const Item& item = tables.items[i];
+    STD_TORCH_CHECK(
+        0 <= item.first_box && item.first_box + item.num_boxes <= tables.num_boxes, "item ", i, " has boxes beyond the table");
+    for (int64_t b = item.first_box; b < item.first_box + item.num_boxes; ++b) {
+      const Box& box = tables.boxes[b];
+      const int64_t runs = num_runs(box), inner = box.sizes[MAX_DIMS - 1];
+      const int64_t longest = runs == 1 ? size : LONGEST_RUN;
+      const int64_t length = std::min(inner, longest), count = std::max<int64_t>(1, size / std::max<int64_t>(1, length));
+      for (int64_t run = 0; run < runs; run += count) {
+        for (int64_t at = 0; at < inner; at += length) {
+          all.jobs.push_back(Job{b, run, std::min(runs, run + count), at, std::min(inner, at + length)});
+        }
+      }
+    }
+  }
+  all.first.push_back(static_cast<int64_t>(all.jobs.size()));
+  return all;
+}
+
+// The smallest and largest index that a job reaches in a vector with these strides.
+IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DIMS], int64_t at) {
+  int64_t low[MAX_DIMS], high[MAX_DIMS];
+  low[MAX_DIMS - 1] = job.first;
+  high[MAX_DIMS - 1] = job.last - 1;
+  int64_t a = job.first_run, b = job.last_run - 1;
+  for (int d = MAX_DIMS - 2; d >= 0; --d) {
+    low[d] = a % box.sizes[d];
+    high[d] = b % box.sizes[d];
+    a /= box.sizes[d];
+    b /= box.sizes[d];
+  }
+  bool differ = false;  // beyond the first dim in which the ends differ, a job goes over all of a dim
+  for (int d = 0; d < MAX_DIMS - 1; ++d) {
+    if (differ) {
+      low[d] = 0;
+      high[d] = box.sizes[d] - 1;
+    }
+    differ = differ || low[d] != high[d];
+  }
+  int64_t first = at, last = at;
+  for (int d = 0; d < MAX_DIMS; ++d) {
+    first += low[d] * strides[d];
+    last += high[d] * strides[d];
+  }
+  return IndexRange{first, last - first + 1};
+}
+
+// ------------------------------------------------------------------------------------------------ pass A
+
+void gradient_pass(
+    Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits, bool replace, Tensors_ sums, Tensors_ workspace) {
+  const Tables tables(items, boxes);
+  TensorLists lists;
+  lists.grads = &grads;
+  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  const double* limit = doubles(limits, 2 * tables.num_items, "limits");
+  const std::vector<double*> buffers = buffers_of(
+      tables, sums, active, [](const Item& item) { return item.a_buffer; },
+      [](const Item& item) { return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols); });
+  const Jobs jobs = deal(tables, active);
+  PassArgs args{};
+  args.items = tables.items;
+  args.boxes = tables.boxes;
+  args.tensors = tensors.data();
+  std::vector<GradientPartial> partials(jobs.jobs.size());
+  std::vector<int64_t> at(jobs.jobs.size() + 1, 0);
+  for (size_t j = 0; j < jobs.jobs.size(); ++j) {
+    const Box& box = tables.boxes[jobs.jobs[j].box];
+    GradientPartial& p = partials[j];
+    p = GradientPartial{};
+    if (tables.items[box.item].factored) {
+      p.rows = reach(box, jobs.jobs[j], box.row, box.row_at);
+      p.cols = reach(box, jobs.jobs[j], box.col, box.col_at);
+      at[j + 1] = p.rows.size + p.cols.size + 2 * PAD;
+    }
+    at[j + 1] += at[j];
+  }
+  const std::unique_ptr<double[]> memory_(new double[at.back() + 1]);
+  const Kernels& k = kernels();
+  for_each(static_cast<int64_t>(jobs.jobs.size()), [&](int64_t j) {
+    GradientPartial& p = partials[j];
+    p.row = memory_.get() + at[j];
+    p.col = p.row + p.rows.size + PAD;
+    std::fill(memory_.get() + at[j], memory_.get() + at[j + 1], 0.0);
+    const int64_t i = tables.boxes[jobs.jobs[j].box].item;
+    const double clamp = limit[2 * i + 1];
+    k.gradients(args, jobs.jobs[j], GradientLimits{static_cast<float>(limit[2 * i]), clamp * clamp, replace}, p);
+  });
+  for_each(static_cast<int64_t>(active.size()), [&](int64_t a) {
+    const Item& item = tables.items[active[a]];
+    double* buffer = buffers[item.a_buffer];
+    for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j) {
+      const GradientPartial& p = partials[j];
+      buffer[item.a_audit + AUDIT_NONFINITE] += p.audit[0];
+      buffer[item.a_audit + AUDIT_SQUARES] += p.audit[1];
+      double *row = buffer + item.a_at + p.rows.first, *col = buffer + item.a_at + item.rows + p.cols.first;
+      for (int64_t x = 0; x < p.rows.size; ++x) row[x] += p.row[x];
+      for (int64_t x = 0; x < p.cols.size; ++x) col[x] += p.col[x];
+    }
+  });
+}
+
+void moment_pass(
+    Tensor items, Tensor boxes, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+  const Tables tables(items, boxes);
+  Ints active(tables.num_items);
+  std::vector<Job> jobs;
+  for (int64_t i = 0; i < tables.num_items; ++i) {
+    active[i] = i;
+    for (int64_t at = 0; at < tables.items[i].numel; at += LARGEST_JOB / 4) {
+      jobs.push_back(Job{i, 0, 1, at, std::min(tables.items[i].numel, at + LARGEST_JOB / 4)});
+    }
+  }
+  TensorLists lists;
+  lists.values = &values;
+  lists.momentum = &momentum;
+  lists.rms = &rms;
+  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  const std::vector<double*> buffers = buffers_of(
+      tables, sums, active, [](const Item& item) { return item.a_buffer; },
+      [](const Item& item) { return item.a_extra + NUM_MOMENTS; });
+  std::vector<double> partials(NUM_MOMENTS * jobs.size(), 0.0);
+  const Kernels& k = kernels();
+  for_each(static_cast<int64_t>(jobs.size()), [&](int64_t j) {
+    const Job& job = jobs[j];
+    k.moments(tensors[job.box], tables.items[job.box].numel, job.first, job.last, partials.data() + NUM_MOMENTS * j);
+  });
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    const Item& item = tables.items[jobs[j].box];
+    for (int s = 0; s < NUM_MOMENTS; ++s) buffers[item.a_buffer][item.a_extra + s] += partials[NUM_MOMENTS * j + s];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ pass B
+
+// EMA of one factor's means (`state` is modified where `keep` holds), K x size.
+void update_factor_state(float* state, const double* sums, int64_t size, double by, const RuleConstants& rule) {
+  for (int k = 0; k < K; ++k) {
+    for (int64_t i = 0; i < size; ++i) state[k * size + i] = update_factor(state[k * size + i], sums[i] * by, k, rule);
+  }
+}
+
+// Sums of squares of a factor (or its rsqrt) over the elements of every lead, to out[lead].
+void factor_squares(const Item& item, const float* x, bool is_row, double* out) {
+  const int64_t size = is_row ? item.rows : item.cols, dropped = is_row ? item.size_d0 : item.size_d1;
+  if (item.leads == 1) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    out[0] = sum * static_cast<double>(item.lead_numel) / static_cast<double>(size);
+    (void)dropped;
+    return;
+  }
+  const int64_t(&lead)[MAX_LEAD_DIMS] = is_row ? item.lead_row : item.lead_col;
+  const int64_t(&matrix)[2] = is_row ? item.matrix_row : item.matrix_col;
+  // along the dim that the factor was averaged over its stride is 0: there is one number, as often as the dim is long
+  const int64_t rows = matrix[0] ? item.matrix_sizes[0] : 1, cols = matrix[1] ? item.matrix_sizes[1] : 1;
+  const double times = static_cast<double>(item.lead_numel) / static_cast<double>(rows * cols);
+  for (int64_t l = 0; l < item.leads; ++l) {
+    int64_t rest = l, at = 0;
+    for (int d = MAX_LEAD_DIMS - 1; d >= 0; --d) {
+      at += rest % item.lead_sizes[d] * lead[d];
+      rest /= item.lead_sizes[d];
+    }
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const double value = x[at + r * matrix[0] + c * matrix[1]];
+        sum += value * value;
+      }
+    }
+    out[l] = sum * times;
+  }
+}
+
+void prepare_factors(
+    const Item& item, const Tensors& t, const double* sums, bool keep, double scale, const RuleConstants& rule, float* factors,
+    double* squares) {
+  if (keep) {
+    update_factor_state(t.row, sums, item.rows, scale * scale / static_cast<double>(item.size_d0), rule);
+    update_factor_state(t.col, sums + item.rows, item.cols, scale * scale / static_cast<double>(item.size_d1), rule);
+  }
+  float* row_scale = factors + item.factors_at;
+  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols, *col_rsqrt = row_rsqrt + K * item.rows;
+  for (int k = 0; k < K; ++k) {
+    const float *row = t.row + k * item.rows, *col = t.col + k * item.cols;
+    for (int64_t outer = 0; outer < item.row_outer; ++outer) {
+      for (int64_t inner = 0; inner < item.row_inner; ++inner) {
+        const int64_t at = outer * item.size_d1 * item.row_inner + inner;
+        double sum = 0.0;
+        for (int64_t i = 0; i < item.size_d1; ++i) sum += row[at + i * item.row_inner];
+        const float mean = static_cast<float>(sum / static_cast<double>(item.size_d1));
+        for (int64_t i = 0; i < item.size_d1; ++i) {
+          row_scale[k * item.rows + at + i * item.row_inner] = row_scale_of(row[at + i * item.row_inner], mean);
+        }
+      }
+    }
+    for (int64_t i = 0; i < item.cols; ++i) col_scale[k * item.cols + i] = col_scale_of(col[i]);
+    for (int64_t i = 0; i < item.rows; ++i) row_rsqrt[k * item.rows + i] = factor_rsqrt_of(row[i]);
+    for (int64_t i = 0; i < item.cols; ++i) col_rsqrt[k * item.cols + i] = factor_rsqrt_of(col[i]);
+    double* out = squares + item.squares_at + k * item.leads;
+    factor_squares(item, row, true, out);
+    factor_squares(item, col, false, out + K * item.leads);
+    factor_squares(item, row_rsqrt + k * item.rows, true, out + 2 * K * item.leads);
+    factor_squares(item, col_rsqrt + k * item.cols, false, out + 3 * K * item.leads);
+  }
+}
+
+struct FactorSizes {
+  int64_t factors = 0, squares = 0;
+};
+
+FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
+  FactorSizes sizes;
+  for (int64_t i : active) {
+    const Item& item = tables.items[i];
+    if (!item.factored) continue;
+    sizes.factors = std::max(sizes.factors, item.factors_at + factors_size(item));
+    sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
+  }
+  return sizes;
+}
+
+const bool* bools(const Tensor& x, int64_t numel, const char* name) {
+  return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
+}
+
+void feature_pass(
+    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
+    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
+    Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
+  const Tables tables(items, boxes);
+  TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
+  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  const std::vector<double*> a_buffers = buffers_of(
+      tables, sums_a, active, [](const Item& item) { return item.a_buffer; },
+      [](const Item& item) { return item.a_at + item.rows + item.cols; });
+  const std::vector<double*> b_buffers = buffers_of(
+      tables, sums_b, active, [](const Item& item) { return item.b_buffer; },
+      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const FactorSizes sizes = factor_sizes(tables, active);
+  float* factors_ = floats(factors, sizes.factors, "factors");
+  double* squares_ = doubles(squares, sizes.squares, "squares");
+  const bool* keep_ = bools(keep, tables.num_items, "keep");
+  PassArgs args{};
+  args.items = tables.items;
+  args.boxes = tables.boxes;
+  args.tensors = tensors.data();
+  args.rule = rule_of(rule);
+  args.scale = doubles(scale, tables.num_items, "scale");
+  args.factors = factors_;
+  for_each(static_cast<int64_t>(active.size()), [&](int64_t a) {
+    const Item& item = tables.items[active[a]];
+    if (!item.factored) return;
+    const double* sums = a_buffers[item.a_buffer] + item.a_at;
+    prepare_factors(item, tensors[active[a]], sums, keep_[active[a]], args.scale[active[a]], args.rule, factors_, squares_);
+  });
+  const Jobs jobs = deal(tables, active);
+  std::vector<IndexRange> leads(jobs.jobs.size());
+  std::vector<int64_t> at(jobs.jobs.size() + 1, 0);
+  for (size_t j = 0; j < jobs.jobs.size(); ++j) {
+    const Box& box = tables.boxes[jobs.jobs[j].box];
+    leads[j] = reach(box, jobs.jobs[j], box.lead, box.lead_at);
+    at[j + 1] = at[j] + num_sums(tables.items[box.item], extended) * leads[j].size;
+  }
+  std::vector<double> partials(at.back(), 0.0);
+  const Kernels& k = kernels();
+  for_each(static_cast<int64_t>(jobs.jobs.size()), [&](int64_t j) {
+    k.features(args, jobs.jobs[j], extended, leads[j], partials.data() + at[j]);
+  });
+  for (size_t a = 0; a < active.size(); ++a) {
+    const Item& item = tables.items[active[a]];
+    double* out = b_buffers[item.b_buffer] + item.b_at;
+    for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j) {
+      for (int64_t f = 0; f < num_sums(item, extended); ++f) {
+        for (int64_t l = 0; l < leads[j].size; ++l) {
+          out[f * item.leads + leads[j].first + l] += partials[at[j] + f * leads[j].size + l];
+        }
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ pass C
+
+// Normalisers (leads, inputs) of an item, from the sums of B and the squares of the factor features.
+void fill_normalisers(const Item& item, bool extended, const double* sums, const double* squares, double eps, float* out) {
+  const int64_t row = first_factor(extended), inputs = num_inputs(extended), n = num_sums(item, extended);
+  for (int64_t f = 0; f < inputs; ++f) {
+    const double* from = sums + f * item.leads;
+    if (f >= row + 12) {
+      from = sums + (n - (inputs - f)) * item.leads;
+    } else if (f >= row && item.factored) {
+      from = squares + item.squares_at + (f - row) * item.leads;
+    } else if (f >= row) {  // D twice, then its rsqrt twice
+      from = sums + (row + (f - row) / 6 * K + (f - row) % K) * item.leads;
+    }
+    for (int64_t l = 0; l < item.leads; ++l) {
+      out[l * inputs + f] = normaliser(from[l], static_cast<double>(item.lead_numel), eps);
+    }
+  }
+}
+
+void update_pass(
+    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
+    Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
+    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
+    Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+  const Tables tables(items, boxes);
+  const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
+  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  const std::vector<double*> b_buffers = buffers_of(
+      tables, sums_b, active, [](const Item& item) { return item.b_buffer; },
+      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const FactorSizes sizes = factor_sizes(tables, active);
+  const double* squares_ = doubles(squares, sizes.squares, "squares");
+  const bool* keep_ = bools(keep, tables.num_items, "keep");
+  const int64_t* network_of_ = static_cast<int64_t*>(memory(network_of, tables.num_items, ScalarType::Long, "network_of"));
+  PassArgs args{};
+  args.network_size = network_size(extended, hidden);
+  const int64_t num_networks = networks.numel() / args.network_size;
+  for (int64_t i : active) {
+    STD_TORCH_CHECK(0 <= network_of_[i] && network_of_[i] < num_networks, "item ", i, " has no network ", network_of_[i]);
+  }
+  args.items = tables.items;
+  args.boxes = tables.boxes;
+  args.tensors = tensors.data();
+  args.rule = rule_of(rule);
+  args.scale = doubles(scale, tables.num_items, "scale");
+  args.factors = floats(factors, sizes.factors, "factors");
+  args.networks = floats(networks, 0, "networks");
+  args.network_of = network_of_;
+  args.steps = reinterpret_cast<const Step*>(floats(steps, 4 * tables.num_items, "steps"));
+  double* param_squares_ = doubles(param_squares, tables.num_items, "param_squares");
+  double* update_squares_ = doubles(update_squares, tables.num_items, "update_squares");
+  Ints normalisers_at(tables.num_items, 0);
+  int64_t total = 0;
+  Ints moving;
+  for (int64_t i : active) {
+    const Item& item = tables.items[i];
+    const double* p = b_buffers[item.b_buffer] + item.b_at + (extended ? Layout<true>::P : Layout<false>::P) * item.leads;
+    param_squares_[i] = 0.0;
+    for (int64_t l = 0; l < item.leads; ++l) param_squares_[i] += p[l];
+    update_squares_[i] = 0.0;
+    if (!keep_[i]) continue;
+    moving.push_back(i);
+    normalisers_at[i] = total;
+    total += item.leads * num_inputs(extended);
+  }
+  std::vector<float> normalisers(total);
+  args.normalisers = normalisers.data();
+  args.normalisers_at = normalisers_at.data();
+  for_each(static_cast<int64_t>(moving.size()), [&](int64_t a) {
+    const Item& item = tables.items[moving[a]];
+    const double* sums = b_buffers[item.b_buffer] + item.b_at;
+    fill_normalisers(item, extended, sums, squares_, args.rule.eps_normalise, normalisers.data() + normalisers_at[moving[a]]);
+  });
+  const Jobs jobs = deal(tables, moving);
+  std::vector<double> changes(jobs.jobs.size(), 0.0);
+  const Kernels& k = kernels();
+  for_each(static_cast<int64_t>(jobs.jobs.size()), [&](int64_t j) {
+    changes[j] = k.updates(args, jobs.jobs[j], static_cast<int>(hidden));
+  });
+  for (size_t a = 0; a < moving.size(); ++a) {
+    for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j) update_squares_[moving[a]] += changes[j];
+  }
+}
+
+Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) { return Ints(); }
+
+// Chooses the instruction set for all later calls ("auto": the best one there is), and gives its name.
+std::string instruction_set(std::string name) {
+  const Kernels* wanted = supported(name);
+  STD_TORCH_CHECK(wanted, "this machine or build has no instruction set '", name, "'");
+  chosen.store(wanted);
+  return wanted->name;
+}
+
+}  // namespace
+}  // namespace pylo_dist
+
+STABLE_TORCH_LIBRARY(pylo_dist, m) {
+  m.def(
+      "gradient_pass(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool replace, "
+      "Tensor(a!)[] sums, Tensor(w!)[] workspace) -> ()");
+  m.def(
+      "moment_pass(Tensor items, Tensor boxes, Tensor[] values, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] sums, "
+      "Tensor(w!)[] workspace) -> ()");
+  m.def(
+      "feature_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, Tensor[] values, Tensor[] grads, "
+      "Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, Tensor(b!)[] col, Tensor[] sums_a, Tensor keep, Tensor scale, "
+      "Tensor(c!) factors, Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()");
+  m.def(
+      "update_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, int precision, "
+      "Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, "
+      "Tensor factors, Tensor squares, Tensor[] sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, "
+      "Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, Tensor(g!)[] directions, "
+      "Tensor(w!)[] workspace) -> ()");
+  m.def("workspace_sizes(Tensor items, Tensor boxes, Tensor like) -> int[]");  // for the device of `like`
+  m.def("instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
+  using namespace pylo_dist;
+  m.impl("gradient_pass", TORCH_BOX(&gradient_pass));
+  m.impl("moment_pass", TORCH_BOX(&moment_pass));
+  m.impl("feature_pass", TORCH_BOX(&feature_pass));
+  m.impl("update_pass", TORCH_BOX(&update_pass));
+  m.impl("workspace_sizes", TORCH_BOX(&workspace_sizes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&pylo_dist::instruction_set));
+}

@@ -1,0 +1,45 @@
+"""The CUDA extension where there is a toolkit: it compiles, and its hot kernels keep everything in registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Kernels that go over elements; the others work on factors, once per item.
+HOT = ("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+
+
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc: put it on the PATH or set CUDA_HOME")
+def test_hot_kernels_do_not_spill(tmp_path: Path, figures: list[str]) -> None:
+    """One architecture, Hopper's; benchmarks/gpu_check.sh builds for all."""
+    command = [str(nvcc()), "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
+    command += ["-gencode=arch=compute_90,code=sm_90", "-Xptxas", "-v", "-c", str(ROOT / "csrc/cuda.cu"), "-o", "cuda.o"]
+    include = (ROOT / "csrc", ROOT / "csrc/include", Path(torch.__file__).parent / "include")
+    done = subprocess.run([*command, *(f"-I{folder}" for folder in include)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    names = [next((name for name in HOT if name in mangled), "") for mangled, *_ in found]
+    assert set(HOT) <= set(names), names
+    for name, (mangled, arch, stack, stores, loads, registers) in zip(names, found, strict=True):
+        if not name:
+            continue
+        variant = "".join(re.findall(r"L[bi](\d+)E", mangled)) or "-"
+        figures.append(f"CUDA {arch} | {name} {variant}: {registers} registers, {stores} + {loads} bytes spilled, stack {stack}")
+        assert (int(stores), int(loads)) == (0, 0), (name, variant, stores, loads)

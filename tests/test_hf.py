@@ -1,0 +1,207 @@
+"""Hugging Face Trainer and accelerate drive a learned optimizer, and a factory as torchtitan has it; tiny models made here.
+
+The recipes of the README: `optimizer_cls_and_kwargs`, a callback that brings VeLO its loss, and accelerate with FSDP2, which
+builds the optimizer before it shards the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import velo_weights
+from ranks import run_ranks
+from sharded_model import small_fc_weights
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import pylo_dist
+from pylo_dist.optim.velo import LossBuffer
+
+transformers = pytest.importorskip("transformers", reason="the recipes for Hugging Face need transformers")
+accelerate = pytest.importorskip("accelerate", reason="the recipes for Hugging Face need accelerate")
+
+VOCABULARY, LENGTH = 53, 8
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def samples(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+class LossForOptimizer(transformers.TrainerCallback):
+    """Brings the optimizer the loss of each step: the Trainer calls step() without it.
+
+    The model divides by the number of tokens of the whole accumulated batch, so that the parts of a batch add up.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.register_forward_hook(lambda _, inputs, output: self.parts.append(output.loss.detach()))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        loss = torch.stack(self.parts).sum()
+        getattr(optimizer, "optimizer", optimizer).set_loss(loss)  # accelerate wraps it
+        self.losses.append(float(loss))
+        self.parts.clear()
+
+
+def test_trainer(tmp_path: Path) -> None:
+    callback, steps = LossForOptimizer(), 6
+    trainer = transformers.Trainer(
+        model=gpt2(),
+        args=transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            lr_scheduler_type="constant",
+            learning_rate=1.0,  # of the scheduler's making only: the optimizer has its own
+            max_grad_norm=0.0,  # the optimizer clips at no cost
+            report_to="none",
+            logging_steps=1,
+            save_steps=3,
+            disable_tqdm=True,
+        ),
+        train_dataset=samples(24),
+        optimizer_cls_and_kwargs=(
+            pylo_dist.VeLO,
+            {"weights": velo_weights("small"), "num_steps": steps, "max_grad_norm": 1.0},
+        ),
+        callbacks=[callback],
+    )
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, pylo_dist.VeLO)
+    group = optimizer.param_groups[0]
+    assert int(group["step"]) == steps
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx(callback.losses, abs=1e-3)  # the Trainer rounds what it logs
+    # the loss buffer holds what the steps were given
+    means, minima = torch.zeros(10, dtype=torch.float64), torch.full((10,), 999999999999.0, dtype=torch.float64)
+    for step, loss in enumerate(callback.losses):
+        means, minima = LossBuffer(steps, torch.tensor(step)).updated(means, minima, torch.tensor(loss, dtype=torch.float64))
+    torch.testing.assert_close(group["loss_means"], means, rtol=1e-12, atol=0)
+    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+    # and resumes from what it saved
+    resumed = gpt2()
+    other = transformers.Trainer(
+        model=resumed,
+        args=trainer.args,
+        train_dataset=samples(24),
+        optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
+        callbacks=[LossForOptimizer()],
+    )
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for a, b in zip(trainer.model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def accelerated(rank: int, world: int) -> dict[str, Any]:
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    # accelerate offers FSDP2 on accelerators only; what it does to models and optimizers is the same here
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False, reshard_after_forward=True
+    )
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = gpt2()
+    optimizer = pylo_dist.VeLO(model.parameters(), num_steps=4, weights=velo_weights("small"))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(isinstance(p, DTensor) for p in params)  # they were swapped
+    batch = {k: torch.stack([row[k] for row in samples(4)[2 * rank : 2 * rank + 2]]) for k in ("input_ids", "labels")}
+    for _ in range(4):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.optimizer.set_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(optimizer.optimizer.state) == set(params)
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+
+
+def titan(rank: int, world: int) -> dict[str, Any]:
+    """A factory over model parts, and the state dict of each, flattened by parameter names, with the probe step it may take."""
+
+    def build_optimizers(parts: list[nn.Module], optimizer_class: Any, **kwargs: Any) -> list[torch.optim.Optimizer]:
+        return [optimizer_class([p for p in part.parameters() if p.requires_grad], **kwargs) for part in parts]
+
+    torch.manual_seed(0)
+    part: nn.Module = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
+    fully_shard(part)
+    factory = functools.partial(build_optimizers, optimizer_class=pylo_dist.AdafacLO, weights=small_fc_weights())
+    (optimizer,) = factory([part])
+    part(torch.randn(4, 7)).square().sum().backward()
+    optimizer.step()
+    before = {name: p.full_tensor() for name, p in part.named_parameters()}
+    lr = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:  # what torch does to an optimizer whose state is made in its first step
+        group["lr"] = 0.0
+    for p in part.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, value in zip(optimizer.param_groups, lr, strict=True):
+        group["lr"] = value
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(part, optimizer, options=options)
+    (again,) = factory([part])
+    set_optimizer_state_dict(part, again, saved, options=options)
+    return {
+        "probe changed nothing": all(torch.equal(before[name], p.full_tensor()) for name, p in part.named_parameters()),
+        "steps": [int(o.param_groups[0]["step"]) for o in (optimizer, again)],
+        "keys": sorted(key for key in saved if key.startswith("state.0.weight")),
+        "same": all(
+            torch.equal(getattr(a, "_local_tensor", a), getattr(again.state[p][name], "_local_tensor", again.state[p][name]))
+            for p in part.parameters()
+            for name, a in optimizer.state[p].items()
+        ),
+    }
+
+
+def both_ranks(rank: int, world: int) -> dict[str, Any]:
+    return {"titan": titan(rank, world), "params": accelerated(rank, world)}
+
+
+def test_accelerate_and_titan_on_fsdp2() -> None:
+    results = run_ranks(2, both_ranks)
+    model = gpt2()
+    optimizer = pylo_dist.VeLO(model.parameters(), num_steps=4, weights=velo_weights("small"))
+    rows = samples(4)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses = [
+            model(**{k: torch.stack([row[k] for row in rows[i : i + 2]]) for k in ("input_ids", "labels")}).loss for i in (0, 2)
+        ]
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        optimizer.step(loss)
+    for result in results:
+        titan = result["titan"]
+        assert titan["probe changed nothing"]
+        assert titan["same"]
+        assert titan["steps"] == [1, 1]
+        assert titan["keys"] == [f"state.0.weight.{name}" for name in ("col", "momentum", "rms", "row")]
+        for name, p in model.named_parameters():  # gradients of a transformer differ in their last bits
+            change = (p - start[name]).abs().max()
+            assert (result["params"][name] - p).abs().max() <= 2e-3 * change + 1e-7, name
