@@ -30,7 +30,7 @@ NEWTON_SCHULZ = 5e-5  # of the largest change: it amplifies the last bits of its
 
 # On 3 ranks nothing divides evenly: every rule in every stage, with what moves elements about.
 ON_3 = {
-    f"{rule}, stage {stage}": Case(stage, rule, **kwargs)
+    f"{rule}, stage {stage}": Case(stage, rule, steps=10 if rule in ("adafac", "velo") else 5, **kwargs)
     for rule in ("adafac", "velo", "mulo", "elo", "celo2", "elo_celo2")
     for stage, kwargs in (
         (0, {"groups": True}),

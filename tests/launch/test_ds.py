@@ -1,0 +1,131 @@
+"""gpt2.py under DeepSpeed follows the run without it, on other ranks too, under three launchers; and the Trainer's example."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gpt2
+import pytest
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
+
+ROOT = Path(__file__).resolve().parents[2]
+JSONS = ROOT / "launch" / "deepspeed"
+STEPS, HALF = 20, 10
+COMMON = ["--preset", "nano", "--batch-size", "12", "--micro-batch-size", "2", "--block-size", "16", "--eval-every", "0"]
+COMMON += ["--device", "cpu", "--threads", "1"]
+RUN = [*COMMON, "--weights", "demo", "--steps", str(STEPS)]
+
+
+def launch(launcher: list[str], words: list[str], script: str = "gpt2.py") -> str:
+    """Run a script of launch/ and return what it printed."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        [*launcher, str(ROOT / "launch" / script), *words], env=env, capture_output=True, text=True, errors="replace", timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def worst(folder: Path, other: Path) -> float:
+    a, b = losses(folder), losses(other)
+    assert len(a) == len(b) == STEPS
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(tmp_path: Path, figures: list[str]) -> None:
+    zero, three = tmp_path / "zero", tmp_path / "ds3"
+    launch(torchrun(2), [*RUN, "--out", str(zero)])
+    stage_3 = ["--deepspeed", str(JSONS / "zero3.json")]
+    printed = launch(torchrun(2), [*RUN, *stage_3, "--save-every", str(HALF), "--out", str(three)])
+    assert "2 rank(s)" in printed
+    assert "DeepSpeed stage 3 (DeepSpeedZeroOptimizer_Stage3)" in (three / "optimizer.txt").read_text()
+    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
+    apart = {"stage 3 on 2 ranks": worst(three, zero)}
+    assert losses(zero)[-1] < losses(zero)[0] - 0.5  # a curve of learning
+    half = ["--resume", str(three / "checkpoints" / f"step-{HALF:08d}")]
+    for name, num_ranks, words in (
+        ("stage 2 on 1 rank", 1, ["--deepspeed", str(JSONS / "zero2.json")]),
+        ("stage 3 on 3 ranks", 3, stage_3),
+        ("ZeroOptimizer on 2 ranks", 2, []),
+    ):
+        out = tmp_path / name.replace(" ", "_")
+        launch([sys.executable] if num_ranks == 1 else torchrun(num_ranks), [*RUN, *words, *half, "--out", str(out)])
+        apart[name] = worst(out, zero)
+    assert max(apart.values()) <= 1e-4, apart
+    figures += [
+        f"DeepSpeed launch | {name} | {STEPS} steps: {value:.1e} nats from ZeroOptimizer" for name, value in apart.items()
+    ]
+
+
+def test_deepspeeds_own_launcher(tmp_path: Path, learned_weights: dict[str, Path]) -> None:
+    words = [*COMMON, "--optimizer", "velo", "--weights", str(learned_weights["velo"]), "--steps", "3"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29631"]
+    printed = launch(command, [*words, "--deepspeed", str(JSONS / "zero1.json"), "--out", str(tmp_path / "run")])
+    assert "2 rank(s)" in printed
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_mpirun_in_bfloat16(tmp_path: Path) -> None:
+    if shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun: apt-get install openmpi-bin libopenmpi-dev")
+    if find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed: launch/setup.sh launch,dev,deepspeed,mpi")
+    command = ["mpirun", "--oversubscribe", "-np", "2", "-x", "MASTER_PORT=29632", sys.executable]
+    if os.geteuid() == 0:
+        command.insert(1, "--allow-run-as-root")
+    words = [*RUN[:-1], "3", "--deepspeed", str(JSONS / "zero2_bf16.json"), "--out", str(tmp_path / "run")]
+    assert "2 rank(s)" in launch(command, words)
+    found = losses(tmp_path / "run")
+    assert len(found) == 3
+    assert found[2] < found[0]
+
+
+def test_the_trainers_example(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install transformers accelerate")
+    config = json.loads((JSONS / "trainer.json").read_text())
+    config["zero_optimization"]["stage"] = 3
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(config))
+    printed = launch(torchrun(2), ["--deepspeed", str(path), "--steps", "10", "--out", str(tmp_path / "out")], "trainer.py")
+    assert "AdafacLO, weights demo" in printed
+    assert "gradient_clipping 1 by DeepSpeed, none by pylo_dist" in printed
+    assert re.search(r"transformer\.h\.0\.attn\.c_attn\.weight +\(64, 192\) +0 +6,144 +small_fc", printed)
+    found = [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", printed)]
+    assert len(found) == 2
+    assert found[1] < found[0] < 6.0
+
+
+def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice, broken = tmp_path / "twice.json", tmp_path / "broken.json"
+    twice.write_text(json.dumps({"optimizer": {"type": "VeLO"}}))
+    broken.write_text("{")
+    for words, said in (
+        (["--deepspeed", str(twice)], 'holds "optimizer", which follows from --optimizer'),
+        (["--deepspeed", str(broken)], "cannot be read"),
+        (["--deepspeed", str(tmp_path / "none.json")], "cannot be read"),
+        (["--deepspeed", str(JSONS / "zero2.json"), "--optimizer", "adamw"], "adamw is none"),
+        (["--deepspeed", str(JSONS / "zero2.json"), "--dtype", "bfloat16"], '"bf16": {"enabled": true}'),
+    ):
+        weights = [] if "adamw" in words else ["--weights", "demo"]
+        assert gpt2.main([*COMMON, *weights, *words, "--out", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("gpt2.py: ")
+        assert said in line
