@@ -48,7 +48,7 @@ class Build(build_ext):
 
         def compile_in_threads(sources, **kwargs):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(lambda source: compile_all([source], **kwargs), sources), [])
+                return [o for made in pool.map(lambda source: compile_all([source], **kwargs), sources) for o in made]
 
         self.compiler.src_extensions.append(".cu")
         self.compiler._compile, self.compiler.compile = compile_one, compile_in_threads
