@@ -34,11 +34,8 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         host, compile_all = self.compiler._compile, self.compiler.compile
         targets = [(arch, f"sm_{arch}") for arch in ARCHITECTURES] + [(ARCHITECTURES[-1], f"compute_{ARCHITECTURES[-1]}")]
-        nvcc = [
-            str(CUDA_HOME / "bin/nvcc"),
-            *NVCC_FLAGS,
-            *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets),
-        ]
+        gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+        nvcc = [str(CUDA_HOME / "bin/nvcc"), *NVCC_FLAGS, *gencode]
 
         def compile_one(obj, source, suffix, cc_args, extra, pp_opts):
             if suffix == ".cu":
@@ -74,9 +71,8 @@ def extensions() -> list[Extension]:
     built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
     if wanted == "1" or (wanted != "0" and has_nvcc):
         links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": [*lib, str(CUDA_HOME / "lib64")]}
-        built.append(
-            Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=["torch_cpu", "c10", "cudart"], **links, **shared)
-        )
+        libraries = ["torch_cpu", "c10", "cudart"]
+        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, **links | {"libraries": libraries}, **shared))
     return built
 
 
