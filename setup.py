@@ -1,10 +1,10 @@
 """Build entry: the compiled passes in csrc/, where a compiler and torch are there. Everything declarative is in pyproject.toml.
 
-They need the torch that will run them, hence `pip install --no-build-isolation .`; an isolated build gives plain PyTorch.
-PYLO_DIST_CUDA=1 insists on the CUDA extension, 0 leaves it out; by default it is built where nvcc is found.
-"""
+They need a torch to build with, hence `pip install --no-build-isolation .`; an isolated build gives plain PyTorch.
+PYLO_DIST_CUDA=1 insists on the CUDA extension, 0 leaves it out; by default it is built where nvcc is found."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,7 +21,8 @@ PER_FILE = {
     "cpu_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-Wno-uninitialized"],
     "cpu_avx2": ["-mavx2", "-mfma"],
 }
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", *(f"csrc/{name}.cpp" for name in PER_FILE if IS_X86)]
 CUDA_SOURCES = ["csrc/cuda.cu"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_HOME = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc") or "/none/bin/nvcc").resolve().parents[1])
@@ -34,8 +35,7 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         host, compile_all = self.compiler._compile, self.compiler.compile
         targets = [(arch, f"sm_{arch}") for arch in ARCHITECTURES] + [(ARCHITECTURES[-1], f"compute_{ARCHITECTURES[-1]}")]
-        gencode = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
-        nvcc = [str(CUDA_HOME / "bin/nvcc"), *NVCC_FLAGS, *gencode]
+        nvcc = [str(CUDA_HOME / "bin/nvcc"), *NVCC_FLAGS, *(f"-gencode=arch=compute_{a},code={code}" for a, code in targets)]
 
         def compile_one(obj, source, suffix, cc_args, extra, pp_opts):
             if suffix == ".cu":
@@ -44,8 +44,8 @@ class Build(build_ext):
                 host(obj, source, suffix, cc_args, [*extra, *PER_FILE.get(Path(source).stem, [])], pp_opts)
 
         def compile_in_threads(sources, **kwargs):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [o for made in pool.map(lambda source: compile_all([source], **kwargs), sources) for o in made]
+            with ThreadPoolExecutor() as pool:
+                return [obj for objs in pool.map(lambda source: compile_all([source], **kwargs), sources) for obj in objs]
 
         self.compiler.src_extensions.append(".cu")
         self.compiler._compile, self.compiler.compile = compile_one, compile_in_threads
@@ -61,7 +61,7 @@ def extensions() -> list[Extension]:
         import torch
     except ImportError:
         return [] if wanted != "1" else sys.exit("PYLO_DIST_CUDA=1, but no torch here: use pip install --no-build-isolation")
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")):
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++", "clang++"))):
         return []
     root = Path(torch.__file__).parent
     include, lib = ["csrc", "csrc/include", str(root / "include")], [str(root / "lib")]
@@ -71,8 +71,8 @@ def extensions() -> list[Extension]:
     built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
     if wanted == "1" or (wanted != "0" and has_nvcc):
         links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": [*lib, str(CUDA_HOME / "lib64")]}
-        libraries = ["torch_cpu", "c10", "cudart"]
-        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, **links | {"libraries": libraries}, **shared))
+        cuda_libraries = ["torch_cpu", "c10", "cudart"]
+        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=cuda_libraries, **links, **shared))
     return built
 
 

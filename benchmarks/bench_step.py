@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -77,11 +79,15 @@ class Contender:
     """An optimizer over its own copy of a list of tensors. `kernels`: whether the compiled passes are allowed."""
 
     def __init__(self, name: str, shapes: Shapes, device: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: Sequence[int]) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
         self.name, self.kernels, self.device = name, kernels, device
-        self.params = [torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes]
+        self.params = [torch.nn.Parameter(0.02 * normal(shape)) for shape in shapes]
         for p in self.params:
-            p.grad = (1e-2 * torch.randn(p.shape, generator=generator)).to(device)
+            p.grad = 1e-2 * normal(p.shape)
         self.optimizer = build(self.params)
         self.numel = sum(p.numel() for p in self.params)
         self.loss = torch.tensor(1.0, device=device)
@@ -124,10 +130,15 @@ class Contender:
         return timed
 
     def row(self) -> dict[str, float]:
-        """Nanoseconds per parameter (a GPU: milliseconds per step as well)."""
+        """Nanoseconds per parameter; on a GPU the milliseconds and kernel launches of a step as well."""
         row = {key: round(1e9 * median(values) / self.numel, 3) for key, values in self.seconds.items()}
         if self.device != "cpu":
             row["ms"] = round(1e3 * median(self.seconds["step"]), 3)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                self.step()
+                torch.cuda.synchronize()
+            work = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            row["launches"] = sum(not name.startswith(("Memcpy", "Memset")) for name in work)
         return row
 
 
@@ -198,49 +209,59 @@ class Ceilings:
         return {"GFLOP/s": round(median(self.gflops), 1), "GB/s": round(median(self.gbytes), 2)}
 
 
-def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> list[Contender]:
-    """All that take part on a list; the slow ones only where it is small."""
+def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> dict[str, Callable[[], Contender]]:
+    """Makers of all that take part on a list; the slow ones only where it is small."""
     device = args.device
-    precisions = ("high",) if device == "cpu" else ("highest", "high", "medium")
-    found = []
+    found: dict[str, Callable[[], Contender]] = {}
+
+    def add(name: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
+        found[name] = partial(Contender, name, shapes, device, build, kernels)
+
     for rule in ("small_fc", "velo"):
-        for precision in precisions:
-            name = rule if device == "cpu" else f"{rule} {precision}"
-            found.append(Contender(name, shapes, device, ours(rule, precision)))
-    found += [Contender(rule, shapes, device, ours(rule)) for rule in ("celo2 without Newton-Schulz", "celo2")]
-    found.append(Contender("AdamW foreach", shapes, device, lambda p: torch.optim.AdamW(p, foreach=True)))
-    found.append(Contender("AdamW fused", shapes, device, lambda p: torch.optim.AdamW(p, fused=True)))
+        for precision in ("high",) if device == "cpu" else ("highest", "high", "medium"):
+            add(rule if device == "cpu" else f"{rule} {precision}", ours(rule, precision))
+    for rule in ("celo2 without Newton-Schulz", "celo2"):
+        add(rule, ours(rule))
+    add("AdamW foreach", lambda p: torch.optim.AdamW(p, foreach=True))
+    add("AdamW fused", lambda p: torch.optim.AdamW(p, fused=True))
     if small or device != "cpu":
         for rule in ("small_fc", "velo"):
-            found.append(Contender(f"{rule}, plain PyTorch", shapes, device, ours(rule), kernels=False))
+            add(f"{rule}, plain PyTorch", ours(rule), kernels=False)
     if args.pylo and (small or args.full):
         for rule, make in pylo_makers(args.pylo).items():
-            found.append(Contender(f"{rule}, PyLO naive", shapes, device, make))
+            add(f"{rule}, PyLO naive", make)
     return found
 
 
+def measure_in_turns(makers: Sequence[Callable[[], Contender]], rounds: int, ceilings: Ceilings) -> dict[str, dict[str, float]]:
+    """The rows of some contenders; in every round each takes one step."""
+    entries = [make() for make in makers]
+    for entry in entries:
+        entry.step()  # state, tables and caches
+    for _ in range(rounds):
+        ceilings.measure()
+        for entry in entries:
+            entry.measure()
+    return {entry.name: entry.row() for entry in entries}
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """All lists, in this process."""
+    """All lists, in this process. A GPU takes one contender at a time: it is not shared, and its memory is dear."""
     result: dict[str, Any] = {}
     for name, shapes in tensor_lists(None if args.full or args.device != "cpu" else args.blocks).items():
         if args.only and name not in args.only:
             continue
-        small = name == "1000x1000"
-        ceilings, entries = Ceilings(args.device), contenders(args, shapes, small)
-        for entry in entries:
-            entry.step()  # state, tables and caches
-        for _ in range(args.rounds):
-            ceilings.measure()
-            for entry in entries:
-                entry.measure()
-        rows = {entry.name: entry.row() for entry in entries}
-        top = ceilings.row()
+        ceilings, makers = Ceilings(args.device), list(contenders(args, shapes, name == "1000x1000").values())
+        rows: dict[str, dict[str, float]] = {}
+        for group in [makers] if args.device == "cpu" else [[maker] for maker in makers]:
+            rows.update(measure_in_turns(group, args.rounds, ceilings))
         for rule, row in rows.items():
             base = rule.split()[0]
             if base in BYTES and "," not in rule and rule != "celo2":
                 own = sum(row[p] for p in PASSES if p in row) or row["step"]
                 row["GB/s"], row["GFLOP/s"] = round(BYTES[base] / own, 2), round(FLOPS[base] / own, 1)
-        result[name] = {"parameters": entries[0].numel, "tensors": len(shapes), "ceilings": top, "ns_per_parameter": rows}
+        numel = sum(math.prod(shape) for shape in shapes)
+        result[name] = {"parameters": numel, "tensors": len(shapes), "ceilings": ceilings.row(), "ns_per_parameter": rows}
         print(f"{name}: done", file=sys.stderr, flush=True)
     return result
 
@@ -292,6 +313,9 @@ def table(lists: dict[str, Any], device: str) -> str:
         if passes:
             each = ["-" if row is None else " + ".join(f"{row[p]:.2f}" for p in passes if p in row) for row in rows]
             lines.append([f"... its passes ({', '.join(p.split('_')[0] for p in passes)})", *each])
+    for name in names if device != "cpu" else ():
+        rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
+        lines.append([f"{name}, launches", *("-" if row is None else str(row["launches"]) for row in rows)])
     for figure in ("GFLOP/s", "GB/s"):
         lines.append([f"ceiling, {figure}", *(str(lists[column]["ceilings"][figure]) for column in columns)])
     return markdown(lines)

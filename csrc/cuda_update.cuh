@@ -260,10 +260,12 @@ __device__ __forceinline__ void scalar_job(
   finish_job(args, j, i, change, scratch);
 }
 
-constexpr int scalar_threads(int hidden) { return hidden == 8 ? 192 : 256; }  // as many as need no spills
+// What nvcc needs to be told, so that none of these spills (0: nothing).
+constexpr int scalar_threads(int hidden) { return hidden == 8 ? 128 : 256; }
+constexpr int scalar_blocks(int hidden) { return hidden == 8 ? 3 : 0; }
 
 template <bool Extended, int H>
-__global__ void __launch_bounds__(scalar_threads(H)) scalar_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H)) scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
@@ -416,7 +418,7 @@ __device__ __forceinline__ double tensor_core_job(
 }
 
 template <int kParts>
-__global__ void __launch_bounds__(128, kParts == 2 ? 2 : 3) tensor_core_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<false, 32> shared;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,3 +400,11 @@ def test_doctor_says_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in versions
     assert cpu == f"cpu: compiled kernels, instruction set {torch.ops.pylo_dist.instruction_set('auto')}"
     assert cuda.startswith("cuda: ")
+
+
+def test_cuda_without_a_toolkit_is_an_error_at_once() -> None:
+    command = [sys.executable, "setup.py", "--version"]
+    wanted = {**os.environ, "PYLO_DIST_CUDA": "1", "CUDA_HOME": "/nonexistent"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=wanted, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "PYLO_DIST_CUDA=1, but there is no nvcc" in done.stderr
