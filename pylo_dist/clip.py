@@ -14,6 +14,7 @@ from .adapters.plain import is_dtensor, local_tensor
 from .optimizer import LearnedOptimizer
 from .shards import ShardBinding, bound_shard
 
+_LAYOUTS = "_pylo_dist_layouts"  # where one of torch's optimizers keeps them, beside its state
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
@@ -31,8 +32,8 @@ def clip_grad_norm_(
     `max_grad_norm=` of a learned optimizer does the same without a collective of its own.
 
     Args:
-        optimizer_or_params: an optimizer, or its parameters in the same order on every rank. Of a learned optimizer the layouts
-            are known; for other DTensors the ranks compare them, one small collective more.
+        optimizer_or_params: an optimizer, or its parameters in the same order on every rank. Where DTensors come without an
+            optimizer, the ranks compare their layouts at every call; of an optimizer they are known after the first.
         max_norm: bound, > 0; inf only measures.
 
     Returns:
@@ -76,10 +77,16 @@ def _bound(optimizer_or_params: Any) -> list[tuple[ShardBinding, Tensor]]:
     """Every parameter with its layout."""
     if isinstance(optimizer_or_params, LearnedOptimizer):
         return optimizer_or_params.layouts()
-    if isinstance(optimizer_or_params, torch.optim.Optimizer):
-        params = [param for group in optimizer_or_params.param_groups for param in group["params"]]
-    else:
-        params = [optimizer_or_params] if isinstance(optimizer_or_params, Tensor) else list(optimizer_or_params)
+    if not isinstance(optimizer_or_params, torch.optim.Optimizer):
+        return _described([optimizer_or_params] if isinstance(optimizer_or_params, Tensor) else list(optimizer_or_params))
+    params = [param for group in optimizer_or_params.param_groups for param in group["params"]]
+    known: list[tuple[ShardBinding, Tensor]] = optimizer_or_params.__dict__.get(_LAYOUTS, [])
+    if list(map(id, params)) != [id(param) for _, param in known]:
+        known = optimizer_or_params.__dict__[_LAYOUTS] = _described(params)
+    return known
+
+
+def _described(params: list[Tensor]) -> list[tuple[ShardBinding, Tensor]]:
     params = list(dict.fromkeys(params))
     return list(zip(describe_all([(f"parameter {i}", param) for i, param in enumerate(params)]), params, strict=True))
 

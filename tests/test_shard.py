@@ -301,6 +301,10 @@ def clip_ranks(rank: int, world: int, layouts: list[str]) -> Results:
             model.zero_grad()
             called(1, place).backward()
             norm = pylo_dist.clip_grad_norm_(named, 0.5)
+            if how != "params":  # what was clipped before stays so, and no layout is asked for again
+                with Collectives() as calls:
+                    pylo_dist.clip_grad_norm_(named, 0.6)
+                results[f"{layout}/{how} calls"] = calls["all_reduce"]
             grads = {fqn: None if p.grad is None else whole(p.grad) for fqn, p in trainable(model)}
             results[f"{layout}/{how}"] = ranks, norm, grads
         before = snapshot(model)
@@ -324,7 +328,9 @@ def clipped_pieces(rank: int) -> Results:
 
 
 def check_clip(results: list[Results]) -> None:
-    for key in (key for key in results[0] if not key.endswith("/step")):
+    for key in (key for key in results[0] if not key.endswith(("/step", "calls"))):
+        if f"{key} calls" in results[0]:  # the mean gradients of ignored parameters, and the norm
+            assert results[0][f"{key} calls"] == (0 if key.startswith("ddp") else 2), key
         ranks = results[0][key][0]
         wanted = mean_gradients(ranks)[1]
         params = [nn.Parameter(torch.zeros_like(g)) for g in wanted.values() if g is not None]
