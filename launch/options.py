@@ -183,6 +183,8 @@ class Options:
         if self.deepspeed is not None:
             if self.optimizer == "adamw":
                 raise WrongInput("--deepspeed is for learned optimizers here, and adamw is none; pass --optimizer.")
+            if self.parallel != "zero1":
+                raise WrongInput(f"--parallel {self.parallel} came with --deepspeed, whose JSON says what ranks share; drop one.")
             if self.dtype != "float32" or self.compile:
                 name = "--compile" if self.compile else "--dtype"
                 raise WrongInput(f'{name} does not go with --deepspeed; its JSON says "bf16": {{"enabled": true}} where wanted.')

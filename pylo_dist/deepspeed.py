@@ -10,7 +10,8 @@ it back, and `initialize()` here does without any of it):
     deepspeed.runtime.zero.utils              ZERO_SUPPORTED_OPTIMIZERS: the same six classes appended
     deepspeed.runtime.engine.DeepSpeedEngine  _configure_optimizer: checks the JSON before it, calls `attach` after it
 
-On the engine itself, for optimizers that read the loss, `attach` sets `backward`, which keeps the loss it is given.
+On an engine of its own, `attach` hooks the parameters, to know which of them have a gradient, and for optimizers that read the
+loss sets `engine.backward`, which keeps the loss it is given.
 """
 
 from __future__ import annotations

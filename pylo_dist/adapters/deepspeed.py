@@ -307,9 +307,14 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         return self.face(groups, **{**kwargs, "process_group": layout.group if layout.group is not None else False})
 
     def _noter(self, fqn: str) -> Callable[[Tensor], None]:
+        """A hook that notes that a parameter has a gradient; DeepSpeed itself fills in zeros for those without."""
+        find = weakref.ref(self)  # the model may outlive this optimizer
+
         def note(_: Tensor) -> None:
-            self._drop_what_a_skipped_step_left()
-            self._present.add(fqn)
+            held = find()
+            if held is not None:
+                held._drop_what_a_skipped_step_left()
+                held._present.add(fqn)
 
         return note
 

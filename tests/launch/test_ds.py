@@ -51,7 +51,8 @@ def worst(folder: Path, other: Path) -> float:
 
 def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(tmp_path: Path, figures: list[str]) -> None:
     zero, three = tmp_path / "zero", tmp_path / "ds3"
-    launch(torchrun(2), [*RUN, "--out", str(zero)])
+    zero_2 = ["--parallel", "zero2"]
+    launch(torchrun(2), [*RUN, *zero_2, "--out", str(zero)])
     stage_3 = ["--deepspeed", str(JSONS / "zero3.json")]
     printed = launch(torchrun(2), [*RUN, *stage_3, "--save-every", str(HALF), "--out", str(three)])
     assert "2 rank(s)" in printed
@@ -63,9 +64,9 @@ def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(tmp_path: Path, figures
     for name, num_ranks, words in (
         ("stage 2 on 1 rank", 1, ["--deepspeed", str(JSONS / "zero2.json")]),
         ("stage 3 on 3 ranks", 3, stage_3),
-        ("ZeroOptimizer on 2 ranks", 2, []),
+        ("ZeroOptimizer, stage 2, on 2 ranks", 2, zero_2),
     ):
-        out = tmp_path / name.replace(" ", "_")
+        out = tmp_path / re.sub(r"\W+", "_", name)
         launch([sys.executable] if num_ranks == 1 else torchrun(num_ranks), [*RUN, *words, *half, "--out", str(out)])
         apart[name] = worst(out, zero)
     assert max(apart.values()) <= 1e-4, apart
@@ -122,6 +123,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--deepspeed", str(broken)], "cannot be read"),
         (["--deepspeed", str(tmp_path / "none.json")], "cannot be read"),
         (["--deepspeed", str(JSONS / "zero2.json"), "--optimizer", "adamw"], "adamw is none"),
+        (["--deepspeed", str(JSONS / "zero2.json"), "--parallel", "ddp"], "--parallel ddp came with --deepspeed"),
         (["--deepspeed", str(JSONS / "zero2.json"), "--dtype", "bfloat16"], '"bf16": {"enabled": true}'),
     ):
         weights = [] if "adamw" in words else ["--weights", "demo"]
