@@ -25,7 +25,9 @@ stamp=.venv/.done-$(printf "%s\n" "$extras" "$PWD" | cat - "${sources[@]}" | cks
 }
 echo "setting up .venv (once; torch is large)" >&2
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
-"${pip[@]}" torch setuptools wheel
+"${pip[@]}" torch setuptools wheel packaging
+export DS_BUILD_OPS=0 # deepspeed would compile its kernels, which take minutes and are not used here
+nvidia-smi >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 [ -n "${PYLO_DIST_CUDA:-}" ] || { nvidia-smi >/dev/null 2>&1 || export PYLO_DIST_CUDA=0; }
 "${pip[@]}" --no-build-isolation --editable ".[$extras]"
 wanted=$(sed -n 's/^torch==//p' constraints.txt)
