@@ -93,6 +93,7 @@ class Trial:
     Attributes:
         hit: whether the victim was alive to be killed.
         saved: step of the newest checkpoint published at the kill; 0: none.
+        complete: whether that was of the last step, after which no rank needs another.
         in_save: whether the kill left a checkpoint half-written or half-removed.
         left_after_s: how long the last rank survived the kill.
         codes: exit codes of the ranks.
@@ -104,6 +105,7 @@ class Trial:
     kill: Kill
     hit: bool
     saved: int
+    complete: bool
     in_save: bool
     left_after_s: float
     codes: list[int]
@@ -113,7 +115,8 @@ class Trial:
     @property
     def passed(self) -> bool:
         others = [code for rank, code in enumerate(self.codes) if rank != self.kill.rank]
-        left = not self.hit or (set(others) == {1} and self.left_after_s < TIMEOUT_S + 10)
+        codes = {0, 1} if self.complete else {1}
+        left = not self.hit or (set(others) <= codes and self.left_after_s < TIMEOUT_S + 10)
         return left and self.resumed == self.saved and not self.differences
 
 
@@ -282,6 +285,7 @@ class Faults:
             kill=kill,
             hit=codes[kill.rank] == -signal.SIGKILL,
             saved=saved,
+            complete=saved == self.setup.steps,
             in_save=any(name.startswith(".") for name in names),
             left_after_s=round(left_after_s, 2),
             codes=codes,

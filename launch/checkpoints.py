@@ -195,9 +195,10 @@ class Keeper:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
         if is_first:
             clear(folder)
-        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+            self._drop_old()  # which a run may have been killed in
 
     def __enter__(self) -> Keeper:
         self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -208,6 +209,12 @@ class Keeper:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+    def _drop_old(self) -> None:
+        """Of the published checkpoints leave the --keep newest."""
+        if self._options.keep is not None:
+            for old in list(published_in(self._folder).values())[: -self._options.keep]:
+                remove(old)
 
     def after(self, step: int, *, stop: bool) -> None:
         """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.
@@ -225,9 +232,8 @@ class Keeper:
             package().save(path, state, meta={"step": step, "config": self._config})
         except ValueError as error:
             raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
-        if self._is_first and self._options.keep is not None:
-            for old in list(published_in(self._folder).values())[: -self._options.keep]:
-                remove(old)
+        if self._is_first:
+            self._drop_old()
         if stop and step != last:
             raise Stopped(f"SIGTERM: stopped after step {step}, saved in {path}; the same command with --resume auto goes on.")
 

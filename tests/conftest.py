@@ -23,7 +23,16 @@ def figures(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long tests first, so that no worker is left alone with one at the end."""
-    long = ("test_dtensor", "test_shard", "test_zero", "test_virtual_ranks", "test_own_rule", "test_ranks", "test_gpt2")
+    long = (
+        "test_zero",
+        "test_checkpoint",
+        "test_virtual_ranks",
+        "test_own_rule",
+        "test_ranks",
+        "test_gpt2",
+        "test_dtensor",
+        "test_shard",
+    )
     items.sort(key=lambda item: item.path.stem not in long)
 
 

@@ -306,6 +306,8 @@ def folders(rank: int, groups: dict[int, Any], folder: str) -> dict[str, Any]:
     dist.barrier(group)
     fails = FailsOnOneRank(True)
     results["save fails"] = outcome(lambda: checkpoint.save(f"{folder}/runs/b", {"x": fails}, process_group=group))
+    unwritable = {"own": {str(rank): (lambda: 0) if rank == 1 else 1}}  # found out when torch writes this rank's file
+    results["write fails"] = outcome(lambda: checkpoint.save(f"{folder}/runs/d", unwritable, process_group=group))
     fails.fails = False
     checkpoint.save(f"{folder}/runs/c", {**contents, "x": fails}, process_group=group)
     fails.fails = True
@@ -345,6 +347,7 @@ def test_any_layout_loads_what_any_other_saved(tmp_path: Path, figures: list[str
         assert not changed
         own = "CheckpointError: no more paper" if rank == 1 else "CheckpointError: rank 1: no more paper"
         assert got["save fails"] == own
+        assert re.match(r"CheckpointError: rank 1: .*pickle", got["write fails"], re.DOTALL), got["write fails"]
         assert got["check fails"] == (own, [])
         assert "exists already" in got["exists"]
         assert got["published"] == ["a", "c"]
@@ -711,6 +714,97 @@ def test_state_of_another_dtype_or_order_is_refused() -> None:
     optimizer = whole()
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["param_names"] == [fqn for fqn, _ in Model().trainable()]
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
+    """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no second rank."""
+    run = Run(PLAIN, kind, None)
+    run.advance(STEPS)
+    wanted = copy.deepcopy(snapshot(run))
+    for options in (
+        {},
+        {"flatten_optimizer_state_dict": True},
+        {"cpu_offload": True},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "cpu_offload": True},
+    ):
+        given = StateDictOptions(**options)
+        theirs = get_optimizer_state_dict(run.model, run.optimizer, options=given)
+        ours = pylo_dist.get_optimizer_state_dict(run.model, run.optimizer, options=given)
+        assert repr(theirs) == repr(ours)
+        other = fresh(kind)
+        set_optimizer_state_dict(other.model, other.optimizer, theirs, options=given)
+        other.model.load_state_dict(run.model.state_dict())
+        assert not differing(snapshot(other), wanted), options
+        assert not differing(snapshot(run), wanted), options  # reading it, and torch's step with zero gradients, changed nothing
+
+
+def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
+    """`AdafacLO(model.parameters())` has no names to save; ZeroOptimizer always has them."""
+    model = Model()
+    unnamed = filled(pylo_dist.AdafacLO([p for _, p in model.trainable()], weights=small_fc(), process_group=False))
+    sharded_one = pylo_dist.ZeroOptimizer(Model(1), pylo_dist.AdafacLO, weights=small_fc(), process_group=False)
+    for source, target in ((unnamed, sharded_one), (filled(sharded_one), unnamed)):
+        folder = tmp_path / type(source).__name__
+        dcp.save({"o": source.state_dict()}, checkpoint_id=folder, no_dist=True)
+        for state in target.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        contents = {"o": target.state_dict()}
+        dcp.load(contents, checkpoint_id=folder, no_dist=True)
+        target.load_state_dict(contents["o"])
+        assert not differing(*(dict(flat_local(o)) for o in (source, target)))
+    assert "param_names" not in unnamed.param_groups[0]
+    assert sharded_one.param_groups[0]["param_names"] == [fqn for fqn, _ in model.trainable()]
+
+
+def with_masters(model: nn.Module, **kwargs: Any) -> Any:
+    try:
+        return pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=small_fc(), process_group=False, master_weights=True, **kwargs
+        )
+    except TypeError:
+        pytest.skip("ZeroOptimizer keeps no masters yet")
+
+
+def test_masters_travel_where_both_sides_have_them(tmp_path: Path) -> None:
+    """Only some layouts keep float32 masters of bfloat16 parameters: others ignore them; who misses them takes the parameter."""
+
+    def stepped(optimizer: Any, model: Model) -> None:
+        for fqn, p in model.trainable():
+            p.grad = torch.full_like(p, 0.125 * (1 + len(fqn)))
+        optimizer.step()
+
+    def masters(optimizer: Any) -> dict[str, Tensor]:
+        state = optimizer.state_dict()["state"]
+        return {str(i): entry["master"].clone() for i, entry in state.items() if "master" in entry}
+
+    models = {name: Model(i).to(torch.bfloat16) for i, name in enumerate(("sharded", "again", "plain", "back"))}
+    first = with_masters(models["sharded"])
+    stepped(first, models["sharded"])
+    assert {t.dtype for t in masters(first).values()} == {torch.float32}
+    checkpoint.save(tmp_path / "a", {"model": models["sharded"], "optimizer": first})
+
+    again = with_masters(models["again"])
+    checkpoint.load(tmp_path / "a", {"model": models["again"], "optimizer": again})
+    assert not differing(masters(again), masters(first))
+    rounded = {i: t.to(torch.bfloat16).to(torch.float32) for i, t in masters(first).items()}
+    assert differing(masters(first), rounded)  # they hold more than the parameters
+
+    plain = pylo_dist.AdafacLO(models["plain"].trainable(), weights=small_fc(), process_group=False)
+    checkpoint.load(tmp_path / "a", {"model": models["plain"], "optimizer": plain})
+    assert not differing(models["plain"].state_dict(), models["sharded"].state_dict())
+    checkpoint.save(tmp_path / "b", {"model": models["plain"], "optimizer": plain})
+    back = with_masters(models["back"])
+    checkpoint.load(tmp_path / "b", {"model": models["back"], "optimizer": back})
+    stepped(back, models["back"])
+    fresh_model = Model(7).to(torch.bfloat16)
+    fresh_model.load_state_dict(models["plain"].state_dict())
+    wanted = with_masters(fresh_model)
+    wanted.load_state_dict(plain.state_dict())
+    stepped(wanted, fresh_model)
+    assert not differing(masters(back), masters(wanted))
 
 
 def test_a_piece_is_its_parameter_as_a_key() -> None:

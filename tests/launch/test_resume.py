@@ -252,10 +252,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(
 def test_folders_of_earlier_runs(
     folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # done already: nothing to train, and the code of a run that is done
+    # done already: nothing to train, and the code of a run that is done; --keep holds for what it finds
     done = copy_of(finished, tmp_path / "done")
     assert gpt2.main(command(folder, done, "--resume", "auto")) == 0
     assert differences(finished, done, 8) == []
+    assert gpt2.main(command(folder, done, "--resume", "auto", "--keep", "2")) == 0
+    assert list(published_in(done)) == [6, 8]
 
     # from an older checkpoint, in the same folder: the newer ones and their rows are dropped
     out = copy_of(finished, tmp_path / "run")
