@@ -114,7 +114,7 @@ class DeepSpeedLearner:
         loss: Tensor = forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss.float()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients of a micro-batch's share of the loss of a step."""
         self.engine.backward(loss, scale_wrt_gas=False)
         self._micro += 1

@@ -221,6 +221,8 @@ class Learner:
         self._forward: Any = torch.compile(called) if options.compile else called
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
+        # ZeRO-1 has room for whole gradients and sends them once; ZeRO-2 sends those of each micro-batch, to free them
+        self._accumulates_here = sharded and options.parallel == "zero1"
 
     def loss(self, windows: np.ndarray) -> Tensor:
         """Mean loss of windows (n, tokens + 1)."""
@@ -229,9 +231,11 @@ class Learner:
             loss: Tensor = self._forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of a micro-batch's share of the loss of a step."""
-        loss.backward()  # type: ignore[no-untyped-call]
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients of a micro-batch's share of the loss of a step; `last`: no other follows before `step`."""
+        waits = not last and self._accumulates_here
+        with self.optimizer.no_sync() if waits else nullcontext():
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -303,9 +307,9 @@ def train(
         loss = torch.zeros((), device=place.device)
         samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
         with named(place, step, "forward and backward"):
-            for rows in plan.rows(data_rank(options, place.rank, place.world_size)):
+            for i, rows in enumerate(plan.rows(data_rank(options, place.rank, place.world_size))):
                 part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
-                learner.backward(part)
+                learner.backward(part, last=i == plan.accumulation - 1)
                 loss += part.detach()
         with named(place, step, "the mean of the loss"):
             asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone

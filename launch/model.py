@@ -189,7 +189,7 @@ class GPT(nn.Module):
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"a sequence of {length} tokens came; the model holds {self.config.block_size}. Cut it.")
-        x = self.tokens(idx) + self.positions.weight[:length]
+        x = self.tokens(idx) + self.positions(torch.arange(length, device=idx.device))
         for block in self.blocks:
             x = block(x)
         # scaled before the product, where there are fewer numbers than behind it

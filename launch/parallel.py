@@ -62,7 +62,8 @@ def spread(
     try:
         if kind in ("zero1", "zero2"):
             parameters = grouped(list(model.named_parameters()))
-            return model, pylo_dist.ZeroOptimizer(parameters, optimizer_class, stage=int(kind[-1]), **arguments)
+            whole = parameters if isinstance(parameters[0], dict) else model  # of a module, parameters arrive during forward
+            return model, pylo_dist.ZeroOptimizer(whole, optimizer_class, stage=int(kind[-1]), **arguments)
         if kind == "ddp":
             called = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on == "cuda" else None)
             return called, make(model.named_parameters())

@@ -109,17 +109,20 @@ class ParameterGatherer:
         if self._sharing.group is None:
             return
         ran, self._ran = self._ran, set()
+        at_once: list[comm.Pending] = []
         for b in reversed(range(len(self.buckets))):
             bucket = self.buckets[b]
             what = f"the all-gather of parameters, bucket {b}"
             pending = comm.all_gather(bucket.flat, bucket.shard, self._sharing.group, what, self._timeout)
             if not self._may_wait(bucket, ran):
-                pending.wait()
+                at_once.append(pending)
                 continue
             arrive = _arrival(pending, [member.param for member in bucket.members])
             for member in bucket.members:
                 setattr(member.param, _ARRIVAL, arrive)
                 member.param.__class__ = PendingParameter
+        for pending in at_once:  # only now, with all of them on their way
+            pending.wait()
 
     def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
         params = [member.param for member in bucket.members]
