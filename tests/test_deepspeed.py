@@ -304,12 +304,22 @@ def errors_before_training(rank: int, files: dict[str, str]) -> dict[str, str]:
             said[name] = str(error)
     import deepspeed
 
+    import pylo_dist.deepspeed
+
     model = cases.Model()
     try:
         given = pylo_dist.AdafacLO(model.parameters(), **fc)
         deepspeed.initialize(model=model, optimizer=given, config=Case(1).json(files))
     except ValueError as error:
         said["instance"] = str(error)
+    from deepspeed.moe.layer import MoE
+
+    for name, cls in (("pipeline", deepspeed.PipelineModule), ("experts", MoE)):
+        bare = type(name, (cls,), {"__init__": torch.nn.Module.__init__})  # these need a topology, their type says enough
+        try:
+            pylo_dist.deepspeed.refuse({}, torch.nn.Sequential(bare()) if name == "experts" else bare())
+        except ValueError as error:
+            said[name] = str(error)
     held = torch.optim.AdafacLO([torch.nn.Parameter(torch.ones(3))], **fc)  # type: ignore[attr-defined]
     held.param_groups[0]["params"][0].grad = torch.ones(3)
     held.step()  # DeepSpeed steps while it sets itself up
@@ -379,6 +389,8 @@ def test_events(files: dict[str, str]) -> None:
         "hpZ": '"zero_optimization.zero_hpz_partition_size"',
         "elastic": '"zero_optimization.elastic_checkpoint"',
         "ratio": '"zero_optimization.offload_optimizer.ratio"',
+        "pipeline": "a PipelineModule is not served",
+        "experts": "'0' is a mixture of experts",
         "instance": "name it in the JSON instead",
         "early": "[1.0, 1.0, 1.0]",
     }
