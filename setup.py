@@ -70,12 +70,12 @@ def extensions() -> list[Extension]:
     links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10"]}
     built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
     if wanted == "1" or (wanted != "0" and has_nvcc):
-        toolkit = [str(CUDA_HOME / folder) for folder in ("lib64", "lib")]
-        links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": [*lib, *toolkit]}
+        lib += [str(CUDA_HOME / folder) for folder in ("lib64", "lib")]
+        links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": lib}
         # a torch for CPUs compiles it, but has no library with the streams and the error texts: it cannot be loaded there
         gpu = [name for name in ("torch_cuda", "c10_cuda") if (root / "lib" / f"lib{name}.so").exists()]
-        cuda_libraries = ["torch_cpu", "c10", *gpu, "cudart"]
-        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, libraries=cuda_libraries, **links, **shared))
+        links["libraries"] = ["torch_cpu", "c10", *gpu, "cudart"]
+        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, **links, **shared))
     return built
 
 

@@ -266,7 +266,7 @@ __device__ __forceinline__ double lead_square(const Item& item, const float* x, 
 }
 
 // One block per item: the factors' new state, and everything the passes read of them.
-__global__ void __launch_bounds__(512) factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
+__global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const int64_t i = blockIdx.x;
   keep_live(head, args.tables, i);

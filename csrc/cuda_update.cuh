@@ -261,8 +261,8 @@ __device__ __forceinline__ void scalar_job(
 }
 
 // What nvcc needs to be told, so that none of these spills (0: nothing).
-constexpr int scalar_threads(int hidden) { return hidden == 8 ? 128 : 256; }
-constexpr int scalar_blocks(int hidden) { return hidden == 8 ? 3 : 0; }
+constexpr int scalar_threads(int hidden) { return hidden == 32 ? 256 : 128; }
+constexpr int scalar_blocks(int hidden) { return hidden == 32 ? 0 : hidden == 8 ? 3 : 4; }
 
 template <bool Extended, int H>
 __global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H)) scalar_kernel(const UpdateArgs args) {
