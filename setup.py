@@ -23,7 +23,6 @@ PER_FILE = {
 }
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", *(f"csrc/{name}.cpp" for name in PER_FILE if IS_X86)]
-CUDA_SOURCES = ["csrc/cuda.cu"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_HOME = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc") or "/none/bin/nvcc").resolve().parents[1])
 ARCHITECTURES = os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";")  # A100, H200, B200, and PTX of the last
@@ -72,10 +71,9 @@ def extensions() -> list[Extension]:
     if wanted == "1" or (wanted != "0" and has_nvcc):
         lib += [str(CUDA_HOME / folder) for folder in ("lib64", "lib")]
         links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": lib}
-        # a torch for CPUs compiles it, but has no library with the streams and the error texts: it cannot be loaded there
-        gpu = [name for name in ("torch_cuda", "c10_cuda") if (root / "lib" / f"lib{name}.so").exists()]
-        links["libraries"] = ["torch_cpu", "c10", *gpu, "cudart"]
-        built.append(Extension("pylo_dist._kernels_cuda", CUDA_SOURCES, **links, **shared))
+        streams = [name for name in ("torch_cuda", "c10_cuda") if (root / "lib" / f"lib{name}.so").exists()]  # not in CPU builds
+        links["libraries"] = ["torch_cpu", "c10", *streams, "cudart"]
+        built.append(Extension("pylo_dist._kernels_cuda", ["csrc/cuda.cu"], **links, **shared))
     return built
 
 
