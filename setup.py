@@ -21,8 +21,8 @@ PER_FILE = {
     "cpu_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-Wno-uninitialized"],
     "cpu_avx2": ["-mavx2", "-mfma"],
 }
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", *(f"csrc/{name}.cpp" for name in PER_FILE if IS_X86)]
+X86 = PER_FILE if platform.machine() in ("x86_64", "AMD64") else {}
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", *(f"csrc/{name}.cpp" for name in X86)]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_HOME = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc") or "/none/bin/nvcc").resolve().parents[1])
 ARCHITECTURES = os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";")  # A100, H200, B200, and PTX of the last
@@ -64,15 +64,14 @@ def extensions() -> list[Extension]:
         return []
     root = Path(torch.__file__).parent
     include, lib = ["csrc", "csrc/include", str(root / "include")], [str(root / "lib")]
-    headers = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)]
-    shared = {"depends": headers, "py_limited_api": True, "language": "c++", "extra_compile_args": COMMON}  # no Python in them
+    depends = [str(path) for path in Path("csrc").rglob("*.*h")]
+    shared = {"depends": depends, "py_limited_api": True, "language": "c++", "extra_compile_args": COMMON}  # no Python in them
     links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10"]}
     built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
     if wanted == "1" or (wanted != "0" and has_nvcc):
-        lib += [str(CUDA_HOME / folder) for folder in ("lib64", "lib")]
-        links = {"include_dirs": [*include, str(CUDA_HOME / "include")], "library_dirs": lib}
+        include, lib = [*include, str(CUDA_HOME / "include")], [*lib, str(CUDA_HOME / "lib64"), str(CUDA_HOME / "lib")]
         streams = [name for name in ("torch_cuda", "c10_cuda") if (root / "lib" / f"lib{name}.so").exists()]  # not in CPU builds
-        links["libraries"] = ["torch_cpu", "c10", *streams, "cudart"]
+        links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10", *streams, "cudart"]}
         built.append(Extension("pylo_dist._kernels_cuda", ["csrc/cuda.cu"], **links, **shared))
     return built
 
