@@ -163,7 +163,8 @@ class Engine:
     def _flag(self, verdict: _Verdict) -> None:
         """Raise now on a CPU; elsewhere copy the flags to the host without waiting for them. This rank's own problem is known."""
         flags = torch.stack([verdict.failed, verdict.lossless, ~verdict.finite & (self.nonfinite == "error")])
-        if verdict.problem is not None or flags.device.type == "cpu":
+        # elsewhere the others do not know yet, and go on to collectives that this rank must not leave
+        if flags.device.type == "cpu" or (verdict.problem is not None and not self.shared):
             self._pending = (None, flags, verdict)
             self.raise_pending()
             return

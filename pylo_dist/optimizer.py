@@ -16,7 +16,7 @@ from .adapters import dtensor, plain
 from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
-from .report import Report, num_bytes, report_row
+from .report import Report, group_settings, num_bytes, report_row
 from .sharded_state import OTHER_MARKS, STATE_FORMAT, canonical, covering_gap, local_part, same_name
 from .shards import ShardBinding, TensorShard
 from .state import StateField, allocate_state, state_dtype
@@ -67,7 +67,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._fields: dict[Tensor, dict[str, StateField]] = {}
         self._engine: Engine | None = None
         self._engine_params: list[tuple[Tensor, Item]]
-        self._engine_key: list[Tensor]
+        self._engine_key: list[tuple[Tensor, int]]
         self._places: dict[int, tuple[int, int]]  # id(parameter) -> its batch, and its place there
         self._early: dict[int, tuple[Tensor, int]]  # id(parameter) -> the gradient that was read early, and its version then
         self._forget_engine()
@@ -105,7 +105,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _describe_all(self) -> dict[Tensor, ShardBinding]:
         """Where the elements of all parameters lie, as far as their groups are known; collective where there are DTensors."""
         named = [pair for group in self.param_groups for pair in zip(self._names(group), group["params"], strict=True)]
-        return {param: binding for (_, param), binding in zip(named, dtensor.describe_all(named), strict=True)}
+        return {param: binding for (_, param), binding in zip(named, dtensor.describe_all(named, self.settings()), strict=True)}
 
     def _follow_replaced_params(self) -> None:
         """Take over parameters that a library put in the place of ours before the first step (accelerate, under FSDP2).
@@ -150,10 +150,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {**given, "params": entries}
 
     def settings(self) -> list[str]:
-        """What must be the same on all ranks beside the groups and the weights, for adapters to compare."""
+        """What must be the same on all ranks beside the parameters, for adapters to compare."""
         plain_types = (bool, int, float, str, tuple, type(None))
-        entries = {**vars(self.rule), "clip": self._clip, "nonfinite": self._nonfinite}
-        return [f"{k}={v}" for k, v in sorted(entries.items()) if isinstance(v, plain_types) or is_dataclass(v)]
+        entries = {**vars(self.rule), "clip": self._clip, "nonfinite": self._nonfinite, "weights": self.weights.describe()}
+        rule = [f"{k}={v}" for k, v in sorted(entries.items()) if isinstance(v, plain_types) or is_dataclass(v)]
+        return [type(self).__name__, *rule, *group_settings(self.param_groups)]
 
     def _names(self, group: dict[str, Any]) -> list[str]:
         """Full names of the parameters of a group of this optimizer: as given, else `group{i}.{j}`."""
@@ -297,6 +298,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._early.clear()
         for _, batch in self._engine.work if self._engine is not None else []:
             batch.gathered.clear()
+            for item in batch.items:
+                item.param.grad = None  # it would be in memory until the next step
 
     def _early_items(self) -> set[int]:
         """Parameters (by id) of which the step has all it needs of their gradient; what was changed since is forgotten."""
@@ -322,7 +325,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if param.requires_grad and self._bindings[param].shard.global_numel
         ]
         params = [param for param, _ in trainable]
-        if self._engine is not None and list(map(id, self._key(params))) == list(map(id, self._engine_key)):
+        if self._engine is not None and _same_key(self._key(params), self._engine_key):
             return self._engine
         by_device: dict[torch.device, list[Item]] = {}
         self._forget_engine()
@@ -355,9 +358,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for name, tensor in local.items()
         }
 
-    def _key(self, params: list[Tensor]) -> list[Tensor]:
-        """The tensors an engine is built on: parameters, and their state, which callers may have replaced."""
-        return [tensor for param in params for tensor in (param, *self.state.get(param, {}).values())]
+    def _key(self, params: list[Tensor]) -> list[tuple[Tensor, int]]:
+        """What an engine is built on: parameters, and their state with its memory, which callers may have replaced."""
+        key = [(param, 0) for param in params]
+        for param in params:
+            key += [(tensor, plain.local_tensor(tensor).data_ptr()) for tensor in self.state.get(param, {}).values()]
+        return key
 
     def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
         """Every parameter with where its elements lie."""
@@ -575,6 +581,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         `clip_rate`: share of the steps, since the set of parameters last changed, in which its gradient was clipped.
         """
         return self._ready().stats()
+
+
+def _same_key(key: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
+    return [(id(tensor), memory) for tensor, memory in key] == [(id(tensor), memory) for tensor, memory in other]
 
 
 _PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_bindings", "_fields", "_width_mults")

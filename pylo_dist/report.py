@@ -69,3 +69,11 @@ def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def group_settings(groups: list[dict[str, Any]]) -> list[str]:
+    """The hyperparameters of groups as text."""
+    entries = (
+        (i, k, v) for i, group in enumerate(groups) for k, v in sorted(group.items()) if k not in ("params", "param_names")
+    )
+    return [f"group {i}: {k}={v.tolist() if isinstance(v, Tensor) else v}" for i, k, v in entries]

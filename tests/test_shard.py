@@ -400,9 +400,9 @@ REFUSALS = {
     "zero": "'embedding.weight' is a DTensor.*ZeroOptimizer shards whole parameters",
     "experts": "'experts.weight' lies on the mesh dimension 'ep'",
     "inner dims": "no error",  # an axis of one rank cuts nothing
-    "order": "ranks disagree on parameter number 0",
+    "order": r"ranks disagree on setting or parameter number \d+: .*embedding.weight",
     "frozen": r"ranks disagree on parameter number 2.*layers.0.0.bias",
-    "shape": r"ranks disagree on parameter number 0.*embedding.weight",
+    "shape": r"ranks disagree on setting or parameter number \d+: .*embedding.weight",
 }
 
 

@@ -29,11 +29,14 @@ from .plain import is_dtensor
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
-def describe_all(named: Sequence[tuple[str, Any]]) -> list[ShardBinding]:
+def describe_all(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()) -> list[ShardBinding]:
     """Where the elements of each parameter lie, and with whom they are shared. The parameters are all those of one optimizer.
 
     With a DTensor among them this is collective over their domain: its ranks compare what they have, and make the process groups
     that are missing.
+
+    Args:
+        settings: what else must be the same on all ranks.
 
     Raises:
         ValueError: a layout that cannot be served, or ranks that disagree; on all ranks of the domain, by name.
@@ -50,11 +53,11 @@ def describe_all(named: Sequence[tuple[str, Any]]) -> list[ShardBinding]:
     try:
         for fqn, param in named:
             _check(fqn, param, holders)
-        entries = [_spec(fqn, param) for fqn, param in named]
+        entries: list[Any] = [*settings, *(_spec(fqn, param) for fqn, param in named)]
     except ValueError as error:  # the others hear of it in the comparison
         problem, entries = error, [[f"an error: {error}"]]
     try:
-        comm.check_equal("parameter", entries, holders, torch.device(mesh.device_type))
+        comm.check_equal("setting or parameter", entries, holders, torch.device(mesh.device_type))
     except ValueError as disagreement:
         raise problem or disagreement from None
     if problem is not None:

@@ -26,6 +26,7 @@ class PendingParameter(nn.Parameter):
     """
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code that meets one asks for it outside of its graph
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS_NOTHING:
             with torch._C.DisableTorchFunctionSubclass():
@@ -92,7 +93,7 @@ class ParameterGatherer:
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if own:
-                self._hooks.append(module.register_forward_pre_hook(_forward_hook(this)))
+                self._hooks.append(module.register_forward_pre_hook(_ForwardHook(this)))
                 for param in own:
                     self._owners.setdefault(id(param), set()).add(id(module))
 
@@ -147,15 +148,21 @@ def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
     return arrive
 
 
-def _forward_hook(gatherer: weakref.ref[ParameterGatherer]) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, _: Any) -> None:
-        if torch.compiler.is_compiling():
+class _ForwardHook:
+    """Waits for a module's own parameters before its forward pass; in a copy of the model it does nothing."""
+
+    def __init__(self, gatherer: weakref.ref[ParameterGatherer] | None = None) -> None:
+        self._gatherer = gatherer
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
+        return _ForwardHook, ()
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or self._gatherer is None:
             return
-        alive = gatherer()
+        alive = self._gatherer()
         if alive is not None:
             alive._ran.add(id(module))
         for param in module.parameters(recurse=False):
             if isinstance(param, PendingParameter):
                 wait_for(param)
-
-    return hook

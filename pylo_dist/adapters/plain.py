@@ -61,6 +61,10 @@ def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
         )
+    if tuple(param.shape) != (shard.shape if bound_shard(param) is None else (shard.numel,)):
+        raise ValueError(
+            f"{shard.fqn!r} has shape {tuple(param.shape)} now, another than when the optimizer was built: build it after that"
+        )
     if grad is None:
         return absent(binding, param)
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
@@ -83,6 +87,8 @@ def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
     # reshape alone may give a view with steps between its elements, where rules expect none
     value = local_tensor(param).detach().reshape(-1).contiguous()
     b = binding
+    if value.numel() != b.shard.numel:  # exchanged, which `collect` refuses
+        value = value.new_zeros(b.shard.numel)
     return ShardedParam(b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
 
 

@@ -1,8 +1,8 @@
 """Average gradients over ranks, bucket by bucket while backward goes on. Reads and frees gradients of the model's parameters.
 
-A round reduces every bucket once, strictly in order: on every rank the same sequence of collectives, whichever parameters had a
-gradient and whenever. A round opens with the first gradient that arrives and is closed, at the latest, by what needs its result
-(the step, whoever looks at `param_groups`) or by the second gradient of one parameter, which is of another backward pass.
+A round reduces every bucket once, strictly in order: one round per backward pass on every rank, whichever parameters had a
+gradient and whenever. It opens with the first gradient that arrives and is closed when backward ends; without overlap by what
+needs its result (the step, whoever looks at `param_groups`) or by the second gradient of one parameter, of another pass.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ class GradientReducer:
         if not self._arrived:
             self._missing = [sum(member.param.requires_grad for member in bucket.members) for bucket in self.buckets]
             self._next = 0
+            if self._overlap:  # at the end of this pass: then what a rank sends does not depend on what it does next
+                torch.autograd.Variable._execution_engine.queue_callback(self.flush)
         self._arrived.add((b, i))
         self._missing[b] -= 1
         while self._overlap and self._next < len(self.buckets) and self._missing[self._next] <= 0:
@@ -160,6 +162,8 @@ class GradientReducer:
     @torch.no_grad()
     def _launch_next(self) -> None:
         b, bucket = self._next, self.buckets[self._next]
+        if b == 0 and not self._frees:
+            self._poison = None  # of gradients that this round replaces
         while len(self._flights) >= MAX_IN_FLIGHT:
             self._land()
         dtype = self._dtype or (torch.float32 if bucket.flat.dtype in (torch.bfloat16, torch.float16) else bucket.flat.dtype)
@@ -239,6 +243,8 @@ class GradientReducer:
         poison, self._poison = self._poison, None
         if poison is None:
             return False
+        if self._sharing.holders is None:
+            return True
         for bucket in self.buckets:
             for member in bucket.members:
                 if member.piece.numel() and member.piece.grad is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import comm
 from ..optimizer import LearnedOptimizer
-from ..report import Report, report_row
+from ..report import Report, group_settings, report_row
 from ..sharded_state import MASTER, element_part, element_state, elementwise_local_state, elementwise_state_dict
 from .buckets import Bucket, Member, Sharing, build, fill, release
 from .gathering import ParameterGatherer
@@ -41,8 +41,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
     The step equals that of one process to the layout tolerance: cuts fall anywhere, and every whole-tensor quantity is summed
     over the ranks. At construction rank 0's parameters are given to all ranks, as DDP does. Gradients are averaged over ranks.
 
-    `param_groups` hold this rank's 1-D pieces and their gradients: looking at it after backward brings the gradients there. That
-    is where to scale or clip them. `step()` drops the pieces' gradients; `zero_grad()` drops those of the parameters too.
+    `param_groups` hold this rank's 1-D pieces and their averaged gradients, from the end of backward on. That is where to scale
+    or clip them: look at `param_groups` then; a list of pieces kept from before does not tell the optimizer that something
+    changed. `step()` drops the pieces' gradients; `zero_grad()` drops those of the parameters too. A step that is skipped needs
+    this optimizer's `zero_grad()`: that of the model knows nothing of the pieces, where under stage 2 the gradients are.
+
+    Every rank must run the same backward passes, each with a gradient for some parameter; which ones may differ. Between them and
+    `step()` other collectives are free.
 
     Args:
         model_or_params: a module (all its trainable parameters), or what optimizers take: parameters, groups, named parameters.
@@ -56,8 +61,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         replicate_group: ranks that hold the same part of other replicas, as in HSDP; gradients are averaged over them too.
         bucket_cap_mb: a bucket is closed when it reaches this size; a parameter is never split over two.
         reduce_dtype: dtype in which gradients are averaged; None: the parameter's, float32 for bfloat16 and float16.
-        overlap: send gradients while backward goes on, and wait for parameters only where they are read. Without it gradients
-            leave at the step, so that those on the parameters may still be changed after backward (stage 1).
+        overlap: send gradients while backward goes on, and wait for parameters only where they are read (TorchScript and captured
+            CUDA graphs read them unseen: leave overlap out there). Without it gradients leave at the step or the first look at
+            `param_groups`, alike on all ranks, so that those on the parameters may still be changed after backward (stage 1).
         master_weights: step on a float32 copy of this rank's part of bfloat16 and float16 parameters.
         check_replicas_every: compare the replicated state of all ranks bit by bit every so many steps; None: never.
         timeout: seconds a rank waits for the others in a collective of the optimizer before it raises CommunicationError, on
@@ -177,6 +183,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             problem = error
         comm.raise_together(problem, self.sharing.holders)
         self._check_same_on_all_ranks([group])
+        self._reducer.flush()
         self._gatherer.wait()
         try:
             self.inner.add_param_group(self._shard_group(group))
@@ -223,12 +230,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Ranks with other weights or hyperparameters would not fail, they would drift apart."""
         if self.sharing.holders is None:
             return
-        settings = [type(self.inner).__name__, self.weights.describe() if self.weights is not None else "no weights"]
         if isinstance(self.inner, LearnedOptimizer):
-            settings += self.inner.settings()
-        for i, group in enumerate(self.inner.param_groups):
-            entries = ((k, v.tolist() if isinstance(v, Tensor) else v) for k, v in sorted(group.items()) if k != "params")
-            settings += [f"group {i}: {k}={v}" for k, v in entries]
+            settings = self.inner.settings()
+        else:
+            settings = [type(self.inner).__name__, *group_settings(self.inner.param_groups)]
         comm.check_equal("setting", settings, self.sharing.holders, self.buckets[0].flat.device)
 
     def _shard_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -274,9 +279,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         try:
             if isinstance(self.inner, LearnedOptimizer):
                 self.inner.step(loss=loss)
-            elif problem is not None:
-                raise problem
             else:
+                self._raise_alike(problem)
                 self.inner.step()
         finally:  # what is left would be taken for the gradient of the next step
             self._forget_gradients()
@@ -287,6 +291,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._check_every is not None and self._steps % self._check_every == 0:
             self.check_replicas()
         return loss
+
+    def _raise_alike(self, problem: ValueError | None) -> None:
+        """Raise `problem` here and a PeerError on the other ranks, where the inner optimizer cannot; waits for the device."""
+        if self.sharing.holders is None:
+            if problem is not None:
+                raise problem
+            return
+        failed = torch.tensor([float(problem is not None)], device=self.buckets[0].flat.device)
+        comm.all_reduce(failed, self.sharing.holders, "the agreement on a step", self._timeout).wait()
+        if problem is not None:
+            raise problem
+        if float(failed):
+            raise comm.PeerError("another rank could not take this step, see its error; nothing was changed")
 
     def reduce_gradients(self) -> None:
         """Average the gradients that are on the parameters now, for code that reads `param_groups` after setting them by hand.
