@@ -172,21 +172,23 @@ def _read(config: Any) -> dict[str, Any]:
 
 def refuse(config: Mapping[str, Any], module: Any) -> None:
     """Raise ValueError for what is not served, by its JSON key."""
-    zero = config.get("zero_optimization") or {}
-    moments, params = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
-    autocast = config.get("torch_autocast") or {}
+    zero = _section(config, "zero_optimization")
+    moments, params = (_section(zero, key, "zero_optimization.") for key in ("offload_optimizer", "offload_param"))
+    autocast, checkpoint = (_section(config, key) for key in ("torch_autocast", "checkpoint"))
+    _section(_section(config, "optimizer"), "params", "optimizer.")
     half = autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half")
     found = {
         "zero_optimization.offload_optimizer.device": moments.get("device") == "nvme",
-        "zero_optimization.offload_optimizer.ratio": float(moments.get("ratio", 1.0)) < 1.0,
+        "zero_optimization.offload_optimizer.ratio": _number(moments, "ratio", 1.0) < 1.0,
         "zero_optimization.offload_optimizer.super_offload": bool(moments.get("super_offload")),
         "zero_optimization.offload_param.device": params.get("device") == "nvme",
-        "zero_optimization.zero_hpz_partition_size": int(zero.get("zero_hpz_partition_size", 1)) > 1,
-        "zero_optimization.mics_shard_size": int(zero.get("mics_shard_size", -1)) > 0,
+        "zero_optimization.zero_hpz_partition_size": _number(zero, "zero_hpz_partition_size", 1) > 1,
+        "zero_optimization.mics_shard_size": _number(zero, "mics_shard_size", -1) > 0,
         "zero_optimization.elastic_checkpoint": bool(zero.get("elastic_checkpoint")),
         "zero_optimization.zenflow": bool(zero.get("zenflow")),
-        "tensor_parallel.autotp_size": int((config.get("tensor_parallel") or {}).get("autotp_size") or 0) > 1,
-        "sequence_parallel_size": int(config.get("sequence_parallel_size", 1)) > 1,
+        "tensor_parallel.autotp_size": _number(_section(config, "tensor_parallel"), "autotp_size", 0) > 1,
+        "sequence_parallel_size": _number(config, "sequence_parallel_size", 1) > 1,
+        "checkpoint.load_universal": bool(checkpoint.get("load_universal")),
         "torch_autocast.dtype": bool(half),  # its GradScaler judges a step flat tensor by flat tensor
     }
     for key, is_set in found.items():
@@ -200,6 +202,25 @@ def refuse(config: Mapping[str, Any], module: Any) -> None:
     expert = _first_moe(module)
     if expert is not None:
         raise ValueError(f"{expert!r} is a mixture of experts, which is not served by pylo_dist under DeepSpeed")
+
+
+def _section(config: Mapping[str, Any], key: str, inside: str = "") -> Mapping[str, Any]:
+    section = config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f'"{inside}{key}" is {section!r}; wanted an object of settings')
+    return section
+
+
+def _number(section: Mapping[str, Any], key: str, default: float) -> float:
+    value = section.get(key)
+    if value in (None, "auto"):  # which DeepSpeed and its callers fill in
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'"{key}" is {value!r}; wanted a number') from None
 
 
 def _first_moe(module: Any) -> str | None:

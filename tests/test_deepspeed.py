@@ -16,7 +16,7 @@ import pytest
 import torch
 from deepspeed_cases import Case
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
@@ -423,3 +423,21 @@ def test_the_import_is_optional_and_old_versions_are_refused() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "needs DeepSpeed 0.19 or newer, this is 0.18.4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_optimization": True}, '"zero_optimization" is True; wanted an object'),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, '"zero_optimization.offload_optimizer" is .cpu.; wanted an object'),
+        ({"zero_optimization": {"mics_shard_size": "two"}}, '"mics_shard_size" is .two.; wanted a number'),
+        ({"optimizer": {"params": ["lr"]}}, '"optimizer.params" is .*; wanted an object'),
+        ({"checkpoint": {"load_universal": True}}, '"checkpoint.load_universal": True is not served'),
+    ],
+)
+def test_settings_of_another_kind_are_named(config: dict[str, Any], message: str) -> None:
+    from pylo_dist.deepspeed import refuse
+
+    with pytest.raises(ValueError, match=message):
+        refuse(config, nn.Linear(1, 1))
+    refuse({"zero_optimization": {"zero_hpz_partition_size": "auto"}}, nn.Linear(1, 1))
