@@ -223,18 +223,14 @@ def _group(process_group: Any) -> Any:
 
 def _alike(group: Any, action: Callable[[], T]) -> T:
     """Run `action` on every rank; where it fails on one, all raise, so that none waits for it in a later collective."""
-    problem: Exception | None = None
-    result: Any = None
-    try:
-        result = action()
-    except Exception as error:
-        problem = error
-    if isinstance(problem, OSError):
-        problem, cause = CheckpointError(f"{problem}"), problem
-        problem.__cause__ = cause
-    comm.raise_together(problem, group, CheckpointError)
-    done: T = result
-    return done
+
+    def act() -> T:
+        try:
+            return action()
+        except OSError as error:
+            raise CheckpointError(f"{error}") from error
+
+    return comm.together(act, group, CheckpointError)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,10 @@ from .optim.base import Transfer
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+PHASES = {1: "the gradient sums of the step (phase A)", 2: "the feature sums of the step (phase B)"}
 GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 
+T = TypeVar("T")
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
 Collective = Union[Reduction, Transfer]
 
@@ -106,9 +108,9 @@ class Pending:
 
 def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> None:
     """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end."""
-    for number, collectives in enumerate(phases):
-        what = ("the gradient sums of the step (phase A)", "the feature sums of the step (phase B)")[number : number + 1]
-        for pending in [_start(c, what[0] if what else f"phase {number + 1} of the step", timeout) for c in collectives]:
+    for number, collectives in enumerate(phases, 1):
+        what = PHASES.get(number, f"phase {number} of the step")
+        for pending in [_start(collective, what, timeout) for collective in collectives]:
             pending.wait()
 
 
@@ -263,3 +265,16 @@ def raise_together(problem: Exception | None, group: Any, error: type[Exception]
     for other, text in enumerate(texts):
         if text is not None:
             raise error(f"rank {other}: {text}")
+
+
+def together(work: Callable[[], T], group: Any, error: type[Exception] = PeerError) -> T:
+    """`work()` of this rank, which calls no collective; what it raises on one rank is raised on all, see `raise_together`."""
+    problem: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as caught:
+        problem = caught
+    raise_together(problem, group, error)
+    done: T = result
+    return done

@@ -16,6 +16,7 @@ from .adapters import dtensor, plain
 from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
+from .optim.factored import FactoredRule
 from .report import Report, group_settings, num_bytes, report_row
 from .sharded_state import OTHER_MARKS, STATE_FORMAT, canonical, covering_gap, local_part, same_name
 from .shards import ShardBinding, TensorShard
@@ -235,7 +236,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()` serves them."""
         engine = self._ready()
         problem, self._problem = self._problem, None
-        early = self._early_items()
+        early = self._early_items(engine)
         unreduced = [(self._bindings[p], p) for p, _ in self._engine_params if dtensor.is_unreduced(self._bindings[p], p)]
         means, _ = yield from dtensor.average(unreduced)
         for param, item in self._engine_params:
@@ -276,22 +277,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
         For adapters whose gradients arrive bit by bit. The step reads a gradient again if its version counter shows a change;
         what leaves no trace there (torch's GradScaler) needs `forget_gradients`.
         """
-        self._ready()
+        work = self._ready().work
         arrived: dict[int, list[int]] = {}
         for param in params:
-            work, i = self._places.get(id(param), (-1, 0))
-            rule, batch = self._engine.work[work] if self._engine is not None and work >= 0 else (None, None)
-            if rule is None or batch is None or param.grad is None or not hasattr(rule, "gradient_pass"):
+            w, i = self._places.get(id(param), (-1, 0))
+            if w < 0 or param.grad is None or not isinstance(work[w][0], FactoredRule):
                 continue
             try:
-                batch.items[i].param = plain.collect(self._bindings[param], param)
+                work[w][1].items[i].param = plain.collect(self._bindings[param], param)
             except ValueError:  # the step will say it
                 continue
             self._early[id(param)] = (param.grad, param.grad._version)
-            arrived.setdefault(work, []).append(i)
-        for work, indices in arrived.items():
-            rule, batch = self._ready().work[work]
-            cast(Any, rule).gradient_pass(batch, indices)
+            arrived.setdefault(w, []).append(i)
+        for w, indices in arrived.items():
+            rule, batch = work[w]
+            cast(FactoredRule, rule).gradient_pass(batch, indices)
 
     def forget_gradients(self) -> None:
         """Undo `gradients_arrived`: the step it was for will not be taken."""
@@ -301,7 +301,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for item in batch.items:
                 item.param.grad = None  # it would be in memory until the next step
 
-    def _early_items(self) -> set[int]:
+    def _early_items(self, engine: Engine) -> set[int]:
         """Parameters (by id) of which the step has all it needs of their gradient; what was changed since is forgotten."""
         early, self._early = self._early, {}
         valid = set()
@@ -310,9 +310,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if grad is not None and param.grad is grad and grad._version == version:
                 valid.add(id(param))
             elif grad is not None:
-                work, i = self._places[id(param)]
-                rule, batch = self._ready().work[work]
-                cast(Any, rule).forget_gradient(batch, i)
+                w, i = self._places[id(param)]
+                rule, batch = engine.work[w]
+                cast(FactoredRule, rule).forget_gradient(batch, i)
         return valid
 
     def _ready(self) -> Engine:

@@ -259,16 +259,15 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     def _together(self, work: Callable[[], LearnedOptimizer]) -> LearnedOptimizer:
         """`work()`, which calls no collective; an error of one rank is raised on all, with the place in the JSON."""
-        problem, made = None, None
-        try:
-            made = work()
-        except (ValueError, TypeError) as error:
-            where = f'DeepSpeed JSON, "params" of "optimizer" ("type": "{self.face.__name__}")'
-            problem = ValueError(f"{where}: {error}")
-            problem.__cause__ = error
-        comm.raise_together(problem, comm.default_group(), ValueError)
-        assert made is not None
-        return made
+
+        def named() -> LearnedOptimizer:
+            try:
+                return work()
+            except (ValueError, TypeError) as error:
+                where = f'DeepSpeed JSON, "params" of "optimizer" ("type": "{self.face.__name__}")'
+                raise ValueError(f"{where}: {error}") from error
+
+        return comm.together(named, comm.default_group(), ValueError)
 
     # ------------------------------------------------------------------------------------------ attach
 

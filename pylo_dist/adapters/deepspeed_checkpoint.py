@@ -7,7 +7,7 @@ parameter lies in them. So any rank can take its elements out of all the files; 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,12 +184,15 @@ def load_checkpoint(
     group = comm.default_group()
 
     def read() -> tuple[DeepSpeedFiles, dict[str, Any]]:
-        files = DeepSpeedFiles(load_dir, tag)
-        state = _state_for(held, files)
+        try:
+            files = DeepSpeedFiles(load_dir, tag)
+            state = _state_for(held, files)
+        except (OSError, RuntimeError, KeyError) as error:  # files that are missing or no checkpoint
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         held.inner.check_state_dict(state)
         return files, state
 
-    files, state = _together(read, group)
+    files, state = comm.together(read, group, ValueError)
     held.inner.load_state_dict(state)
     _write_parameters(engine, files)
     _write_untrained(engine, files.untrained())
@@ -202,19 +205,6 @@ def load_checkpoint(
     if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler = scaler
     return str(files.path), {key: value for key, value in model.items() if key not in _OWN_KEYS}
-
-
-def _together(work: Callable[[], T], group: Any) -> T:
-    """`work()`, which calls no collective; an error of one rank is raised on all."""
-    problem: Exception | None = None
-    result: Any = None
-    try:
-        result = work()
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        problem = error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
-    comm.raise_together(problem, group, ValueError)
-    done: T = result
-    return done
 
 
 def _state_for(held: DeepSpeedOptimizer, files: DeepSpeedFiles) -> dict[str, Any]:

@@ -83,7 +83,6 @@ class ParameterGatherer:
         self._sharing, self._overlap, self._timeout = sharing, overlap, timeout
         self._owners: dict[int, set[int]] = {}  # id(parameter) -> modules that own it
         self._ran: set[int] = set()  # modules whose forward pass began in Python since the last step
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
         """Wait for parameters in the forward pre-hooks of the modules that own them."""
@@ -93,16 +92,9 @@ class ParameterGatherer:
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if own:
-                self._hooks.append(module.register_forward_pre_hook(_ForwardHook(this)))
+                module.register_forward_pre_hook(_ForwardHook(this))
                 for param in own:
                     self._owners.setdefault(id(param), set()).add(id(module))
-
-    def close(self) -> None:
-        """Wait for everything and stop watching."""
-        self.wait()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     @torch.no_grad()
     def start(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from ..state import state_dtype
 from .buckets import ALIGNMENT, Bucket, Member, Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory.
@@ -64,7 +65,6 @@ class GradientReducer:
         self.problem: ValueError | None = None
         self._sharing, self._frees, self._overlap, self._dtype = sharing, frees, overlap, dtype
         self._timeout, self._landed = timeout, landed
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._arrived: set[tuple[int, int]] = set()
         self._missing: list[int] = []
         self._next = 0
@@ -78,13 +78,7 @@ class GradientReducer:
         this = weakref.ref(self)  # a parameter that outlives the optimizer must not keep it alive
         for b, bucket in list(enumerate(self.buckets))[first:]:
             for i, member in enumerate(bucket.members):
-                self._hooks.append(member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i)))
-
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+                member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -166,12 +160,12 @@ class GradientReducer:
             self._poison = None  # of gradients that this round replaces
         while len(self._flights) >= MAX_IN_FLIGHT:
             self._land()
-        dtype = self._dtype or (torch.float32 if bucket.flat.dtype in (torch.bfloat16, torch.float16) else bucket.flat.dtype)
+        dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot be added
         full = bucket.flat.new_zeros(self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype)
         for member in bucket.members:
             self._take(bucket, member, full)
-        largest = torch.linalg.vector_norm(full, torch.inf) if full.numel() else full.sum()
+        largest = torch.linalg.vector_norm(full, torch.inf)
         full[:, bucket.shard_numel] = largest * (self._sharing.ranks * self._sharing.replicas) * 0.0
         self._next += 1  # only now: an error above leaves the round as it was
         if self._sharing.group is None:

@@ -6,9 +6,9 @@ The optimizer users see, and the order of things in a step; memory is in `bucket
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from .buckets import Bucket, Member, Sharing, build, fill, release
 from .gathering import ParameterGatherer
 from .plain import check_param, is_dtensor
 from .reduction import GradientReducer
+
+T = TypeVar("T")
 
 # Optimizers of torch whose update of an element depends on that element alone; any other would be silently wrong on a shard.
 ELEMENTWISE = (
@@ -101,25 +103,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._given = dict(optimizer_kwargs)
         self._frozen = _frozen_params(model_or_params)
         self._registered = _registered_params(model_or_params)
-        groups: list[dict[str, Any]] = []
-        try:
+
+        def prepare() -> tuple[list[dict[str, Any]], dict[str, Any]]:
             self._check_arguments(optimizer_class)
             groups = [_named_group(i, group) for i, group in enumerate(_as_groups(model_or_params))]
             _check_params(groups)
-            if issubclass(optimizer_class, LearnedOptimizer):
-                named = [pair for group in groups for pair in group["params"]]
-                optimizer_kwargs = optimizer_class.before_sharding(named, optimizer_kwargs)
-            problem: Exception | None = None
-        except Exception as error:
-            problem = error
-        comm.raise_together(problem, self.sharing.holders)
+            if not issubclass(optimizer_class, LearnedOptimizer):
+                return groups, optimizer_kwargs
+            named = [pair for group in groups for pair in group["params"]]
+            return groups, optimizer_class.before_sharding(named, optimizer_kwargs)
+
+        groups, kwargs = comm.together(prepare, self.sharing.holders)
         self._check_same_on_all_ranks(groups)
-        try:
-            self.inner = optimizer_class([self._shard_group(group) for group in groups], **optimizer_kwargs)
-        except Exception as error:
-            release(self.buckets)
-            problem = error
-        comm.raise_together(problem, self.sharing.holders)
+        self.inner = self._on_new_buckets(lambda: optimizer_class([self._shard_group(group) for group in groups], **kwargs))
         self._check_same_settings()
         if isinstance(self.inner, LearnedOptimizer):  # the loss is averaged over the ranks that share the parameters
             self.inner.process_group = False if self.sharing.holders is None else self.sharing.holders
@@ -167,8 +163,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         before = len(self.buckets)
-        group: dict[str, Any] = {"params": []}
-        try:
+
+        def prepare() -> dict[str, Any]:
             group = _named_group(len(self.inner.param_groups), param_group)
             if isinstance(self.inner, LearnedOptimizer):  # what the face records of whole parameters, a group of its own has
                 late = self.inner.before_sharding(group["params"], self._given)
@@ -178,20 +174,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 if id(param) in known:
                     raise ValueError(f"{fqn!r} is already in a parameter group of this optimizer")
             _check_params([group])
-            problem: Exception | None = None
-        except Exception as error:
-            problem = error
-        comm.raise_together(problem, self.sharing.holders)
+            return group
+
+        group = comm.together(prepare, self.sharing.holders)
         self._check_same_on_all_ranks([group])
         self._reducer.flush()
         self._gatherer.wait()
-        try:
-            self.inner.add_param_group(self._shard_group(group))
-        except Exception as error:
-            release(self.buckets[before:])
-            del self.buckets[before:]
-            problem = error
-        comm.raise_together(problem, self.sharing.holders)
+        self._on_new_buckets(lambda: self.inner.add_param_group(self._shard_group(group)))
         self._reducer.add(before)
         added = {id(param) for _, param in group["params"]}
         self._frozen = [(fqn, param) for fqn, param in self._frozen if id(param) not in added]
@@ -244,6 +233,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.buckets.append(bucket)
             pieces.update({member.fqn: member.piece for member in bucket.members})
         return {**group, "params": [(fqn, pieces[fqn]) for fqn, _ in group["params"]]}
+
+    def _on_new_buckets(self, work: Callable[[], T]) -> T:
+        """`work()`, which makes buckets, alike on all ranks; where it fails they are given up, and the error reaches all."""
+        before = len(self.buckets)
+
+        def attempt() -> T:
+            try:
+                return work()
+            except Exception:
+                release(self.buckets[before:])
+                del self.buckets[before:]
+                raise
+
+        return comm.together(attempt, self.sharing.holders)
 
     @torch.no_grad()
     def _share_first_values(self, buckets: list[Bucket]) -> None:
@@ -401,11 +404,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     member.param.grad = None
                 elif member.param.grad is not None:
                     member.param.grad.detach_().zero_()
-
-    def close(self) -> None:
-        """Take the hooks off the model, whose parameters stay where they are. Optimizers that are dropped need no closing."""
-        self._gatherer.close()
-        self._reducer.close()
 
     # ----------------------------------------------------------------------------------------- state
 
@@ -565,13 +563,12 @@ def _check_params(groups: list[dict[str, Any]]) -> None:
 
 def _sharing(process_group: Any, replicate_group: Any) -> Sharing:
     group = comm.default_group() if process_group is None else (process_group or None)
+    alone = group if comm.size(group) > 1 else None  # a single rank holds everything: nothing to communicate
+    rank, ranks = comm.rank(group), comm.size(group)
     if replicate_group is None:
-        alone = group if comm.size(group) > 1 else None  # a single rank holds everything: nothing to communicate
-        return Sharing(alone, comm.rank(group), comm.size(group), None, alone)
+        return Sharing(alone, rank, ranks, None, alone)
     if process_group is None or group is None:
         raise ValueError("replicate_group without process_group: wanted the ranks that share the parameters of one replica, too")
     if comm.size(replicate_group) == 1:
-        return _sharing(process_group, None)
-    holders = comm.union(group, replicate_group)
-    alone = group if comm.size(group) > 1 else None
-    return Sharing(alone, comm.rank(group), comm.size(group), replicate_group, holders, comm.size(replicate_group))
+        return Sharing(alone, rank, ranks, None, alone)
+    return Sharing(alone, rank, ranks, replicate_group, comm.union(group, replicate_group), comm.size(replicate_group))
