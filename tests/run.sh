@@ -13,4 +13,4 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal "$@"
+exec .venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile "$@"
