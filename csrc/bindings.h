@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace pylo_dist {
 
 using torch::stable::Tensor;
 using Tensors_ = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
 using torch::headeronly::ScalarType;
 
 inline int64_t dtype_of(const Tensor& x, const char* name) {
@@ -52,6 +54,10 @@ inline double* doubles(const Tensor& x, int64_t numel, const char* name) {
   return static_cast<double*>(memory(x, numel, ScalarType::Double, name));
 }
 
+inline const bool* bools(const Tensor& x, int64_t numel, const char* name) {
+  return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
+}
+
 // The tables, which are on the host whatever the device of the other tensors.
 struct Tables {
   const Item* items;
@@ -70,7 +76,7 @@ struct Tables {
         "items and boxes were not made for this library");
   }
 
-  void check_active(const std::vector<int64_t>& active) const {
+  void check_active(const Ints& active) const {
     for (int64_t i : active) STD_TORCH_CHECK(0 <= i && i < num_items, "there is no item ", i);
   }
 };
@@ -82,7 +88,7 @@ struct TensorLists {
   const Tensors_* grads = nullptr;  // one per entry of `active`
 };
 
-inline std::vector<Tensors> pointers_of(const Tables& tables, const std::vector<int64_t>& active, const TensorLists& lists) {
+inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active, const TensorLists& lists) {
   std::vector<Tensors> all(tables.num_items, Tensors{});
   for (const Tensors_* list : {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
     if (list) check_list(*list, tables.num_items, "a list with one tensor per item");
@@ -121,8 +127,8 @@ inline std::vector<Tensors> pointers_of(const Tables& tables, const std::vector<
 // The float64 buffers of a Sum; `needed(item)` gives the end of what an item has in its buffer.
 template <class BufferOf, class EndOf>
 std::vector<double*> buffers_of(
-    const Tables& tables, const Tensors_& sums, const std::vector<int64_t>& active, BufferOf buffer, EndOf end) {
-  std::vector<int64_t> sizes(sums.size(), 0);
+    const Tables& tables, const Tensors_& sums, const Ints& active, BufferOf buffer, EndOf end) {
+  Ints sizes(sums.size(), 0);
   for (int64_t i : active) {
     const int64_t at = buffer(tables.items[i]);
     STD_TORCH_CHECK(0 <= at && at < static_cast<int64_t>(sums.size()), "item ", i, " has no buffer ", at);
@@ -131,6 +137,22 @@ std::vector<double*> buffers_of(
   std::vector<double*> pointers;
   for (size_t b = 0; b < sums.size(); ++b) pointers.push_back(doubles(sums[b], sizes[b], "a buffer of sums"));
   return pointers;
+}
+
+// How much `factors` and `squares` the factored ones of these items need.
+struct FactorSizes {
+  int64_t factors = 0, squares = 0;
+};
+
+inline FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
+  FactorSizes sizes;
+  for (int64_t i : active) {
+    const Item& item = tables.items[i];
+    if (!item.factored) continue;
+    sizes.factors = std::max(sizes.factors, item.factors_at + factors_size(item));
+    sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
+  }
+  return sizes;
 }
 
 inline RuleConstants rule_of(const std::vector<double>& rule) {
@@ -150,10 +172,31 @@ inline int64_t num_inputs(bool extended) { return extended ? Layout<true>::INPUT
 
 inline int64_t first_factor(bool extended) { return extended ? Layout<true>::FIRST_FACTOR : Layout<false>::FIRST_FACTOR; }
 
+inline int64_t param_feature(bool extended) { return extended ? Layout<true>::P : Layout<false>::P; }
+
 // Sums of pass B per lead of an item.
 inline int64_t num_sums(const Item& item, bool extended) {
   if (item.factored) return extended ? Layout<true>::SUMS_FACTORED : Layout<false>::SUMS_FACTORED;
   return extended ? Layout<true>::SUMS_DIAG : Layout<false>::SUMS_DIAG;
+}
+
+// The end of what an item has in the buffers of the two Sums.
+inline int64_t end_of_a(const Item& item) {
+  return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols);
+}
+
+inline int64_t end_of_b(const Item& item, bool extended) {
+  return std::max(item.b_at + num_sums(item, extended) * item.leads, item.moments_at < 0 ? 0 : item.moments_at + NUM_MOMENTS);
+}
+
+inline std::vector<double*> buffers_of_a(const Tables& tables, const Tensors_& sums, const Ints& active) {
+  return buffers_of(tables, sums, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
+}
+
+inline std::vector<double*> buffers_of_b(const Tables& tables, const Tensors_& sums, const Ints& active, bool extended) {
+  return buffers_of(
+      tables, sums, active, [](const Item& item) { return item.b_buffer; },
+      [extended](const Item& item) { return end_of_b(item, extended); });
 }
 
 }  // namespace pylo_dist

@@ -1,4 +1,4 @@
-// What cpu.cpp, which deals the work, and cpu_kernels.h, which does it for one instruction set, say to each other. No torch.
+// What ops.cpp, which deals the work, and cpu_kernels.h, which does it for one instruction set, say to each other. No torch.
 #pragma once
 
 #include "pylo_dist/mlp.h"
@@ -45,14 +45,13 @@ struct GradientPartial {
 };
 
 constexpr int PAD = 16;  // numbers beyond the end of row and col of a partial that may be written (zeros are added there)
-constexpr int NUM_MOMENTS = 9;
 
 struct Kernels {
   const char* name;
   void (*gradients)(const PassArgs&, const Job&, const GradientLimits&, GradientPartial&);
   // p^2, m_k, m_k^2, v, v^2 over the local elements first .. last
   void (*moments)(const Tensors&, int64_t numel, int64_t first, int64_t last, double* out);
-  // (num_sums, leads.size) sums of squares of the element features
+  // (num_partials, leads.size) sums of squares of the element features; then, where an item has moments, all of them but p^2
   void (*features)(const PassArgs&, const Job&, bool extended, IndexRange leads, double* out);
   // pass C; gives the sum of (p_new - p)^2
   double (*updates)(const PassArgs&, const Job&, int hidden);

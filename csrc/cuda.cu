@@ -7,6 +7,7 @@
 #include "bindings.h"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
+#include "schemas.h"
 
 #if !defined(PYLO_FIBERS)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,7 +19,6 @@ namespace pylo_dist {
 namespace gpu {
 namespace {
 
-using Ints = std::vector<int64_t>;
 using HostTables = pylo_dist::Tables;
 
 #if defined(PYLO_FIBERS)
@@ -159,8 +159,6 @@ Head head_of(const Device& device, const std::vector<Live>& live, Live* to) {
   return head;
 }
 
-int64_t end_of_a(const Item& item) { return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols); }
-
 // ------------------------------------------------------------------------------------------------ operators
 
 void gradient_pass(
@@ -170,8 +168,7 @@ void gradient_pass(
   const HostTables host(items, boxes);
   TensorLists lists;
   lists.grads = &grads;
-  const std::vector<double*> a =
-      buffers_of(host, sums, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
+  const std::vector<double*> a = buffers_of_a(host, sums, active);
   const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
   const Workspace space(device, workspace, host);
   const Head head = head_of(device, live, space.at<Live>(space.plan.live));
@@ -181,20 +178,17 @@ void gradient_pass(
 }
 
 void moment_pass(
-    Tensor items, Tensor boxes, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
-  if (values.empty()) return;
+    Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+  if (active.empty()) return;
   const Device device(values[0]);
   const HostTables host(items, boxes);
-  Ints active(static_cast<size_t>(host.num_items));
-  for (int64_t i = 0; i < host.num_items; ++i) active[i] = i;
   TensorLists lists;
   lists.values = &values;
   lists.momentum = &momentum;
   lists.rms = &rms;
-  const std::vector<double*> a = buffers_of(
-      host, sums, active, [](const Item& item) { return item.a_buffer; },
-      [](const Item& item) { return item.a_extra + NUM_MOMENTS; });
-  const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
+  const std::vector<double*> b = buffers_of_b(host, sums, active, true);
+  const std::vector<Live> live = live_of(host, active, lists, nullptr, &b);
+  for (int64_t i : active) STD_TORCH_CHECK(host.items[i].moments_at >= 0, "item ", i, " has no moments");
   const Workspace space(device, workspace, host);
   const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const Plan& plan = space.plan;
@@ -202,25 +196,6 @@ void moment_pass(
       moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head, space.tables(),
       space.at<int64_t>(plan.first_moment_job), space.at<unsigned>(plan.counters) + host.num_items,
       space.at<double>(plan.moment_partials));
-}
-
-struct Sizes {
-  int64_t factors = 0, squares = 0;
-};
-
-Sizes sizes_of(const HostTables& host, const Ints& active) {
-  Sizes sizes;
-  for (int64_t i : active) {
-    const Item& item = host.items[i];
-    if (!item.factored) continue;
-    sizes.factors = std::max(sizes.factors, item.factors_at + factors_size(item));
-    sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
-  }
-  return sizes;
-}
-
-const bool* bools(const Tensor& x, int64_t numel, const char* name) {
-  return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
 }
 
 void feature_pass(
@@ -231,13 +206,10 @@ void feature_pass(
   const Device device(values[0]);
   const HostTables host(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
-  const std::vector<double*> a =
-      buffers_of(host, sums_a, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
-  const std::vector<double*> b = buffers_of(
-      host, sums_b, active, [](const Item& item) { return item.b_buffer; },
-      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<double*> a = buffers_of_a(host, sums_a, active);
+  const std::vector<double*> b = buffers_of_b(host, sums_b, active, extended);
   const std::vector<Live> live = live_of(host, active, lists, &a, &b);
-  const Sizes sizes = sizes_of(host, active);
+  const FactorSizes sizes = factor_sizes(host, active);
   const Workspace space(device, workspace, host);
   const Head head = head_of(device, live, space.at<Live>(space.plan.live));
   const PassArgs args{
@@ -245,7 +217,9 @@ void feature_pass(
       floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
   PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
-  const auto features = extended ? feature_kernel<true> : feature_kernel<false>;
+  const bool moments = extended && host.items[active[0]].moments_at >= 0;  // a rule's tensors are alike in this
+  for (int64_t i : active) STD_TORCH_CHECK(moments == (host.items[i].moments_at >= 0), "only some items have moments");
+  const auto features = moments ? feature_kernel<true, true> : extended ? feature_kernel<true, false> : feature_kernel<false, false>;
   PYLO_LAUNCH(features, device.blocks(features, 256, jobs), 256, args);
 }
 
@@ -258,11 +232,9 @@ void update_pass(
   const Device device(values[0]);
   const HostTables host(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
-  const std::vector<double*> b = buffers_of(
-      host, sums_b, active, [](const Item& item) { return item.b_buffer; },
-      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<double*> b = buffers_of_b(host, sums_b, active, extended);
   const std::vector<Live> live = live_of(host, active, lists, nullptr, &b);
-  const Sizes sizes = sizes_of(host, active);
+  const FactorSizes sizes = factor_sizes(host, active);
   const int64_t num_networks = networks.numel() / network_size(extended, hidden);
   const Workspace space(device, workspace, host);
   const Head head = head_of(device, live, space.at<Live>(space.plan.live));
@@ -321,10 +293,6 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CUDA, m) {
   using namespace pylo_dist::gpu;
-  m.impl("gradient_pass", TORCH_BOX(&gradient_pass));
-  m.impl("moment_pass", TORCH_BOX(&moment_pass));
-  m.impl("feature_pass", TORCH_BOX(&feature_pass));
-  m.impl("update_pass", TORCH_BOX(&update_pass));
-  m.impl("workspace_sizes", TORCH_BOX(&workspace_sizes));
+  PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
 }
 #endif

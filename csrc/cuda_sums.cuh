@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(256) entry_kernel(const GradientArgs args) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------- VeLO's moments
+// ------------------------------------------------------- VeLO's moments, of items that pass B leaves out
 
 __global__ void __launch_bounds__(256) moment_kernel(
     const __grid_constant__ Head head, const Tables tables, const int64_t* first_job, unsigned* counters, double* partials) {
@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(256) moment_kernel(
       else high = middle;
     }
     const Live& it = live_at(head, tables, low);
+    if (!is_active(it)) continue;
     const int64_t numel = tables.items[low].numel, first = (j - first_job[low]) * MOMENT_JOB;
     const int64_t last = first + MOMENT_JOB < numel ? first + MOMENT_JOB : numel;
     double sums[NUM_MOMENTS] = {};
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(256) moment_kernel(
       if (threadIdx.x < NUM_MOMENTS) {
         double sum = 0.0;
         for (int64_t i = first_job[low]; i < first_job[low + 1]; ++i) sum += partials[NUM_MOMENTS * i + threadIdx.x];
-        it.a[tables.items[low].a_extra + threadIdx.x] += sum;
+        it.b[tables.items[low].moments_at + threadIdx.x] += sum;
       }
     }
   }
@@ -371,8 +372,8 @@ __device__ __forceinline__ Factors factors_on_device(const Item& item, const Liv
 }
 
 // sums[s] += squares of what pass B sums, in its order.
-template <bool Extended, bool Diag>
-__device__ __forceinline__ void add_squares(double (&sums)[MOST_SUMS], const Element<float, Extended>& e) {
+template <bool Extended, bool Diag, int N>
+__device__ __forceinline__ void add_squares(double (&sums)[N], const Element<float, Extended>& e) {
   using L = Layout<Extended>;
   const auto add = [&](int s, float x) { sums[s] += static_cast<double>(x) * static_cast<double>(x); };
 #pragma unroll
@@ -413,22 +414,42 @@ __device__ __forceinline__ uint32_t job_numel(const Job& job) {
 }
 
 template <bool Extended, bool Diag>
+__device__ __forceinline__ constexpr int num_feature_sums() {
+  return Diag ? Layout<Extended>::SUMS_DIAG : Layout<Extended>::SUMS_FACTORED;
+}
+
+// With `Moments` VeLO's sums of the old accumulators too, behind the others: m_k, m_k^2, v, v^2.
+template <bool Extended, bool Diag, bool Moments, int N>
 __device__ __forceinline__ void sum_job(
-    const PassArgs& args, const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[MOST_SUMS]) {
+    const PassArgs& args, const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[N]) {
   const Factors factors = factors_on_device(item, live, args.factors);
   const float scale = static_cast<float>(args.scale[box.item]);
   const JobShape shape(job);
   const uint32_t numel = job_numel(job);
   for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) {
+    const Place at = shape.place(box, i, nullptr);
     Element<float, Extended> e;
-    read_element<Extended, Diag>(e, live, item, factors, shape.place(box, i, nullptr), scale, args.rule);
+    read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
     add_squares<Extended, Diag>(sums, e);
+    if constexpr (Moments) {
+      constexpr int first = num_feature_sums<Extended, Diag>();
+      const double v = live.rms[at.local];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const double m = live.momentum[k * item.numel + at.local];
+        sums[first + k] += m;
+        sums[first + K + k] += m * m;
+      }
+      sums[first + 2 * K] += v;
+      sums[first + 2 * K + 1] += v * v;
+    }
   }
 }
 
 // The sums over the groups of an item's jobs, box after box, by the block that finished the last of them.
-template <bool Extended>
-__device__ __forceinline__ void sum_groups(const PassArgs& args, const Item& item, const Live& live, const ItemRange& range, int num) {
+template <bool Extended, bool Moments>
+__device__ __forceinline__ void sum_groups(
+    const PassArgs& args, const Item& item, const Live& live, const ItemRange& range, int num, int features) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   const int64_t jobs = args.tables.num_jobs;
   double* to = live.b + item.b_at;
@@ -444,47 +465,23 @@ __device__ __forceinline__ void sum_groups(const PassArgs& args, const Item& ite
 #pragma unroll 4
         for (int64_t i = j + lane; i < group.group_end; i += 32) sum += args.tables.partials[s * jobs + i];
         sum = warp_sum(sum);
-        if (lane == 0) to[s * item.leads + group.lead] += sum;
+        if (lane != 0) continue;
+        if (s < features) to[s * item.leads + group.lead] += sum;
+        if constexpr (Moments) {
+          double* moments = live.b + item.moments_at;
+          if (s == Layout<Extended>::P) moments[0] += sum;
+          if (s >= features) moments[1 + s - features] += sum;
+        }
       }
     }
     __syncthreads();  // the next box may add to the same lead
   }
 }
 
+// Matrices so small that a thread sums one, over all boxes that hold a part of it.
 template <bool Extended>
-__global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
-  __shared__ double warp_sums[MOST_SUMS][8];
+__device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
   const Tables& tables = args.tables;
-  for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
-    const Job job = tables.jobs[j];
-    const Box& box = tables.boxes[job.box];
-    const Item& item = tables.items[box.item];
-    const Live& live = tables.live[box.item];
-    if (!is_active(live) || has_small_leads(item)) continue;
-    double sums[MOST_SUMS] = {};
-    if (item.factored) {
-      sum_job<Extended, false>(args, job, box, item, live, sums);
-    } else {
-      sum_job<Extended, true>(args, job, box, item, live, sums);
-    }
-    const int num = item.factored ? Layout<Extended>::SUMS_FACTORED : Layout<Extended>::SUMS_DIAG;
-#pragma unroll
-    for (int s = 0; s < MOST_SUMS; ++s) {
-      const double sum = warp_sum(sums[s]);
-      if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
-    }
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < num) {
-      double sum = 0.0;
-      for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
-      tables.partials[threadIdx.x * tables.num_jobs + j] = sum;
-    }
-    const ItemRange range = tables.ranges[box.item];
-    if (is_last(&tables.counters[box.item], static_cast<unsigned>(range.last_job - range.first_job))) {
-      sum_groups<Extended>(args, item, live, range, num);
-    }
-  }
-  // matrices so small that a thread sums one, over all boxes that hold a part of it
   for (int64_t j = blockIdx.x; j < tables.num_lead_jobs; j += gridDim.x) {
     const LeadJob job = tables.lead_jobs[j];
     const Item& item = tables.items[job.item];
@@ -493,7 +490,7 @@ __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
     const Factors factors = factors_on_device(item, live, args.factors);
     const float scale = static_cast<float>(args.scale[job.item]);
     for (int64_t lead = job.first + threadIdx.x; lead < job.last; lead += blockDim.x) {
-      double sums[MOST_SUMS] = {};
+      double sums[num_feature_sums<Extended, false>()] = {};
 #pragma unroll 1
       for (int64_t b = item.first_box; b < item.first_box + item.num_boxes; ++b) {
         const Box& box = tables.boxes[b];
@@ -532,6 +529,45 @@ __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
       for (int s = 0; s < Layout<Extended>::SUMS_FACTORED; ++s) live.b[item.b_at + s * item.leads + lead] += sums[s];
     }
   }
+}
+
+template <bool Extended, bool Moments>
+__global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
+  constexpr int further = Moments ? NUM_MOMENTS - 1 : 0;
+  constexpr int most = num_feature_sums<Extended, true>() + further;
+  __shared__ double warp_sums[most][8];
+  const Tables& tables = args.tables;
+  for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
+    const Job job = tables.jobs[j];
+    const Box& box = tables.boxes[job.box];
+    const Item& item = tables.items[box.item];
+    const Live& live = tables.live[box.item];
+    if (!is_active(live) || has_small_leads(item)) continue;
+    double sums[most] = {};
+    if (item.factored) {
+      sum_job<Extended, false, Moments>(args, job, box, item, live, sums);
+    } else {
+      sum_job<Extended, true, Moments>(args, job, box, item, live, sums);
+    }
+    const int features = item.factored ? num_feature_sums<Extended, false>() : num_feature_sums<Extended, true>();
+    const int num = features + further;
+#pragma unroll
+    for (int s = 0; s < most; ++s) {
+      const double sum = warp_sum(sums[s]);
+      if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < num) {
+      double sum = 0.0;
+      for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
+      tables.partials[threadIdx.x * tables.num_jobs + j] = sum;
+    }
+    const ItemRange range = tables.ranges[box.item];
+    if (is_last(&tables.counters[box.item], static_cast<unsigned>(range.last_job - range.first_job))) {
+      sum_groups<Extended, Moments>(args, item, live, range, num, features);
+    }
+  }
+  if constexpr (!Moments) sum_small_leads<Extended>(args);  // moments are of whole tensors
 }
 
 }  // namespace gpu

@@ -63,8 +63,7 @@ constexpr int64_t SMALL_LEAD = 1024;   // largest matrix that one thread sums
 #endif
 constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
 constexpr int64_t TENSOR_CORE_RUN = 16;              // shortest run that is worth whole products
-constexpr int NUM_MOMENTS = 9;
-constexpr int MOST_SUMS = 24;  // of pass B
+constexpr int MOST_SUMS = 32;  // of pass B, with moments
 
 // The dim of a box along which a side is summed; -1 where the box is one element long there.
 PYLO_HD int summed_dim(const Box& box, int64_t side) {

@@ -1,5 +1,4 @@
-// The operators' schemas, and their implementation on a CPU: jobs, threads and the sums over jobs. The element work is in
-// cpu_kernels.h. csrc/README.md says what each operator reads and writes.
+// The operators on a CPU: jobs, threads and the sums over jobs. The element work is in cpu_kernels.h.
 
 #include <algorithm>
 #include <atomic>
@@ -8,11 +7,10 @@
 
 #include "bindings.h"
 #include "cpu.h"
+#include "schemas.h"
 
 namespace pylo_dist {
 namespace {
-
-using Ints = std::vector<int64_t>;
 
 // ------------------------------------------------------------------------------------------ instruction sets
 
@@ -128,9 +126,7 @@ void gradient_pass(
   lists.grads = &grads;
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
   const double* limit = doubles(limits, 2 * tables.num_items, "limits");
-  const std::vector<double*> buffers = buffers_of(
-      tables, sums, active, [](const Item& item) { return item.a_buffer; },
-      [](const Item& item) { return std::max(item.a_audit + AUDIT_SQUARES + 1, item.a_at + item.rows + item.cols); });
+  const std::vector<double*> buffers = buffers_of_a(tables, sums, active);
   const Jobs jobs = deal(tables, active);
   PassArgs args{};
   args.items = tables.items;
@@ -175,12 +171,11 @@ void gradient_pass(
 }
 
 void moment_pass(
-    Tensor items, Tensor boxes, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+    Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
   const Tables tables(items, boxes);
-  Ints active(tables.num_items);
   std::vector<Job> jobs;
-  for (int64_t i = 0; i < tables.num_items; ++i) {
-    active[i] = i;
+  for (int64_t i : active) {
+    STD_TORCH_CHECK(0 <= i && i < tables.num_items && tables.items[i].moments_at >= 0, "item ", i, " has no moments");
     for (int64_t at = 0; at < tables.items[i].numel; at += LARGEST_JOB / 4) {
       jobs.push_back(Job{i, 0, 1, at, std::min(tables.items[i].numel, at + LARGEST_JOB / 4)});
     }
@@ -190,9 +185,7 @@ void moment_pass(
   lists.momentum = &momentum;
   lists.rms = &rms;
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
-  const std::vector<double*> buffers = buffers_of(
-      tables, sums, active, [](const Item& item) { return item.a_buffer; },
-      [](const Item& item) { return item.a_extra + NUM_MOMENTS; });
+  const std::vector<double*> buffers = buffers_of_b(tables, sums, active, true);
   std::vector<double> partials(NUM_MOMENTS * jobs.size(), 0.0);
   const Kernels& k = kernels();
   for_each(static_cast<int64_t>(jobs.size()), [&](int64_t j) {
@@ -201,11 +194,16 @@ void moment_pass(
   });
   for (size_t j = 0; j < jobs.size(); ++j) {
     const Item& item = tables.items[jobs[j].box];
-    for (int s = 0; s < NUM_MOMENTS; ++s) buffers[item.a_buffer][item.a_extra + s] += partials[NUM_MOMENTS * j + s];
+    for (int s = 0; s < NUM_MOMENTS; ++s) buffers[item.b_buffer][item.moments_at + s] += partials[NUM_MOMENTS * j + s];
   }
 }
 
 // ------------------------------------------------------------------------------------------------ pass B
+
+// How many sums a job of pass B makes per lead; moments come of whole tensors (leads == 1).
+int64_t num_partials(const Item& item, bool extended) {
+  return num_sums(item, extended) + (item.moments_at < 0 ? 0 : NUM_MOMENTS - 1);
+}
 
 // EMA of one factor's means (`state` is modified where `keep` holds), K x size.
 void update_factor_state(float* state, const double* sums, int64_t size, double by, const RuleConstants& rule) {
@@ -279,25 +277,6 @@ void prepare_factors(
   }
 }
 
-struct FactorSizes {
-  int64_t factors = 0, squares = 0;
-};
-
-FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
-  FactorSizes sizes;
-  for (int64_t i : active) {
-    const Item& item = tables.items[i];
-    if (!item.factored) continue;
-    sizes.factors = std::max(sizes.factors, item.factors_at + factors_size(item));
-    sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
-  }
-  return sizes;
-}
-
-const bool* bools(const Tensor& x, int64_t numel, const char* name) {
-  return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
-}
-
 void feature_pass(
     Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
     Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
@@ -305,12 +284,8 @@ void feature_pass(
   const Tables tables(items, boxes);
   TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
-  const std::vector<double*> a_buffers = buffers_of(
-      tables, sums_a, active, [](const Item& item) { return item.a_buffer; },
-      [](const Item& item) { return item.a_at + item.rows + item.cols; });
-  const std::vector<double*> b_buffers = buffers_of(
-      tables, sums_b, active, [](const Item& item) { return item.b_buffer; },
-      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<double*> a_buffers = buffers_of_a(tables, sums_a, active);
+  const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   float* factors_ = floats(factors, sizes.factors, "factors");
   double* squares_ = doubles(squares, sizes.squares, "squares");
@@ -334,7 +309,7 @@ void feature_pass(
   for (size_t j = 0; j < jobs.jobs.size(); ++j) {
     const Box& box = tables.boxes[jobs.jobs[j].box];
     leads[j] = reach(box, jobs.jobs[j], box.lead, box.lead_at);
-    at[j + 1] = at[j] + num_sums(tables.items[box.item], extended) * leads[j].size;
+    at[j + 1] = at[j] + num_partials(tables.items[box.item], extended) * leads[j].size;
   }
   std::vector<double> partials(at.back(), 0.0);
   const Kernels& k = kernels();
@@ -343,13 +318,17 @@ void feature_pass(
   });
   for (size_t a = 0; a < active.size(); ++a) {
     const Item& item = tables.items[active[a]];
-    double* out = b_buffers[item.b_buffer] + item.b_at;
+    double* buffer = b_buffers[item.b_buffer];
+    const int64_t num = num_sums(item, extended);
     for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j) {
-      for (int64_t f = 0; f < num_sums(item, extended); ++f) {
-        for (int64_t l = 0; l < leads[j].size; ++l) {
-          out[f * item.leads + leads[j].first + l] += partials[at[j] + f * leads[j].size + l];
-        }
+      const double* from = partials.data() + at[j];
+      for (int64_t f = 0; f < num; ++f, from += leads[j].size) {
+        double* out = buffer + item.b_at + f * item.leads + leads[j].first;
+        for (int64_t l = 0; l < leads[j].size; ++l) out[l] += from[l];
       }
+      if (item.moments_at < 0) continue;
+      buffer[item.moments_at] += partials[at[j] + param_feature(extended) * leads[j].size];
+      for (int s = 1; s < NUM_MOMENTS; ++s) buffer[item.moments_at + s] += from[s - 1];
     }
   }
 }
@@ -382,9 +361,7 @@ void update_pass(
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
-  const std::vector<double*> b_buffers = buffers_of(
-      tables, sums_b, active, [](const Item& item) { return item.b_buffer; },
-      [&](const Item& item) { return item.b_at + num_sums(item, extended) * item.leads; });
+  const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
   const bool* keep_ = bools(keep, tables.num_items, "keep");
@@ -411,7 +388,7 @@ void update_pass(
   Ints moving;
   for (int64_t i : active) {
     const Item& item = tables.items[i];
-    const double* p = b_buffers[item.b_buffer] + item.b_at + (extended ? Layout<true>::P : Layout<false>::P) * item.leads;
+    const double* p = b_buffers[item.b_buffer] + item.b_at + param_feature(extended) * item.leads;
     param_squares_[i] = 0.0;
     for (int64_t l = 0; l < item.leads; ++l) param_squares_[i] += p[l];
     update_squares_[i] = 0.0;
@@ -453,33 +430,13 @@ std::string instruction_set(std::string name) {
 }  // namespace pylo_dist
 
 STABLE_TORCH_LIBRARY(pylo_dist, m) {
-  m.def(
-      "gradient_pass(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool replace, "
-      "Tensor(a!)[] sums, Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "moment_pass(Tensor items, Tensor boxes, Tensor[] values, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] sums, "
-      "Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "feature_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, Tensor[] values, Tensor[] grads, "
-      "Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, Tensor(b!)[] col, Tensor[] sums_a, Tensor keep, Tensor scale, "
-      "Tensor(c!) factors, Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "update_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, int precision, "
-      "Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, "
-      "Tensor factors, Tensor squares, Tensor[] sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, "
-      "Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, Tensor(g!)[] directions, "
-      "Tensor(w!)[] workspace) -> ()");
-  m.def("workspace_sizes(Tensor items, Tensor boxes, Tensor like) -> int[]");  // for the device of `like`
+  PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
   m.def("instruction_set(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
   using namespace pylo_dist;
-  m.impl("gradient_pass", TORCH_BOX(&gradient_pass));
-  m.impl("moment_pass", TORCH_BOX(&moment_pass));
-  m.impl("feature_pass", TORCH_BOX(&feature_pass));
-  m.impl("update_pass", TORCH_BOX(&update_pass));
-  m.impl("workspace_sizes", TORCH_BOX(&workspace_sizes));
+  PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {

@@ -23,6 +23,7 @@ from .reference import FeatureSet, Network
 from .shards import Box, Shape, drop_dim
 
 MAX_DIMS = 5
+NUM_MOMENTS = 9
 HIDDEN = {(False, 32), (True, 8), (True, 4)}  # (extended features, hidden units) that there are kernels for
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +147,7 @@ def _item_row(
     return [
         *(numel, global_numel, int(dims is not None), rows, cols, size_d0, size_d1, row_outer, row_inner, vector_is_row),
         *(leads, global_numel // leads, *lead_table, *matrix_table, factors_at, squares_at),
-        *(a[0], a[1], a[2] + a[3], a[2], *b, *boxes),
+        *(a[0], a[1], a[2] + a[3], *b, *boxes),
     ]
 
 
@@ -187,10 +188,19 @@ class Kernels:
         hidden: hidden units of its network.
         a, b: the requests of the first two phases.
         extra: how many sums of a tensor's own lie in front of its vector in `a`, per item.
+        moments: whether the nine sums of `reference.moment_sums` follow the features' in the vectors of `b`.
     """
 
     def __init__(
-        self, batch: Batch, features: FeatureSet, decays: Sequence[float], hidden: int, a: Sum, b: Sum, extra: Sequence[int]
+        self,
+        batch: Batch,
+        features: FeatureSet,
+        decays: Sequence[float],
+        hidden: int,
+        a: Sum,
+        b: Sum,
+        extra: Sequence[int],
+        moments: bool,
     ) -> None:
         self.features, self.hidden = features, hidden
         clamp = math.inf if features.clamp is None else features.clamp
@@ -205,7 +215,8 @@ class Kernels:
             first = len(box_rows)
             box_rows += [_box_row(i, box, shard.shape, dims, lead_dims) for box in shard.boxes()]
             boxes = (first, len(box_rows) - first)
-            row = _item_row(item, features, factors, squares, [*a_at, extra[i]], [b_at[0], b_at[2]], boxes)
+            moments_at = b_at[2] + b.vectors[i].numel() - NUM_MOMENTS if moments else -1
+            row = _item_row(item, features, factors, squares, [*a_at, extra[i]], [b_at[0], b_at[2], moments_at], boxes)
             item_rows.append(row)
             factors += 6 * (row[3] + row[4])
             squares += 12 * row[10] if dims is not None else 0
@@ -241,13 +252,14 @@ class Kernels:
         args = (self.items, self.boxes, list(indices), grads, self.limits[key], replace, self.a, self.workspace)
         torch.ops.pylo_dist.gradient_pass(*args)
 
-    def moment_pass(self, batch: Batch) -> None:
-        """The nine sums of VeLO's tensors, of all items."""
+    def moment_pass(self, batch: Batch, indices: Sequence[int]) -> None:
+        """The nine sums of VeLO's tensors for items that pass B leaves out."""
         values = [item.param.value for item in batch.items]
-        torch.ops.pylo_dist.moment_pass(self.items, self.boxes, values, self.momentum, self.rms, self.a, self.workspace)
+        args = (self.items, self.boxes, list(indices), values, self.momentum, self.rms, self.b, self.workspace)
+        torch.ops.pylo_dist.moment_pass(*args)
 
     def feature_pass(self, batch: Batch, indices: Sequence[int]) -> None:
-        """Row and column factors of some items, then pass B."""
+        """Row and column factors of some items, then pass B, with the moments where they were asked for."""
         torch.ops.pylo_dist.feature_pass(
             *(self.items, self.boxes, list(indices), self.rule, self.features.extended),
             *self._elements(batch, indices),

@@ -28,29 +28,10 @@ void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a, cons
 extern "C" int64_t fibers_launches() { return fibers::launches; }
 
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
-  m.def(
-      "gradient_pass(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool replace, Tensor(a!)[] sums, "
-      "Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "moment_pass(Tensor items, Tensor boxes, Tensor[] values, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] sums, "
-      "Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "feature_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, Tensor[] values, Tensor[] grads, "
-      "Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, Tensor(b!)[] col, Tensor[] sums_a, Tensor keep, Tensor scale, "
-      "Tensor(c!) factors, Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()");
-  m.def(
-      "update_pass(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, int precision, "
-      "Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, "
-      "Tensor factors, Tensor squares, Tensor[] sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, "
-      "Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, Tensor(g!)[] directions, Tensor(w!)[] workspace) -> ()");
-  m.def("workspace_sizes(Tensor items, Tensor boxes, Tensor like) -> int[]");
+  PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CPU, m) {
   using namespace pylo_dist::gpu;
-  m.impl("gradient_pass", TORCH_BOX(&gradient_pass));
-  m.impl("moment_pass", TORCH_BOX(&moment_pass));
-  m.impl("feature_pass", TORCH_BOX(&feature_pass));
-  m.impl("update_pass", TORCH_BOX(&update_pass));
-  m.impl("workspace_sizes", TORCH_BOX(&workspace_sizes));
+  PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
 }

@@ -44,6 +44,7 @@ class FactoredRule(LearnedRule):
 
     features: FeatureSet
     num_hidden = 0  # hidden units of the network, for the compiled passes
+    num_tensor_sums = 0  # sums of a tensor's own that ride behind pass B's: none, or the nine of `reference.moment_sums`
     precision = "high"  # of the network in GPU kernels
 
     def __init__(self, momentum_decays: Sequence[float], rms_decays: Sequence[float], factor_decays: Sequence[float]) -> None:
@@ -87,7 +88,8 @@ class FactoredRule(LearnedRule):
         def length(item: Item) -> int:
             if "momentum" not in item.state:
                 return 0
-            return self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+            features = self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+            return features + self.num_tensor_sums
 
         return batch.kept_sum("B", length)
 
@@ -105,7 +107,7 @@ class FactoredRule(LearnedRule):
                 decays = (*self.momentum_decays, self.rms_decay, *self.factor_decays)
                 extra = [self.extra_sums(item) for item in batch.items]
                 a, b = batch.kept_sum("A", lambda item: 0), self.second_sum(batch)
-                found = Kernels(batch, self.features, decays, self.num_hidden, a, b, extra)
+                found = Kernels(batch, self.features, decays, self.num_hidden, a, b, extra, self.num_tensor_sums > 0)
             batch.kept["kernels"] = found if found is not None and found.served else None
         kernels: Kernels | None = batch.kept["kernels"]
         return kernels
@@ -188,13 +190,8 @@ class FactoredRule(LearnedRule):
 class ThreePassRule(FactoredRule):
     """The passes of a rule whose network gives the update itself."""
 
-    num_tensor_sums = 0  # sums of a tensor's own that ride in pass A: none, or the nine of `reference.moment_sums`
-
-    def extra_sums(self, item: Item) -> int:
-        return self.num_tensor_sums
-
     def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
-        """Between A and B, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
+        """Between B and C, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
 
     @abstractmethod
     def update(self, i: int, item: Item) -> Update:
@@ -237,41 +234,45 @@ class ThreePassRule(FactoredRule):
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         moving = [i for i, _ in batch.moving()]
-        # A: sums of g^2 along rows and columns, and of the tensors' own numbers
-        extra = self.num_tensor_sums
+        # A: sums of g^2 along rows and columns
         a = self.first_sum(batch)
         self.gradient_pass(batch, [i for i in moving if i not in batch.gathered])
         batch.gathered.clear()
         kernels = self.kernels(batch)
-        if extra and kernels is not None:
-            kernels.moment_pass(batch)
-        elif extra:
-            for i, item in enumerate(batch.items):
-                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], a.vectors[i][:extra])
         yield a
 
-        # B: with the factors known, the sum of squares of every feature
-        self.prepare(batch, [vector[:extra] for vector in a.vectors])
+        # B: with the factors known, the sum of squares of every feature, and sums of the tensors' own
         b = self.second_sum(batch).zero_()
+        own = self.num_tensor_sums
+        tensor_sums = [vector[vector.numel() - own :] for vector in b.vectors] if own else []
+        features = [vector[: vector.numel() - own] for vector in b.vectors] if own and kernels is None else b.vectors
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and moving:
             kernels.feature_pass(batch, moving)
         else:
             for i in moving:
-                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i][extra:])
-                reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
+                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
+                reference.feature_sums(tensors[i], features[i], self._scratch)
+        if own and kernels is not None:
+            resting = sorted(set(range(len(batch.items))) - set(moving))
+            if resting:
+                kernels.moment_pass(batch, resting)
+        elif own:
+            for i, item in enumerate(batch.items):
+                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], tensor_sums[i])
         yield b
+        self.prepare(batch, tensor_sums)
 
         # C: normalise, run the network, write
         if kernels is not None and moving:
             kernels.update_pass(batch, moving, self.updates(batch, moving), self.precision)
             return
         for i in moving:
-            batch.param_squares[i] = b.vectors[i][self.features.p]
+            batch.param_squares[i] = features[i][self.features.p]
             how = self.update(i, batch.items[i])
             reference.apply_update(
                 tensors[i],
-                reference.normalisers(tensors[i], b.vectors[i]),
+                reference.normalisers(tensors[i], features[i]),
                 how.network,
                 how.step_size,
                 how.exp_mult,

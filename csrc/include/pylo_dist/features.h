@@ -93,14 +93,31 @@ struct Element {
   T x[Layout<Extended>::ELEMENT];   // element features in order
 };
 
-// m, v and the features that need no factor. m_k <- a_k m_k + (1 - a_k) g, v <- b v + (1 - b) g^2.
+// m_k <- a_k m_k + (1 - a_k) g
+template <class T>
+PYLO_HD T new_momentum(T g, T m, int k, const RuleConstants& c) {
+  return fma_(g, splat_<T>(c.momentum_new[k]), m * c.momentum_old[k]);
+}
+
+// v <- b v + (1 - b) g^2
+template <class T>
+PYLO_HD T new_rms(T g, T v, const RuleConstants& c) {
+  return fma_(g * c.rms_new, g, v * c.rms_old);
+}
+
+template <class T>
+PYLO_HD T rms_rsqrt(T v, const RuleConstants& c) {
+  return rsqrt_(v + c.eps_rms);
+}
+
+// m, v and the features that need no factor.
 // g: as `used_gradient` gives it.
 template <bool Extended, class T>
 PYLO_HD void common_features(Element<T, Extended>& out, T g, T p, const T (&m)[K], T v, const RuleConstants& c) {
   using L = Layout<Extended>;
-  for (int k = 0; k < K; ++k) out.m[k] = fma_(g, splat_<T>(c.momentum_new[k]), m[k] * c.momentum_old[k]);
-  out.v = fma_(g * c.rms_new, g, v * c.rms_old);
-  const T q = rsqrt_(out.v + c.eps_rms);
+  for (int k = 0; k < K; ++k) out.m[k] = new_momentum(g, m[k], k, c);
+  out.v = new_rms(g, v, c);
+  const T q = rms_rsqrt(out.v, c);
   out.x[0] = g;
   if constexpr (Extended) {
     out.x[1] = clamp_(g, CLIPPED_GRADIENT);

@@ -12,6 +12,7 @@ namespace pylo_dist {
 constexpr int K = 3;
 constexpr int MAX_DIMS = 5;
 constexpr int MAX_LEAD_DIMS = MAX_DIMS - 2;
+constexpr int NUM_MOMENTS = 9;  // VeLO's sums of a tensor: p^2, m_k, m_k^2, v, v^2
 
 // A rectangular block of a shard. Element (j_0, ..., j_4), C order, lies at
 //   local_at + sum j_d local[d]   in the local 1-D tensors,
@@ -45,8 +46,8 @@ struct Item {
   int64_t factors_at;          // in `factors`, see Factors
   int64_t squares_at;          // in `squares`: 12 x leads sums of squares of the factor features (in the order of the features)
   int64_t a_buffer, a_audit, a_at;  // which buffer of the first Sum, and where in it are the audit and the row and column sums
-  int64_t a_extra;             // where the tensor's own sums are (VeLO's nine)
   int64_t b_buffer, b_at;      // the same of the second Sum: num_sums x leads
+  int64_t moments_at;          // there too, VeLO's nine sums (p^2, m_k, m_k^2, v, v^2); -1: not asked for
   int64_t first_box, num_boxes;
 };
 

@@ -1,0 +1,236 @@
+// Elements are worked on in tiles of TILE, a structure of arrays. A tile's inputs are read in place where they are 64 contiguous
+// floats, else they are copied to a buffer whose pads are zero: there is one sequence of instructions for an element, wherever it
+// lies. `Dense` boxes have long runs along which one factor changes (the vector side) and the other does not (the constant side);
+// all others, and tensors below two dims, have both sides filled in element by element.
+#pragma once
+
+#include "cpu.h"
+#include "cpu_dtypes.h"
+#include "vector.h"
+
+namespace pylo_dist {
+inline namespace PYLO_ISA {
+
+constexpr int TILE = 64;
+constexpr int DENSE_RUN = 32;  // shortest run that is worth it
+
+PYLO_HD bool is_dense(const Item& item, const Box& box) {
+  const int64_t inner = MAX_DIMS - 1;
+  const int64_t vector = item.vector_is_row ? box.row[inner] : box.col[inner];
+  const int64_t constant = item.vector_is_row ? box.col[inner] : box.row[inner];
+  return item.factored && box.sizes[inner] >= DENSE_RUN && vector == 1 && constant == 0 && box.lead[inner] == 0;
+}
+
+struct Piece {  // `count` elements of one run, from `at` on in the tile
+  int64_t local, row, col;
+  int at, count;
+};
+
+struct Tile {
+  int count, pieces;
+  int64_t lead;
+  Piece piece[TILE];
+  // inputs and outputs, TILE each
+  const float *g, *p, *m[K], *v, *d[K];
+  float *new_m[K], *new_v, *new_d[K], *new_p;
+};
+
+struct Buffers {
+  alignas(64) float g[TILE], p[TILE], m[K][TILE], v[TILE], d[K][TILE];
+};
+
+// Whether the tile can be read and written where it lies.
+PYLO_HD bool in_place(const Tile& tile) { return tile.pieces == 1 && tile.count == TILE; }
+
+PYLO_HD void gather(const Tile& tile, const void* from, int64_t type, int64_t offset, float* to) {
+  for (int i = 0; i < tile.pieces; ++i) {
+    read(to + tile.piece[i].at, from, type, offset + tile.piece[i].local, tile.piece[i].count);
+  }
+  for (int i = tile.count; i < TILE; ++i) to[i] = 0.0f;
+}
+
+PYLO_HD void scatter(const Tile& tile, void* to, int64_t type, int64_t offset, const float* from) {
+  for (int i = 0; i < tile.pieces; ++i) {
+    write(to, type, offset + tile.piece[i].local, from + tile.piece[i].at, tile.piece[i].count);
+  }
+}
+
+PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
+  const int64_t at = tile.piece[0].local;
+  if (in_place(tile)) {
+    for (int k = 0; k < K; ++k) {
+      tile.m[k] = tile.new_m[k] = t.momentum + k * numel + at;
+      if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
+    }
+    tile.v = tile.new_v = t.rms + at;
+  } else {
+    for (int k = 0; k < K; ++k) {
+      gather(tile, t.momentum, FLOAT32, k * numel, b.m[k]);
+      tile.m[k] = tile.new_m[k] = b.m[k];
+      if (t.diag) {
+        gather(tile, t.diag, FLOAT32, k * numel, b.d[k]);
+        tile.d[k] = tile.new_d[k] = b.d[k];
+      }
+    }
+    gather(tile, t.rms, FLOAT32, 0, b.v);
+    tile.v = tile.new_v = b.v;
+  }
+  tile.g = static_cast<const float*>(t.grad) + at;
+  if (!in_place(tile) || t.grad_type != FLOAT32) {
+    gather(tile, t.grad, t.grad_type, 0, b.g);
+    tile.g = b.g;
+  }
+  tile.p = tile.new_p = static_cast<float*>(t.value) + at;
+  if (!in_place(tile) || t.value_type != FLOAT32) {
+    gather(tile, t.value, t.value_type, 0, b.p);
+    tile.p = tile.new_p = b.p;
+  }
+}
+
+// Write what is not in place yet.
+PYLO_HD void unstage(const Tile& tile, const Tensors& t, int64_t numel, bool moves) {
+  if (!in_place(tile)) {
+    for (int k = 0; k < K; ++k) {
+      scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);
+      if (t.diag) scatter(tile, t.diag, FLOAT32, k * numel, tile.new_d[k]);
+    }
+    scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
+  }
+  if (moves && (!in_place(tile) || t.value_type != FLOAT32)) scatter(tile, t.value, t.value_type, 0, tile.new_p);
+}
+
+// Goes over a job's elements in tiles of one lead.
+struct Cursor {
+  int64_t run, at;
+};
+
+static bool next_tile(const Box& box, const Job& job, Cursor& cursor, Tile& tile) {
+  constexpr int inner = MAX_DIMS - 1;
+  tile.count = tile.pieces = 0;
+  while (tile.count < TILE && cursor.run < job.last_run) {
+    const Run run = run_of(box, cursor.run);
+    const int64_t lead = run.lead + cursor.at * box.lead[inner];
+    if (tile.count && lead != tile.lead) break;
+    tile.lead = lead;
+    int64_t count = job.last - cursor.at;
+    if (count > TILE - tile.count) count = TILE - tile.count;
+    if (box.lead[inner]) count = 1;
+    tile.piece[tile.pieces++] = Piece{
+        run.local + cursor.at, run.row + cursor.at * box.row[inner], run.col + cursor.at * box.col[inner], tile.count,
+        static_cast<int>(count)};
+    tile.count += static_cast<int>(count);
+    cursor.at += count;
+    if (cursor.at == job.last) cursor = Cursor{cursor.run + 1, job.first};
+  }
+  return tile.count > 0;
+}
+
+// One of the two factors of an item.
+struct Side {
+  const float *factor, *scale, *rsqrt;  // (K, size) each
+  int64_t size;
+};
+
+PYLO_HD Side side_of(const Factors& f, bool row) {
+  return row ? Side{f.row, f.row_scale, f.row_rsqrt, f.rows} : Side{f.col, f.col_scale, f.col_rsqrt, f.cols};
+}
+
+// x (K, TILE) of a side's numbers, element by element.
+PYLO_HD void fill_side(const Tile& tile, const Box& box, bool row, const float* from, int64_t size, float (*to)[TILE]) {
+  constexpr int inner = MAX_DIMS - 1;
+  const int64_t stride = row ? box.row[inner] : box.col[inner];
+  for (int k = 0; k < K; ++k) {
+    for (int i = 0; i < tile.pieces; ++i) {
+      const Piece& piece = tile.piece[i];
+      const float* at = from + k * size + (row ? piece.row : piece.col);
+      for (int j = 0; j < piece.count; ++j) to[k][piece.at + j] = at[j * stride];
+    }
+    for (int j = tile.count; j < TILE; ++j) to[k][j] = 0.0f;
+  }
+}
+
+// Where the features of a tile find their factors: the vector side along the tile, the constant side along it too (Dense: one
+// number for all). Unused below two dims.
+struct Scales {
+  const float* vector[K];
+  const float* constant[K];
+};
+
+// The vector side's scales from `at` on: in place, or where they end within the tile with zeros after them, in `padded`.
+PYLO_HD void vector_scales(Scales& scales, const Side& vector, int64_t at, int count, float (&padded)[K][TILE]) {
+  for (int k = 0; k < K; ++k) {
+    scales.vector[k] = vector.scale + k * vector.size + at;
+    if (count < TILE) {
+      __builtin_memset(padded[k], 0, sizeof padded[k]);
+      __builtin_memcpy(padded[k], scales.vector[k], 4 * count);
+      scales.vector[k] = padded[k];
+    }
+  }
+}
+
+// Calls work(tile, scales) for all tiles of a job, in order. The arrays that both point to are its own or where the data lies.
+template <bool Diag, bool Dense, class Work>
+PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
+  const Box& box = args.boxes[job.box];
+  const Item& item = args.items[box.item];
+  const Tensors& t = args.tensors[box.item];
+  const Factors factors = factors_of(item, t, args.factors);
+  const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+  Buffers buffers;
+  alignas(64) float vector_scale[K][TILE], constant_scale[K][TILE];
+  Scales scales{{vector_scale[0], vector_scale[1], vector_scale[2]}, {constant_scale[0], constant_scale[1], constant_scale[2]}};
+  Tile tile;
+  if constexpr (Dense) {
+    tile.pieces = 1;
+    for (int64_t index = job.first_run; index < job.last_run; ++index) {
+      const Run run = run_of(box, index);
+      tile.lead = run.lead;
+      const int64_t vector_at = item.vector_is_row ? run.row : run.col, constant_at = item.vector_is_row ? run.col : run.row;
+      for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + constant_at;
+      for (int64_t j = job.first; j < job.last; j += TILE) {
+        tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
+        tile.piece[0] = Piece{run.local + j, run.row, run.col, 0, tile.count};
+        stage(tile, t, item.numel, buffers);
+        vector_scales(scales, vector, vector_at + j, tile.count, vector_scale);
+        work(tile, scales);
+      }
+    }
+  } else {
+    Cursor cursor{job.first_run, job.first};
+    while (next_tile(box, job, cursor, tile)) {
+      stage(tile, t, item.numel, buffers);
+      if constexpr (!Diag) {
+        fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
+        fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);
+      }
+      work(tile, scales);
+    }
+  }
+}
+
+template <bool Extended, bool Diag, bool Dense>
+PYLO_HD Element<Vec, Extended> features_at(const Tile& tile, int o, float scale, const RuleConstants& rule, const Scales& s) {
+  Element<Vec, Extended> e;
+  const Vec m[K] = {load(tile.m[0] + o), load(tile.m[1] + o), load(tile.m[2] + o)};
+  const Vec g = used_gradient(load(tile.g + o), scale, rule);
+  common_features<Extended>(e, g, load(tile.p + o), m, load(tile.v + o), rule);
+  if constexpr (Diag) {
+    const Vec d[K] = {load(tile.d[0] + o), load(tile.d[1] + o), load(tile.d[2] + o)};
+    diag_features<Extended>(e, d, rule);
+  } else {
+    Vec vector[K], constant[K];
+    for (int k = 0; k < K; ++k) {
+      vector[k] = load(s.vector[k] + o);
+      if constexpr (Dense) {
+        constant[k] = splat_<Vec>(*s.constant[k]);
+      } else {
+        constant[k] = load(s.constant[k] + o);
+      }
+    }
+    factored_features<Extended>(e, vector, constant);
+  }
+  return e;
+}
+
+}  // namespace PYLO_ISA
+}  // namespace pylo_dist

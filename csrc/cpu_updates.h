@@ -1,0 +1,287 @@
+// Pass C on a CPU: features again, the network, new accumulators and values.
+#pragma once
+
+#include "cpu_network.h"
+
+namespace pylo_dist {
+inline namespace PYLO_ISA {
+
+constexpr int ROWS = 16;       // runs that share the vector side's first layer
+
+template <bool Extended, int H>
+struct Updater {
+  using L = Layout<Extended>;
+  const Box& box;
+  const Item& item;
+  const Tensors& t;
+  const RuleConstants rule;
+  const Step step;
+  const float scale;
+  const float* normalisers;
+  const Network<Extended, H> net;
+  RawWide squares{};
+  Buffers buffers;
+  const float* folded_for = nullptr;
+  alignas(64) float folded[L::ELEMENT][H];
+  alignas(64) float x[L::ELEMENT][TILE];
+  alignas(64) float out[2][TILE];
+
+  Updater(const PassArgs& args, const Job& job)
+      : box(args.boxes[job.box]),
+        item(args.items[box.item]),
+        t(args.tensors[box.item]),
+        rule(args.rule),
+        step(args.steps[box.item]),
+        scale(static_cast<float>(args.scale[box.item])),
+        normalisers(args.normalisers + args.normalisers_at[box.item]),
+        net(args.networks + args.network_of[box.item] * args.network_size, item.vector_is_row) {}
+
+  // The normaliser of a side's feature.
+  PYLO_HD float side_normaliser(const float* norm, bool vector, int s) const {
+    return norm[side_input<Extended>(vector == static_cast<bool>(item.vector_is_row), s)];
+  }
+
+  // Small networks take a vector of elements from its features to its new value in registers, their normalisers in the weights.
+  static constexpr bool IN_REGISTERS = H <= 8;
+
+  PYLO_HD void fold(const float* norm) {
+    if (norm == folded_for) return;
+    folded_for = norm;
+    for (int e = 0; e < L::ELEMENT; ++e) {
+      for (int h = 0; h < H; ++h) folded[e][h] = net.element[e][h] * norm[L::input_of(e)];
+    }
+  }
+
+  template <bool Dense>
+  PYLO_HD void in_registers(const Tile& tile, const Scales& scales, const float* norm, const float (*u)[TILE], const float* r) {
+    fold(norm);
+    const RuleConstants constants = rule;
+    const Step how = step;
+    const bool moves = !t.direction;
+    alignas(64) float s[TILE];
+    RawWide sum = squares;
+    for (int o = 0; o < tile.count; o += W) {
+      const Element<Vec, Extended> e = features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
+      for (int k = 0; k < K; ++k) store(tile.new_m[k] + o, e.m[k]);
+      store(tile.new_v + o, e.v);
+      Vec first[H];
+#pragma GCC unroll 8
+      for (int h = 0; h < H; ++h) first[h] = load(u[h] + o) + splat_<Vec>(r[h]);
+#pragma GCC unroll 18
+      for (int f = 0; f < L::ELEMENT; ++f) {
+#pragma GCC unroll 8
+        for (int h = 0; h < H; ++h) first[h] = fma_(e.x[f], splat_<Vec>(folded[f][h]), first[h]);
+      }
+#pragma GCC unroll 8
+      for (int h = 0; h < H; ++h) first[h] = relu_(first[h]);
+      Vec o0 = splat_<Vec>(net.output_bias[0]), o1 = splat_<Vec>(net.output_bias[1]);
+#pragma GCC unroll 8
+      for (int h = 0; h < H; ++h) {
+        Vec hidden = splat_<Vec>(net.hidden_bias[h]);
+#pragma GCC unroll 8
+        for (int i = 0; i < H; ++i) hidden = fma_(first[i], splat_<Vec>(net.hidden[i][h]), hidden);
+        hidden = relu_(hidden);
+        o0 = fma_(hidden, splat_<Vec>(net.output[0][h]), o0);
+        o1 = fma_(hidden, splat_<Vec>(net.output[1][h]), o1);
+      }
+      const Vec direction = direction_of(o0, o1, how.exp_mult);
+      if (moves) {
+        const Vec p = e.x[L::P], now = moved(p, direction, how);
+        add_square(sum, tile.count - o < W ? first_of(now - p, tile.count - o) : now - p);
+        store(tile.new_p + o, now);
+      } else {
+        store(s + o, direction * how.step_size);
+      }
+    }
+    squares = sum;
+    if (!moves) scatter(tile, t.direction, FLOAT32, 0, s);
+    unstage(tile, t, item.numel, moves);
+  }
+
+  // New accumulators, and the normalised element features to x.
+  template <bool Diag, bool Dense>
+  PYLO_HD void fill(const Tile& tile, const Scales& scales, const float* norm) {
+    const RuleConstants constants = rule;
+    for (int o = 0; o < TILE; o += W) {
+      const Element<Vec, Extended> e = features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
+      for (int k = 0; k < K; ++k) {
+        store(tile.new_m[k] + o, e.m[k]);
+        if constexpr (Diag) store(tile.new_d[k] + o, e.d[k]);
+      }
+      store(tile.new_v + o, e.v);
+      for (int f = 0; f < L::ELEMENT; ++f) store(x[f] + o, e.x[f] * norm[L::input_of(f)]);
+    }
+  }
+
+  // From the network's outputs to the new values, or the direction.
+  PYLO_HD void finish(const Tile& tile) {
+    if (t.direction) {
+      alignas(64) float s[TILE];
+      for (int o = 0; o < TILE; o += W) {
+        store(s + o, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult) * step.step_size);
+      }
+      scatter(tile, t.direction, FLOAT32, 0, s);
+    } else {
+      RawWide sum = squares;
+      for (int o = 0; o < TILE; o += W) {
+        const Vec p = load(tile.p + o);
+        const Vec now = moved(p, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult), step);
+        const int count = tile.count - o;
+        if (count > 0) add_square(sum, count < W ? first_of(now - p, count) : now - p);
+        store(tile.new_p + o, now);
+      }
+      squares = sum;
+    }
+    unstage(tile, t, item.numel, !t.direction);
+  }
+
+  // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A small network reads memory row by
+  // row then; a large one has time to fetch the row below, see `prefetch`.
+  static constexpr int BLOCK = H == 32 ? 1 : 32;
+
+  // Fetch the inputs of a tile that is worked on later.
+  PYLO_HD void prefetch(int64_t at) const {
+    constexpr int line = 16;  // floats
+    for (int i = 0; i < TILE; i += line) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * item.numel + at + i, 1);
+      __builtin_prefetch(t.rms + at + i, 1);
+      if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i, 1);
+      if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
+    }
+  }
+
+  void dense(const PassArgs& args, const Job& job) {
+    const Factors factors = factors_of(item, t, args.factors);
+    const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+    alignas(64) float u[BLOCK][H][TILE], side[SIDE][TILE], padded[K][TILE];
+    alignas(64) float r[ROWS][H];
+    Run runs[ROWS];
+    Tile tile;
+    tile.pieces = 1;
+    for (int64_t first_run = job.first_run; first_run < job.last_run;) {
+      int rows = 0;
+      for (; rows < ROWS && first_run + rows < job.last_run; ++rows) {
+        runs[rows] = run_of(box, first_run + rows);
+        const bool same = item.vector_is_row ? runs[rows].row == runs[0].row : runs[rows].col == runs[0].col;
+        if (!same || runs[rows].lead != runs[0].lead) break;
+      }
+      const float* norm = normalisers + runs[0].lead * L::INPUTS;
+      for (int i = 0; i < rows; ++i) {
+        const int64_t at = item.vector_is_row ? runs[i].col : runs[i].row;
+        float of_row[SIDE];
+        for (int s = 0; s < SIDE; ++s) {
+          const float* from = s < K ? constant.factor : constant.rsqrt;
+          of_row[s] = from[s % K * constant.size + at] * side_normaliser(norm, false, s);
+        }
+        for (int h = 0; h < H; ++h) {
+          float sum = 0.0f;
+          for (int s = 0; s < SIDE; ++s) sum = fma_(of_row[s], net.constant[s][h], sum);
+          r[i][h] = sum;
+        }
+      }
+      const int64_t vector_at = item.vector_is_row ? runs[0].row : runs[0].col;
+      for (int64_t block = job.first; block < job.last; block += BLOCK * TILE) {
+        const int64_t end = job.last - block < BLOCK * TILE ? job.last : block + BLOCK * TILE;
+        for (int64_t j = block; j < end; j += TILE) {
+          const int count = static_cast<int>(end - j < TILE ? end - j : TILE);
+          for (int s = 0; s < SIDE; ++s) {
+            const float* from = (s < K ? vector.factor : vector.rsqrt) + s % K * vector.size + vector_at + j;
+            const float by = side_normaliser(norm, true, s);
+            for (int i = 0; i < count; ++i) side[s][i] = from[i] * by;
+            for (int i = count; i < TILE; ++i) side[s][i] = 0.0f;
+          }
+          side_layer<H>(net.input_bias, side, net.vector, u[(j - block) / TILE]);
+        }
+        for (int i = 0; i < rows; ++i) {
+          const int64_t constant_at = item.vector_is_row ? runs[i].col : runs[i].row;
+          Scales scales;
+          for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + constant_at;
+          for (int64_t j = block; j < end; j += TILE) {
+            tile.count = static_cast<int>(end - j < TILE ? end - j : TILE);
+            vector_scales(scales, vector, vector_at + j, tile.count, padded);
+            if (BLOCK == 1 && i + 1 < rows) prefetch(runs[i + 1].local + j);
+            if (BLOCK == 1 && i + 1 == rows && end < job.last) prefetch(runs[0].local + end);
+            tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
+            stage(tile, t, item.numel, buffers);
+            if constexpr (IN_REGISTERS) {
+              in_registers<true>(tile, scales, norm, u[(j - block) / TILE], r[i]);
+            } else {
+              fill<false, true>(tile, scales, norm);
+              outputs_of<Extended, H>(net, x, u[(j - block) / TILE], r[i], out);
+              finish(tile);
+            }
+          }
+        }
+      }
+      first_run += rows;
+    }
+  }
+
+  template <bool Diag>
+  void anywhere(const PassArgs& args, const Job& job) {
+    const Factors factors = factors_of(item, t, args.factors);
+    const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+    alignas(64) float vector_side[SIDE][TILE], constant_side[SIDE][TILE], u[H][TILE], r[H][TILE];
+    const float zeros[H] = {};
+    for_tiles<Diag, false>(args, job, [&](const Tile& tile, const Scales& scales) {
+      const float* norm = normalisers + tile.lead * L::INPUTS;
+      if constexpr (!Diag) {
+        fill_side(tile, box, item.vector_is_row, vector.factor, vector.size, vector_side);
+        fill_side(tile, box, item.vector_is_row, vector.rsqrt, vector.size, vector_side + K);
+        fill_side(tile, box, !item.vector_is_row, constant.factor, constant.size, constant_side);
+        fill_side(tile, box, !item.vector_is_row, constant.rsqrt, constant.size, constant_side + K);
+      }
+      if constexpr (Diag || !IN_REGISTERS) fill<Diag, false>(tile, scales, norm);
+      for (int s = 0; s < SIDE; ++s) {
+        const float vector_norm = side_normaliser(norm, true, s), constant_norm = side_normaliser(norm, false, s);
+        for (int o = 0; o < TILE; o += W) {
+          if constexpr (Diag) {
+            Vec d = load(tile.new_d[s % K] + o);
+            if (s >= K) d = factor_rsqrt_of(d);
+            store(vector_side[s] + o, d * vector_norm);
+            store(constant_side[s] + o, d * constant_norm);
+          } else {
+            store(vector_side[s] + o, load(vector_side[s] + o) * vector_norm);
+            store(constant_side[s] + o, load(constant_side[s] + o) * constant_norm);
+          }
+        }
+      }
+      side_layer<H>(net.input_bias, vector_side, net.vector, u);
+      side_layer<H>(nullptr, constant_side, net.constant, r);
+      for (int h = 0; h < H; ++h) {
+        for (int o = 0; o < TILE; o += W) store(u[h] + o, load(u[h] + o) + load(r[h] + o));
+      }
+      if constexpr (Diag || !IN_REGISTERS) {
+        outputs_of<Extended, H>(net, x, u, zeros, out);
+        finish(tile);
+      } else {
+        in_registers<false>(tile, scales, norm, u, zeros);
+      }
+    });
+  }
+
+  double run(const PassArgs& args, const Job& job) {
+    if (is_dense(item, box)) {
+      dense(args, job);
+    } else if (item.factored) {
+      anywhere<false>(args, job);
+    } else {
+      anywhere<true>(args, job);
+    }
+    return total(squares);
+  }
+};
+
+static double updates(const PassArgs& args, const Job& job, int hidden) {
+  switch (hidden) {
+    case 32:
+      return Updater<false, 32>(args, job).run(args, job);
+    case 8:
+      return Updater<true, 8>(args, job).run(args, job);
+    default:
+      return Updater<true, 4>(args, job).run(args, job);
+  }
+}
+
+}  // namespace PYLO_ISA
+}  // namespace pylo_dist
