@@ -26,7 +26,7 @@ from ..state import StateField
 from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
 from . import gram
-from .adafac import Precision, check_precision, checked_decays, wide
+from .arguments import Precision, check_precision, checked_decays, checked_numbers, wide
 from .base import Batch, Item, Request, Sum
 from .factored import FactoredRule
 from .orthogonal import EPS_STEP, NewtonSchulz
@@ -147,14 +147,13 @@ class CELO2Rule(FactoredRule):
 
     def _updates(self, batch: Batch, indices: Sequence[int], b: Sum) -> Updates:
         """What the compiled pass C reads: "step_size" multiplies the direction."""
-        steps = torch.zeros(len(batch.items), 4, dtype=torch.float32, device=batch.device)
-        steps[:, 0] = 1.0
-        for i in indices:
-            steps[i, 1] = batch.items[i].hyper["exp_mult"]
-            if self.settings.param_scale_mult:
-                steps[i, 0] = self._param_rms(batch.items[i], b.vectors[i])
+        steps = batch.numbers("steps", lambda hyper: [1.0, hyper["exp_mult"], 0.0, 0.0])
+        if self.settings.param_scale_mult:
+            moving = batch.on_device("moving", tuple(indices), torch.int64)
+            steps[:, 0].index_copy_(0, moving, torch.stack([self._param_rms(batch.items[i], b.vectors[i]) for i in indices]))
         networks = ops.packed(self._network(torch.float32, batch.device))[None]
-        return Updates(networks, torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device), steps)
+        network_of = torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device)
+        return Updates(networks, network_of, steps.to(torch.float32))
 
     def _param_rms(self, item: Item, sums: Tensor) -> Tensor:
         shape = item.param.shard.shape
@@ -296,7 +295,7 @@ def _settings(
     """The settings, checked. Raises ValueError naming the argument."""
     if not isinstance(ns_iters, int) or ns_iters < 1:
         raise ValueError(f"ns_iters={ns_iters!r}: wanted an int >= 1")
-    beta_1, beta_2 = checked_decays("adam_betas", adam_betas, 2)
+    beta_1, beta_2 = checked_numbers("adam_betas", adam_betas, 2)
     if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
         raise ValueError(f"adam_betas={tuple(adam_betas)}: wanted two numbers in [0, 1)")
     for name, eps in (("ns_eps", ns_eps), ("adam_eps", adam_eps)):
@@ -307,7 +306,7 @@ def _settings(
             re.compile(embedding_pattern)
         except re.error as error:
             raise ValueError(f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}") from None
-    c0, c1, c2 = checked_decays("ns_coeffs", ns_coeffs, 3)
+    c0, c1, c2 = checked_numbers("ns_coeffs", ns_coeffs, 3)
     betas = (beta_1, beta_2)
     return Settings(
         orthogonalize, param_scale_mult, (c0, c1, c2), ns_iters, ns_eps, betas, adam_eps, group_counter, embedding_pattern
@@ -380,9 +379,7 @@ class CELO2(LearnedOptimizer):
         network = load_weights(weights, CELO2_WEIGHTS)
         rule = CELO2Rule(
             network,
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
-            checked_decays("initial_rms_decays", initial_rms_decays, 1),
-            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+            *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
             grad_clip_val,
             _settings(
                 orthogonalize,
@@ -449,8 +446,8 @@ class ELO_CELO2(CELO2):
         if own:
             raise TypeError(f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays")
         betas = (
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3)[0],
-            checked_decays("initial_rms_decays", initial_rms_decays, 1)[0],
+            checked_numbers("initial_momentum_decays", initial_momentum_decays, 3)[0],
+            checked_numbers("initial_rms_decays", initial_rms_decays, 1)[0],
         )
         super().__init__(
             params,
