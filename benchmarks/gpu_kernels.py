@@ -83,7 +83,7 @@ def graph() -> dict[str, Any]:
         rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
         passes, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
         limits = [rule._limits(item) for item in batch.items]  # type: ignore[attr-defined]
-        updates = rule.updates(batch, indices)  # type: ignore[attr-defined]
+        updates = rule.updates(batch)  # type: ignore[attr-defined]
         a, b = rule.first_sum(batch), rule.second_sum(batch)  # type: ignore[attr-defined]
 
         def step(passes: Any = passes, batch: Any = batch, updates: Any = updates, a: Any = a, b: Any = b) -> None:

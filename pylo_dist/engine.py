@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .comm import Collective, PeerError, Reduction
-from .optim.base import AUDIT_SLOTS, FAILED, NONFINITE, PRESENT, SQUARES, UPDATE, Batch, Exchange, LearnedRule, Request, Sum
+from .optim.base import (
+    AUDIT_SLOTS,
+    FAILED,
+    NONFINITE,
+    PRESENT,
+    SQUARES,
+    UPDATE,
+    Batch,
+    Exchange,
+    LearnedRule,
+    Request,
+    Sum,
+    is_capturing,
+)
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
@@ -24,9 +36,14 @@ class LossSum:
         self.loss = loss
 
     def buffer(self, device: torch.device) -> Tensor:
-        counts = torch.tensor([0.0, float(self.loss is not None), 1.0], dtype=torch.float64).to(device, non_blocking=True)
-        if self.loss is not None:
-            counts[0] = self.loss.to(device, torch.float64).reshape(())
+        """A new buffer; what the host knows is written without a copy from its memory."""
+        counts = torch.ones(3, dtype=torch.float64, device=device)
+        if self.loss is None:
+            counts[:2].zero_()
+        elif self.loss.device.type == "cpu" != device.type:
+            counts[0].fill_(float(self.loss))
+        else:
+            counts[0].copy_(self.loss.reshape(()))
         return counts
 
 
@@ -57,7 +74,8 @@ class Engine:
         self.go = torch.ones((), dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
-        self._pending: tuple[Any, Tensor, _Verdict] | None = None
+        self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
+        self._steps_begun = False
         self.shared = any(item.param.holders is not None for _, batch in self.work for item in batch.items)
 
     def phases(self, losses: LossSum | None = None, problem: ValueError | None = None) -> Iterator[list[Collective]]:
@@ -69,9 +87,14 @@ class Engine:
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one before (see `raise_pending`).
-            ValueError: `problem`, or no loss for a rule that needs it. PeerError: that another rank has one of them.
+            ValueError: `problem`, or no loss for a rule that needs it; a captured step that cannot be replayed. PeerError: that
+                another rank has one of them.
         """
-        self.raise_pending()
+        if is_capturing(self.go.device):
+            self._check_capture(losses)
+        else:
+            self._outcome.raise_last()
+        self._steps_begun = True
         if problem is not None and not self.shared and (losses is None or losses.group is None):
             raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
@@ -113,7 +136,7 @@ class Engine:
 
     def _judge(self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
-        audits = [torch.stack(request.audits) for request in requests if request.audits]
+        audits = [request.audit_table() for request in requests if request.audits]
         work = [(rule, batch) for rule, batch in self.work if batch.items]
         if not audits:
             return
@@ -127,7 +150,9 @@ class Engine:
         if self.nonfinite != "allow":
             bad_loss = [] if loss is None else [~loss[0].isfinite()]
             finite = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
-        self._flag(_Verdict(failed, lossless, finite, bad, problem))
+        flags = torch.stack([failed, lossless, ~finite & (self.nonfinite == "error")])
+        # elsewhere than on a CPU the others do not know yet, and go on to collectives that this rank must not leave
+        self._outcome.note(flags, bad if self.nonfinite == "error" else [], problem, problem is not None and not self.shared)
         self.go = finite & ~failed & ~lossless & ~probe
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.go = self.go.to(batch.device)
@@ -137,10 +162,10 @@ class Engine:
             limits = [item.hyper.get("max_grad_norm") for item in batch.items]
             batch.clips = any(limit is not None for limit in limits)
             if batch.clips:
-                bound = torch.tensor([float("inf") if limit is None else limit for limit in limits], dtype=torch.float64)
+                bounds = tuple(float("inf") if limit is None else limit for limit in limits)
+                bound = batch.on_device("bounds", bounds, torch.float64)
                 norm = self.grad_norm.to(batch.device) if self.clip == "global" else audit[:, SQUARES].sqrt()
                 # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside an infinite norm
-                bound = bound.to(batch.device, non_blocking=True)
                 scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
                 if rule.replaces_nonfinite:  # of a norm that is no number nothing is left: s g is NaN, which counts as 0
                     scale = torch.where(torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale)
@@ -160,51 +185,19 @@ class Engine:
             probe = probe & (rate == 0.0).to(probe.device)
         return probe
 
-    def _flag(self, verdict: _Verdict) -> None:
-        """Raise now on a CPU; elsewhere copy the flags to the host without waiting for them. This rank's own problem is known."""
-        flags = torch.stack([verdict.failed, verdict.lossless, ~verdict.finite & (self.nonfinite == "error")])
-        # elsewhere the others do not know yet, and go on to collectives that this rank must not leave
-        if flags.device.type == "cpu" or (verdict.problem is not None and not self.shared):
-            self._pending = (None, flags, verdict)
-            self.raise_pending()
-            return
-        host = torch.empty(3, dtype=torch.bool, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = (event, host, verdict)
+    def _check_capture(self, losses: LossSum | None) -> None:
+        """Raise ValueError for a step that a CUDA graph would replay wrongly."""
+        if not self._steps_begun:
+            raise ValueError("a CUDA graph captures a step before the first one: take one outside of it, which makes the tables")
+        if losses is not None and losses.loss is not None and losses.loss.device.type == "cpu":
+            raise ValueError(f"a CUDA graph would replay this loss for ever: give it as a tensor on {self.go.device}")
 
     def raise_pending(self) -> None:
-        """Raise the error of the last step, if there is one. It is alike on all ranks, but for a rank's own problem."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        event, flags, verdict = pending
-        if event is not None:
-            event.synchronize()
-        failed, lossless, nonfinite = flags.tolist()
-        if verdict.problem is not None:
-            raise verdict.problem
-        if failed:
-            raise PeerError("another rank could not take this step, see its error; nothing was changed")
-        if lossless:
-            raise ValueError(
-                "this optimizer reads the training loss, and some rank gave none: call step(loss), step(loss=loss) or "
-                "step(closure) on every rank, or set_loss(loss) before a step() that you do not call yourself"
-            )
-        if not nonfinite:
-            return
-        names = [
-            batch.items[i].param.shard.fqn
-            for (_, batch), bad in zip([w for w in self.work if w[1].items], verdict.bad, strict=True)
-            for i in bad.nonzero().flatten().tolist()
-        ]
-        shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        what = f"the gradient of {shown} holds" if names else "the loss is"
-        raise NonFiniteGradientError(
-            f"{what} inf or NaN (or numbers whose square is); the step was not taken "
-            '(nonfinite="skip" passes over such steps, "allow" takes them as they are)'
-        )
+        """Raise the error of the steps so far, those replayed in a CUDA graph among them, if there is one; waits for the device.
+
+        It is alike on all ranks, but for a rank's own problem.
+        """
+        self._outcome.raise_now()
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """Per parameter, as 0-d tensors on its device, see `LearnedOptimizer.stats`."""
@@ -214,15 +207,81 @@ class Engine:
         return merged
 
 
-@dataclass(slots=True)
-class _Verdict:
-    """What the audits of a step say; bool 0-d, but `bad`, per batch and item, and `problem`, this rank's own."""
+class _Outcome:
+    """What is wrong with steps that the host has not asked about yet.
 
-    failed: Tensor
-    lossless: Tensor
-    finite: Tensor
-    bad: list[Tensor]
-    problem: ValueError | None
+    On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host behind the step, which nobody
+    waits for; the next step looks at them. Flags stay until they are raised, so that replays of a CUDA graph, in which the host
+    takes no part, are heard of at the next step outside of it or by `raise_now`.
+
+    Attributes:
+        flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that is no number.
+        bad: per batch, bool (items,), which gradients were no numbers.
+    """
+
+    def __init__(self, batches: list[Batch], device: torch.device) -> None:
+        self.batches = batches
+        self.flags = torch.zeros(3, dtype=torch.bool, device=device)
+        self.bad = [torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device) for batch in batches]
+        self.problem: ValueError | None = None  # this rank's own
+        self._host = torch.zeros(3, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None  # when the flags are on the host
+        self._asked = True
+
+    def note(self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, at_once: bool) -> None:
+        """Add what the step under way has shown; `at_once`: raise it now, waiting for the device."""
+        self.flags |= flags
+        for sticky, now in zip(self.bad, bad, strict=False):
+            sticky |= now
+        self.problem = problem
+        device = self.flags.device
+        if device.type == "cpu" or at_once:
+            self.raise_now()
+        elif not is_capturing(device):
+            self._host.copy_(self.flags, non_blocking=True)
+            if self._copied is None:
+                self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(device))
+            self._asked = False
+
+    def raise_last(self) -> None:
+        """Raise what the last step has shown. The host has been ahead of the device by a step at most, and waits no longer."""
+        if self._asked:
+            return
+        self._asked = True
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._raise(self._host)
+
+    def raise_now(self) -> None:
+        """Raise what there is, waiting for the device."""
+        self._asked = True
+        self._raise(self.flags)
+
+    def _raise(self, flags: Tensor) -> None:
+        failed, lossless, nonfinite = flags.tolist()
+        problem, self.problem = self.problem, None
+        if not (failed or lossless or nonfinite or problem is not None):
+            return
+        bad = [i.nonzero().flatten().tolist() for i in self.bad] if nonfinite else []
+        for tensor in (self.flags, self._host, *self.bad):
+            tensor.zero_()
+        if problem is not None:
+            raise problem
+        if failed:
+            raise PeerError("another rank could not take this step, see its error; nothing was changed")
+        if lossless:
+            raise ValueError(
+                "this optimizer reads the training loss, and some rank gave none: call step(loss), step(loss=loss) or "
+                "step(closure) on every rank, or set_loss(loss) before a step() that you do not call yourself"
+            )
+        names = [batch.items[i].param.shard.fqn for batch, found in zip(self.batches, bad, strict=True) for i in found]
+        shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        what = f"the gradient of {shown} holds" if names else "the loss is"
+        raise NonFiniteGradientError(
+            f"{what} inf or NaN (or numbers whose square is); the step was not taken "
+            '(nonfinite="skip" passes over such steps, "allow" takes them as they are)'
+        )
 
 
 def _first_sum(request: Request) -> Sum:
@@ -232,15 +291,14 @@ def _first_sum(request: Request) -> Sum:
 
 def _fill_audits(request: Sum, batch: Batch, failed: bool) -> None:
     """Write presence, failure and the squared update of the step before into the audits, all items of a group at once."""
-    present = torch.tensor([float(item.param.present) for item in batch.items], dtype=torch.float64)
-    present = present.to(batch.device, non_blocking=True)
-    for packed in request.buffers:
+    for number, packed in enumerate(request.buffers):
         members = packed.members
         audits = packed.buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
-        every = len(members) == len(batch.items)
-        audits[:, PRESENT] = present if every else present[members]
-        audits[:, FAILED] = float(failed)
-        audits[:, UPDATE] = batch.update_squares if every else batch.update_squares[members]
+        present = tuple(float(batch.items[i].param.present) for i in members)
+        audits[:, PRESENT].copy_(batch.on_device(f"present {number}", present, torch.float64))
+        audits[:, FAILED].fill_(float(failed))
+        places = batch.on_device(f"members {number}", tuple(members), torch.int64)
+        audits[:, UPDATE].copy_(batch.update_squares.index_select(0, places))
 
 
 class _BatchStats:

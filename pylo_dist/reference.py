@@ -566,16 +566,17 @@ def adamw(
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
     """About the nearest orthogonal matrix of every matrix in x (..., rows, columns): singular values driven towards 1.
 
-    X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T, X on its side if it is tall.
+    X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T; X on its side if it is tall.
     """
     c0, c1, c2 = coefficients
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    shape, tall = x.shape, x.shape[-2] > x.shape[-1]
+    x = x.reshape(-1, *shape[-2:])
     x = x / (torch.linalg.norm(x, dim=(-2, -1), keepdim=True) + eps)
     for _ in range(iterations):
-        a = x @ x.mT
-        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
-    return x.mT if tall else x
+        a = x.mT @ x if tall else x @ x.mT
+        p = torch.baddbmm(a, a, a, beta=c1, alpha=c2)
+        x = torch.baddbmm(x, x, p, beta=c0) if tall else torch.baddbmm(x, p, x, beta=c0)
+    return x.view(shape)
 
 
 def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -20,7 +20,7 @@ ORDER = [
     {"state", "adapters.plain"},
     {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
-    {"ops"},
+    {"ops", "optim.arguments", "optim.stacks"},
     {"engine", "optim.factored", "gather", "adapters.dtensor"},
     {"optimizer"},
     {"optim.<rule>"},

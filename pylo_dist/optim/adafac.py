@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..reference import Network
 from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
+from .arguments import Precision, check_precision, checked_decays, wide
 from .base import Batch, Item
-from .factored import ThreePassRule, Update
-
-Precision = Literal["highest", "high", "medium"]
+from .factored import Rates, ThreePassRule
 
 
 class AdafacRule(ThreePassRule):
@@ -55,17 +54,11 @@ class AdafacRule(ThreePassRule):
         for (key, dtype), hyper in groups.items():
             self._networks[key, dtype, batch.device] = self._network(hyper["step"].to(batch.device), dtype)
 
-    def update(self, i: int, item: Item) -> Update:
-        hyper = item.hyper
+    def rates(self, hyper: dict[str, Any]) -> Rates:
         lr = wide(hyper["lr"])
-        return Update(
-            network=self.network_of(item),
-            step_size=lr * hyper["step_mult"],
-            exp_mult=hyper["exp_mult"],
-            decay_after=lr * hyper["weight_decay"],
-        )
+        return Rates(lr * hyper["step_mult"], hyper["exp_mult"], decay_after=lr * hyper["weight_decay"])
 
-    def network_of(self, item: Item) -> Network:
+    def network_of(self, i: int, item: Item) -> Network:
         """The network of this step for an item, made in `prepare`."""
         return self._networks[id(item.hyper), item.state["momentum"].dtype, item.param.value.device]
 
@@ -88,32 +81,9 @@ class AdafacRule(ThreePassRule):
         )
 
 
-def wide(value: float | Tensor) -> float | Tensor:
-    """A hyperparameter that may be a tensor, in float64: its products are then those of a float."""
-    return value.to(torch.float64) if isinstance(value, Tensor) else value
-
-
 def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
     """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as the reference has it."""
     return tuple(1.0 - (1.0 - beta) * math.exp(10.0 * offset) for beta, offset in zip(initial, offsets, strict=True))
-
-
-def checked_decays(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
-    """`values` as floats. Raises ValueError naming the argument unless they are `count` finite numbers."""
-    try:
-        numbers = tuple(float(x) for x in values)
-    except (TypeError, ValueError):  # not a sequence, or not of numbers
-        numbers = ()
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}")
-    return numbers
-
-
-def check_precision(precision: Precision) -> Precision:
-    """`precision` itself. Raises ValueError for none of the three."""
-    if precision not in ("highest", "high", "medium"):
-        raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
-    return precision
 
 
 class AdafacLO(LearnedOptimizer):
@@ -180,17 +150,11 @@ class AdafacLO(LearnedOptimizer):
     ) -> None:
         self.precision = check_precision(precision)
         network = load_weights(weights, SMALL_FC)
-        betas = [
-            effective_decays(
-                checked_decays(f"initial_{name}", initial, count),
-                checked_decays(name, network.decays[name] if offsets is None else offsets, count),
-            )
-            for name, offsets, initial, count in (
-                ("momentum_decays", momentum_decays, initial_momentum_decays, 3),
-                ("rms_decays", rms_decays, initial_rms_decays, 1),
-                ("adafactor_decays", adafactor_decays, initial_adafactor_decays, 3),
-            )
-        ]
+        given = {"momentum_decays": momentum_decays, "rms_decays": rms_decays, "adafactor_decays": adafactor_decays}
+        momentum, rms, adafactor = (network.decays[name] if value is None else value for name, value in given.items())
+        offsets = checked_decays(momentum, rms, adafactor, prefix="")
+        initial = checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays)
+        betas = [effective_decays(*pair) for pair in zip(initial, offsets, strict=True)]
         rule = self.rule_class(network, *betas)
         rule.precision = self.precision
         defaults = {

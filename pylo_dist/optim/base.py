@@ -7,6 +7,7 @@ the host, so that the same code runs sharded, unsharded and on virtual ranks.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,12 @@ class Sum:
                     self.audits[i] = buffer[place * AUDIT_SLOTS : (place + 1) * AUDIT_SLOTS]
                 self.vectors[i] = buffer[front : front + lengths[i]]
                 front += lengths[i]
+
+    def audit_table(self) -> Tensor:
+        """The audits of all items, (items, AUDIT_SLOTS); of a single buffer a view."""
+        if len(self.buffers) == 1:
+            return self.buffers[0].buffer[: AUDIT_SLOTS * len(self.audits)].view(-1, AUDIT_SLOTS)
+        return torch.stack(self.audits)
 
     def zero_(self) -> Sum:
         for packed in self.buffers:
@@ -151,6 +158,47 @@ class Batch:
         keep = torch.ones(len(items), dtype=torch.bool, device=device)
         return cls(items, groups, device, keep, vector(1.0), vector(0.0), vector(0.0))
 
+    def on_device(self, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        """`values` on this device, copied there only when they are others than last time, and then without waiting for it."""
+        kept = self.kept.get(name)
+        if kept is None or kept[0] != values:
+            host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+            kept = self.kept[name] = (values, host.to(self.device, non_blocking=True))
+        tensor: Tensor = kept[1]
+        return tensor
+
+    def hypers(self) -> tuple[list[dict[str, Any]], Tensor]:
+        """The parameter groups that have items, and which of them each item belongs to, int64 (items,)."""
+        groups = {id(item.hyper): item.hyper for item in self.items}
+        place = {key: i for i, key in enumerate(groups)}
+        return list(groups.values()), self.on_device("hypers", tuple(place[id(item.hyper)] for item in self.items), torch.int64)
+
+    def numbers(self, name: str, numbers_of: Callable[[dict[str, Any]], Sequence[float | Tensor]]) -> Tensor:
+        """Numbers of every item's parameter group, float64 (items, numbers).
+
+        What the host knows is written by kernels that hold the number, so that a schedule costs no copy and no wait. A CUDA graph
+        keeps such numbers as they were in its capture; it follows those that are tensors on the device.
+        """
+        groups, group_of = self.hypers()
+        rows = [[_known(x, self.device) for x in numbers_of(group)] for group in groups]
+        width = len(rows[0])
+        known: list[float]
+        known, table = self.kept.get(name, ([], None))
+        if table is None or is_capturing(self.device):
+            table = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
+            known = [0.0] * table.numel()
+            if not is_capturing(self.device):
+                self.kept[name] = (known, table)
+        for k, (x, at) in enumerate(zip((x for row in rows for x in row), table.view(-1).unbind(), strict=True)):
+            if isinstance(x, Tensor):
+                at.copy_(x)
+                known[k] = math.nan
+            elif x != known[k]:
+                known[k] = x
+                at.fill_(x)
+        chosen: Tensor = table.index_select(0, group_of)
+        return chosen
+
     def new_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
         """The zeroed request of this phase; `length` must follow from global shapes alone. Its memory is kept over steps."""
         return self.kept_sum(phase, length, audited).zero_()
@@ -167,6 +215,16 @@ class Batch:
         for i, item in enumerate(self.items):
             if item.param.present or item.param.holders is not None:
                 yield i, item
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is launched now runs later, any number of times."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _known(x: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number in host memory as a float, where the tensors are elsewhere."""
+    return float(x) if isinstance(x, Tensor) and x.device.type == "cpu" != device.type else x
 
 
 class LearnedRule(ABC):

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ from ..state import StateField
 from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
 from . import gram
-from .adafac import Precision, check_precision, checked_decays, wide
+from .arguments import Precision, check_precision, checked_decays, checked_numbers, wide
 from .base import Batch, Item, Request, Sum
 from .factored import FactoredRule
+from .orthogonal import EPS_STEP, NewtonSchulz
 from .owners import OwnedMatrices
-
-EPS_STEP = 1e-9  # added to the mean square of the step, and of the parameter
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class CELO2Rule(FactoredRule):
         self.features = replace(reference.CELO2, clamp=clamp)
         self.weights = weights
         self.settings = settings
+        self.newton_schulz = NewtonSchulz(settings.ns_coeffs, settings.ns_iters, settings.ns_eps)
         self._networks: dict[tuple[torch.dtype, torch.device], Network] = {}
 
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
@@ -146,14 +147,13 @@ class CELO2Rule(FactoredRule):
 
     def _updates(self, batch: Batch, indices: Sequence[int], b: Sum) -> Updates:
         """What the compiled pass C reads: "step_size" multiplies the direction."""
-        steps = torch.zeros(len(batch.items), 4, dtype=torch.float32, device=batch.device)
-        steps[:, 0] = 1.0
-        for i in indices:
-            steps[i, 1] = batch.items[i].hyper["exp_mult"]
-            if self.settings.param_scale_mult:
-                steps[i, 0] = self._param_rms(batch.items[i], b.vectors[i])
+        steps = batch.numbers("steps", lambda hyper: [1.0, hyper["exp_mult"], 0.0, 0.0])
+        if self.settings.param_scale_mult:
+            moving = batch.on_device("moving", tuple(indices), torch.int64)
+            steps[:, 0].index_copy_(0, moving, torch.stack([self._param_rms(batch.items[i], b.vectors[i]) for i in indices]))
         networks = ops.packed(self._network(torch.float32, batch.device))[None]
-        return Updates(networks, torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device), steps)
+        network_of = torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device)
+        return Updates(networks, network_of, steps.to(torch.float32))
 
     def _param_rms(self, item: Item, sums: Tensor) -> Tensor:
         shape = item.param.shard.shape
@@ -176,65 +176,55 @@ class CELO2Rule(FactoredRule):
         """Replace the directions by their matrices' Newton-Schulz iterates at rms 1 (`directions` is modified in place)."""
         wide_dtype = max((s.dtype for s in directions.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
         like = torch.empty(0, dtype=wide_dtype, device=batch.device)
+        unshared: dict[object, list[Tensor]] = {}
         for i, s in directions.items():
-            if batch.items[i].param.group is None:
-                directions[i] = self._at_rms_one(s.view(batch.items[i].param.shard.shape)).reshape(-1)
+            param = batch.items[i].param
+            if param.group is None:
+                unshared.setdefault((id(param.holders), param.replicas), []).append(s.view(param.shard.shape))
+        for wholes in unshared.values():
+            self.newton_schulz.whole_(wholes)
         yield from self._through_gram(batch, directions)
         for owned in self._ways(batch)[1]:
             there = owned.gather(directions, like)
             yield there
-            wholes = owned.assemble(there)
-            dtypes = {i: batch.items[i].state["momentum"].dtype for i in wholes}
-            back = owned.give_back({i: self._at_rms_one(w.to(dtypes[i])).to(wide_dtype) for i, w in wholes.items()}, like)
+            mine = {i: w.to(batch.items[i].state["momentum"].dtype) for i, w in owned.assemble(there).items()}
+            self.newton_schulz.whole_(list(mine.values()))
+            back = owned.give_back({i: w.to(wide_dtype) for i, w in mine.items()}, like)
             yield back
             directions.update({i: s.to(directions[i].dtype) for i, s in owned.pieces(back).items()})
 
     def _through_gram(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
         """The same for the matrices that stay where they are (`directions` is modified in place)."""
-        chosen = self._ways(batch)[0]
-        sizes = {id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chosen}
+        by_group = self._ways(batch)[0]
+        sizes = {id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chain(*by_group)}
         grams = batch.new_sum("gram", lambda item: sizes.get(id(item), 0))
-        for i in chosen:
-            x = gram.local_slices(directions[i], batch.items[i].param.shard)
-            grams.vectors[i].copy_(gram.gram_matrix(x).flatten())
-        if chosen:
+        work = [
+            ([directions[i] for i in chosen], [batch.items[i].param.shard for i in chosen], [grams.vectors[i] for i in chosen])
+            for chosen in by_group
+        ]
+        for pieces, shards, sums in work:
+            self.newton_schulz.gram_sums(pieces, shards, sums)
+        if work:
             yield grams
-        for i in chosen:
-            self._apply_gram(directions[i], batch.items[i].param.shard, grams.vectors[i])
+        for pieces, shards, sums in work:
+            self.newton_schulz.through_gram_(pieces, shards, sums)
 
-    def _apply_gram(self, local: Tensor, shard: TensorShard, gram_sums: Tensor) -> None:
-        """The local elements of a slender matrix to its iterate at rms 1 (`local` is modified in place)."""
-        c, k = self.settings, min(shard.shape)
-        q, square = gram.newton_schulz_factor(gram_sums.view(k, k), c.ns_coeffs, c.ns_iters, c.ns_eps)
-        x = gram.local_slices(local, shard)
-        x.copy_((q * (square / shard.global_numel + EPS_STEP).rsqrt()).to(x.dtype) @ x)
-
-    def _at_rms_one(self, whole: Tensor) -> Tensor:
-        c = self.settings
-        if gram.is_slender(tuple(whole.shape)):
-            shard, local = TensorShard.whole("", tuple(whole.shape)), whole.flatten()
-            self._apply_gram(local, shard, gram.gram_matrix(gram.local_slices(local, shard)))
-            return local.view(whole.shape)
-        s = reference.newton_schulz(whole, c.ns_coeffs, c.ns_iters, c.ns_eps)
-        mean = s.to(torch.float64).square().mean(dim=(-2, -1), keepdim=True)
-        return s * (mean + EPS_STEP).rsqrt().to(s.dtype)
-
-    def _ways(self, batch: Batch) -> tuple[list[int], list[OwnedMatrices]]:
-        """The shared matrices that go through their Gram matrix, and, by process group, who owns the others. Decided once."""
+    def _ways(self, batch: Batch) -> tuple[list[list[int]], list[OwnedMatrices]]:
+        """By process group the shared matrices that go through their Gram matrix, and who owns the others. Decided once."""
         if "ways" not in batch.kept:
-            through_gram: list[int] = []
+            through_gram: dict[int, list[int]] = {}
             by_group: dict[int, list[int]] = {}
             for i, item in enumerate(batch.items):
                 param = item.param
                 if "momentum" not in item.state or param.group is None:
                     continue
                 if gram.is_cheaper(param.shard.shape, param.peers, self.settings.ns_iters):
-                    through_gram.append(i)
+                    through_gram.setdefault(id(param.group), []).append(i)
                 else:
                     by_group.setdefault(id(param.group), []).append(i)
             dealt = [OwnedMatrices.deal(items, [batch.items[i].param for i in items]) for items in by_group.values()]
-            batch.kept["ways"] = (through_gram, dealt)
-        ways: tuple[list[int], list[OwnedMatrices]] = batch.kept["ways"]
+            batch.kept["ways"] = (list(through_gram.values()), dealt)
+        ways: tuple[list[list[int]], list[OwnedMatrices]] = batch.kept["ways"]
         return ways
 
     def _normalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
@@ -305,7 +295,7 @@ def _settings(
     """The settings, checked. Raises ValueError naming the argument."""
     if not isinstance(ns_iters, int) or ns_iters < 1:
         raise ValueError(f"ns_iters={ns_iters!r}: wanted an int >= 1")
-    beta_1, beta_2 = checked_decays("adam_betas", adam_betas, 2)
+    beta_1, beta_2 = checked_numbers("adam_betas", adam_betas, 2)
     if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
         raise ValueError(f"adam_betas={tuple(adam_betas)}: wanted two numbers in [0, 1)")
     for name, eps in (("ns_eps", ns_eps), ("adam_eps", adam_eps)):
@@ -316,7 +306,7 @@ def _settings(
             re.compile(embedding_pattern)
         except re.error as error:
             raise ValueError(f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}") from None
-    c0, c1, c2 = checked_decays("ns_coeffs", ns_coeffs, 3)
+    c0, c1, c2 = checked_numbers("ns_coeffs", ns_coeffs, 3)
     betas = (beta_1, beta_2)
     return Settings(
         orthogonalize, param_scale_mult, (c0, c1, c2), ns_iters, ns_eps, betas, adam_eps, group_counter, embedding_pattern
@@ -389,9 +379,7 @@ class CELO2(LearnedOptimizer):
         network = load_weights(weights, CELO2_WEIGHTS)
         rule = CELO2Rule(
             network,
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
-            checked_decays("initial_rms_decays", initial_rms_decays, 1),
-            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+            *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
             grad_clip_val,
             _settings(
                 orthogonalize,
@@ -458,8 +446,8 @@ class ELO_CELO2(CELO2):
         if own:
             raise TypeError(f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays")
         betas = (
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3)[0],
-            checked_decays("initial_rms_decays", initial_rms_decays, 1)[0],
+            checked_numbers("initial_momentum_decays", initial_momentum_decays, 3)[0],
+            checked_numbers("initial_rms_decays", initial_rms_decays, 1)[0],
         )
         super().__init__(
             params,

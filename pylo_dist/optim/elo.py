@@ -15,9 +15,9 @@ from ..engine import Clip, Nonfinite
 from ..optimizer import LearnedOptimizer
 from ..weights import ELO as ELO_WEIGHTS
 from ..weights import WeightsLike, load_weights
-from .adafac import AdafacRule, Precision, check_precision, checked_decays, wide
-from .base import Item
-from .factored import Update
+from .adafac import AdafacRule
+from .arguments import Precision, check_precision, checked_decays, wide
+from .factored import Rates
 
 
 class ELORule(AdafacRule):
@@ -27,14 +27,9 @@ class ELORule(AdafacRule):
     clip_eps = 0.0  # g <- g min(1, clip_norm / |g|), as optax has it
     replaces_nonfinite = True
 
-    def update(self, i: int, item: Item) -> Update:
-        lr = wide(item.hyper["lr"])
-        return Update(
-            network=self.network_of(item),
-            step_size=lr,
-            exp_mult=item.hyper["exp_mult"],
-            decay_before=lr * item.hyper["weight_decay"],
-        )
+    def rates(self, hyper: dict[str, Any]) -> Rates:
+        lr = wide(hyper["lr"])
+        return Rates(lr, hyper["exp_mult"], decay_before=lr * hyper["weight_decay"])
 
 
 class ELO(LearnedOptimizer):
@@ -77,12 +72,7 @@ class ELO(LearnedOptimizer):
     ) -> None:
         self.precision = check_precision(precision)
         network = load_weights(weights, ELO_WEIGHTS)
-        rule = ELORule(
-            network,
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
-            checked_decays("initial_rms_decays", initial_rms_decays, 1),
-            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
-        )
+        rule = ELORule(network, *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays))
         rule.precision = self.precision
         defaults = {
             "lr": lr,

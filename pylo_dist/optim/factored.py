@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,19 @@ class Update:
     exp_mult: float
     decay_before: float | Tensor = 0.0
     decay_after: float | Tensor = 0.0
+
+
+@dataclass(slots=True)
+class Rates:
+    """What of an `Update` is the same for a parameter group; the numbers may be float64 0-d tensors."""
+
+    step_size: float | Tensor
+    exp_mult: float
+    decay_before: float | Tensor = 0.0
+    decay_after: float | Tensor = 0.0
+
+    def __iter__(self) -> Iterator[float | Tensor]:
+        return iter((self.step_size, self.exp_mult, self.decay_before, self.decay_after))
 
 
 class FactoredRule(LearnedRule):
@@ -194,43 +207,37 @@ class ThreePassRule(FactoredRule):
         """Between B and C, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
 
     @abstractmethod
+    def rates(self, hyper: dict[str, Any]) -> Rates:
+        """How the tensors of a parameter group move."""
+
+    @abstractmethod
+    def network_of(self, i: int, item: Item) -> Network:
+        """The network of item i of the batch; asked after `prepare`."""
+
+    def width_mult(self, item: Item) -> float:
+        """What divides step size and weight decay of an item."""
+        return 1.0
+
     def update(self, i: int, item: Item) -> Update:
         """How item i of the batch moves; asked after `prepare`."""
+        rates, width = self.rates(item.hyper), self.width_mult(item)
+        step_size, decay_after = rates.step_size / width, rates.decay_after / width
+        return Update(self.network_of(i, item), step_size, rates.exp_mult, rates.decay_before, decay_after)
 
-    def updates(self, batch: Batch, indices: Sequence[int]) -> Updates:
-        """`update` of these items, as the compiled passes read it."""
-        networks: dict[int, tuple[int, Network]] = {}
-        network_of = [0] * len(batch.items)
-        rows: list[tuple[float | Tensor, ...]] = [(0.0, 0.0, 0.0, 0.0)] * len(batch.items)
-        for i in indices:
-            how = self.update(i, batch.items[i])
-            network_of[i] = networks.setdefault(id(how.network), (len(networks), how.network))[0]
-            rows[i] = (how.step_size, how.exp_mult, how.decay_before, how.decay_after)
-        return Updates(
-            networks=torch.stack([ops.packed(network) for _, network in networks.values()]),
-            network_of=self._kept_tensor(batch, "network_of", tuple(network_of), torch.int64),
-            steps=self._steps(batch, rows),
-        )
-
-    def _steps(self, batch: Batch, rows: Sequence[tuple[float | Tensor, ...]]) -> Tensor:
-        """Rows of numbers as float32 (items, 4); numbers that are tensors stay on the device."""
-        numbers = tuple(tuple(0.0 if isinstance(x, Tensor) else x for x in row) for row in rows)
-        steps = self._kept_tensor(batch, "steps", numbers, torch.float32)
-        tensors = {(i, j): x for i, row in enumerate(rows) for j, x in enumerate(row) if isinstance(x, Tensor)}
-        if tensors:
-            steps = steps.clone()
-            for (i, j), x in tensors.items():
-                steps[i, j] = x
+    def steps(self, batch: Batch) -> Tensor:
+        """The numbers of `Update` as the compiled passes read them, float64 (items, 4)."""
+        steps = batch.numbers("steps", lambda hyper: list(self.rates(hyper)))
+        widths = tuple(self.width_mult(item) for item in batch.items)
+        if any(width != 1.0 for width in widths):
+            steps[:, 0::3] /= batch.on_device("widths", widths, torch.float64)[:, None]
         return steps
 
-    @staticmethod
-    def _kept_tensor(batch: Batch, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        """`values` on the batch's device, copied there only when they change."""
-        kept = batch.kept.get(name)
-        if kept is None or kept[0] != values:
-            kept = batch.kept[name] = (values, torch.tensor(values, dtype=dtype).to(batch.device))
-        tensor: Tensor = kept[1]
-        return tensor
+    def updates(self, batch: Batch) -> Updates:
+        """`update` of all items, as the compiled passes read it."""
+        first = {id(item.hyper): i for i, item in reversed(list(enumerate(batch.items)))}
+        groups, group_of = batch.hypers()
+        networks = [ops.packed(self.network_of(first[id(group)], batch.items[first[id(group)]])) for group in groups]
+        return Updates(torch.stack(networks), group_of, self.steps(batch).to(torch.float32))
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         moving = [i for i, _ in batch.moving()]
@@ -265,7 +272,7 @@ class ThreePassRule(FactoredRule):
 
         # C: normalise, run the network, write
         if kernels is not None and moving:
-            kernels.update_pass(batch, moving, self.updates(batch, moving), self.precision)
+            kernels.update_pass(batch, moving, self.updates(batch), self.precision)
             return
         for i in moving:
             batch.param_squares[i] = features[i][self.features.p]

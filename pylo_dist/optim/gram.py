@@ -70,9 +70,10 @@ def local_slices(local: Tensor, shard: TensorShard) -> Tensor:
 
 
 def gram_matrix(x: Tensor) -> Tensor:
-    """X X^T of the slices X (k, l), (k, k) float64."""
-    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
-    for part in x.split(max(1, CHUNK // len(x)), dim=1):
+    """X X^T of the slices X (..., k, l), (..., k, k) float64."""
+    k, length = x.shape[-2:]
+    total = torch.zeros((*x.shape[:-1], k), dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, CHUNK * length // max(1, x.numel())), dim=-1):
         wide = part.to(torch.float64)
         total += wide @ wide.mT
     return total
@@ -81,14 +82,19 @@ def gram_matrix(x: Tensor) -> Tensor:
 def newton_schulz_factor(
     gram: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(Q, square): Newton-Schulz of X is Q X, and the sum of squares of its elements, from G = X X^T (k, k) float64."""
+    """(Q, square): Newton-Schulz of X is Q X, and the sum of its squares (...,), from G = X X^T (..., k, k) float64."""
     c0, c1, c2 = coefficients
-    scale = 1.0 / (gram.trace().sqrt() + eps)
+    shape, gram = gram.shape, gram.reshape(-1, *gram.shape[-2:])
+    scale = 1.0 / (_trace(gram).sqrt() + eps)[:, None, None]
     a = gram * scale.square()
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    identity = torch.eye(shape[-1], dtype=gram.dtype, device=gram.device)
     q = identity * scale
     for _ in range(iterations):
-        p = c0 * identity + c1 * a + c2 * (a @ a)
+        p = torch.baddbmm(torch.add(c0 * identity, a, alpha=c1), a, a, alpha=c2)
         q = p @ q
         a = p @ a @ p
-    return q, a.trace()
+    return q.view(shape), _trace(a).view(shape[:-2])
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .adafac import AdafacLO, AdafacRule
 from .base import Item
-from .factored import Update
 
 
 class MuLORule(AdafacRule):
@@ -21,12 +20,9 @@ class MuLORule(AdafacRule):
 
     name = "mulo"
 
-    def update(self, i: int, item: Item) -> Update:
-        update = super().update(i, item)
-        width_mult = item.hyper["width_mults"].get(item.param.shard.fqn, 1.0)
-        update.step_size = update.step_size / width_mult
-        update.decay_after = update.decay_after / width_mult
-        return update
+    def width_mult(self, item: Item) -> float:
+        mult: float = item.hyper["width_mults"].get(item.param.shard.fqn, 1.0)
+        return mult
 
 
 class MuLO(AdafacLO):

@@ -22,9 +22,9 @@ from ..reference import Network
 from ..shards import Shape, TensorShard, factored_dims
 from ..state import StateField
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
-from .adafac import Precision, check_precision, checked_decays, wide
+from .arguments import Precision, check_precision, checked_decays, wide
 from .base import Batch, Item
-from .factored import ThreePassRule, Update
+from .factored import Rates, ThreePassRule, Update
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
@@ -144,18 +144,8 @@ class VeLORule(ThreePassRule):
         lr_mult = (hidden @ w["step_size.weight"].T + w["step_size.bias"])[:, 0]
         batch.figures["lr_mult"] = lr_mult
         self._mixed = self._mix(controls, w)
-        self._step_sizes = self._rates(batch) * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
-
-    @staticmethod
-    def _rates(batch: Batch) -> Tensor:
-        """lr * step_mult of every item, float64 (items,)."""
-        rates = [
-            torch.as_tensor(wide(group["lr"]) * group["step_mult"], dtype=torch.float64, device=batch.device)
-            for group in batch.groups
-        ]
-        number = {id(group): i for i, group in enumerate(batch.groups)}
-        of_item = ThreePassRule._kept_tensor(batch, "groups", tuple(number[id(x.hyper)] for x in batch.items), torch.int64)
-        return torch.stack(rates)[of_item]
+        rates = batch.numbers("rates", lambda group: [wide(group["lr"]) * group["step_mult"]])[:, 0]
+        self._step_sizes = rates * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the step."""
@@ -198,23 +188,25 @@ class VeLORule(ThreePassRule):
         names = ("input_weights_", "input_bias_", "hidden_weights_.0", "hidden_bias_.0", "output_weights_", "output_bias_")
         return [torch.tensordot(controls, w[name], dims=1) * (100.0 / controls.shape[1]) for name in names]
 
-    def update(self, i: int, item: Item) -> Update:
-        hyper, dtype = item.hyper, item.state["momentum"].dtype
-        return Update(
-            network=Network(*(part[i].view(part.shape[1], -1).to(dtype) for part in self._mixed)),
-            step_size=self._step_sizes[i].to(dtype),
-            exp_mult=hyper["exp_mult"],
-            decay_after=wide(hyper["lr"]) * hyper["weight_decay"],
-        )
+    def rates(self, hyper: dict[str, Any]) -> Rates:
+        return Rates(0.0, hyper["exp_mult"], decay_after=wide(hyper["lr"]) * hyper["weight_decay"])
 
-    def updates(self, batch: Batch, indices: Sequence[int]) -> Updates:
-        rows = [(0.0, item.hyper["exp_mult"], 0.0, wide(item.hyper["lr"]) * item.hyper["weight_decay"]) for item in batch.items]
-        steps = self._steps(batch, rows).clone()
-        steps[:, 0] = self._step_sizes
+    def network_of(self, i: int, item: Item) -> Network:
+        dtype = item.state["momentum"].dtype
+        return Network(*(part[i].view(part.shape[1], -1).to(dtype) for part in self._mixed))
+
+    def update(self, i: int, item: Item) -> Update:
+        update = super().update(i, item)
+        update.step_size = self._step_sizes[i].to(item.state["momentum"].dtype)
+        return update
+
+    def updates(self, batch: Batch) -> Updates:
+        steps = self.steps(batch)
+        steps[:, 0].copy_(self._step_sizes)
         two_outputs = (*self._mixed[:4], *(part[:, :2] for part in self._mixed[4:]))
         networks = torch.cat([part.reshape(len(batch.items), -1) for part in two_outputs], dim=1)
-        own = self._kept_tensor(batch, "network_of", tuple(range(len(batch.items))), torch.int64)
-        return Updates(networks, own, steps)
+        own = batch.on_device("network_of", tuple(range(len(batch.items))), torch.int64)
+        return Updates(networks, own, steps.to(torch.float32))
 
     def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         if (dtype, device) not in self._tensors:
@@ -278,9 +270,7 @@ class VeLO(LearnedOptimizer):
         network = load_weights(weights, VELO)
         rule = VeLORule(
             network,
-            checked_decays("initial_momentum_decays", initial_momentum_decays, 3),
-            checked_decays("initial_rms_decays", initial_rms_decays, 1),
-            checked_decays("initial_adafactor_decays", initial_adafactor_decays, 3),
+            *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
             tie_break,
         )
         rule.precision = self.precision
