@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import comm
-from .adapters.dtensor import average, describe_all, is_unreduced
+from .adapters.dtensor import describe_all
+from .adapters.gradients import Settled, settle
 from .adapters.plain import is_dtensor, local_tensor
 from .optimizer import LearnedOptimizer
 from .shards import ShardBinding, bound_shard
@@ -51,14 +52,9 @@ def clip_grad_norm_(
             "ZeroOptimizer averages gradients in its step, so that there are none yet: pass it max_grad_norm= (learned "
             "optimizers), or clip in a step pre-hook of its inner optimizer"
         )
-    for _, param in bound:
-        grad: Any = param.grad
-        if grad is not None and is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
-            param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    unreduced = [(binding, param) for binding, param in bound if is_unreduced(binding, param)]
-    squares = _squares([pair for pair in bound if not is_unreduced(*pair)])
-    if unreduced:
-        squares += _average(unreduced)
+    unreduced = _settle(bound)
+    squares = _squares([(binding, param) for binding, param in bound if not binding.unreduced])
+    squares += [_square(param.grad, param) for param in unreduced]
     if not squares:
         return torch.zeros(())
     device = squares[0].device
@@ -116,18 +112,21 @@ def _square(grad: Tensor | None, param: Tensor) -> Tensor:
     return norm.square()
 
 
-def _average(unreduced: Sequence[tuple[ShardBinding, Tensor]]) -> list[Tensor]:
-    """Give whole parameters their mean gradients (modified in place), also on ranks that had none; their squared norms."""
-    phases = average(unreduced)
-    while True:
-        try:
-            comm.serve([next(phases)])
-        except StopIteration as done:
-            means, present = done.value
-            break
-    squares = []
-    for (_, param), mean, some in zip(unreduced, means, present, strict=True):
-        if param.grad is not None or bool(some):
-            param.grad = mean.view(param.shape)
-            squares.append(_square(param.grad, param))
-    return squares
+def _settle(bound: Sequence[tuple[ShardBinding, Tensor]]) -> list[Tensor]:
+    """Give all parameters gradients that lie as they do (modified in place), whole ones their mean, also on ranks that had none.
+
+    Returns:
+        The whole parameters that have a mean gradient now.
+    """
+    settled: Settled = comm.serve(settle(bound))
+    for _, param in bound:
+        grad: Any = settled.sums.get(id(param), param.grad)
+        if grad is not None and is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+            grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+        param.grad = grad
+    averaged = []
+    for param in (param for binding, param in bound if binding.unreduced):
+        if param.grad is not None or bool(settled.present[id(param)]):
+            param.grad = settled.means[id(param)].view(param.shape)
+            averaged.append(param)
+    return averaged

@@ -22,6 +22,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 PHASES = {1: "the gradient sums of the step (phase A)", 2: "the feature sums of the step (phase B)"}
 GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
+PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
 
 T = TypeVar("T")
 Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
@@ -106,9 +107,19 @@ class Pending:
         self._keep = ()
 
 
-def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> None:
-    """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end."""
-    for number, collectives in enumerate(phases, 1):
+def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> Any:
+    """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end.
+
+    Returns:
+        What the phases, a generator, return.
+    """
+    remaining, number = iter(phases), 0
+    while True:
+        try:
+            collectives = next(remaining)
+        except StopIteration as done:
+            return done.value
+        number += 1
         what = PHASES.get(number, f"phase {number} of the step")
         for pending in [_start(collective, what, timeout) for collective in collectives]:
             pending.wait()
@@ -174,6 +185,75 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     who = f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the same" if silent else ""
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
+
+
+_MEETINGS: dict[tuple[int, ...], int] = {}  # by ranks: how often this one met them
+
+
+def meetings() -> int:
+    """How many meetings this rank has gone to, or declined."""
+    return sum(_MEETINGS.values())
+
+
+def _place(ranks: tuple[int, ...], number: int) -> str:
+    """Where the store keeps a meeting of these ranks."""
+    return f"pylo_dist/meeting/{hashlib.sha256(json.dumps(ranks).encode()).hexdigest()[:16]}/{number}"
+
+
+def _next_meeting(ranks: tuple[int, ...]) -> str:
+    _MEETINGS[ranks] = _MEETINGS.get(ranks, 0) + 1
+    return _place(ranks, _MEETINGS[ranks])
+
+
+def meet(ranks: tuple[int, ...], what: str, entries: list[Any]) -> None:
+    """Wait until all these ranks are here, before collectives that a rank with an error of its own would never come to.
+
+    Through the store: no process group is left out of step by whoever does not come.
+
+    Args:
+        ranks: rising; this one among them.
+        entries: JSON-able; shown to those that are late, see `awaited_by`.
+
+    Raises:
+        ValueError: what another rank has declined with. CommunicationError: one did not come within the store's timeout.
+    """
+    store, place, mine = dist.distributed_c10d._get_default_store(), _next_meeting(ranks), dist.get_rank()
+    start, pause, told = time.monotonic(), 0.001, False
+    store.set(f"{place}/here/{mine}", "")
+    arrived = store.add(f"{place}/arrived", 1)
+    while True:
+        if store.check([f"{place}/problem"]):
+            raise ValueError(store.get(f"{place}/problem").decode())
+        if arrived >= len(ranks):
+            return
+        waited = time.monotonic() - start
+        given_up = waited > store.timeout.total_seconds()  # type: ignore[attr-defined]
+        if given_up or (waited > PATIENCE and not told):
+            late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
+            if given_up:
+                raise CommunicationError(f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did not come")
+            told = True
+            for rank in late:
+                store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        arrived = store.add(f"{place}/arrived", 0)
+
+
+def decline(ranks: tuple[int, ...], problem: Exception) -> None:
+    """Tell these ranks that this one does not come to the meeting with them that is next, and why."""
+    text = f"rank {dist.get_rank()}: {problem}"
+    dist.distributed_c10d._get_default_store().set(f"{_next_meeting(ranks)}/problem", text)
+
+
+def awaited_by() -> tuple[int, tuple[int, ...], list[Any]] | None:
+    """A rank that waits for this one, the ranks that meet there, and its entries; None if nobody does."""
+    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    if not store.check([f"pylo_dist/awaited/{mine}"]):
+        return None
+    rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
+    place = _place(tuple(ranks), _MEETINGS.get(tuple(ranks), 0) + 1)
+    return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None  # else this one came meanwhile
 
 
 def check_equal(what: str, entries: list[Any], group: Any, device: torch.device) -> None:

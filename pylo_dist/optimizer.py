@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import comm
-from .adapters import dtensor, plain
+from .adapters import construction, dtensor, gradients, plain
 from .comm import Collective
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .optim.base import Batch, Item, LearnedRule
@@ -26,7 +26,7 @@ from .weights import MetaNetwork
 _REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
 
-class LearnedOptimizer(torch.optim.Optimizer):
+class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     """A learned optimizer over whole or sharded parameters; the layout is found from the parameters.
 
     Construct one of its faces (`AdafacLO`, ...) instead. State is made at construction, in float32 (float64 for float64
@@ -77,10 +77,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._problem: ValueError | None = None
         self.timeout: float | None = None  # seconds, see comm.Pending; set by adapters
         self._had_gradients = False
+        self._looks = construction.LOOKS
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------ groups
 
+    @construction.announced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters (as in torch); their state is made at once. On an error the optimizer is as it was."""
         super().add_param_group(self._own_group(param_group) if isinstance(param_group, dict) else param_group)
@@ -106,6 +108,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _describe_all(self) -> dict[Tensor, ShardBinding]:
         """Where the elements of all parameters lie, as far as their groups are known; collective where there are DTensors."""
         named = [pair for group in self.param_groups for pair in zip(self._names(group), group["params"], strict=True)]
+        construction.meet(named, type(self).__name__)
         return {param: binding for (_, param), binding in zip(named, dtensor.describe_all(named, self.settings()), strict=True)}
 
     def _follow_replaced_params(self) -> None:
@@ -237,20 +240,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         engine = self._ready()
         problem, self._problem = self._problem, None
         early = self._early_items(engine)
-        unreduced = [(self._bindings[p], p) for p, _ in self._engine_params if dtensor.is_unreduced(self._bindings[p], p)]
-        means, _ = yield from dtensor.average(unreduced)
+        settled = yield from gradients.settle([(self._bindings[param], param) for param, _ in self._engine_params])
         for param, item in self._engine_params:
             if id(param) in early:
                 item.param.present = self._bindings[param].present
                 continue
             try:
-                item.param = plain.collect(self._bindings[param], param)
+                item.param = plain.collect(self._bindings[param], param, settled.sums.get(id(param)))
             except ValueError as error:
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)
-        items = {id(param): item for param, item in self._engine_params}
-        for (_, param), mean in zip(unreduced, means, strict=True):
-            items[id(param)].param.grad = mean
+            item.param.grad = settled.means.get(id(param), item.param.grad)
+        if not engine.shared and self._loss_group() is not None and self._looks:
+            self._looks -= 1
+            construction.check_alone([(self._bindings[param].shard.fqn, param) for param in self._bindings], type(self).__name__)
         if not self._had_gradients:
             self._had_gradients = any(param.grad is not None for param, _ in self._engine_params)
             named = [(self._bindings[param].shard.fqn, param) for param, _ in self._engine_params]
@@ -532,6 +535,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state["state"] = self._exact_state(cast(dict[str, Any], self._loading))
         super().__setstate__(state)
         self.__dict__.setdefault("_had_gradients", False)
+        self.__dict__.setdefault("_looks", 0)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
         self._loading = self._loss = self._problem = self.timeout = None
         self._forget_engine()

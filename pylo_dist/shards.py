@@ -299,7 +299,7 @@ class ShardedParam:
 class ShardBinding:
     """Says that a local parameter is the piece `shard` of a larger tensor, and who has the others; fields as in `ShardedParam`.
 
-    `present` is set by the adapter before each step.
+    `present` is set by the adapter before each step; `unreduced` says that nobody averages its gradients over the holders.
     """
 
     shard: TensorShard
@@ -309,6 +309,7 @@ class ShardBinding:
     present: bool = True
     holders: Any = None
     replicas: int = 1
+    unreduced: bool = False
 
     def __post_init__(self) -> None:
         if self.holders is None:

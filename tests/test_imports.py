@@ -21,7 +21,8 @@ ORDER = [
     {"weights", "report", "optim.base", "sharded_state"},
     {"reference", "comm", "publish"},
     {"ops", "optim.arguments", "optim.stacks"},
-    {"engine", "optim.factored", "gather", "adapters.dtensor"},
+    {"engine", "optim.factored", "gather", "adapters.dtensor", "adapters.gradients"},
+    {"adapters.construction"},
     {"optimizer"},
     {"optim.<rule>"},
     {"adapters.buckets"},
@@ -39,6 +40,7 @@ NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types
     "gather": "torch.distributed.checkpoint",
     "checkpoint": "torch.distributed.checkpoint",
     "adapters.dtensor": "torch.distributed.tensor",
+    "adapters.gradients": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 }
 OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ import torch.distributed as dist
 from golden_cases import velo_weights
 from ranks import run_ranks
 from sharded_model import STEPS, Net, integers, loss_of, mean_gradients, small_fc_weights, snapshot, trainable, unsharded, whole
-from test_dtensor import Collectives, build, fully_sharded, local
+from test_dtensor import Collectives, Counts, build, fully_sharded, local
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import pylo_dist
 from pylo_dist.adapters.fully_sharded import units_of
@@ -208,6 +210,55 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
     return {name: message(action) for name, action in cases.items()}
 
 
+def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
+    """What the last rank does wrong alone: the error of each rank, and the seconds until it came."""
+    mesh, last = init_device_mesh("cpu", (world,)), rank == world - 1
+    left, right = (DeviceMesh("cpu", [other, world - 1]) for other in (0, 1))
+
+    def cut(dtype: torch.dtype = torch.float32, on: Any = mesh) -> nn.Parameter:
+        return nn.Parameter(DTensor.from_local(torch.zeros(4, 3, dtype=dtype), on, [Shard(0)], run_check=False))
+
+    def adafac(params: Any, **kwargs: Any) -> Any:
+        return pylo_dist.AdafacLO(params, **{"weights": small_fc_weights(), **kwargs})
+
+    def complex_later() -> None:
+        optimizer = adafac([("first", cut())])
+        optimizer.add_param_group({"params": iter([("w", cut(torch.complex64 if last else torch.float32))])})
+
+    def sharded_complex() -> None:
+        mlp = Mlp()
+        if last:
+            mlp.extra = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc_weights())
+
+    def two_groups(problem: dict[str, Any]) -> None:
+        groups = [{"params": [("a", cut())]}, {"params": [("b", cut())], **(problem if last else {})}]
+        adafac(iter(groups))
+
+    def whole() -> None:
+        optimizer = adafac([("w", nn.Parameter(torch.zeros(4 * world, 3)) if last else cut())])
+        for _ in range(200):  # a whole parameter does not wait in its constructor
+            optimizer.step()
+            time.sleep(0.1)
+
+    cases = {
+        "complex": lambda: adafac([("w", cut(torch.complex64 if last else torch.float32))]),
+        "complex later": complex_later,
+        "complex in shard": sharded_complex,
+        "weights": lambda: adafac([("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc_weights()),
+        "second group": lambda: two_groups({"lr": -1.0}),
+        "same twice": lambda: adafac([("w", w := cut()), *([("w again", w)] if last else [])]),
+        "torn": lambda: adafac([("w", cut(on=left if last else mesh)), ("v", cut(on=right if last else mesh))]),
+        "whole": whole,
+        "fine": lambda: adafac([("w", cut())]),  # and the ranks are in step still
+    }
+    results = {}
+    for name, action in cases.items():
+        start = time.monotonic()
+        results[name] = message(action), time.monotonic() - start
+    return results
+
+
 def odd_ranks(rank: int, world: int) -> Results:
     """bf16 parameters, NaN and failures on one rank, offloading, parameters that were swapped, torch's optimizer state dicts."""
     results: Results = {}
@@ -272,18 +323,44 @@ def odd_ranks(rank: int, world: int) -> Results:
     results["set"] = all(torch.equal(local(a), local(b)) and type(a) is type(b) for a, b in pairs)
     results["full"] = pylo_dist.full_state_dict(optimizer)
 
-    results["calls"] = {}
-    for count in (10, 300):
-        many = nn.ParameterList([nn.Parameter(torch.zeros(3 + i % 5, 4)) for i in range(count)])
-        fully_shard(many)
-        optimizer = pylo_dist.AdafacLO(many.named_parameters(), weights=small_fc_weights())
-        for p in many.parameters():
-            p.grad = torch.ones_like(p)
-        with Collectives() as calls:
-            optimizer.step()
-        results["calls"][count] = dict(calls)
+    results["calls"] = {layout: calls_per_step(layout, world) for layout in ("ddp", "fsdp2", "hsdp", "tp")}
     results["clip"] = clip_ranks(rank, world, ["fsdp2", "tp", "ddp"])
     results["pieces"] = clipped_pieces(rank)
+    return results
+
+
+def calls_per_step(layout: str, world: int) -> dict[int, tuple[Counts, Counts]]:
+    """By number of tensors, what a step and clipping send; a third of them 1-D, with the gradients of sequence parallelism."""
+    half = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    if layout == "hsdp":
+        half = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    tensor = (
+        init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)) if layout == "tp" else half["tp"] if "tp" in layout else None
+    )
+    results = {}
+    for count in (10, 300):
+        params = [nn.Parameter(torch.zeros(4 + i % 5, 4) if i % 3 else torch.zeros(8)) for i in range(count)]
+        if tensor is not None:
+            params = [
+                nn.Parameter(distribute_tensor(p.detach(), tensor, [Shard(1) if p.dim() == 2 else Replicate()])) for p in params
+            ]
+        many = nn.ParameterList(params)
+        many.ignored = nn.ParameterList([nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(3))])
+        ignored = set(many.ignored.parameters())
+        if layout in ("fsdp2", "hsdp", "tp_fsdp2"):
+            mesh = init_device_mesh("cpu", (world,)) if layout == "fsdp2" else half if layout == "hsdp" else half["dp"]
+            fully_shard(many, mesh=mesh, ignored_params=ignored)
+        optimizer = pylo_dist.AdafacLO(many.named_parameters(), weights=small_fc_weights())
+        steps = []
+        for action in (optimizer.step, functools.partial(pylo_dist.clip_grad_norm_, optimizer, 0.5)):
+            for p in many.parameters():
+                p.grad = torch.ones_like(p)
+                if layout == "tp" and p.dim() == 1 and p not in ignored:
+                    p.grad = DTensor.from_local(torch.ones(8), tensor, [Partial()], run_check=False)
+            with Collectives() as calls:
+                action()
+            steps.append(calls)
+        results[count] = steps[0], steps[1]
     return results
 
 
@@ -304,7 +381,7 @@ def clip_ranks(rank: int, world: int, layouts: list[str]) -> Results:
             if how != "params":  # what was clipped before stays so, and no layout is asked for again
                 with Collectives() as calls:
                     pylo_dist.clip_grad_norm_(named, 0.6)
-                results[f"{layout}/{how} calls"] = calls["all_reduce"]
+                results[f"{layout}/{how} calls"] = calls.total()
             grads = {fqn: None if p.grad is None else whole(p.grad) for fqn, p in trainable(model)}
             results[f"{layout}/{how}"] = ranks, norm, grads
         before = snapshot(model)
@@ -330,7 +407,9 @@ def clipped_pieces(rank: int) -> Results:
 def check_clip(results: list[Results]) -> None:
     for key in (key for key in results[0] if not key.endswith(("/step", "calls"))):
         if f"{key} calls" in results[0]:  # the mean gradients of ignored parameters, and the norm
-            assert results[0][f"{key} calls"] == (0 if key.startswith("ddp") else 2), key
+            # under tensor parallelism alone there is nothing to average, and what was partial is so no more
+            wanted_calls = {"ddp": 0, "tp": 1}.get(key.split("/")[0], 2)
+            assert results[0][f"{key} calls"] == wanted_calls, key
         ranks = results[0][key][0]
         wanted = mean_gradients(ranks)[1]
         params = [nn.Parameter(torch.zeros_like(g)) for g in wanted.values() if g is not None]
@@ -442,10 +521,41 @@ def check_odd(results: list[Results]) -> None:
     assert all(result["set"] for result in results)
     reference.load_state_dict(first["full"])  # canonical names, shapes and dtypes
     assert last["full"] == {}
-    assert first["calls"][10] == first["calls"][300] == {"all_reduce": 2, "all_to_all": 0}
+    check_calls(first["calls"])
     check_clip([result["clip"] for result in results])
     assert all(result["clip"][f"{layout}/step"] is False for result in results for layout in ("fsdp2", "tp", "ddp"))
     check_pieces([result["pieces"] for result in results])
+
+
+ALONE = {  # what the last rank says, and what all others say after "rank 3: "
+    "complex": "'w' is torch.complex64",
+    "complex later": "'w' is torch.complex64",
+    "complex in shard": "'extra' is torch.complex64",
+    "weights": "/nowhere/weights.safetensors",
+    "second group": "lr=-1.0: wanted a finite number >= 0",
+    "same twice": "'w again' is in the same group twice",
+    "torn": r"'v' lies on the ranks \[1, 3\], 'w' on \[0, 3\]: neither holds the other",
+    "whole": "'w' and all other parameters are whole tensors here, on rank [012] of the same AdafacLO they are DTensors",
+}
+
+
+def check_alone(results: list[dict[str, tuple[str, float]]]) -> None:
+    """All ranks raise, and none has waited for the minute that the process group gives it."""
+    for rank, result in enumerate(results):
+        assert result.pop("fine")[0] == "no error"
+        assert result.keys() == ALONE.keys()
+        for name, (text, seconds) in result.items():
+            last = rank == len(results) - 1
+            assert re.search(ALONE[name] if last else f"rank 3: .*{ALONE[name]}|has .*{ALONE[name]}", text), (name, rank, text)
+            assert seconds < 20, (name, rank, seconds)
+
+
+def check_calls(results: dict[str, dict[int, tuple[Counts, Counts]]]) -> None:
+    """Two sums, and before them the mean gradients of ignored parameters (none under DDP), or the sums of partial ones."""
+    for layout, by_count in results.items():
+        step, clip = (0, 0) if layout == "ddp" else (3, 2)
+        assert by_count[10] == by_count[300], (layout, by_count)
+        assert tuple(map(dict, by_count[300])) == tuple({"allreduce_": n} if n else {} for n in (step, clip)), (layout, by_count)
 
 
 def check_pieces(results: list[Results]) -> None:
@@ -486,6 +596,8 @@ def unequal_copies(rank: int, world: int) -> str:
 
 def train_and_save(rank: int, world: int, folder: str) -> Results:
     results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]), "unequal": unequal_copies(rank, world)}
+    results["calls"] = {layout: calls_per_step(layout, world) for layout in ("hsdp", "tp_fsdp2")}
+    results["alone"] = on_one_rank_alone(rank, world)
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):
         model, called, place, _ = build(layout, world)
         optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
@@ -535,6 +647,8 @@ def assert_same(got: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
 def test_checkpoints_between_layouts(tmp_path: Path) -> None:
     saved = run_ranks(4, train_and_save, str(tmp_path))
     check_clip([result["clip"] for result in saved])
+    check_calls(saved[0]["calls"])
+    check_alone([result["alone"] for result in saved])
     for result in saved:
         assert "'weight' differs between the ranks 0 and 2, which hold copies of it" in result["unequal"]
     for result in saved:

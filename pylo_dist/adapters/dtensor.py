@@ -1,5 +1,5 @@
 """DTensor parameters (FSDP2, HSDP, tensor parallel and what they combine to): where their local elements lie. Reads parameters,
-placements and meshes; the gradients of whole parameters beside them are averaged here.
+placements and meshes.
 
 Legend: the *domain* of an optimizer is the largest set of ranks that any of its parameters is spread over. A parameter on fewer
 ranks (a norm beside tensor-parallel matrices lives on the data-parallel ranks of its own column) has a copy on each other column:
@@ -13,19 +13,19 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import comm
-from ..comm import Collective
 from ..shards import ShardBinding, TensorShard
 from . import plain
 from .plain import is_dtensor
 
-# names of mesh dimensions that say every rank has other experts
+# Names of mesh dimensions: every rank has other experts; every rank computes the same but for its part of each product.
+TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
@@ -44,13 +44,14 @@ def describe_all(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ())
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
     if not sharded:
         return [plain.describe(fqn, param) for fqn, param in named]
-    domain = _domain(sharded)
+    domain = domain_of(sharded)
     if len(domain) == 1:
         return [ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None) for fqn, param in named]
     mesh = max((param.device_mesh for _, param in sharded), key=lambda mesh: mesh.size())
     holders = _group_of(domain, [mesh])
     problem: ValueError | None = None
     try:
+        check_domain(sharded)
         for fqn, param in named:
             _check(fqn, param, holders)
         entries: list[Any] = [*settings, *(_spec(fqn, param) for fqn, param in named)]
@@ -62,13 +63,19 @@ def describe_all(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ())
         raise problem or disagreement from None
     if problem is not None:
         raise problem
-    bindings = [_bind(fqn, param, holders, len(domain)) for fqn, param in named]
+    alike = all(_is_tensor_parallel(param.device_mesh) for _, param in sharded)
+    bindings = [_bind(fqn, param, holders, len(domain), unreduced=not alike) for fqn, param in named]
     _check_copies(bindings, [param for _, param in named], holders)
     return bindings
 
 
-def _domain(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
-    """The ranks of the largest mesh, which must hold those of all others."""
+def domain_of(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
+    """The ranks of all meshes together."""
+    return tuple(sorted({rank for _, param in sharded for rank in param.device_mesh.mesh.flatten().tolist()}))
+
+
+def check_domain(sharded: Sequence[tuple[str, Any]]) -> None:
+    """Raise ValueError unless the largest mesh holds the ranks of all others."""
     ranks = {fqn: frozenset(param.device_mesh.mesh.flatten().tolist()) for fqn, param in sharded}
     largest = max(ranks, key=lambda fqn: len(ranks[fqn]))
     for fqn, own in ranks.items():
@@ -77,7 +84,6 @@ def _domain(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
                 f"{fqn!r} lies on the ranks {sorted(own)}, {largest!r} on {sorted(ranks[largest])}: neither holds the other; "
                 "shard the whole model over one mesh (fully_shard on all of it), or give each part an optimizer of its own"
             )
-    return tuple(sorted(ranks[largest]))
 
 
 def _check(fqn: str, param: Any, holders: Any) -> None:
@@ -110,13 +116,21 @@ def _spec(fqn: str, param: Any) -> list[object]:
     """What must be the same on all ranks of the domain."""
     spec: list[object] = [fqn, list(param.shape), str(param.dtype), bool(param.requires_grad)]
     if is_dtensor(param):
-        spec += [list(param.device_mesh.shape), list(map(str, param.placements))]
+        mesh = param.device_mesh
+        spec += [list(mesh.shape), list(mesh.mesh_dim_names or ()), list(map(str, param.placements))]
     return spec
 
 
-def _bind(fqn: str, param: Any, holders: Any, num_holders: int) -> ShardBinding:
-    if not is_dtensor(param):  # a copy on every rank, such as fully_shard's ignored_params
-        return ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None, holders=holders, replicas=num_holders)
+def _is_tensor_parallel(mesh: Any) -> bool:
+    """Whether all ranks of the mesh see the same data, so that they have the same gradients of what is whole."""
+    return mesh.ndim == 1 and (mesh.mesh_dim_names or ("",))[0].lower() in TENSOR_PARALLEL
+
+
+def _bind(fqn: str, param: Any, holders: Any, num_holders: int, unreduced: bool) -> ShardBinding:
+    """Where a parameter lies; `unreduced`: whole ones have another gradient on every rank (`fully_shard`'s ignored_params)."""
+    if not is_dtensor(param):
+        whole = TensorShard.whole(fqn, tuple(param.shape))
+        return ShardBinding(whole, None, holders=holders, replicas=num_holders, unreduced=unreduced)
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
     cut = [axis for axis, placement in enumerate(param.placements) if _cuts(placement) and mesh.size(axis) > 1]
@@ -275,32 +289,3 @@ def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
         f"{named[0][0]!r} and all other parameters have no gradient: the model was given to fully_shard after this optimizer was "
         "built, and has other parameters now; build the optimizer after fully_shard (or use pylo_dist.shard, which does both)"
     )
-
-
-def is_unreduced(binding: ShardBinding, param: Tensor) -> bool:
-    """Whether nobody averages the gradients of this parameter: it is a whole one beside DTensors (`ignored_params`)."""
-    return binding.group is None and binding.holders is not None and not is_dtensor(param)
-
-
-def average(
-    bound: Sequence[tuple[ShardBinding, Tensor]],
-) -> Generator[list[Collective], None, tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """The mean gradients of whole parameters over their holders, (N,) each, and on how many ranks there was one, 0-d.
-
-    The mean is taken in float64, where that of equal numbers is the number itself: averaging twice changes nothing.
-    None counts as zeros, and so does a gradient that cannot be used.
-    """
-    if not bound:
-        return (), ()
-    grads = [param.grad for _, param in bound]
-    parts = [
-        grad.reshape(-1) if grad is not None and grad.layout == torch.strided else param.new_zeros(binding.shard.numel)
-        for grad, (binding, param) in zip(grads, bound, strict=True)
-    ]
-    present = torch.tensor([float(grad is not None) for grad in grads], dtype=torch.float64)
-    present = present.to(parts[0].device, non_blocking=True)
-    buffer = torch.cat([present, *(part.detach().to(torch.float64) for part in parts)])
-    yield [(bound[0][0].holders, buffer)]
-    counts, sums = buffer.split([len(bound), buffer.numel() - len(bound)])
-    means = (sums / bound[0][0].replicas).split([part.numel() for part in parts])
-    return [mean.to(param.dtype) for mean, (_, param) in zip(means, bound, strict=True)], list(counts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import comm
 from ..optimizer import LearnedOptimizer
 from ..shards import TensorShard
-from .dtensor import shard_of
+from .dtensor import TENSOR_PARALLEL, shard_of
 from .plain import check_param, is_dtensor, local_tensor
 
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
@@ -66,19 +66,23 @@ def shard(
     if comm.default_group() is None:
         raise ValueError("torch.distributed is not initialised: start the ranks with torchrun, then call init_process_group()")
     named = list(model.named_parameters())
-    _check_model(model, named, mesh, fsdp.FSDPModule)
+    group = comm.default_group() if mesh is None else comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
+
+    def prepare() -> tuple[list[nn.Module], list[tuple[str, nn.Module]], dict[str, Any]]:
+        _check_model(model, named, mesh, fsdp.FSDPModule)
+        if mesh is not None:
+            _check_mesh(mesh)
+        kwargs = optimizer_kwargs
+        if isinstance(optimizer_class, type) and issubclass(optimizer_class, LearnedOptimizer):
+            kwargs = optimizer_class.before_sharding([(fqn, param) for fqn, param in named if param.requires_grad], kwargs)
+        return units_of(model, wrap), _meta_modules(model), kwargs
+
+    units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
     if mesh is None:
         mesh = init_device_mesh(comm.device_type(), (comm.size(comm.default_group()),), mesh_dim_names=("dp",))
-    _check_mesh(mesh)
     if mixed_precision is not None and isinstance(mixed_precision, torch.dtype):
         mixed_precision = fsdp.MixedPrecisionPolicy(param_dtype=mixed_precision, reduce_dtype=torch.float32)
-    on_meta = _meta_modules(model)
-
-    if isinstance(optimizer_class, type) and issubclass(optimizer_class, LearnedOptimizer):
-        trainable = [(fqn, param) for fqn, param in named if param.requires_grad]
-        optimizer_kwargs = optimizer_class.before_sharding(trainable, optimizer_kwargs)
     device = torch.device(mesh.device_type)
-    group = comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
     ignored = {param for _, param in named if param.dim() == 0 or param.numel() == 0}
     whole = ignored | set(model.buffers())
     with torch.no_grad():
@@ -92,7 +96,7 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
-    for unit in units_of(model, wrap):
+    for unit in units:
         fsdp.fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
     # the parameters of the root are wanted again as soon as backward begins: FSDP2's own default keeps them
     fsdp.fully_shard(model, reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward, **options)
@@ -181,7 +185,7 @@ def _check_mesh(mesh: Any) -> None:
         )
     if mesh.ndim == 2 and mesh.mesh_dim_names is None:
         raise ValueError('a 2-D mesh needs names: init_device_mesh(..., mesh_dim_names=("replicate", "shard"))')
-    parallel = [name for name in mesh.mesh_dim_names or () if name.lower() in ("tp", "tensor", "tensor_parallel", "pp")]
+    parallel = [name for name in mesh.mesh_dim_names or () if name.lower() in (*TENSOR_PARALLEL, "pp")]
     if parallel:
         raise ValueError(
             f"the mesh has the dimension {parallel[0]!r}: pylo_dist.shard takes the data-parallel part of a mesh, such as "

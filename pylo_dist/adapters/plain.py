@@ -50,13 +50,16 @@ def describe(fqn: str, param: Tensor) -> ShardBinding:
     return bound_shard(param) or ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None)
 
 
-def collect(binding: ShardBinding, param: Tensor) -> ShardedParam:
+def collect(binding: ShardBinding, param: Tensor, summed: Tensor | None = None) -> ShardedParam:
     """The parameter and its gradient as local 1-D tensors: views where the memory allows, else copies (see `publish`).
+
+    Args:
+        summed: takes the place of a `.grad` that is a DTensor of summands.
 
     Raises:
         ValueError: a sparse gradient.
     """
-    grad, shard = param.grad, binding.shard
+    grad, shard = param.grad if summed is None else summed, binding.shard
     if grad is not None and grad.layout != torch.strided:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
