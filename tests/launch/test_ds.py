@@ -29,17 +29,8 @@ def launch(launcher: list[str], words: list[str], script: str = "gpt2.py") -> st
     """Run a script of launch/ and return what it printed."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    for attempt in (1, 2):  # a launcher loses a race for its port now and then; what is ours fails twice
-        command = [
-            *launcher,
-            str(ROOT / "launch" / script),
-            *words,
-            *(["--overwrite"] if attempt == 2 and script == "gpt2.py" else []),
-        ]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=300)
-        if done.returncode == 0:
-            break
-        print(f"attempt {attempt} failed:", done.stderr[-4000:])
+    command = [*launcher, str(ROOT / "launch" / script), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
