@@ -188,7 +188,10 @@ def _by_mpi(variables: Mapping[str, str], size: str) -> Environment:
     found, problem = world.bcast((found, problem))
     if found is None:
         raise WrongInput(f"mpirun: {problem}")
-    return Environment("mpirun", world.rank, world.size, local.rank, local.size, *found)
+    result = Environment("mpirun", world.rank, world.size, local.rank, local.size, *found)
+    local.Free()
+    MPI.Finalize()  # all that was wanted of it; a process may now end as it likes, and mpirun sees its exit code
+    return result
 
 
 def own_address() -> str:

@@ -499,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = options.plan(data_ranks(options, place.world_size))
     except ValueError as error:
         return complain(error, code=2)
-    if found.world_size > 1:
+    if found != Environment("no launcher"):
         found.export()
     # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -536,4 +536,8 @@ def complain(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the process.
+    os._exit(exit_code)
