@@ -28,8 +28,9 @@ FIXED = ("optimizer", "model")
 TOLD = (
     *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
     *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
-    *("parallel", "replicas", "tp"),
+    *("parallel", "replicas", "tp", "clip", "grad_scale", "order"),
 )
+ADDED = {"clip": "global", "grad_scale": 1.0, "order": "random"}  # what earlier versions did, whose config.json does not say so
 
 
 class Stopped(Exception):
@@ -128,8 +129,10 @@ class Start:
         return [path for n, path in published_in(self.folder).items() if n > step] if self.goes_on else []
 
 
-def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[int, str]:
-    """The step of the checkpoint, and what differs from the run that saved it, in one line or "". Changes nothing.
+def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[int, int, str]:
+    """The step of the checkpoint, the sequences read until then, and in one line what differs from the run that saved it.
+
+    Changes nothing.
 
     Args:
         config: what `gpt2.describe` gives of this run.
@@ -141,7 +144,8 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     assert checkpoint is not None
     try:
         meta = package().read_meta(checkpoint)
-        step, saved = int(meta["step"]), dict(meta["config"])
+        step, saved = int(meta["step"]), {**ADDED, **meta["config"]}
+        seen = int(meta.get("sequences", step * saved["batch_size"]))
     except (KeyError, TypeError):
         raise WrongInput(f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved.") from None
     for name in FIXED:
@@ -160,7 +164,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
         )
     others = [f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)]
     others += [f"other {what}" for k, what in (("train_digest", "tokens"), ("versions", "versions")) if config[k] != saved.get(k)]
-    return step, ", ".join(others)
+    return step, seen, ", ".join(others)
 
 
 def load(start: Start, learner: Any) -> None:
@@ -216,8 +220,11 @@ class Keeper:
             for old in list(published_in(self._folder).values())[: -self._options.keep]:
                 remove(old)
 
-    def after(self, step: int, *, stop: bool) -> None:
+    def after(self, step: int, *, sequences: int, stop: bool) -> None:
         """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.
+
+        Args:
+            sequences: read until then.
 
         Raises:
             Stopped: `stop` is set, and the step has been saved.
@@ -228,7 +235,7 @@ class Keeper:
             return
         path = path_of(self._folder, step)
         try:
-            package().save(path, self._learner.states(), meta={"step": step, "config": self._config})
+            package().save(path, self._learner.states(), meta={"step": step, "sequences": sequences, "config": self._config})
         except ValueError as error:
             raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
         if self._is_first:

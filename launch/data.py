@@ -11,11 +11,14 @@ import functools
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import sysconfig
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,8 @@ TokenArray = npt.NDArray[np.uint16]
 # Tokens of a split compared with the vocabulary before training; a batch checks its own again.
 SCANNED_TOKENS = 2**28
 VALIDATION_SHARE = 10  # one piece of the built-in text in ten
+LISTING = "tokens.json"  # of a folder: by file name its tokens and its sha256, as prepare_data.py writes it
+CHUNK = 2**24  # tokens written or hashed at a time
 NOT_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -52,7 +57,8 @@ def write_tokens(path: Path, tokens: npt.NDArray[np.integer]) -> None:
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
         file.write(header.tobytes())
-        file.write(tokens.astype("<u2").tobytes())
+        for start in range(0, tokens.size, CHUNK):
+            file.write(tokens[start : start + CHUNK].astype("<u2").tobytes())
     os.replace(aside, path)
 
 
@@ -114,6 +120,35 @@ def find_files(folder: Path, split: str) -> list[Path]:
             f"{folder}: no *{split}*.bin in this folder. Name a file, or make both splits with launch/prepare_data.py."
         )
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2 * CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def read_listing(folder: Path) -> dict[str, dict[str, Any]]:
+    """What tokens.json of a folder lists; {} where there is none. Raises ValueError."""
+    path = folder / LISTING
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return {str(name): {"tokens": int(entry["tokens"]), "sha256": str(entry["sha256"])} for name, entry in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); make the folder again, or remove that file.") from None
+
+
+def check_listing(folder: Path, split: str, found: Mapping[str, int]) -> None:
+    """Compare the files of a split, by name their tokens, with what the folder's tokens.json lists. Raises ValueError."""
+    for name, entry in read_listing(folder).items():
+        if split in name and found.get(name) != entry["tokens"]:
+            has = f"{found[name]} tokens found" if name in found else "no such file"
+            raise ValueError(
+                f"{folder / name}: {has}, {entry['tokens']} wanted by {LISTING}; it is cut, damaged or another. Make it again."
+            )
 
 
 # ------------------------------------------------------------------------------------------- built-in text
@@ -247,6 +282,8 @@ class Tokens:
         """A file, or the files of `split` in a folder."""
         paths = find_files(path, split) if path.is_dir() else [path]
         arrays = tuple(read_tokens(p) for p in paths)
+        if path.is_dir():
+            check_listing(path, split, {p.name: array.size for p, array in zip(paths, arrays, strict=True)})
         return cls(tuple(map(str, paths)), arrays, block_size, vocab_size)
 
     @classmethod
@@ -275,12 +312,30 @@ class Tokens:
         generator = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, step])
         return (generator.random_raw(global_batch) % np.uint64(self._ends()[-1])).astype(np.int64)
 
+    def in_order(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """First tokens of `count` windows from number `first` on, (count,), as places in the pool.
+
+        Windows lie end to end, each beginning with the token that the one before it ends with, file after file; after the last
+        comes the first again. What is left at the end of a file is passed over.
+        """
+        ends = np.cumsum([(array.size - 1) // self.block_size for array in self.arrays])
+        numbers = np.arange(first, first + count) % ends[-1]
+        files = np.searchsorted(ends, numbers, side="right")
+        before = np.concatenate(([0], ends))[files]  # windows in earlier files
+        places: npt.NDArray[np.int64] = np.concatenate(([0], self._ends()))[files] + (numbers - before) * self.block_size
+        return places
+
     def read(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The windows at `places` (n,): (n, block_size + 1). ValueError for a token above the vocabulary."""
+        """The windows at `places` (n,): (n, block_size + 1).
+
+        Raises ValueError, naming the source, for a token above the vocabulary and for a file that was cut since it was opened.
+        """
         ends = self._ends()
         out = np.empty((places.size, self.block_size + 1), np.int64)
-        for row, place in zip(out, places, strict=True):
-            i = int(np.searchsorted(ends, place, side="right"))
+        files = np.searchsorted(ends, places, side="right")
+        for i in np.unique(files):
+            self._check_length(int(i))
+        for row, place, i in zip(out, places, files.tolist(), strict=True):
             start = int(place) - (int(ends[i - 1]) if i else 0)
             row[:] = self.arrays[i][start : start + self.block_size + 1]
             if row.max() >= self.vocab_size:
@@ -289,6 +344,14 @@ class Tokens:
 
     def _ends(self) -> npt.NDArray[np.int64]:
         return np.cumsum([array.size - self.block_size for array in self.arrays])
+
+    def _check_length(self, i: int) -> None:
+        """Mapped memory beyond the end of a file cannot be read: the process would be killed without a word."""
+        array, name = self.arrays[i], self.names[i]
+        if isinstance(array, np.memmap) and os.path.exists(name):
+            wanted, found = array.offset + array.nbytes, os.path.getsize(name)
+            if found < wanted:
+                raise ValueError(f"{name}: {found} bytes found, {wanted} when the run began; the file was cut. Make it again.")
 
     def _check_vocabulary(self, name: str, array: TokenArray) -> None:
         chunk = 2**20

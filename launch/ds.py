@@ -57,18 +57,6 @@ def package() -> Any:
     return deepspeed
 
 
-def discover() -> None:
-    """Under mpirun: what torchrun puts into the environment, from mpi4py. Raises WrongInput."""
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ or "WORLD_SIZE" in os.environ:
-        return
-    from importlib.util import find_spec
-
-    if find_spec("mpi4py") is None:
-        raise WrongInput("mpirun with --deepspeed needs mpi4py; install it: pip install mpi4py")
-    deepspeed = package()
-    deepspeed.comm.mpi_discovery(distributed_port=int(os.environ.get("MASTER_PORT", "29500")), verbose=False)
-
-
 class DeepSpeedLearner:
     """As gpt2.Learner, with the model and its optimizer in a DeepSpeed engine."""
 

@@ -1,4 +1,4 @@
-"""Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or under torchrun on many ranks.
+"""Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under torchrun, mpirun or srun.
 
 Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on every rank. 143: ended by SIGTERM, as without
 --save-every, with which the run has been saved. 1: anything else.
@@ -23,7 +23,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import environment
 import numpy as np
+import recipe
 import torch
 import torch.distributed as dist
 
@@ -32,12 +34,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from checkpoints import Keeper, Start, Stopped, Unsaved, check, load, package, remove, tell
 from data import BatchPlan, Tokens, builtin_text
-from ds import DeepSpeedLearner, discover
+from ds import DeepSpeedLearner
+from environment import Environment
+from feed import Feed
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
 from parallel import data_rank, data_ranks, spread, whole_model
 from torch import Tensor
-from watch import Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
+from watch import DONE, Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
 
 TRAIN, VALIDATION = 0, 1  # streams of samples
 T = TypeVar("T")
@@ -56,27 +60,20 @@ class Place:
     device: torch.device
 
     @classmethod
-    def find(cls, options: Options) -> Place:
-        """From the variables torchrun sets. Raises WrongInput."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if world_size > 1 and missing:
-            names = ", ".join(missing)
-            raise WrongInput(f"WORLD_SIZE is {world_size} without {names}; start the ranks with torchrun.")
-        rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    def find(cls, options: Options, found: Environment | None = None) -> Place:
+        """The place that a launcher gave. Raises WrongInput."""
+        found = environment.find() if found is None else found
         has_cuda = torch.cuda.is_available()
         if options.device == "cpu" or (options.device == "auto" and not has_cuda):
-            return cls(rank, world_size, torch.device("cpu"))
+            return cls(found.rank, found.world_size, torch.device("cpu"))
         if not has_cuda:
             raise WrongInput("--device cuda, but PyTorch sees no CUDA device; use --device cpu.")
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-        if local_size > torch.cuda.device_count():
+        if found.local_size > torch.cuda.device_count():
             raise WrongInput(
-                f"{local_size} ranks on a machine with {torch.cuda.device_count()} CUDA device(s); "
-                f"use --nproc_per_node={torch.cuda.device_count()} or --device cpu."
+                f"{found.local_size} ranks on a machine with {torch.cuda.device_count()} CUDA device(s); "
+                f"start {torch.cuda.device_count()} there, or use --device cpu."
             )
-        return cls(rank, world_size, torch.device("cuda", local_rank))
+        return cls(found.rank, found.world_size, torch.device("cuda", found.local_rank))
 
     def join(self, timeout_s: int) -> None:
         """Meet the other ranks."""
@@ -221,6 +218,7 @@ class Learner:
         self._forward: Any = torch.compile(called) if options.compile else called
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
+        self._grad_scale = options.grad_scale
         # ZeRO-1 has room for whole gradients and sends them once; ZeRO-2 sends those of each micro-batch, to free them
         self._accumulates_here = sharded and options.parallel == "zero1"
 
@@ -234,6 +232,8 @@ class Learner:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients of a micro-batch's share of the loss of a step; `last`: no other follows before `step`."""
         waits = not last and self._accumulates_here
+        if self._grad_scale != 1:
+            loss = loss * self._grad_scale
         with self.optimizer.no_sync() if waits else nullcontext():
             loss.backward()  # type: ignore[no-untyped-call]
 
@@ -293,56 +293,68 @@ def train(
     watch: Watch | None,
     *,
     done: int = 0,
+    seen: int = 0,
     keeper: Keeper | None = None,
 ) -> None:
-    """Every step of the run after the `done` first. Raises Diverged, and Stopped where SIGTERM asked `keeper` to stop."""
+    """Every step of the run after the `done` first, in which `seen` sequences were read.
+
+    Raises Diverged, and Stopped where SIGTERM asked `keeper` to stop.
+    """
     train_data, val_data = data
     clock = Clock(place.device)
     tokens_per_step = plan.global_batch * options.sequence_length()
-    for step in range(done + 1, options.steps + 1):
-        lr = options.lr_at(step)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = lr
-        start = clock.mark()
-        loss = torch.zeros((), device=place.device)
-        samples = train_data.windows(options.seed, TRAIN, step, plan.global_batch)
-        with named(place, step, "forward and backward"):
-            for i, rows in enumerate(plan.rows(data_rank(options, place.rank, place.world_size))):
-                part = learner.loss(train_data.read(samples[rows])) / plan.accumulation
-                learner.backward(part, last=i == plan.accumulation - 1)
-                loss += part.detach()
-        with named(place, step, "the mean of the loss"):
-            asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone
-            told = place.mean(torch.stack((loss, torch.full_like(loss, asked))))
-        before = clock.mark()
-        with named(place, step, "the optimizer's step"):
-            try:
-                learner.step(loss)
-            except FloatingPointError as error:
-                raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
-        end = clock.mark()
-        step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
-        mean_loss, stop = told.tolist()
-        if not math.isfinite(mean_loss):
-            raise Diverged(f"the loss is {mean_loss} at step {step}; lower --lr or clip: --max-grad-norm 1.")
-        val_loss = None
-        if val_data is not None and (step % options.eval_every == 0 or step == options.steps):
-            with named(place, step, "the validation"):
-                val_loss = evaluate(learner, val_data, options, place, plan)
-        if watch is not None:
-            tokens_per_s = tokens_per_step / step_ms * 1e3
-            watch.add(Row(step, mean_loss, val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
-        if keeper is not None:
-            with named(place, step, "the checkpoint"):
-                keeper.after(step, stop=stop > 0)
+    steps = range(done + 1, options.steps + 1)
+
+    def places(step: int) -> np.ndarray:
+        if options.order == "stream":
+            return train_data.in_order(seen + (step - steps.start) * plan.global_batch, plan.global_batch)
+        return train_data.windows(options.seed, TRAIN, step, plan.global_batch)
+
+    with Feed(train_data, places, plan.rows(data_rank(options, place.rank, place.world_size)), steps) as feed:
+        for step in steps:
+            lr = options.lr_at(step)
+            for group in learner.optimizer.param_groups:
+                group["lr"] = lr
+            start = clock.mark()
+            loss = torch.zeros((), device=place.device)
+            with named(place, step, "forward and backward"):
+                parts = feed.next()
+                for i, windows in enumerate(parts):
+                    part = learner.loss(windows) / plan.accumulation
+                    learner.backward(part, last=i == len(parts) - 1)
+                    loss += part.detach()
+            with named(place, step, "the mean of the loss"):
+                asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone
+                told = place.mean(torch.stack((loss, torch.full_like(loss, asked))))
+            before = clock.mark()
+            with named(place, step, "the optimizer's step"):
+                try:
+                    learner.step(loss)
+                except FloatingPointError as error:
+                    raise Diverged(f"{error} Lower --lr or clip: --max-grad-norm 1.") from None
+            end = clock.mark()
+            step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
+            mean_loss, stop = told.tolist()
+            if not math.isfinite(mean_loss):
+                raise Diverged(f"the loss is {mean_loss} at step {step}; lower --lr or clip: --max-grad-norm 1.")
+            val_loss = None
+            if val_data is not None and (step % options.eval_every == 0 or step == options.steps):
+                with named(place, step, "the validation"):
+                    val_loss = evaluate(learner, val_data, options, place, plan)
+            if watch is not None:
+                tokens_per_s = tokens_per_step / step_ms * 1e3
+                watch.add(Row(step, mean_loss, val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
+            if keeper is not None:
+                with named(place, step, "the checkpoint"):
+                    keeper.after(step, sequences=seen + (step - done) * plan.global_batch, stop=stop > 0)
 
 
 @contextmanager
 def named(place: Place, step: int, what: str) -> Iterator[None]:
-    """A RuntimeError, such as of a rank that has lost another, says where this rank was."""
+    """An error, such as of a rank that has lost another or of one whose token file is damaged, says where this rank was."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if isinstance(error, Diverged):
             raise
         raise RuntimeError(f"rank {place.rank} of {place.world_size} at step {step}, in {what}: {error}") from error
@@ -413,7 +425,7 @@ def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: 
     print(summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample))
 
 
-def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) -> None:
+def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment) -> None:
     """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped during it."""
     is_first = place.rank == 0
     if options.save_every:
@@ -431,31 +443,36 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan) ->
     else:
         learner = DeepSpeedLearner(options, place, plan.accumulation, plan.micro_batch)
     config = describe(learner, data, options, place, plan, argv)
-    done, rows = resume(start, learner, config, options, place) if resumes else (0, [])
-    watch = place.together(lambda: Watch(options, folder, config, rows) if is_first else None)
+    done, seen, rows = resume(start, learner, config, options, place) if resumes else (0, 0, [])
+    said = [f"{found}."]
+    if options.recipe is not None:
+        said.append(f"recipe {options.recipe.stem}, cost: {recipe.read(options.recipe)['cost']}.")
+    watch = place.together(lambda: Watch(options, folder, config, rows, said) if is_first else None)
     report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
     if watch is not None and report is not None:
         (folder / "optimizer.txt").write_text(f"{report}\n")
     keeper = Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
     try:
         with keeper or nullcontext():
-            train(learner, data, options, place, plan, watch, done=done, keeper=keeper)
+            train(learner, data, options, place, plan, watch, done=done, seen=seen, keeper=keeper)
     finally:
         if watch is not None:
             watch.close()
     model = learner.whole_model(options)
     if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
         finish(model, options, plan, watch, config)
+    if is_first:
+        (folder / DONE).write_text(f"{options.steps} steps\n")
 
 
 def resume(
     start: Start, learner: Learner | DeepSpeedLearner, config: dict[str, Any], options: Options, place: Place
-) -> tuple[int, list[Row]]:
-    """Bring `learner` to where the checkpoint was (modified in place): the steps done, and their rows on rank 0.
+) -> tuple[int, int, list[Row]]:
+    """Bring `learner` to where the checkpoint was (modified in place): steps done, sequences read, and the rows on rank 0.
 
     Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
     """
-    step, others = place.together(lambda: check(start, options, config))
+    step, seen, others = place.together(lambda: check(start, options, config))
     is_first = place.rank == 0
     opens = is_first and not start.goes_on  # a folder of its own; the run that goes on has one
     rows = rows_until(start.source, step) if is_first and start.source is not None else []
@@ -469,7 +486,7 @@ def resume(
         if len(rows) < step:
             tell(f"metrics.jsonl of that run holds {len(rows)} of {step} steps; the others are lost.")
     config["resumed_from"] = {"checkpoint": str(start.checkpoint), "step": step}
-    return step, rows
+    return step, seen, rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -477,18 +494,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse(argv)
-        if options.deepspeed is not None:
-            discover()
-        place = Place.find(options)
+        found = environment.find()
+        place = Place.find(options, found)
         plan = options.plan(data_ranks(options, place.world_size))
     except ValueError as error:
         return complain(error, code=2)
+    if found != Environment("no launcher"):
+        found.export()
     # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    place.join(options.timeout)
+    try:
+        place.join(options.timeout)
+    except RuntimeError as error:
+        tell(f"{found}, and did not: {error}")
+        return 1
     code = 0
     try:
-        run(argv, options, place, plan)
+        run(argv, options, place, plan, found)
     except WrongInput as error:
         code = complain(error, code=2)
     except (Diverged, Unsaved) as error:
@@ -508,10 +530,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complain(error: Exception, code: int) -> int:
     """One line, from one rank; every rank gets the code."""
-    if os.environ.get("RANK", "0") == "0":
+    if environment.is_first():
         print(f"gpt2.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the process.
+    os._exit(exit_code)

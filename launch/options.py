@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import recipe
 from data import BatchPlan
 from model import EMBEDDINGS, PRESETS, GPTConfig
 
@@ -45,6 +46,7 @@ OWN_FLAGS = {"num_steps": "velo", "mup_base_width": "mulo", "mup_base_heads": "m
 PARALLEL = ("zero1", "zero2", "fsdp2", "hsdp", "tp", "ddp")
 # Flags that mean something to one layout alone.
 MESH_FLAGS = {"replicas": "hsdp", "tp": "tp"}
+ORDERS = ("random", "stream")
 AUTO = "auto"  # --resume: from the newest checkpoint of the run in --out, or from the start where there is none
 
 
@@ -76,6 +78,7 @@ class WrongInput(ValueError):
 class Options:
     """Every flag, as parsed. None: the default depends on another flag. Raises WrongInput naming the flag."""
 
+    recipe: Path | None
     preset: str
     qkv: Literal["fused", "split"]
     vocab_size: int | None
@@ -93,6 +96,8 @@ class Options:
     lr: float | None
     weight_decay: float | None
     max_grad_norm: float | None
+    clip: str
+    grad_scale: float
     warmup: int
     schedule: str
     steps: int
@@ -103,6 +108,7 @@ class Options:
     seed: int
     data: Path | None
     val_data: Path | None
+    order: str
     out: Path | None
     overwrite: bool
     save_every: int
@@ -141,7 +147,7 @@ class Options:
                 raise WrongInput(f"{flag(name)} is {value}; it must be at least {least}.")
         if self.seed >= 2**63:
             raise WrongInput(f"--seed is {self.seed}; it must be below 2**63.")
-        for name in ("lr", "max_grad_norm", "weight_decay"):
+        for name in ("lr", "max_grad_norm", "weight_decay", "grad_scale"):
             number = getattr(self, name)
             zero_fits = name == "weight_decay"
             if number is not None and not (0 < number < math.inf or (zero_fits and number == 0)):
@@ -155,6 +161,8 @@ class Options:
             )
         if self.optimizer == "adamw" and self.weights is not None:
             raise WrongInput("--weights is for learned optimizers, and adamw is none; drop it.")
+        if self.clip == "per_tensor" and (self.optimizer == "adamw" or self.clip_norm() is None):
+            raise WrongInput("--clip per_tensor is for learned optimizers, with --max-grad-norm; pass that, or drop it.")
         for name, owner in OWN_FLAGS.items():
             if getattr(self, name) is not None and self.optimizer != owner:
                 raise WrongInput(
@@ -185,6 +193,9 @@ class Options:
                 raise WrongInput("--deepspeed is for learned optimizers here, and adamw is none; pass --optimizer.")
             if self.parallel != "zero1":
                 raise WrongInput(f"--parallel {self.parallel} came with --deepspeed, whose JSON says what ranks share; drop one.")
+            if self.clip != "global" or self.grad_scale != 1:
+                name = "--clip" if self.clip != "global" else "--grad-scale"
+                raise WrongInput(f"{name} does not go with --deepspeed, which clips and scales by itself; drop one.")
             if self.dtype != "float32" or self.compile:
                 name = "--compile" if self.compile else "--dtype"
                 raise WrongInput(f'{name} does not go with --deepspeed; its JSON says "bf16": {{"enabled": true}} where wanted.')
@@ -238,6 +249,8 @@ class Options:
             arguments["max_grad_norm"] = bound
         elif bound is not None:
             arguments |= {"clip_grad": True, "clip_norm": bound}
+        if self.clip != "global":
+            arguments["clip"] = self.clip
         if self.weights is not None:
             arguments["weights"] = self.weights
         if self.optimizer == "velo":
@@ -280,7 +293,15 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> Options:
     """The options of a command line. Raises WrongInput."""
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment too
-    return Options(**vars(_parser().parse_args([word for word in argv if not word.startswith("--local_rank=")])))
+    parser = _parser()
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
+    given = parser.parse_args(argv)
+    if given.recipe is not None:
+        try:
+            given = parser.parse_args([*recipe.words(given.recipe, parser), *argv])  # of a repeated flag the last counts
+        except ValueError as error:
+            raise WrongInput(str(error)) from None
+    return Options(**vars(given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -290,6 +311,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain GPT-2 with a learned optimizer: python for one rank, torchrun for many.",
         epilog="Example: torchrun --nproc_per_node=2 launch/gpt2.py --preset micro --weights demo",
     )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--recipe", type=Path, metavar="YAML", help="flags in a file, see launch/recipes; those given here win")
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=tuple(PRESETS), default="micro", help="nano and micro read bytes")
     model.add_argument("--qkv", choices=("fused", "split"), default="fused", help="one attention matrix or three")
@@ -307,6 +330,12 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--weight-decay", type=float, help="decoupled; default: 0.1 for adamw and elo-celo2, 0 for others")
     learn.add_argument(
         "--max-grad-norm", type=float, help="clip the global gradient norm; default: 1 for elo-celo2, no clipping for others"
+    )
+    learn.add_argument(
+        "--clip", choices=("global", "per_tensor"), default="global", help="per_tensor: the norm of each tensor alone"
+    )
+    learn.add_argument(
+        "--grad-scale", type=float, default=1.0, help="multiply every gradient, as a loss scaler does that never unscales"
     )
     learn.add_argument("--num-steps", type=int, help="of velo: length of the run it plans for; default: --steps")
     learn.add_argument(
@@ -340,15 +369,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, help="CPU threads per rank; default: PyTorch's")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     run.add_argument("--deepspeed", type=Path, metavar="JSON", help="shard with DeepSpeed, e.g. launch/deepspeed/zero2.json")
     run.add_argument("--timeout", type=int, default=600, help="seconds a rank waits for the others before it fails")
 
     files = parser.add_argument_group("files")
     files.add_argument("--data", type=Path, help="folder or train file of tokens; default: built-in text")
     files.add_argument("--val-data", type=Path, help="validation file; default: the *val*.bin of the --data folder")
+    files.add_argument("--order", choices=ORDERS, default="random", help="stream: windows end to end, file after file")
     files.add_argument("--out", type=Path, help="folder to write; default: a new one under runs/")
-    files.add_argument("--overwrite", action="store_true", help="let --out replace an earlier run")
+    files.add_argument("--overwrite", action=switch, default=False, help="let --out replace an earlier run")
     files.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; also at the end; 0: never")
     files.add_argument("--keep", type=int, help="newest checkpoints to keep; default: all")
     files.add_argument(
@@ -356,8 +386,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|auto",
         help="go on from a checkpoint or a run's newest; auto: the newest in --out, if there is one",
     )
-    files.add_argument("--tensorboard", action="store_true")
-    files.add_argument("--wandb", action="store_true")
+    files.add_argument("--tensorboard", action=switch, default=False)
+    files.add_argument("--wandb", action=switch, default=False)
     return parser
 
 

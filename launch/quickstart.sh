@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/setup.sh launch
 export OMP_NUM_THREADS=1 # one thread a rank, so that two cores are shared fairly
 exec .venv/bin/torchrun --standalone --nproc_per_node=2 launch/gpt2.py \
-  --preset micro --optimizer adafaclo --weights demo --steps 300 --out runs/quickstart --overwrite "$@"
+  --recipe launch/recipes/quickstart.yaml --out runs/quickstart --overwrite "$@"

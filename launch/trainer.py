@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -76,6 +78,9 @@ def main() -> None:
         model=model, args=arguments, train_dataset=Bytes(builtin_text()[0][:200_000], 64), callbacks=[Watch()]
     )
     trainer.train()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the process
 
 
 if __name__ == "__main__":

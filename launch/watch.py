@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints import FOLDER, remove
+from checkpoints import FOLDER, remove, tell
 from options import Options, WrongInput
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
-WRITTEN = ("config.json", METRICS, "optimizer.txt", "loss.png", "sample.txt")
+DONE = "DONE"  # written last; launch/resume_loop.sh stops where it is
+WRITTEN = ("config.json", METRICS, "optimizer.txt", "loss.png", "sample.txt", DONE)
 PLAIN_LINES = 20  # of a run whose stderr is no terminal
 Logger = Callable[[dict[str, float]], None]
 
@@ -98,12 +99,18 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
 class Watch:
     """Shows and records rows as they come."""
 
-    def __init__(self, options: Options, folder: Path, config: Mapping[str, Any], earlier: Sequence[Row] = ()) -> None:
-        """`earlier`: the rows before this run, where it goes on from a checkpoint; metrics.jsonl then holds these alone."""
+    def __init__(
+        self, options: Options, folder: Path, config: Mapping[str, Any], earlier: Sequence[Row] = (), said: Sequence[str] = ()
+    ) -> None:
+        """Begin with the lines `said`.
+
+        `earlier`: the rows before this run, where it goes on from a checkpoint; metrics.jsonl then holds these alone.
+        """
         self.rows: list[Row] = list(earlier)
         self.folder = folder
         self._val_loss = next((row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None)
         done = self.rows[-1].step if self.rows else 0
+        (folder / DONE).unlink(missing_ok=True)
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         aside = folder / f"{METRICS}.part"
@@ -112,6 +119,8 @@ class Watch:
         self._metrics = (folder / METRICS).open("a", buffering=1)  # a crash loses no line
         self._plain_every = -(-options.steps // PLAIN_LINES)
         self._steps = options.steps
+        for line in said:
+            tell(line)
         # On a terminal tqdm redraws one line; elsewhere a plain line now and then reads better.
         self._bar = tqdm(total=options.steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import gpt2
 import pytest
+from environment import free_port
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
 
@@ -29,25 +29,10 @@ def launch(launcher: list[str], words: list[str], script: str = "gpt2.py") -> st
     """Run a script of launch/ and return what it printed."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    for attempt in (1, 2):  # a launcher loses a race for its port now and then; what is ours fails twice
-        command = [
-            *launcher,
-            str(ROOT / "launch" / script),
-            *words,
-            *(["--overwrite"] if attempt == 2 and script == "gpt2.py" else []),
-        ]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=300)
-        if done.returncode == 0:
-            break
-        print(f"attempt {attempt} failed:", done.stderr[-4000:])
+    command = [*launcher, str(ROOT / "launch" / script), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def torchrun(num_ranks: int) -> list[str]:
@@ -103,7 +88,7 @@ def test_mpirun_in_bfloat16(tmp_path: Path) -> None:
         pytest.skip("there is no mpirun: apt-get install openmpi-bin libopenmpi-dev")
     if find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed: launch/setup.sh launch,dev,deepspeed,mpi")
-    command = ["mpirun", "--oversubscribe", "-np", "2", "-x", f"MASTER_PORT={free_port()}", sys.executable]
+    command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable]
     if os.geteuid() == 0:
         command.insert(1, "--allow-run-as-root")
     words = [*RUN[:-1], "3", "--deepspeed", str(JSONS / "zero2_bf16.json"), "--out", str(tmp_path / "run")]

@@ -211,7 +211,8 @@ def test_a_terminal_gets_one_redrawn_line(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     curve(tmp_path / "o", tokens_folder)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1  # tqdm's own, at the end
+    assert err.startswith("gpt2.py: no launcher: one rank.\n")
+    assert err.count("\n") == 2  # that, and tqdm's own at the end
     last = err.strip().split("\r")[-1]
     assert all(word in last for word in ("12/12", "loss", "val", "tokens/s", "ms/step", "optimizer")), last
 

@@ -1,0 +1,247 @@
+"""What started a process is found or refused by name; and under every launcher the same command follows the same curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import environment
+import gpt2
+import pytest
+from checkpoints import published_in
+from environment import Environment, find, first_host, free_port, is_first, tasks_per_node
+from options import WrongInput
+
+ROOT = Path(__file__).resolve().parents[2]
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+TORCHRUN = {**BY_HAND, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+STEP = {  # of one srun with four tasks on two nodes
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+def without(variables: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+def test_what_is_found() -> None:
+    alone = Environment("no launcher")
+    assert find({}) == find({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == alone  # a batch script by itself
+    assert str(alone) == "no launcher: one rank"
+    by_torchrun = Environment("torchrun", 1, 4, 1, 2, "node1", 29500)
+    # torchrun's ranks may lie under one task of srun, or one process of mpirun, for each machine
+    batch = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    assert find(TORCHRUN) == find(TORCHRUN | batch) == by_torchrun
+    assert str(by_torchrun) == "torchrun: rank 1 of 4, 1 of 2 on this machine; they meet at node1:29500"
+    assert find(BY_HAND).launcher == "RANK and WORLD_SIZE"
+    assert find(BY_HAND | {"CROSS_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).launcher == "DeepSpeed's launcher"
+    assert find({"WORLD_SIZE": "1"}).world_size == 1
+    found = find(STEP)
+    assert found == Environment("srun", 3, 4, 1, 2, "gpu07", found.port)
+    assert find(STEP | {"SLURM_PROCID": "0"}).port == found.port != find(STEP | {"SLURM_STEP_ID": "2"}).port
+    given = find(STEP | {"MASTER_ADDR": "a", "MASTER_PORT": "5", "PMI_SIZE": "4", "PMI_RANK": "3"})
+    assert (given.launcher, given.address, given.port) == ("srun", "a", 5)
+    assert find(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == Environment("srun")
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    lists = {"gpu[003-010,12],login1": "gpu003", "a1,b2": "a1", "one": "one", "rack2-[7,9]-ib": "rack2-7-ib"}
+    assert {nodes: first_host(nodes) for nodes in lists} == lists
+    assert [is_first(v) for v in ({}, BY_HAND, {"OMPI_COMM_WORLD_RANK": "1"}, STEP, {"SLURM_PROCID": "1"})] == [
+        *(True, False, False, False, True)
+    ]
+    assert free_port() in environment.PORTS
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (without(BY_HAND, "MASTER_ADDR", "MASTER_PORT"), "WORLD_SIZE is 4 without MASTER_ADDR, MASTER_PORT; start .* torchrun"),
+        (without(BY_HAND, "WORLD_SIZE"), "RANK is 1 without WORLD_SIZE; unset it, or start"),
+        (BY_HAND | {"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4; it must be below. Unset both, or start"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1 and WORLD_SIZE 1"),
+        (BY_HAND | {"RANK": "-1"}, "RANK is -1, 0 or more was wanted"),
+        (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', a number was wanted"),
+        (BY_HAND | {"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, 1 or more"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and LOCAL_WORLD_SIZE 2"),
+        (
+            BY_HAND | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            "WORLD_SIZE is 4 and SLURM_NTASKS 2; unset RANK and WORLD_SIZE, and srun's are taken",
+        ),
+        (BY_HAND | STEP, "RANK is 1 and SLURM_PROCID 3; unset RANK and WORLD_SIZE"),
+        (
+            BY_HAND | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+            "WORLD_SIZE is 4 and OMPI_COMM_WORLD_SIZE 2; .* mpirun's are taken",
+        ),
+        (without(STEP, "SLURM_LOCALID"), "SLURM_STEP_NUM_TASKS is 4 without SLURM_LOCALID"),
+        (STEP | {"SLURM_PROCID": "4"}, "SLURM_PROCID is 4 and SLURM_STEP_NUM_TASKS 4"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2x2"}, "SLURM_STEP_TASKS_PER_NODE is '2x2'"),
+        (without(STEP, "SLURM_STEP_NODELIST"), "set MASTER_ADDR"),
+    ],
+)
+def test_contradictions_are_refused_by_name(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(WrongInput, match=words):
+        find(variables)
+
+
+def test_mpirun_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # makes the import fail
+    with pytest.raises(WrongInput, match=r"OMPI_COMM_WORLD_SIZE is 2, .* pip install mpi4py"):
+        find({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+
+
+# ---------------------------------------------------------------------------------------------- real launchers
+
+FAKE_SRUN = """#!/usr/bin/env bash
+# Runs a command once for each task of SLURM_NNODES machines, all of them this one, as srun does; passes signals on.
+while [[ $1 == -* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=$SLURM_NNODES SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NNODES)" SLURM_LOCALID=0
+export SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST
+pids=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+  SLURM_PROCID=$node SLURM_NODEID=$node "$@" &
+  pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+worst=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
+  [ "$code" -gt "$worst" ] && worst=$code
+done
+exit "$worst"
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+case $1 in
+  show) printf '127.0.0.1\\n127.0.0.2\\n' ;;
+  requeue) echo "$2" >>"$REQUEUED" ;;
+esac
+"""
+STEPS, SHORT = 120, 12
+COMMON = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--eval-every", "0", "--optimizer", "adafaclo"]
+COMMON += ["--weights", "demo", "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert gpt2.main([*COMMON, "--steps", str(STEPS), "--out", str(out)]) == 0
+    assert (out / "DONE").read_text() == f"{STEPS} steps\n"
+    return losses(out)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables of a job on two machines, and programs that act as SLURM's."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables |= {"REQUEUED": str(folder / "requeued"), "RANKS_PER_NODE": "1", "LOCAL_ADDR": "127.0.0.1", "WAIT": "0"}
+    return {**variables, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def started(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return subprocess.Popen(command, env=os.environ | shared | variables, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def finished(processes: list[subprocess.Popen[str]]) -> str:
+    """What processes that must end well have written to stderr."""
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)[-6000:]
+    return "".join(said)
+
+
+def check_curve(out: Path, wanted: list[float], steps: int) -> None:
+    found = losses(out)
+    assert len(found) == steps
+    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
+    assert max(abs(a - b) for a, b in zip(found, wanted[:steps], strict=True)) <= 1e-4
+    assert found[-1] < found[0] - 0.2  # a curve of learning
+
+
+def test_mpirun_follows_one_process(plain: list[float], tmp_path: Path) -> None:
+    if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
+        pytest.skip("there is no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi")
+    out = tmp_path / "run"
+    command = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", "2", sys.executable]
+    said = finished([started([*command, "launch/gpt2.py", *COMMON, "--steps", str(SHORT), "--out", str(out)], {})])
+    assert "gpt2.py: mpirun: rank 0 of 2, 0 of 2 on this machine; they meet at 127.0.0.1:" in said
+    assert said.count("gpt2.py:") == 1  # rank 0 alone
+    check_curve(out, plain, SHORT)
+
+
+def test_srun_follows_one_process(plain: list[float], slurm: dict[str, str], tmp_path: Path) -> None:
+    direct = {**slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = [*COMMON, "--steps", str(SHORT), "--out", str(tmp_path / "run")]
+    said = finished([started(["srun", sys.executable, "launch/gpt2.py", *common], direct)])
+    assert "gpt2.py: srun: rank 0 of 2, 0 of 1 on this machine; they meet at 127.0.0.1:" in said
+    check_curve(tmp_path / "run", plain, SHORT)
+
+
+def test_a_job_on_one_machine_starts_its_ranks(slurm: dict[str, str], tmp_path: Path) -> None:
+    """With a program in Python's place: the ranks of torchrun have their test below."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$*" >"$CALLED"\n')
+    stub.chmod(0o755)
+    variables = {**slurm, "PYTHON": str(stub), "CALLED": str(tmp_path / "called")}
+    command = ["launch/slurm/one_node.sbatch", "--out", "x", "--save-every=5"]
+    said = finished([started(command, {**variables, "RANKS_PER_NODE": "3"})])
+    assert "resume_loop.sh: done after 1 attempt(s)" in said
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=3"
+    assert (tmp_path / "called").read_text() == f"{torchrun} launch/gpt2.py --out x --save-every=5 --resume auto\n"
+
+
+def test_two_agents_of_torchrun_follow_one_process(plain: list[float], slurm: dict[str, str], tmp_path: Path) -> None:
+    """torchrun --nnodes=2, by nodes.sbatch; which gets SIGTERM first, saves, goes back into the queue and is started again."""
+    out = tmp_path / "run"
+    command = ["launch/slurm/nodes.sbatch", *COMMON, "--steps", str(STEPS), "--save-every", "1000", "--out", str(out)]
+    process = started(command, {**slurm, "PORT": str(free_port())})
+    try:
+        wait_for_rows(out, 3)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, said[-6000:]
+    (step,) = published_in(out)
+    assert 3 <= step < STEPS
+    assert len(losses(out)) == step  # none that is not saved
+    assert Path(slurm["REQUEUED"]).read_text() == "12\n"
+    said = finished([started(command, {**slurm, "PORT": str(free_port())})])
+    assert "gpt2.py: torchrun: rank 0 of 2, 0 of 1 on this machine; they meet at 127.0.0.1:" in said
+    assert f"goes on after step {step} from" in said
+    check_curve(out, plain, STEPS)
+
+
+def wait_for_rows(out: Path, count: int) -> None:
+    path = out / "metrics.jsonl"
+    wait_for(lambda: path.is_file() and path.read_text().count("\n") >= count)
+
+
+def wait_for(holds: Callable[[], bool], limit_s: float = 120) -> None:
+    end = time.monotonic() + limit_s
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not so after {limit_s} s")
+        time.sleep(0.02)
