@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import sys
@@ -31,9 +30,9 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from bench_demo import environment, markdown  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, build  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+from record import environment, markdown, write  # noqa: E402
 
 import pylo_dist  # noqa: E402
 from pylo_dist import ops  # noqa: E402
@@ -380,8 +379,7 @@ def main() -> int:
         "measured": rows,
         "computed": computed_rows(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
     print(measured_table(rows))
     print("\nComputed, GB (NCCL, float32, buckets of 25 MB):\n")
     print(computed_table(result["computed"]))
