@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later it would keep the process group alive beyond its end
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
@@ -100,6 +101,8 @@ class Trainee:
             self.inner = self.optimizer.optim
         else:
             options = parse(["--preset", "micro", "--parallel", layout, "--qkv", config.qkv])
+            if layout == "tp" and not self.learned:
+                arguments = {}  # a fused step takes no DTensors beside other tensors
             if layout in ("zero1", "zero2"):
                 arguments = {**arguments, "bucket_cap_mb": bucket_cap_mb}
             self.called, self.optimizer = spread(
@@ -166,10 +169,27 @@ class Trainee:
         self.step(loss)
         return loss.detach()
 
+    def parameter_bytes(self) -> int:
+        """Of what this rank holds of the parameters between steps."""
+        return sum(num_bytes(getattr(param, "ds_tensor", param)) for param in self.model.parameters())
+
+    def state_bytes(self) -> int:
+        """Of what this rank holds of the optimizer's state, 0-d step counts left out."""
+        if self.layout in DEEPSPEED and self.learned:
+            return sum(row["state_bytes"] for row in self.inner.report())
+        entries = self.inner.state.values()
+        return sum(num_bytes(t) for entry in entries for t in entry.values() if isinstance(t, Tensor) and t.dim())
+
     def settle(self) -> None:
         """Until all parameters are there."""
         if self.layout in ("zero1", "zero2"):
             self.model.state_dict()
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of this rank's part of a DTensor."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
 
 
 def device_of(rank: int) -> torch.device:
