@@ -176,20 +176,10 @@ def seconds_per_parameter(device: torch.device, rounds: int, blocks: int | None)
     return {entry.name: median(entry.seconds["step"]) / entry.numel for entry in entries}
 
 
-def goal_ratio(
-    token_s: float,
-    adamw_s: float,
-    learned_s: float,
-    small_s: float,
-    *,
-    parameters: int,
-    ranks: int,
-    tokens: int,
-    common_s: float = 0.0,
-) -> float:
+def goal_ratio(token_s: float, adamw_s: float, learned_s: float, small_s: float, parameters: int) -> float:
     """The learned optimizer's tokens per second over AdamW's, see the top of this file."""
-    shared = tokens * token_s + common_s
-    return (shared + parameters * adamw_s / ranks) / (shared + parameters * learned_s / ranks + small_s)
+    shared, share = GOAL_TOKENS * token_s, parameters / GOAL_RANKS
+    return (shared + share * adamw_s) / (shared + share * learned_s + small_s)
 
 
 def goal(runs: Sequence[dict[str, Any]], settings: Settings, quick: bool) -> dict[str, Any]:

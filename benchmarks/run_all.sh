@@ -9,6 +9,7 @@
 #   --plots FOLDER  where the plots go; default: docs, or --out where that is given
 #   --pylo FOLDER   PyLO's source, --dion FOLDER: that of microsoft/dion; without them their rows say that they are absent
 #   --python FILE   default: .venv/bin/python
+#   --patience N    multiplies the time limits, for a machine that is busy; default: 1
 #
 # Every step has a time limit. One that fails does not stop the others; it is named at the end, and the exit code is 1.
 set -euo pipefail
@@ -16,10 +17,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 
 usage() {
-  sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-quick=0 out="" plots="" python="$root/.venv/bin/python"
+quick=0 out="" plots="" patience=1 python="$root/.venv/bin/python"
 folders=()
 pylo=()
 while [ $# -gt 0 ]; do
@@ -35,7 +36,7 @@ while [ $# -gt 0 ]; do
       ;;
   esac
   [ $# -ge 2 ] || {
-    echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, the last five with a value; see --help" >&2
+    echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, --patience, all but the first with a value; see --help" >&2
     exit 2
   }
   case "$1" in
@@ -47,8 +48,9 @@ while [ $# -gt 0 ]; do
       ;;
     --dion) folders+=(--dion "$2") ;;
     --python) python=$2 ;;
+    --patience) patience=$2 ;;
     *)
-      echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python; see --help" >&2
+      echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, --patience; see --help" >&2
       exit 2
       ;;
   esac
@@ -76,7 +78,7 @@ begin=$SECONDS
 run() {
   local name=$1 limit=$2 script=$3 start=$SECONDS code=0
   shift 3
-  timeout --kill-after=10 "$limit" "$python" "$here/$script" "$@" >"$logs/$name" 2>&1 || code=$?
+  timeout --kill-after=10 "$((limit * patience))" "$python" "$here/$script" "$@" >"$logs/$name" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then
     failed+=("$name (exit code $code)")
     tail -n 20 "$logs/$name" >&2
