@@ -11,19 +11,13 @@ on a busy one still comparable.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +27,7 @@ for _folder in (ROOT, ROOT / "launch"):
 import gpt2  # noqa: E402
 from model import PRESETS  # noqa: E402
 from options import parse  # noqa: E402
+from record import environment, markdown, write  # noqa: E402
 from watch import Row  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "demo_vs_adamw.json"
@@ -93,30 +88,6 @@ def run_once(**flags: Any) -> Run:
     return Run(losses, cpu_seconds, share)
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
-    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "hardware": {"cpu": cpu, "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the demo weights against AdamW; about 20 minutes on one CPU core.")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -166,8 +137,7 @@ def main() -> int:
         "demo_over_best_adamw": round(means["demo weights"] / best, 4),
         "runs": runs,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
 
     middle = list(range(settings["eval_every"], args.steps, settings["eval_every"]))
     head = ["optimizer", *(f"step {step}" for step in middle), f"step {args.steps}", "spread (sd)", "CPU seconds per run"]

@@ -1,6 +1,6 @@
 """Measure what a rank holds against a formula; write results/memory.json and print the table of the README.
 
-    python benchmarks/bench_memory.py               # about 2 minutes on two CPU cores
+    python benchmarks/bench_memory.py               # about 4 minutes on two CPU cores
     python benchmarks/bench_memory.py --large       # GPT-2 124m on two ranks too: 7 GB, 3 minutes more
 
 Counted are the bytes that torch allocates, from before the model is built, by torch.profiler's memory events: parameters,
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from bench_demo import environment, markdown  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, build  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+from record import environment, markdown, write  # noqa: E402
 
 import pylo_dist  # noqa: E402
 from pylo_dist import ops  # noqa: E402
@@ -45,6 +44,8 @@ MB = 1e6
 # Of a learned optimizer's step on a CPU: chunks of features in plain PyTorch (see reference.py), none in the compiled passes.
 SCRATCH = 120 * 4 * CHUNK_CPU if ops.library("cpu") else 0  # library() says why there is none
 # 6.4M parameters, of which no tensor is large: what is measured is the layout, not one embedding.
+LAYOUTS = ("ddp", "zero1", "zero2", "fsdp2", "hsdp", "tp", "torch zero", "deepspeed1", "deepspeed2", "deepspeed3")
+LAYOUT_CASES = [(layout, optimizer) for layout in LAYOUTS for optimizer in ("AdafacLO", "AdamW")]
 SMALL = GPTConfig(vocab_size=256, block_size=32, n_layer=8, n_head=4, n_embd=256, init_std=0.03)
 TOKENS = 8
 
@@ -223,6 +224,86 @@ def num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes of one rank in a layout: of parameters and state between steps, and the peak of a step, transients included."""
+
+    parameters: int
+    state: int
+    peak: int
+
+
+def measure_layouts(
+    rank: int, world: int, config: GPTConfig, cases: Sequence[tuple[str, str]], bucket_cap_mb: float
+) -> dict[str, Held | str]:
+    """By "optimizer, layout" what this rank holds, or why it could not be had; for `run_ranks`. `cases`: layout and optimizer."""
+    from trainees import Trainee  # which needs what only some of these layouts need
+
+    warnings.simplefilter("ignore")
+    found: dict[str, Held | str] = {}
+    for layout, optimizer in cases:
+        name, trainee = f"{optimizer}, {layout}", None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            try:
+                trainee = Trainee(layout, optimizer, config, bucket_cap_mb=bucket_cap_mb, device=torch.device("cpu"))
+            except ImportError as error:  # alike on all ranks: one installation
+                found[name] = str(error)
+                continue
+            idx = trainee.tokens(1, TOKENS)
+            trainee.train(idx)
+            with record_function("memory: step"):
+                trainee.train(idx)
+        found[name] = Held(trainee.parameter_bytes(), trainee.state_bytes(), peaks_of(profiler)["step"])
+        del trainee
+        gc.collect()
+        if rank == 0:
+            print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    return found
+
+
+def by_layout(
+    config: GPTConfig, ranks: int, cases: Sequence[tuple[str, str]], bucket_cap_mb: float
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Bytes per parameter of the model on the rank with the highest peak, by layout and optimizer; and why some are absent."""
+    per_rank = run_ranks(ranks, measure_layouts, config, list(cases), bucket_cap_mb)
+    elements = sum(math.prod(shape) for shape in shapes_of(config).values())
+    rows, absent = [], {}
+    for layout, optimizer in cases:
+        name = f"{optimizer}, {layout}"
+        held = [found[name] for found in per_rank]
+        if isinstance(held[0], str):
+            absent[name] = held[0]
+            continue
+        worst = max(held, key=lambda h: h.peak)
+        per_parameter = {key: round(value / elements, 3) for key, value in asdict(worst).items()}
+        all_state = sum(h.state for h in held)
+        rows.append(
+            {
+                "layout": layout,
+                "optimizer": optimizer,
+                "ranks": ranks,
+                "bytes": asdict(worst),
+                "bytes_per_parameter": per_parameter,
+                "state_bytes_of_all_ranks": all_state,
+            }
+        )
+    return rows, absent
+
+
+def layout_table(rows: list[dict[str, Any]]) -> str:
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    keys = ("parameters", "state", "peak")
+    lines = [["bytes per parameter and rank", *(f"{optimizer}: {', '.join(keys)}" for optimizer in optimizers)]]
+    for layout in layouts:
+        cells = []
+        for optimizer in optimizers:
+            own = next((r["bytes_per_parameter"] for r in rows if (r["layout"], r["optimizer"]) == (layout, optimizer)), None)
+            cells.append("-" if own is None else ", ".join(f"{own[key]:.2f}" for key in keys))
+        lines.append([layout, *cells])
+    return markdown(lines)
+
+
 def raw_events(profiler: profile) -> list[Any]:
     """The events of a profile as they were taken; `profiler.events()` would first sort them into a tree, which takes minutes."""
     assert profiler.profiler is not None
@@ -362,27 +443,38 @@ def computed_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the memory of a rank against the formula.")
+    parser.add_argument("--quick", action="store_true", help="ZeRO on two ranks only, layouts with two blocks of the model")
+    parser.add_argument("--layout-ranks", type=int, default=4, help="of the table by layout; a multiple of 2")
     parser.add_argument("--large", action="store_true", help="GPT-2 124m on two ranks too")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     found = environment()  # before the runs: the commit that was measured
-    load = os.getloadavg()[0]
     rows = compare("6.4M", SMALL, 2, CASES, 0.5, 2)
-    rows += compare("6.4M", SMALL, 4, [case for case in CASES if case[0] == "AdafacLO" and case[1]], 0.5, 2)
+    if not args.quick:
+        rows += compare("6.4M", SMALL, 4, [case for case in CASES if case[0] == "AdafacLO" and case[1]], 0.5, 2)
     if args.large:
         rows += compare("124m", PRESETS["124m"], 2, [case for case in CASES if case[1]], 25.0, 0)
+    layout_config = replace(SMALL, qkv="split", n_layer=2 if args.quick else SMALL.n_layer)  # split, for tensor parallelism
+    layout_rows, absent = by_layout(layout_config, args.layout_ranks, LAYOUT_CASES, 0.5)
     result = {
         "what": "bytes that torch allocates on a rank, measured with torch.profiler, beside the formula of bench_memory.py",
         **found,
+        "quick": args.quick,
         "backend": "gloo",
-        "load_average": load,
         "settings": {"tokens": TOKENS, "dtype": "float32", "scratch_bytes": SCRATCH},
         "measured": rows,
+        "layouts": {
+            "ranks": args.layout_ranks,
+            "model": asdict(layout_config),
+            "parameters": sum(math.prod(shape) for shape in shapes_of(layout_config).values()),
+            "rows": layout_rows,
+            "absent": absent,
+        },
         "computed": computed_rows(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
     print(measured_table(rows))
+    print(f"\n{args.layout_ranks} ranks, {result['layouts']['parameters']:,} parameters:\n\n{layout_table(layout_rows)}")
     print("\nComputed, GB (NCCL, float32, buckets of 25 MB):\n")
     print(computed_table(result["computed"]))
     return 0

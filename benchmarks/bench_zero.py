@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import os
 import sys
 import time
@@ -43,11 +42,11 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from bench_demo import environment, markdown  # noqa: E402
 from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
 from golden_cases import velo_weights  # noqa: E402
 from model import PRESETS, GPTConfig, build  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+from record import environment, markdown, write  # noqa: E402
 
 import pylo_dist  # noqa: E402
 from pylo_dist import comm  # noqa: E402
@@ -593,8 +592,7 @@ def main() -> int:
         "runs": runs,
         "state_as_promised": {f"{run['ranks']} ranks": promise(run, settings) for run in runs},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
     print("\n\n".join(tables(run, settings) for run in runs))
     return 0
 
