@@ -3,15 +3,16 @@
     python benchmarks/bench_step.py --device cpu --pylo ../pylo
 
 On a CPU the figure is CPU time per parameter and core, and every contender of a list takes its turn in every round, so that a
-busy machine slows all alike; medians of the rounds. Beside them the ceilings of the same rounds: on a CPU fma_peak.cpp (chains of
-fused multiply-adds in registers; without a compiler a matrix product, which is less), on a GPU a large float32 matrix product, and
-a copy that no cache holds. Every rule is also given as its share of both. PyLO allocates a great deal, so the whole comparison runs
-once as glibc ships and once with an allocator that keeps its memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_). On a GPU:
-milliseconds between device events, and kernel launches; on a CPU the operators called instead.
+busy machine slows all alike; medians of the rounds. Beside them the ceilings of the same rounds: on a CPU fma_peak.cpp (chains
+of fused multiply-adds in registers; without a compiler a matrix product, which is less), on a GPU a large float32 matrix
+product, and a copy that no cache holds. Every rule is also given as its share of both. PyLO allocates a great deal, so the whole
+comparison runs once as glibc ships and once with an allocator that keeps its memory (MALLOC_TRIM_THRESHOLD_,
+MALLOC_MMAP_THRESHOLD_). On a GPU: milliseconds between device events, and kernel launches; on a CPU the operators called.
 
 By default a CPU takes --blocks 2 of a model's blocks and leaves its token embedding out (figures are per parameter; --full takes
-whole models, one contender at a time, and PyLO on all of them). --quick: one layer, one allocator, under a minute. Meta-weights are
-random of the published sizes: they cost what learned ones do. Writes results/step_<device>.json (step_<device>_quick.json).
+whole models, one contender at a time, and PyLO on all of them). --quick: one layer, one allocator, under a minute. Meta-weights
+are random of the published sizes: they cost what learned ones do. Writes results/step_<device>.json, or with --quick
+results/step_<device>_quick.json.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ PASSES = ("gradient_pass", "moment_pass", "feature_pass", "update_pass")
 # bytes that the passes move per parameter (float32) and their flops, see csrc/README.md
 BYTES = {"small_fc": 72, "velo": 72, "celo2": 72}
 FLOPS = {"small_fc": 3200, "velo": 200, "celo2": 500}
-FAST_CORE = (
-    245.0  # GFLOP/s of a core that runs two 512-bit fused multiply-adds a cycle; what it would take is computed, not measured
-)
+FAST_CORE = 245.0  # GFLOP/s with two 512-bit fused multiply-adds a cycle; what such a core would take is computed
+COMPUTED = f"computed: ns on a core of {FAST_CORE:g} GFLOP/s at that share"
 
 
 def transformer(width: int, blocks: int, positions: int, tokens: int) -> Shapes:
@@ -86,7 +86,7 @@ def random_weights(architecture: str) -> dict[str, torch.Tensor]:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that are called, views left out: the least number of kernels that a GPU would launch."""
+    """Counts the operators that are called, views left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Contender:
         def normal(shape: Sequence[int]) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        self.name, self.kernels, self.device = name, kernels, device
+        self.name, self.kernels, self.compiled, self.device = name, kernels, compiled, device
         self.params = [torch.nn.Parameter(0.02 * normal(shape)) for shape in shapes]
         for p in self.params:
             p.grad = 1e-2 * normal(p.shape)
@@ -173,11 +173,11 @@ class Contender:
     def row(self) -> dict[str, float]:
         """Nanoseconds per parameter and the operators called; on a GPU the milliseconds and kernel launches of a step."""
         row = {key: round(1e9 * median(values) / self.numel, 3) for key, values in self.seconds.items()}
-        if self.device == "cpu":
+        if self.device == "cpu" and not self.compiled:  # counting keeps torch.compile from its work
             with Calls() as calls:
                 self.step()
             row["operators"] = calls.count
-        else:
+        elif self.device != "cpu":
             row["ms"] = round(1e3 * median(self.seconds["step"]), 3)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 self.step()
@@ -287,7 +287,7 @@ class Ceilings:
         if self.device == "cpu":
             share = gflops / median(self.gflops)
             row["share of the FMA peak"] = round(share, 3)
-            row[f"computed: ns on a core of {FAST_CORE:g} GFLOP/s at that share"] = round(FLOPS[rule] / (share * FAST_CORE), 2)
+            row[COMPUTED] = round(FLOPS[rule] / (share * FAST_CORE), 2)
         return row
 
 
@@ -382,18 +382,11 @@ def table(lists: dict[str, Any], device: str) -> str:
     for name in names if device != "cpu" else ():
         rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
         lines.append([f"{name}, launches", *("-" if row is None else str(row["launches"]) for row in rows)])
-    figures = (
-        "share of the FMA peak",
-        "share of the copy bandwidth",
-        f"computed: ns on a core of {FAST_CORE:g} GFLOP/s at that share",
-    )
     for name in names:
-        for figure in (*figures, "operators"):
-            rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
+        rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
+        for figure in ("share of the FMA peak", "share of the copy bandwidth", COMPUTED, "operators"):
             if any(row and figure in row for row in rows):
-                lines.append(
-                    [f"{name}, {figure}", *("-" if row is None or figure not in row else str(row[figure]) for row in rows)]
-                )
+                lines.append([f"{name}, {figure}", *("-" if row is None else str(row.get(figure, "-")) for row in rows)])
     for figure in ("GFLOP/s", "GB/s"):
         lines.append([f"ceiling, {figure}", *(str(lists[column]["ceilings"][figure]) for column in columns)])
     return markdown(lines)
