@@ -137,26 +137,27 @@ def test_eight_virtual_ranks_and_two_runs(name: str, figures: list[str]) -> None
     figures.append(f"kernels | {name} | 8 virtual ranks: {equal:.1%} of the elements bit-equal to the uncut run after 20 steps")
 
 
-def trained_weights() -> dict[str, dict[str, Any]]:
-    """Settings with learned numbers: the demo weights, VeLO's release, and those in the folder PYLO_DIST_TRAINED_WEIGHTS names."""
-    found: dict[str, dict[str, Any]] = {"demo": {"name": "adafac", "weights": "demo"}}
-    found["VeLO release"] = {"name": "velo", "weights": velo_weights("release")}
-    folder = os.environ.get("PYLO_DIST_TRAINED_WEIGHTS")
-    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
-        rules = {"small_fc": "adafac", "velo": "velo", "celo2": "celo2_base"}
-        rule = next((rule for name, rule in rules.items() if name in path.stem), None)
-        if rule is not None:
-            found[path.name] = {"name": rule, "weights": str(path)}
+TRAINED = "PYLO_DIST_TRAINED_WEIGHTS"  # names a folder of .safetensors files, which licences keep out of the repository
+
+
+def trained_weights() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Rule and settings by label: the built-in demo weights, and files whose name begins with that of an architecture."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {"demo": ("adafac", {"weights": "demo"})}
+    rules = {"small_fc": "adafac", "velo": "velo", "celo2": "celo2_base"}
+    for path in sorted(Path(os.environ[TRAINED]).glob("*.safetensors")) if TRAINED in os.environ else ():
+        rule = next((rule for name, rule in rules.items() if path.stem.startswith(name)), None)
+        if rule is not None:  # at this rate an update is no small part of its parameter, whose rounding would hide errors
+            found[path.name] = (rule, {"weights": str(path), "lr": 1.0})
     return found
 
 
 def test_errors_with_trained_weights(figures: list[str]) -> None:
-    """Trained numbers leave less to rounding luck than random ones: larger weights, features that cancel. The same bound holds."""
-    for label, setting in trained_weights().items():
+    """Trained numbers are larger than random ones and make features cancel; the same bound holds for them."""
+    for label, (name, settings) in trained_weights().items():
         params, grads, losses = random_problem(random.Random(label), steps=4)
         problem: Problem = params, [{k: None if g is None else 1e-2 * g for k, g in step.items()} for step in grads], losses
         truth, oracle, ours = (
-            run(setting["name"], p, kernels=kernels, weights=setting["weights"])
+            run(name, p, kernels=kernels, **settings)
             for p, kernels in ((in_float64(problem), True), (problem, False), (problem, True))
         )
         squares = [0.0, 0.0]
