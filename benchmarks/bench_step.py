@@ -3,22 +3,29 @@
     python benchmarks/bench_step.py --device cpu --pylo ../pylo
 
 On a CPU the figure is CPU time per parameter and core, and every contender of a list takes its turn in every round, so that a
-busy machine slows all alike; medians of the rounds. Beside them the ceilings of the same rounds: a large float32 matrix product
-and a copy that no cache holds. PyLO allocates a great deal, so the whole comparison runs once as glibc ships and once with an
-allocator that keeps its memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_). On a GPU: milliseconds between device events.
+busy machine slows all alike; medians of the rounds. Beside them the ceilings of the same rounds: on a CPU fma_peak.cpp (chains
+of fused multiply-adds in registers; without a compiler a matrix product, which is less), on a GPU a large float32 matrix
+product, and a copy that no cache holds. Every rule is also given as its share of both. PyLO allocates a great deal, so the whole
+comparison runs once as glibc ships and once with an allocator that keeps its memory (MALLOC_TRIM_THRESHOLD_,
+MALLOC_MMAP_THRESHOLD_). On a GPU: milliseconds between device events, and kernel launches; on a CPU the operators called.
 
 By default a CPU takes --blocks 2 of a model's blocks and leaves its token embedding out (figures are per parameter; --full takes
-all). Meta-weights are random of the published sizes: they cost what learned ones do. Writes results/step_<device>.json.
+whole models, one contender at a time, and PyLO on all of them). --quick: one layer, one allocator, under a minute. Meta-weights
+are random of the published sizes: they cost what learned ones do. Writes results/step_<device>.json, or with --quick
+results/step_<device>_quick.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,6 +35,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,8 +50,10 @@ Shapes = list[tuple[int, ...]]
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
 PASSES = ("gradient_pass", "moment_pass", "feature_pass", "update_pass")
 # bytes that the passes move per parameter (float32) and their flops, see csrc/README.md
-BYTES = {"small_fc": 68, "velo": 88, "celo2": 68}
+BYTES = {"small_fc": 72, "velo": 72, "celo2": 72}
 FLOPS = {"small_fc": 3200, "velo": 200, "celo2": 500}
+FAST_CORE = 245.0  # GFLOP/s with two 512-bit fused multiply-adds a cycle; what such a core would take is computed
+COMPUTED = f"computed: ns on a core of {FAST_CORE:g} GFLOP/s at that share"
 
 
 def transformer(width: int, blocks: int, positions: int, tokens: int) -> Shapes:
@@ -75,16 +85,41 @@ def random_weights(architecture: str) -> dict[str, torch.Tensor]:
     }
 
 
-class Contender:
-    """An optimizer over its own copy of a list of tensors. `kernels`: whether the compiled passes are allowed."""
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called, views left out."""
 
-    def __init__(self, name: str, shapes: Shapes, device: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Contender:
+    """An optimizer over its own copy of a list of tensors.
+
+    Args:
+        kernels: whether the compiled passes are allowed.
+        compiled: whether torch.compile serves the plain features.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shapes: Shapes,
+        device: str,
+        build: Callable[[Any], Any],
+        kernels: bool = True,
+        compiled: bool = False,
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(shape: Sequence[int]) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        self.name, self.kernels, self.device = name, kernels, device
+        self.name, self.kernels, self.compiled, self.device = name, kernels, compiled, device
         self.params = [torch.nn.Parameter(0.02 * normal(shape)) for shape in shapes]
         for p in self.params:
             p.grad = 1e-2 * normal(p.shape)
@@ -94,10 +129,16 @@ class Contender:
         learned = isinstance(self.optimizer, pylo_dist.LearnedOptimizer) or type(self.optimizer).__module__.startswith("pylo.")
         self.arguments = (self.loss,) if learned else ()
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        eager = reference._fill_features
+        self.fill = torch.compile(eager, dynamic=False) if compiled else eager
 
     def step(self) -> None:
-        with ops.use_kernels(self.kernels):
-            self.optimizer.step(*self.arguments)
+        eager, reference._fill_features = reference._fill_features, self.fill
+        try:
+            with ops.use_kernels(self.kernels):
+                self.optimizer.step(*self.arguments)
+        finally:
+            reference._fill_features = eager
 
     def measure(self) -> None:
         """One step: seconds of it, and of each compiled pass."""
@@ -130,9 +171,13 @@ class Contender:
         return timed
 
     def row(self) -> dict[str, float]:
-        """Nanoseconds per parameter; on a GPU the milliseconds and kernel launches of a step as well."""
+        """Nanoseconds per parameter and the operators called; on a GPU the milliseconds and kernel launches of a step."""
         row = {key: round(1e9 * median(values) / self.numel, 3) for key, values in self.seconds.items()}
-        if self.device != "cpu":
+        if self.device == "cpu" and not self.compiled:  # counting keeps torch.compile from its work
+            with Calls() as calls:
+                self.step()
+            row["operators"] = calls.count
+        elif self.device != "cpu":
             row["ms"] = round(1e3 * median(self.seconds["step"]), 3)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 self.step()
@@ -177,8 +222,25 @@ def pylo_makers(folder: str) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+def fma_peak() -> Callable[[], float] | None:
+    """Work whose float32 operations it gives: chains of fused multiply-adds in registers. None without a C++ compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fma_peak.so"
+        flags = ["-O2", "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC"]
+        source = str(ROOT / "benchmarks" / "fma_peak.cpp")
+        if subprocess.run([compiler, *flags, source, "-o", str(path)], check=False).returncode != 0:
+            return None
+        call = ctypes.CDLL(str(path)).fma_flops
+    call.restype, call.argtypes = ctypes.c_double, (ctypes.c_int64, ctypes.POINTER(ctypes.c_float))
+    out = ctypes.c_float()
+    return lambda: call(1_000_000, ctypes.byref(out))
+
+
 class Ceilings:
-    """What the machine can do, measured beside the steps: float32 flops of a matrix product, bytes of a copy."""
+    """What the machine can do, measured beside the steps: float32 operations, and bytes of a copy."""
 
     def __init__(self, device: str) -> None:
         n = 1024 if device == "cpu" else 8192
@@ -186,6 +248,8 @@ class Ceilings:
         self.source = torch.randn((1 << 25) if device == "cpu" else (1 << 29), device=device)
         self.target = torch.empty_like(self.source)
         self.device = device
+        self.peak = fma_peak() if device == "cpu" else None
+        self.what = "matrix product" if self.peak is None else "fused multiply-adds in registers"
         self.gflops: list[float] = []
         self.gbytes: list[float] = []
 
@@ -202,11 +266,29 @@ class Ceilings:
         return 1e-3 * start_event.elapsed_time(end_event)
 
     def measure(self) -> None:
-        self.gflops.append(2e-9 * self.a.shape[0] ** 3 / self._seconds(lambda: torch.mm(self.a, self.b)))
+        done = 2.0 * self.a.shape[0] ** 3
+        if self.peak is None:
+            seconds = self._seconds(lambda: torch.mm(self.a, self.b))
+        else:
+            start = time.process_time()
+            done = self.peak()
+            seconds = time.process_time() - start
+        self.gflops.append(1e-9 * done / seconds)
         self.gbytes.append(8e-9 * self.source.numel() / self._seconds(lambda: self.target.copy_(self.source)))
 
-    def row(self) -> dict[str, float]:
-        return {"GFLOP/s": round(median(self.gflops), 1), "GB/s": round(median(self.gbytes), 2)}
+    def row(self) -> dict[str, Any]:
+        return {"GFLOP/s": round(median(self.gflops), 1), "of": self.what, "GB/s": round(median(self.gbytes), 2)}
+
+    def shares(self, rule: str, ns: float) -> dict[str, float]:
+        """What the passes of a rule reach at that many nanoseconds per parameter, and their shares of the ceilings."""
+        gbytes, gflops = BYTES[rule] / ns, FLOPS[rule] / ns
+        row = {"GB/s": round(gbytes, 2), "GFLOP/s": round(gflops, 1)}
+        row["share of the copy bandwidth"] = round(gbytes / median(self.gbytes), 3)
+        if self.device == "cpu":
+            share = gflops / median(self.gflops)
+            row["share of the FMA peak"] = round(share, 3)
+            row[COMPUTED] = round(FLOPS[rule] / (share * FAST_CORE), 2)
+        return row
 
 
 def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> dict[str, Callable[[], Contender]]:
@@ -214,8 +296,8 @@ def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> dict[st
     device = args.device
     found: dict[str, Callable[[], Contender]] = {}
 
-    def add(name: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
-        found[name] = partial(Contender, name, shapes, device, build, kernels)
+    def add(name: str, build: Callable[[Any], Any], kernels: bool = True, compiled: bool = False) -> None:
+        found[name] = partial(Contender, name, shapes, device, build, kernels, compiled)
 
     for rule in ("small_fc", "velo"):
         for precision in ("high",) if device == "cpu" else ("highest", "high", "medium"):
@@ -227,6 +309,8 @@ def contenders(args: argparse.Namespace, shapes: Shapes, small: bool) -> dict[st
     if small or device != "cpu":
         for rule in ("small_fc", "velo"):
             add(f"{rule}, plain PyTorch", ours(rule), kernels=False)
+            if args.compile:
+                add(f"{rule}, plain PyTorch with torch.compile", ours(rule), kernels=False, compiled=True)
     if args.pylo and (small or args.full):
         for rule, make in pylo_makers(args.pylo).items():
             add(f"{rule}, PyLO naive", make)
@@ -249,46 +333,28 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """All lists, in this process. A GPU takes one contender at a time: it is not shared, and its memory is dear."""
     result: dict[str, Any] = {}
     for name, shapes in tensor_lists(None if args.full or args.device != "cpu" else args.blocks).items():
-        if args.only and name not in args.only:
+        if (args.only and name not in args.only) or (args.quick and name != "1000x1000"):
             continue
         ceilings, makers = Ceilings(args.device), list(contenders(args, shapes, name == "1000x1000").values())
         rows: dict[str, dict[str, float]] = {}
-        for group in [makers] if args.device == "cpu" else [[maker] for maker in makers]:
+        for group in [makers] if args.device == "cpu" and not args.full else [[maker] for maker in makers]:
             rows.update(measure_in_turns(group, args.rounds, ceilings))
         for rule, row in rows.items():
             base = rule.split()[0]
             if base in BYTES and "," not in rule and rule != "celo2":
                 own = sum(row[p] for p in PASSES if p in row) or row["step"]
-                row["GB/s"], row["GFLOP/s"] = round(BYTES[base] / own, 2), round(FLOPS[base] / own, 1)
+                row.update(ceilings.shares(base, own))
         numel = sum(math.prod(shape) for shape in shapes)
         result[name] = {"parameters": numel, "tensors": len(shapes), "ceilings": ceilings.row(), "ns_per_parameter": rows}
         print(f"{name}: done", file=sys.stderr, flush=True)
     return result
 
 
-def compiled_reference(args: argparse.Namespace) -> dict[str, Any]:
-    """torch.compile of our plain features of one 1000 x 1000 tensor beside the same in eager, ns per parameter."""
-    shape = (1000, 1000)
-    contender = Contender("small_fc", [shape], args.device, ours("small_fc"), kernels=False)
-    contender.step()
-    eager = reference._fill_features
-    found = {}
-    for name, fill in (("eager", eager), ("torch.compile", torch.compile(eager, dynamic=False))):
-        reference._fill_features = fill
-        contender.step()
-        contender.seconds.clear()
-        for _ in range(args.rounds):
-            contender.measure()
-        found[name] = contender.row()["step"]
-    reference._fill_features = eager
-    return found
-
-
 def threads(args: argparse.Namespace) -> dict[str, float]:
     """Wall clock of one step with 1 thread over that with 2."""
     found = {}
     for rule in ("small_fc", "velo"):
-        entry = Contender(rule, [(1024, 4096)] * 2, "cpu", ours(rule))
+        entry = Contender(rule, [(1024, 4096)] * (1 if args.quick else 2), "cpu", ours(rule))
         walls: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(args.rounds + 1):
             for count, wall in walls.items():
@@ -316,6 +382,11 @@ def table(lists: dict[str, Any], device: str) -> str:
     for name in names if device != "cpu" else ():
         rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
         lines.append([f"{name}, launches", *("-" if row is None else str(row["launches"]) for row in rows)])
+    for name in names:
+        rows = [lists[column]["ns_per_parameter"].get(name) for column in columns]
+        for figure in ("share of the FMA peak", "share of the copy bandwidth", COMPUTED, "operators"):
+            if any(row and figure in row for row in rows):
+                lines.append([f"{name}, {figure}", *("-" if row is None else str(row.get(figure, "-")) for row in rows)])
     for figure in ("GFLOP/s", "GB/s"):
         lines.append([f"ceiling, {figure}", *(str(lists[column]["ceilings"][figure]) for column in columns)])
     return markdown(lines)
@@ -330,9 +401,12 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="whole models on a CPU, PyLO on all of them")
     parser.add_argument("--only", nargs="+", help="names of lists")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain PyTorch features")
+    parser.add_argument("--quick", action="store_true", help="one layer, three rounds, on a CPU one allocator: under a minute")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.rounds = min(args.rounds, 3)
     torch.set_num_threads(1)
     if args.inner:
         print(json.dumps(compare(args)))
@@ -343,9 +417,11 @@ def main() -> int:
         "paths": ops.paths(),
         "rounds": args.rounds,
         "blocks": None if args.full or args.device != "cpu" else args.blocks,
+        "quick": args.quick,
     }
     if args.device == "cpu":
-        for allocator, variables in (("glibc as shipped", {}), ("glibc keeping its memory", TUNED)):
+        allocators: list[tuple[str, dict[str, str]]] = [("glibc as shipped", {}), ("glibc keeping its memory", TUNED)]
+        for allocator, variables in allocators[:1] if args.quick else allocators:
             command = [sys.executable, __file__, "--inner", *sys.argv[1:]]
             done = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, check=True, text=True)
             result[allocator] = json.loads(done.stdout.splitlines()[-1])
@@ -356,10 +432,7 @@ def main() -> int:
         result["device"] = torch.cuda.get_device_name()
         result["lists"] = compare(args)
         print(table(result["lists"], args.device))
-    if args.compile:
-        result["torch_compile"] = compiled_reference(args)
-        print(f"plain PyTorch small_fc, ns per parameter: {result['torch_compile']}")
-    out = args.out or ROOT / "benchmarks" / "results" / f"step_{args.device}.json"
+    out = args.out or ROOT / "benchmarks" / "results" / f"step_{args.device}{'_quick' if args.quick else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     return 0

@@ -1,9 +1,9 @@
 // The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and writes; the kernels are in
 // cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
 //
-// The pointers of a call travel as an argument of the first kernel of a pass, so nothing is allocated, nothing waits for the host, and a
-// CUDA graph that captured a step keeps its own. Launches of a step for any number of tensors: A 2, B 2, C 2, VeLO's moments 1 (beyond
-// 400 tensors one more per 400 and pass).
+// The gradients' pointers travel as an argument of the first kernel of a pass, all others are sent when they change; so nothing is
+// allocated, nothing waits for the host, and a CUDA graph that captured a step keeps its own. Launches of a step: A 2, B 2, C 2, whatever
+// the number of tensors (an argument holds 4000 gradients, 2000 where directions are written; one more launch per 4000 after that).
 #include "bindings.h"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
@@ -85,19 +85,36 @@ void send(const Device& device, const void* from, int64_t bytes, void* to) {
   }
 }
 
-// The batch's memory on the device and what is known about it. Its tables are made in the first call, and again inside a graph that is
-// being captured, since that runs later and perhaps alone.
+// The batch's memory on the device and what is known about it. Its tables are made in the first call; by a graph, if that call is captured.
 struct Workspace {
   Plan plan;
   char* base;
+  Live* rows;  // on the device, of this pass
+  Live* sent;  // on the host: what is in them; null while a stream is being captured
 
-  Workspace(const Device& device, const Tensors_& workspace, const HostTables& host) {
+  Workspace(const Device& device, const Tensors_& workspace, const HostTables& host, Pass pass) {
+    make(device, workspace, host);
+    const bool captured = device.is_capturing();
+    rows = at<Live>(plan.live) + (pass + captured * PASSES) * host.num_items;
+    sent = captured ? nullptr : kept_rows(workspace, host) + pass * host.num_items;
+  }
+
+  static Live* kept_rows(const Tensors_& workspace, const HostTables& host) {
+    const int64_t bytes = host_bytes(host.num_items);
+    return reinterpret_cast<Live*>(static_cast<char*>(memory(workspace[1], bytes, ScalarType::Byte, "workspace[1]")) + sizeof(Plan));
+  }
+
+  static int64_t host_bytes(int64_t num_items) {
+    return static_cast<int64_t>(sizeof(Plan)) + PASSES * num_items * static_cast<int64_t>(sizeof(Live));
+  }
+
+  void make(const Device& device, const Tensors_& workspace, const HostTables& host) {
     check_list(workspace, 2, "workspace");
     base = static_cast<char*>(memory(workspace[0], 0, ScalarType::Byte, "workspace[0]"));
     STD_TORCH_CHECK(workspace[1].is_cpu(), "workspace[1] must be on the host");
     Plan* kept = static_cast<Plan*>(memory(workspace[1], sizeof(Plan), ScalarType::Byte, "workspace[1]"));
     const bool known = kept->magic == PLAN_MAGIC && kept->num_items == host.num_items && kept->num_boxes == host.num_boxes;
-    if (known && !device.is_capturing()) {
+    if (known) {
       plan = *kept;
       return;
     }
@@ -128,34 +145,45 @@ struct Workspace {
 
   Tables tables() const {
     return Tables{
-        at<Live>(plan.live), at<unsigned>(plan.counters), at<Item>(plan.items), at<Box>(plan.boxes), at<Job>(plan.jobs),
+        rows, at<unsigned>(plan.counters), at<Item>(plan.items), at<Box>(plan.boxes), at<Job>(plan.jobs),
         at<SideJob>(plan.side_jobs), at<int64_t>(plan.side_at), at<EntryJob>(plan.entry_jobs), at<LeadJob>(plan.lead_jobs),
         at<ItemRange>(plan.ranges), at<int64_t>(plan.normalisers_at), at<float>(plan.normalisers), at<uint32_t>(plan.networks),
         at<double>(plan.partials), plan.num_items, plan.num_jobs, plan.num_side_jobs, plan.num_entry_jobs, plan.num_lead_jobs};
   }
 };
 
-std::vector<Live> live_of(
-    const HostTables& host, const Ints& active, const TensorLists& lists, const std::vector<double*>* a, const std::vector<double*>* b) {
+// What the first kernel of a pass gets. The rows go ahead if one of the active items is not as it was in the last call.
+Head head_of(
+    const Device& device, const HostTables& host, const Ints& active, const TensorLists& lists, const std::vector<double*>* a,
+    const std::vector<double*>* b, const Workspace& space) {
   const std::vector<Tensors> tensors = pointers_of(host, active, lists);
-  std::vector<Live> live(static_cast<size_t>(host.num_items), Live{});
+  const size_t num_items = static_cast<size_t>(host.num_items);
+  const bool writes_directions = lists.directions && !lists.directions->empty();
+  std::vector<Live> rows(num_items, Live{});
+  if (space.sent) std::memcpy(rows.data(), space.sent, num_items * sizeof(Live));
+  std::vector<int64_t> words(num_items * (writes_directions ? 2 : 1), 0);
   for (int64_t i : active) {
     const Tensors& t = tensors[i];
     const Item& item = host.items[i];
-    live[i] = Live{
-        t.value, t.grad, t.momentum, t.rms, item.factored ? t.row : t.diag, t.col, t.direction, a ? (*a)[item.a_buffer] : nullptr,
-        b ? (*b)[item.b_buffer] : nullptr, t.value_type | t.grad_type << 2 | int64_t{1} << 4};
+    rows[i] = Live{
+        t.value, nullptr, t.momentum, t.rms, item.factored ? t.row : t.diag, t.col, nullptr, a ? (*a)[item.a_buffer] : nullptr,
+        b ? (*b)[item.b_buffer] : nullptr, 0};
+    const int64_t grad = reinterpret_cast<int64_t>(t.grad);
+    STD_TORCH_CHECK((grad & ~GRAD_BITS) == 0, "a gradient at an address of more than 56 bits");
+    words[i] = grad | (t.value_type | t.grad_type << 2 | int64_t{1} << 4) << GRAD_SHIFT;
+    if (writes_directions) words[num_items + i] = reinterpret_cast<int64_t>(t.direction);
   }
-  return live;
-}
-
-// What the first kernel of a pass gets; items that do not fit into its argument go ahead.
-Head head_of(const Device& device, const std::vector<Live>& live, Live* to) {
+  if (!space.sent || std::memcmp(rows.data(), space.sent, num_items * sizeof(Live)) != 0) {
+    send(device, rows.data(), static_cast<int64_t>(num_items * sizeof(Live)), space.rows);
+    if (space.sent) std::memcpy(space.sent, rows.data(), num_items * sizeof(Live));
+  }
   Head head{};
-  head.count = std::min<int64_t>(HEAD_ITEMS, static_cast<int64_t>(live.size()));
-  std::memcpy(head.upload.words, live.data(), static_cast<size_t>(head.count) * sizeof(Live));
-  const int64_t rest = static_cast<int64_t>(live.size()) - head.count;
-  if (rest > 0) send(device, live.data() + head.count, rest * static_cast<int64_t>(sizeof(Live)), to + head.count);
+  head.items = host.num_items;
+  head.directions = writes_directions ? host.num_items : 0;
+  head.further = space.at<int64_t>(space.plan.words);
+  const int64_t size = static_cast<int64_t>(words.size()), here = std::min<int64_t>(UPLOAD_WORDS, size);
+  std::memcpy(head.upload.words, words.data(), static_cast<size_t>(here) * 8);
+  if (size > here) send(device, words.data() + here, (size - here) * 8, space.at<int64_t>(space.plan.words));
   return head;
 }
 
@@ -169,9 +197,8 @@ void gradient_pass(
   TensorLists lists;
   lists.grads = &grads;
   const std::vector<double*> a = buffers_of_a(host, sums, active);
-  const std::vector<Live> live = live_of(host, active, lists, &a, nullptr);
-  const Workspace space(device, workspace, host);
-  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const Workspace space(device, workspace, host, GRADIENTS);
+  const Head head = head_of(device, host, active, lists, &a, nullptr, space);
   const GradientArgs args{space.tables(), doubles(limits, 2 * host.num_items, "limits"), replace};
   PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256, head, args);
   PYLO_LAUNCH(entry_kernel, static_cast<int>(space.plan.num_entry_jobs), 256, args);
@@ -187,10 +214,9 @@ void moment_pass(
   lists.momentum = &momentum;
   lists.rms = &rms;
   const std::vector<double*> b = buffers_of_b(host, sums, active, true);
-  const std::vector<Live> live = live_of(host, active, lists, nullptr, &b);
   for (int64_t i : active) STD_TORCH_CHECK(host.items[i].moments_at >= 0, "item ", i, " has no moments");
-  const Workspace space(device, workspace, host);
-  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const Workspace space(device, workspace, host, MOMENTS);
+  const Head head = head_of(device, host, active, lists, nullptr, &b, space);
   const Plan& plan = space.plan;
   PYLO_LAUNCH(
       moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head, space.tables(),
@@ -208,10 +234,9 @@ void feature_pass(
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
   const std::vector<double*> a = buffers_of_a(host, sums_a, active);
   const std::vector<double*> b = buffers_of_b(host, sums_b, active, extended);
-  const std::vector<Live> live = live_of(host, active, lists, &a, &b);
   const FactorSizes sizes = factor_sizes(host, active);
-  const Workspace space(device, workspace, host);
-  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const Workspace space(device, workspace, host, FEATURES);
+  const Head head = head_of(device, host, active, lists, &a, &b, space);
   const PassArgs args{
       space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
       floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
@@ -233,11 +258,10 @@ void update_pass(
   const HostTables host(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
   const std::vector<double*> b = buffers_of_b(host, sums_b, active, extended);
-  const std::vector<Live> live = live_of(host, active, lists, nullptr, &b);
   const FactorSizes sizes = factor_sizes(host, active);
   const int64_t num_networks = networks.numel() / network_size(extended, hidden);
-  const Workspace space(device, workspace, host);
-  const Head head = head_of(device, live, space.at<Live>(space.plan.live));
+  const Workspace space(device, workspace, host, UPDATES);
+  const Head head = head_of(device, host, active, lists, nullptr, &b, space);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
   const PassArgs pass{
       space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
@@ -267,7 +291,7 @@ void update_pass(
 // Bytes on the device and pinned on the host, both zeroed by the caller.
 Ints workspace_sizes(Tensor items, Tensor boxes, Tensor) {
   const HostTables host(items, boxes);
-  return Ints{deal(host.items, host.num_items, host.boxes, host.num_boxes).plan.total, static_cast<int64_t>(sizeof(Plan))};
+  return Ints{deal(host.items, host.num_items, host.boxes, host.num_boxes).plan.total, Workspace::host_bytes(host.num_items)};
 }
 
 #if !defined(PYLO_FIBERS)

@@ -42,23 +42,35 @@ struct Tables {
   int64_t num_items, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs;
 };
 
-// What the first kernel of a pass is told about the first items of a batch; it keeps it in the workspace for the kernels after it. What
-// is told of further items is there already.
+// What changes from call to call, as an argument of the first kernel of a pass: a word per item, its gradient with the types in the upper
+// byte (0: not active), then, if the pass writes directions, a word per item with that pointer. Words that do not fit in are in
+// `further` already. All else about an item is in the workspace since it last changed.
 struct Head {
   Upload upload;
-  int64_t count;
+  int64_t items, directions;  // how many words of each kind
+  const int64_t* further;
 };
-constexpr int64_t HEAD_ITEMS = UPLOAD_WORDS / LIVE_WORDS;
 
-__device__ __forceinline__ const Live& live_at(const Head& head, const Tables& tables, int64_t i) {
-  return i < head.count ? reinterpret_cast<const Live*>(head.upload.words)[i] : tables.live[i];
+__device__ __forceinline__ int64_t head_word(const Head& head, int64_t at) {
+  return at < UPLOAD_WORDS ? head.upload.words[at] : head.further[at - UPLOAD_WORDS];
 }
 
-// Item i's part, by the threads of a block.
+__device__ __forceinline__ Live live_at(const Head& head, const Tables& tables, int64_t i) {
+  const int64_t word = head_word(head, i);
+  Live live = tables.live[i];
+  live.grad = reinterpret_cast<const void*>(word & GRAD_BITS);
+  live.types = word >> GRAD_SHIFT;
+  live.direction = i < head.directions ? reinterpret_cast<float*>(head_word(head, head.items + i)) : nullptr;
+  return live;
+}
+
+// Item i's words to its row, for the kernels after the first, by a thread.
 __device__ __forceinline__ void keep_live(const Head& head, const Tables& tables, int64_t i) {
-  if (i < head.count && threadIdx.x < LIVE_WORDS) {
-    reinterpret_cast<int64_t*>(tables.live)[LIVE_WORDS * i + threadIdx.x] = head.upload.words[LIVE_WORDS * i + threadIdx.x];
-  }
+  if (threadIdx.x != 0) return;
+  const Live now = live_at(head, tables, i);
+  tables.live[i].grad = now.grad;
+  tables.live[i].types = now.types;
+  tables.live[i].direction = now.direction;
 }
 
 // ------------------------------------------------------------------------------------------------ pass A
@@ -91,11 +103,11 @@ __device__ __forceinline__ double square_of(float g, float limit, double clamp_s
 __global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ Head head, const GradientArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.tables;
-  for (int64_t i = blockIdx.x; i < head.count; i += gridDim.x) keep_live(head, tables, i);
+  for (int64_t i = blockIdx.x; i < tables.num_items; i += gridDim.x) keep_live(head, tables, i);
   for (int64_t j = blockIdx.x; j < tables.num_side_jobs; j += gridDim.x) {
     const SideJob job = tables.side_jobs[j];
     const Box& box = tables.boxes[job.box];
-    const Live& live = live_at(head, tables, box.item);
+    const Live live = live_at(head, tables, box.item);
     if (!is_active(live)) continue;
     const float limit = static_cast<float>(args.limits[2 * box.item]);
     const double clamp = args.limits[2 * box.item + 1], clamp_square = clamp * clamp;
@@ -193,7 +205,7 @@ __global__ void __launch_bounds__(256) moment_kernel(
       if (first_job[middle] <= j) low = middle;
       else high = middle;
     }
-    const Live& it = live_at(head, tables, low);
+    const Live it = live_at(head, tables, low);
     if (!is_active(it)) continue;
     const int64_t numel = tables.items[low].numel, first = (j - first_job[low]) * MOMENT_JOB;
     const int64_t last = first + MOMENT_JOB < numel ? first + MOMENT_JOB : numel;
@@ -271,7 +283,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
   __shared__ double scratch[MOST_WARPS];
   const int64_t i = blockIdx.x;
   keep_live(head, args.tables, i);
-  const Live& live = live_at(head, args.tables, i);
+  const Live live = live_at(head, args.tables, i);
   const Item& item = args.tables.items[i];
   if (!is_active(live) || !item.factored) return;
   float *row = live.row_or_diag, *col = live.col;

@@ -159,11 +159,14 @@ PYLO_HD bool has_small_leads(const Item& item) { return item.leads > 1 && item.l
 struct Plan {
   int64_t magic;
   int64_t num_items, num_boxes, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs, num_moment_jobs, num_leads;
-  int64_t live, first_moment_job, counters, moment_partials, items, boxes, jobs, side_jobs, side_at, entry_jobs, lead_jobs, ranges, normalisers_at;
+  int64_t live, words, first_moment_job, counters, moment_partials, items, boxes, jobs, side_jobs, side_at, entry_jobs, lead_jobs, ranges, normalisers_at;
   int64_t normalisers, networks, partials, total;
 };
 constexpr int64_t PLAN_MAGIC = 0x70796c6f31;
-constexpr int64_t LIVE_WORDS = sizeof(Live) / 8;
+// Rows of `Live` are kept for each of these apart, since they read different tensors, and once more for a stream that is being captured:
+// a graph brings its own rows whenever it runs, and eager steps must not take those for theirs.
+enum Pass : int64_t { GRADIENTS = 0, MOMENTS = 1, FEATURES = 2, UPDATES = 3, PASSES = 4 };
+constexpr int64_t GRAD_SHIFT = 56, GRAD_BITS = (int64_t{1} << GRAD_SHIFT) - 1;  // of a word: pointer and types of a gradient
 constexpr int64_t MOST_INPUTS = 30;
 constexpr int64_t NETWORK_WORDS = 128 * 32;  // of one network as the lanes of a warp keep it
 
@@ -270,7 +273,8 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
   p.num_leads = leads;
   p.num_items = num_items;
   p.num_moment_jobs = moment_jobs;
-  p.live = take(p, num_items * static_cast<int64_t>(sizeof(Live)));
+  p.live = take(p, 2 * PASSES * num_items * static_cast<int64_t>(sizeof(Live)));
+  p.words = take(p, 2 * num_items * 8);
   p.counters = take(p, 2 * num_items * 4);
   p.first_moment_job = take(p, (num_items + 1) * 8);
   p.moment_partials = take(p, moment_jobs * NUM_MOMENTS * 8);

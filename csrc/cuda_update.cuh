@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ He
     }
   }
   if (slice == 0) keep_live(head, tables, i);
-  const Live& live = live_at(head, tables, i);
+  const Live live = live_at(head, tables, i);
   if (!is_active(live)) return;
   const Item& item = tables.items[i];
   const double* sums = live.b + item.b_at;

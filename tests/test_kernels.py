@@ -137,6 +137,46 @@ def test_eight_virtual_ranks_and_two_runs(name: str, figures: list[str]) -> None
     figures.append(f"kernels | {name} | 8 virtual ranks: {equal:.1%} of the elements bit-equal to the uncut run after 20 steps")
 
 
+TRAINED = "PYLO_DIST_TRAINED_WEIGHTS"  # names a folder of .safetensors files, which licences keep out of the repository
+
+
+def trained_weights() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Rule and settings by label: the built-in demo weights, and files whose name begins with that of an architecture."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {"demo": ("adafac", {"weights": "demo"})}
+    rules = {"small_fc": "adafac", "velo": "velo", "celo2": "celo2_base"}
+    for path in sorted(Path(os.environ[TRAINED]).glob("*.safetensors")) if TRAINED in os.environ else ():
+        rule = next((rule for name, rule in rules.items() if path.stem.startswith(name)), None)
+        if rule is not None:  # at this rate an update is no small part of its parameter, whose rounding would hide errors
+            found[path.name] = (rule, {"weights": str(path), "lr": 1.0})
+    return found
+
+
+def test_errors_with_trained_weights(figures: list[str]) -> None:
+    """Trained numbers are larger than random ones and make features cancel; the same bound holds for them."""
+    for label, (name, settings) in trained_weights().items():
+        params, grads, losses = random_problem(random.Random(label), steps=4)
+        problem: Problem = params, [{k: None if g is None else 1e-2 * g for k, g in step.items()} for step in grads], losses
+        truth, oracle, ours = (
+            run(name, p, kernels=kernels, **settings)
+            for p, kernels in ((in_float64(problem), True), (problem, False), (problem, True))
+        )
+        squares = [0.0, 0.0]
+        for fqn, p in params.items():
+            moved = truth.params[fqn] - p.double()
+            floor = FLOOR + float(torch.finfo(torch.float32).eps * p.double().norm() / moved.norm()) if p.numel() else 0.0
+            own, error = (relative(r.params[fqn], truth.params[fqn], moved) for r in (oracle, ours))
+            assert error <= 2 * own + floor, (label, fqn, tuple(p.shape), own, error)
+            squares[0] += own**2
+            squares[1] += error**2
+        own, error = (math.sqrt(square / len(params)) for square in squares)
+        assert error <= 2 * own, (label, own, error)
+        figures.append(f"kernels | trained weights, {label}: relative error {error:.1e}, PyTorch {own:.1e}")
+    if "PYLO_DIST_TRAINED_WEIGHTS" not in os.environ:
+        figures.append(
+            "kernels | trained weights: PYLO_DIST_TRAINED_WEIGHTS names no folder, so the built-in and golden ones only"
+        )
+
+
 def test_threads_do_not_change_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     params = {"w": torch.randn(300, 700, generator=generator), "v": torch.randn(50_000, generator=generator)}
