@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,12 @@ import torch.distributed.nn.functional  # imported later, by torch itself, it wo
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
+
+# Ranks are forked from a server that has imported what takes seconds to import; it has run nothing and holds no threads.
+PRELOAD = ["torch", "torch.distributed.nn.functional", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+multiprocessing.set_forkserver_preload(
+    [*PRELOAD, "torch.distributed.tensor.parallel", "functorch.compile", "torch._dynamo", "pylo_dist"]
+)
 
 
 def _main(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -28,5 +35,5 @@ def _main(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tupl
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """`[fn(rank, world, *args) for every rank]`, each in its own process. `fn` must be a module-level function."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, args=(world, folder, fn, args), nprocs=world, join=True)
+        mp.start_processes(_main, args=(world, folder, fn, args), nprocs=world, join=True, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

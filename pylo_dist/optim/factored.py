@@ -206,8 +206,12 @@ class ThreePassRule(FactoredRule):
     def extra_sums(self, item: Item) -> int:
         return self.num_tensor_sums
 
-    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
-        """Between A and B, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
+    def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
+        """Between A and B, when `batch.go` and the sums of the tensors' own are known: what does not depend on the elements.
+
+        Args:
+            tensor_sums: float64 (items, num_tensor_sums), if there are any.
+        """
 
     @abstractmethod
     def rates(self, hyper: dict[str, Any]) -> Rates:
@@ -258,7 +262,7 @@ class ThreePassRule(FactoredRule):
         yield a
 
         # B: with the factors known, the sum of squares of every feature
-        self.prepare(batch, [vector[:extra] for vector in a.vectors])
+        self.prepare(batch, a.heads(extra) if extra and batch.items else None)
         b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and moving:
