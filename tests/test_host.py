@@ -138,16 +138,13 @@ def step(optimizer: Any, params: list[torch.nn.Parameter]) -> Watched:
 def test_a_step_neither_waits_nor_copies(name: str, kernels: bool) -> None:
     """With a schedule, clipping, two groups and a bad loss possible; whichever way the last step was other than this one."""
     with ops.use_kernels(kernels):
-        for kwargs in ({}, {"nonfinite": "skip"}, {"nonfinite": "allow"}):
+        for kwargs in ({}, {"nonfinite": "skip"}, {"nonfinite": "allow"}) if kernels else ({},):
             optimizer, params = build(name, 1, **kwargs)
             step(optimizer, params)
-            for rate in (0.25, 0.125):
+            for rate in (0.25, torch.empty((), device="meta")):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 assert not step(optimizer, params).wrong
-            for group in optimizer.param_groups:
-                group["lr"] = torch.empty((), device="meta")
-            assert not step(optimizer, params).wrong
             with Watched() as watched:
                 optimizer.stats()
             assert not watched.wrong
