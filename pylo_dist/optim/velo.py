@@ -23,7 +23,7 @@ from ..shards import Shape, TensorShard, factored_dims
 from ..state import StateField
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
 from .arguments import Precision, check_precision, checked_decays, wide
-from .base import Batch, Item
+from .base import Batch, Item, is_capturing
 from .factored import Rates, ThreePassRule, Update
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
@@ -312,8 +312,11 @@ class VeLO(LearnedOptimizer):
             group["num_steps"] = num_steps
 
     def phases(self) -> Any:
-        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them
+        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them, but not
+        # what a CUDA graph replays
         group = self.param_groups[0]
+        if is_capturing(group["step"].device):
+            return super().phases()
         if self._steps_called is None or group["step"].device.type == "cpu":
             self._steps_called = int(group["step"])
         if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
