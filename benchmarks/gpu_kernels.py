@@ -1,7 +1,7 @@
 """What benchmarks/gpu_check.sh measures beside bench_step.py, on a GPU; prints one JSON object.
 
 python benchmarks/gpu_kernels.py kernels     device time of every kernel of a step of GPT-2 124M, per rule and precision
-python benchmarks/gpu_kernels.py graph       the passes of a step launched one by one and as a CUDA graph
+python benchmarks/gpu_kernels.py graph       whole steps launched one by one and as a CUDA graph
 python benchmarks/gpu_kernels.py parity      PyLO's plain classes against its CUDA classes and against this package (PYLO_DIR)
 python benchmarks/gpu_kernels.py once RULE PRECISION    one step, for a profiler
 """
@@ -76,29 +76,19 @@ def milliseconds(work: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def graph() -> dict[str, Any]:
-    """The passes alone: what the engine does between them is not part of it."""
+    """Whole steps, launched one by one and replayed; the rate and the loss are tensors that a graph reads anew."""
     table = {}
-    for precision in ("highest", "high", "medium"):
-        optimizer, _ = stepped("small_fc", precision, 2)
-        rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
-        passes, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
-        limits = [rule._limits(item) for item in batch.items]  # type: ignore[attr-defined]
-        updates = rule.updates(batch)  # type: ignore[attr-defined]
-        a, b = rule.first_sum(batch), rule.second_sum(batch)  # type: ignore[attr-defined]
-
-        def step(passes: Any = passes, batch: Any = batch, updates: Any = updates, a: Any = a, b: Any = b) -> None:
-            a.zero_()
-            passes.gradient_pass(batch, indices, limits, False)  # noqa: B023
-            b.zero_()
-            passes.feature_pass(batch, indices)  # noqa: B023
-            passes.update_pass(batch, indices, updates, precision)  # noqa: B023
-
-        step()
+    for rule, precision in CASES:
+        optimizer, loss = stepped(rule, precision, 2)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device="cuda")
+        optimizer.step(loss=loss)
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            step()
-        table[precision] = {"launched, ms": milliseconds(step), "replayed, ms": milliseconds(captured.replay)}
+            optimizer.step(loss=loss)
+        launched = milliseconds(lambda optimizer=optimizer, loss=loss: optimizer.step(loss=loss))
+        table[f"{rule} {precision}"] = {"launched, ms": launched, "replayed, ms": milliseconds(captured.replay)}
     return table
 
 

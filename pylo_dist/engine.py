@@ -217,25 +217,27 @@ class _Outcome:
     Attributes:
         flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that is no number.
         bad: per batch, bool (items,), which gradients were no numbers.
+        at_once: whether the host asks within the step.
     """
 
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self.batches = batches
         self.flags = torch.zeros(3, dtype=torch.bool, device=device)
         self.bad = [torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device) for batch in batches]
+        self.at_once = device.type == "cpu"
         self.problem: ValueError | None = None  # this rank's own
         self._host = torch.zeros(3, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
         self._asked = True
 
-    def note(self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, at_once: bool) -> None:
-        """Add what the step under way has shown; `at_once`: raise it now, waiting for the device."""
+    def note(self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool) -> None:
+        """Add what the step under way has shown; `alone`: no other rank waits for this one, so its problem is raised now."""
         self.flags |= flags
         for sticky, now in zip(self.bad, bad, strict=False):
             sticky |= now
         self.problem = problem
         device = self.flags.device
-        if device.type == "cpu" or at_once:
+        if self.at_once or alone:
             self.raise_now()
         elif not is_capturing(device):
             self._host.copy_(self.flags, non_blocking=True)

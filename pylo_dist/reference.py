@@ -27,6 +27,7 @@ Dims = tuple[int, int] | None
 # Either way the scratch of a chunk (about 120 numbers per element) stays below 256 MB.
 CHUNK_CPU = 16384
 CHUNK_GPU = 1 << 18
+PART_CPU, PART_GPU = 1 << 15, 1 << 22  # the same where there are a dozen numbers per element instead of 120
 
 # A matrix product rounds a column differently when there are few or oddly many of them. Blocks are padded to a multiple of this,
 # so that an element's network outputs do not depend on where its tensor was cut.
@@ -110,9 +111,10 @@ def chunks(shard: TensorShard, device: torch.device) -> Iterator[Box]:
 
 
 def parts(flat: Tensor) -> Iterator[slice]:
-    """The last dim in slices of bounded size, for sums that need no shape."""
-    for first in range(0, flat.shape[-1], CHUNK_GPU):
-        yield slice(first, first + CHUNK_GPU)
+    """The last dim in slices of bounded size, for work of a dozen numbers per element that needs no shape."""
+    most = PART_CPU if flat.device.type == "cpu" else PART_GPU
+    for first in range(0, flat.shape[-1], most):
+        yield slice(first, first + most)
 
 
 class Scratch:
@@ -525,7 +527,6 @@ def scale_matrices(x: Tensor, shard: TensorShard, scale: Tensor) -> None:
 
 
 def adamw(
-    shard: TensorShard,
     value: Tensor,
     grad: Tensor,
     mean: Tensor,
@@ -539,28 +540,29 @@ def adamw(
     keep: Tensor,
     update_squares: Tensor,
 ) -> None:
-    """AdamW, elementwise: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments divided by 1 - beta^step.
+    """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments divided by 1 - beta^step.
 
     Args:
-        value, grad, mean, square: (N,) (all but `grad` modified in place where `keep` holds).
-        step: number of this step, the first is 1; 0-d.
-        scale: what clipping multiplies the gradient by, or None.
+        value, grad, mean, square: (tensors, N) (all but `grad` modified in place where `keep` holds).
+        step: number of this step, the first is 1; 0-d, or (tensors, 1).
+        scale: what clipping multiplies each gradient by, (tensors, 1), or None.
+        keep: bool (tensors, 1).
+        update_squares: float64 (tensors,), see `move_rows` (modified in place).
     """
-    update_squares.zero_()
     beta_1, beta_2 = betas
     step = step.to(torch.float64)
     correction_1, correction_2 = ((1.0 - beta**step).to(mean.dtype) for beta in betas)
     lr = in_dtype(lr, mean.dtype)
-    for box in chunks(shard, value.device):
-        old = box.view(value).to(mean.dtype, copy=True)
-        g = box.view(grad).to(mean.dtype)
+    for part in parts(value):
+        old = value[:, part].to(mean.dtype, copy=True)
+        g = grad[:, part].to(mean.dtype)
         g = g if scale is None else g * scale.to(g.dtype)
-        m = box.view(mean) * beta_1 + g * (1.0 - beta_1)
-        v = box.view(square) * beta_2 + g * g * (1.0 - beta_2)
-        commit(box.view(mean), m, keep)
-        commit(box.view(square), v, keep)
+        m = mean[:, part] * beta_1 + g * (1.0 - beta_1)
+        v = square[:, part] * beta_2 + g * g * (1.0 - beta_2)
+        commit(mean[:, part], m, keep)
+        commit(square[:, part], v, keep)
         change = (m / correction_1) / ((v / correction_2).sqrt_() + eps)
-        move(box.view(value), old, old - lr * (change + weight_decay * old), keep, update_squares)
+        move_rows(value[:, part], old, old - lr * (change + weight_decay * old), keep, update_squares)
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
@@ -588,3 +590,9 @@ def move(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: 
     """value <- new where `keep` holds, and the square of the change is counted (`value`, `update_squares` modified in place)."""
     commit(value, new, keep)
     update_squares += torch.where(keep, (new - old).to(torch.float64).square_().sum(), 0.0)
+
+
+def move_rows(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
+    """As `move` for every row of (tensors, N), with `keep` (tensors, 1) and `update_squares` (tensors,)."""
+    commit(value, new, keep)
+    update_squares += torch.where(keep[:, 0], (new - old).to(torch.float64).square().sum(-1), 0.0)

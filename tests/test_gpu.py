@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_kernels import SETTINGS, in_float64, relative, run
+from test_rules import BUILD
 
 import pylo_dist
 from pylo_dist import ops
@@ -164,6 +165,145 @@ def test_launches_of_a_step() -> None:
             torch.cuda.synchronize()
         counts.append(sum(event.count for event in profile.key_averages() if "pylo_dist" in event.key))
     assert counts[0] == counts[1] <= 6, counts
+
+
+GRAPH_SHAPES = [(96, 200), (200, 96), (96, 200), (64,), (64,), (), (8, 4, 3, 3), (300, 20)]
+
+
+class Run:
+    """An optimizer of a rule on a GPU; gradients, loss and rate lie where a CUDA graph can find them again."""
+
+    def __init__(self, name: str) -> None:
+        cls, kwargs = BUILD[name]
+        generator = torch.Generator().manual_seed(71)
+        self.params = [torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).cuda()) for shape in GRAPH_SHAPES]
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+        self.rate, self.loss = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("lr", "width_mults", "embedding_pattern")}
+        kwargs |= {"width_mults": {"t0": 2.0}} if name == "MuLO" else {}
+        self.optimizer = cls([(f"t{i}", p) for i, p in enumerate(self.params)], lr=self.rate, weight_decay=0.1, **kwargs)
+
+    def feed(self, step: int) -> None:
+        """The numbers of a step, in place."""
+        generator = torch.Generator().manual_seed(100 + step)
+        for p in self.params:
+            p.grad.copy_(torch.randn(p.shape, generator=generator))  # type: ignore[union-attr]
+        self.rate.fill_(0.5**step)
+        self.loss.fill_(2.0 / (step + 1))
+
+    def state(self) -> list[torch.Tensor]:
+        groups = [value for group in self.optimizer.param_groups for value in group.values() if isinstance(value, torch.Tensor)]
+        state = [t for p in self.params for t in self.optimizer.state[p].values()]
+        return [t.detach().clone() for t in (*self.params, *state, *groups)]
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.optimizer.step(self.loss)
+        return graph
+
+
+@pytest.mark.parametrize("rate", ["float", "tensor"])
+@pytest.mark.parametrize("name", BUILD)
+def test_a_whole_step_never_waits(name: str, rate: str) -> None:
+    """torch fails on every synchronising call; the learning rate changes at every step, as a schedule has it."""
+    run = Run(name)
+    for step in range(4):
+        run.feed(step)
+        if rate == "float":
+            run.optimizer.param_groups[0]["lr"] = 0.5**step
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+        try:
+            run.optimizer.step(run.loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert int(run.optimizer.param_groups[0]["step"]) == 4
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_a_whole_step_replays_in_a_graph(name: str) -> None:
+    """Six replayed steps are six eager ones: gradients, loss, rate and step count are read anew.
+
+    To 1e-5 of the largest change: cuBLAS may take other kernels inside a graph (Newton-Schulz: 5e-5, see the layout tolerance).
+    """
+    eager, replayed = Run(name), Run(name)
+    for one in (eager, replayed):
+        for step in range(2):
+            one.feed(step)
+            one.optimizer.step(one.loss)
+    before = replayed.state()
+    graph = replayed.capture()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(replayed.state(), before, strict=True)), "capturing took a step"
+    for step in range(2, 8):
+        eager.feed(step)
+        eager.optimizer.step(eager.loss)
+        replayed.feed(step)
+        graph.replay()
+    share = 5e-5 if "CELO2" in name else 1e-5
+    for got, wanted, old in zip(replayed.state(), eager.state(), before, strict=True):
+        change = (wanted.double() - old.double()).abs().max()
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=4 * cuda_checks.EPS, atol=float(share * change))
+    assert int(replayed.optimizer.param_groups[0]["step"]) == 8
+    assert replayed.optimizer.grad_norm.item() == pytest.approx(eager.optimizer.grad_norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("then", ["state_dict", "step"])
+def test_a_bad_replay_is_heard_of(then: str) -> None:
+    """It changes nothing, good ones may follow, and the next call that asks names the parameter."""
+    run = Run("AdafacLO")
+    for step in range(2):
+        run.feed(step)
+        run.optimizer.step(run.loss)
+    graph = run.capture()
+    before = run.state()
+    run.feed(2)
+    run.params[3].grad[5] = float("nan")  # type: ignore[index]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True))
+    run.feed(3)
+    graph.replay()
+    if then == "step":
+        run.optimizer.step(run.loss)  # its flags carry those of the replays; the next one asks
+    with pytest.raises(pylo_dist.NonFiniteGradientError, match="'t3' holds"):
+        run.optimizer.state_dict() if then == "state_dict" else run.optimizer.step(run.loss)
+    run.optimizer.state_dict()
+
+
+def test_what_a_graph_cannot_hold_is_refused() -> None:
+    run = Run("VeLO")
+    with pytest.raises(ValueError, match="before the first one"):
+        run.capture()
+    run.feed(0)
+    run.optimizer.step(run.loss)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="give it as a tensor on cuda"), torch.cuda.graph(graph):
+        run.optimizer.step(torch.tensor(1.0))
+
+
+def test_operations_of_a_step_do_not_grow(figures: list[str]) -> None:
+    """All kernels, copies and fills of a step, for 10 and for 150 tensors of two sizes; concatenation takes 128 at a time."""
+    for name in BUILD:
+        counts = []
+        for tensors in (10, 150):
+            cls, kwargs = BUILD[name]
+            kwargs = {key: value for key, value in kwargs.items() if key != "width_mults"}
+            kwargs |= {"width_mults": {}} if name == "MuLO" else {}
+            params = [torch.nn.Parameter(torch.randn((48, 64) if i % 2 else (64,), device="cuda")) for i in range(tensors)]
+            optimizer, loss = cls([(f"t{i}", p) for i, p in enumerate(params)], **kwargs), torch.tensor(1.0, device="cuda")
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step(loss)
+            optimizer.step(loss)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                optimizer.step(loss)
+                torch.cuda.synchronize()
+            counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+        figures.append(f"CUDA | {name} | {counts[0]} operations on the device for 10 tensors, {counts[1]} for 150")
+        assert counts[1] <= counts[0] + 24, (name, counts)
 
 
 def test_random_cuts_and_ranks() -> None:

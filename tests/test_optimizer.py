@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist import comm, reference
+from pylo_dist import comm, engine, reference
 from pylo_dist.adapters.plain import collect
 from pylo_dist.engine import Engine
 from pylo_dist.testing import layout_error
@@ -963,17 +965,74 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 
 def test_the_judgement_does_not_wait_either() -> None:
-    """The engine's own part, which brings presence and bounds to the device each step but reads nothing back."""
+    """The engine's own part: presence and bounds are brought to the device when they change."""
     named = make_params()
     optimizer = adafac(named, nonfinite="skip", max_grad_norm=0.05)
     train(optimizer, named, 0, 1)
     set_gradients(named, 1)
-    forbidden = tuple(name for name in NoHostReads.FORBIDDEN if name != "lift_fresh")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NoHostReads, "FORBIDDEN", forbidden)
-        with NoHostReads():
-            optimizer.step()
+    with NoHostReads():
+        optimizer.step()
     assert same(values(named), after(2, max_grad_norm=0.05))
+
+
+@pytest.fixture
+def _host_asks_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: flags of a step are looked at by the next one; on the CPU events and streams do nothing."""
+    event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    begin = engine._Outcome.__init__
+
+    def later(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        self.at_once = False
+
+    monkeypatch.setattr(engine._Outcome, "__init__", later)
+
+
+@pytest.mark.usefixtures("_host_asks_later")
+@pytest.mark.parametrize("by", ["step", "state_dict"])
+def test_on_a_gpu_the_next_call_raises(by: str) -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    train(optimizer, named, 0, 1)
+    before = everything(optimizer)
+    set_gradients(named, 1)
+    dict(named)["bias"].grad[0] = math.nan  # type: ignore[index]
+    optimizer.step()
+    assert same(everything(optimizer), before)
+    set_gradients(named, 1)
+    with pytest.raises(pylo_dist.NonFiniteGradientError, match="'bias' holds"):
+        getattr(optimizer, by)()
+    assert same(everything(optimizer), before)
+    train(optimizer, named, 1, 3)
+    assert same(values(named), after(3))
+    optimizer.state_dict()
+
+
+@pytest.mark.usefixtures("_host_asks_later")
+def test_errors_of_replayed_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step does not ask; what went wrong stays on the device until somebody does, through good steps that follow."""
+    named = make_params()
+    optimizer = adafac(named)
+    with monkeypatch.context() as capture:
+        capture.setattr(engine, "is_capturing", lambda device: True)
+        set_gradients(named, 0)
+        with pytest.raises(ValueError, match="before the first one: take one outside"):
+            optimizer.step()
+    train(optimizer, named, 0, 1)
+    with monkeypatch.context() as capture:
+        capture.setattr(engine, "is_capturing", lambda device: True)
+        set_gradients(named, 1)
+        dict(named)["bias"].grad[0] = math.inf  # type: ignore[index]
+        optimizer.step()
+        train(optimizer, named, 1, 2)
+    with pytest.raises(pylo_dist.NonFiniteGradientError, match="'bias' holds"):
+        optimizer.state_dict()
+    assert same(values(named), after(2))
+    train(optimizer, named, 2, 3)
+    optimizer.state_dict()
+    assert same(values(named), after(3))
 
 
 # ---------------------------------------------------------------------------------------------- views

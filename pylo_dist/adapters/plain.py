@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..shards import ShardBinding, ShardedParam, TensorShard, bound_shard
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def is_dtensor(tensor: object) -> bool:
     """Whether this is a `torch.distributed.tensor.DTensor`; that module, slow to import, is not asked."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -50,11 +52,14 @@ def describe(fqn: str, param: Tensor) -> ShardBinding:
     return bound_shard(param) or ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None)
 
 
-def collect(binding: ShardBinding, param: Tensor, summed: Tensor | None = None) -> ShardedParam:
+def collect(
+    binding: ShardBinding, param: Tensor, summed: Tensor | None = None, before: ShardedParam | None = None
+) -> ShardedParam:
     """The parameter and its gradient as local 1-D tensors: views where the memory allows, else copies (see `publish`).
 
     Args:
         summed: takes the place of a `.grad` that is a DTensor of summands.
+        before: the result of the step before, whose view of the parameter is taken over where it still is one.
 
     Raises:
         ValueError: a sparse gradient.
@@ -72,9 +77,26 @@ def collect(binding: ShardBinding, param: Tensor, summed: Tensor | None = None) 
         return absent(binding, param)
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    sharded = without_gradient(binding, param)
-    sharded.grad, sharded.present = local_tensor(grad).detach().reshape(-1).contiguous(), binding.present
+    if before is not None and _is_view_of(before.value, param):
+        b = binding
+        sharded = ShardedParam(b.shard, before.value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
+    else:
+        sharded = without_gradient(binding, param)
+    local = local_tensor(grad)
+    if local.dim() != 1 or local.requires_grad or not local.is_contiguous():
+        local = local.detach().reshape(-1).contiguous()
+    sharded.grad, sharded.present = local, binding.present
     return sharded
+
+
+def _is_view_of(value: Tensor, param: Tensor) -> bool:
+    """Whether `value` is all of a plain parameter as it lies in memory."""
+    return (
+        type(param) in _PLAIN
+        and value.data_ptr() == param.data_ptr() != 0
+        and param.is_contiguous()
+        and (value.numel(), value.dtype, value.device) == (param.numel(), param.dtype, param.device)
+    )
 
 
 def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:

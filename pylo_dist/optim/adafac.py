@@ -47,7 +47,7 @@ class AdafacRule(ThreePassRule):
         self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         self._networks: dict[tuple[int, torch.dtype, torch.device], Network] = {}
 
-    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
+    def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         # the time features are the same for all elements of a group: their share of the first layer is a bias
         # (the batches of other devices are at work at the same time, and may hold other items of the group)
         groups = {(id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -25,7 +25,7 @@ from ..shards import ShardBinding, TensorShard
 from ..state import StateField
 from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
-from . import gram
+from . import gram, stacks
 from .arguments import Precision, check_precision, checked_decays, checked_numbers, wide
 from .base import Batch, Item, Request, Sum
 from .factored import FactoredRule
@@ -46,6 +46,26 @@ class Settings:
     adam_eps: float
     group_counter: bool  # AdamW counts the steps of its group, not those of its tensor
     embedding_pattern: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Items of a batch that are worked on as one tensor, and the same as an index on its device."""
+
+    items: list[int]
+    places: Tensor
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """Theirs of one number per item, (number of items, 1)."""
+        return numbers.index_select(0, self.places)[:, None]
+
+
+def _empty_directions(batch: Batch, items: Sequence[int]) -> dict[int, Tensor]:
+    """Uninitialised float32 (N,) for these items, in one piece of memory, each on a boundary of 64 bytes."""
+    lengths = [batch.items[i].param.value.numel() for i in items]
+    padded = [-(-length // 16) * 16 for length in lengths]
+    pieces = torch.empty(sum(padded), dtype=torch.float32, device=batch.device).split(padded)
+    return {i: piece[:length] for i, piece, length in zip(items, pieces, lengths, strict=True)}
 
 
 class CELO2Rule(FactoredRule):
@@ -94,19 +114,22 @@ class CELO2Rule(FactoredRule):
         return f"{self.name}, {'gram' if gram.is_cheaper(shape, binding.peers, iterations) else 'owner'}"
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
-        # A: sums of g^2 along rows and columns of the matrices
-        matrices = {i for i, item in enumerate(batch.items) if "momentum" in item.state}
+        # A: sums of g^2 along rows and columns of the matrices, p^2 of the others
         a = self.first_sum(batch)
         self.gradient_pass(batch, [i for i, _ in batch.moving() if i not in batch.gathered])
         batch.gathered.clear()
         kernels = self.kernels(batch)
-        for i, item in batch.moving():
-            for part in reference.parts(item.param.value) if i not in matrices else ():
-                a.vectors[i] += item.param.value[part].to(torch.float64).square().sum()
+        matrices, others = self._stacks(batch)
+        for stack in others:
+            values = stacks.gather([batch.items[i].param.value for i in stack.items])
+            squares = torch.zeros(len(values), 1, dtype=torch.float64, device=batch.device)
+            for part in reference.parts(values):
+                squares += values[:, part].to(torch.float64).square().sum(-1, keepdim=True)
+            torch._foreach_copy_([a.vectors[i] for i in stack.items], list(squares.unbind()))
         yield a
 
         # B: the sum of squares of every feature, per matrix
-        moving = [i for i, _ in batch.moving() if i in matrices]
+        moving = [i for i, item in batch.moving() if "momentum" in item.state]
         b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and moving:
@@ -115,15 +138,16 @@ class CELO2Rule(FactoredRule):
             for i in moving:
                 tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
                 reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
-        for i, item in batch.moving():
-            if i not in matrices:
-                batch.param_squares[i] = a.vectors[i][0]
-                self._adamw(batch, i, item)
+        if others:
+            squares_of = a.heads(1)[:, 0]
+        for stack in others:
+            batch.param_squares.index_copy_(0, stack.places, squares_of.index_select(0, stack.places))
+            self._adamw(batch, stack)
         yield b
 
         # C: the network's direction, orthogonal or not, at a fixed rms
         if kernels is not None and moving:
-            directions = {i: torch.empty_like(batch.items[i].state["rms"]).view(-1) for i in moving}
+            directions = _empty_directions(batch, moving)
             kernels.update_pass(batch, moving, self._updates(batch, moving, b), self.precision, list(directions.values()))
         else:
             directions = {i: self._direction(batch, i, tensors[i], b.vectors[i]) for i in moving}
@@ -131,16 +155,42 @@ class CELO2Rule(FactoredRule):
             yield from self._orthogonalise(batch, directions)
         else:
             yield from self._normalise(batch, directions)
-        for i in moving:
-            item, s = batch.items[i], directions[i]
-            lr, decay = reference.in_dtype(item.hyper["lr"], s.dtype), item.hyper["weight_decay"]
-            batch.update_squares[i].zero_()
-            for part in reference.parts(s):
-                # p <- p - lr (s rmsmult + weight_decay p)
-                value = item.param.value[part]
-                old = value.to(s.dtype, copy=True)
-                change = s[part] * item.hyper["rmsmult"] + decay * old
-                reference.move(value, old, old - lr * change, batch.keep[i], batch.update_squares[i])
+        for stack in matrices:
+            self._move(batch, stack, [directions[i] for i in stack.items])
+
+    @staticmethod
+    def _stacks(batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
+        """The tensors that move, matrices and others, those of equal size and settings together."""
+
+        def entry(i: int, item: Item) -> tuple[int, Hashable, int]:
+            value, grad = item.param.value, item.param.grad
+            assert grad is not None
+            kind = ("momentum" in item.state, id(item.hyper), value.numel(), value.dtype, grad.dtype)
+            return i, kind, value.numel()
+
+        entries = [entry(i, item) for i, item in batch.moving()]
+        kept = batch.kept.get("stacks")
+        if kept is None or kept[0] != entries:
+            found: tuple[list[_Stack], list[_Stack]] = ([], [])
+            for members in stacks.equal(entries, stacks.most_elements(batch.device)):
+                places = torch.tensor(members, pin_memory=batch.device.type == "cuda").to(batch.device, non_blocking=True)
+                found["momentum" not in batch.items[members[0]].state].append(_Stack(members, places))
+            kept = batch.kept["stacks"] = (entries, found)
+        both: tuple[list[_Stack], list[_Stack]] = kept[1]
+        return both
+
+    def _move(self, batch: Batch, stack: _Stack, directions: Sequence[Tensor]) -> None:
+        """p <- p - lr (s rmsmult + weight_decay p)."""
+        hyper, values = batch.items[stack.items[0]].hyper, [batch.items[i].param.value for i in stack.items]
+        s, value = stacks.gather(directions), stacks.gather(values)
+        lr, decay = reference.in_dtype(hyper["lr"], s.dtype), hyper["weight_decay"]
+        keep, squares = stack.of(batch.keep), torch.zeros(len(values), dtype=torch.float64, device=batch.device)
+        for part in reference.parts(s):
+            old = value[:, part].to(s.dtype, copy=True)
+            change = s[:, part] * hyper["rmsmult"] + decay * old
+            reference.move_rows(value[:, part], old, old - lr * change, keep, squares)
+        stacks.scatter(value, values)
+        batch.update_squares.index_copy_(0, stack.places, squares)
 
     def extra_sums(self, item: Item) -> int:
         return int("momentum" not in item.state)  # p^2 of the others; that of a matrix is one of its features
@@ -243,28 +293,36 @@ class CELO2Rule(FactoredRule):
             scale = (c.vectors[i] / math.prod(shard.shape[-2:]) + EPS_STEP).rsqrt().to(s.dtype)
             reference.scale_matrices(s, shard, scale)
 
-    def _adamw(self, batch: Batch, i: int, item: Item) -> None:
-        param, state, hyper, keep = item.param, item.state, item.hyper, batch.keep[i]
-        assert param.grad is not None
-        count = hyper["step"] + 1 if self.settings.group_counter else state["adam_step"][0] + 1
+    def _adamw(self, batch: Batch, stack: _Stack) -> None:
+        items = [batch.items[i] for i in stack.items]
+        hyper, states, group_counter = items[0].hyper, [item.state for item in items], self.settings.group_counter
+        taken = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        values, grads = [item.param.value for item in items], [item.param.grad for item in items if item.param.grad is not None]
+        value, grad, mean, square = (stacks.gather(tensors) for tensors in (values, grads, *taken))
+        counters = [] if group_counter else [state["adam_step"] for state in states]
+        counter = hyper["step"] if group_counter else stacks.gather(counters)
+        keep, squares = stack.of(batch.keep), torch.zeros(len(items), dtype=torch.float64, device=batch.device)
         decay = hyper["adam_weight_decay"]
         reference.adamw(
-            param.shard,
-            param.value,
-            param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            count,
+            value,
+            grad,
+            mean,
+            square,
+            counter + 1,
             self.settings.adam_betas,
             self.settings.adam_eps,
             wide(hyper["lr"]) * hyper["adam_lr_mult"],
             hyper["weight_decay"] if decay is None else decay,
-            batch.scale[i] if batch.clips else None,
+            stack.of(batch.scale) if batch.clips else None,
             keep,
-            batch.update_squares[i],
+            squares,
         )
-        if not self.settings.group_counter:
-            reference.commit(state["adam_step"], count.expand(1), keep)
+        if counters:
+            reference.commit(counter, counter + 1, keep)
+            stacks.scatter(counter, counters)
+        for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
+            stacks.scatter(tensor, tensors)
+        batch.update_squares.index_copy_(0, stack.places, squares)
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
         if (dtype, device) not in self._networks:

@@ -203,8 +203,12 @@ class FactoredRule(LearnedRule):
 class ThreePassRule(FactoredRule):
     """The passes of a rule whose network gives the update itself."""
 
-    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
-        """Between B and C, when the tensor sums and `batch.go` are known: what does not depend on the elements."""
+    def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
+        """Between B and C, when the tensor sums and `batch.go` are known: what does not depend on the elements.
+
+        Args:
+            tensor_sums: float64 (items, num_tensor_sums), if there are any.
+        """
 
     @abstractmethod
     def rates(self, hyper: dict[str, Any]) -> Rates:
@@ -268,7 +272,7 @@ class ThreePassRule(FactoredRule):
             for i, item in enumerate(batch.items):
                 reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], tensor_sums[i])
         yield b
-        self.prepare(batch, tensor_sums)
+        self.prepare(batch, b.tails(own) if own and batch.items else None)
 
         # C: normalise, run the network, write
         if kernels is not None and moving:

@@ -40,10 +40,12 @@ class NewtonSchulz:
 
     def whole_(self, tensors: Sequence[Tensor]) -> None:
         """Every matrix of contiguous tensors (..., rows, columns) to its iterate at rms 1 (modified in place)."""
-        slender = [x for x in tensors if gram.is_slender(tuple(x.shape))]
+        slender = [x for x in tensors if gram.is_slender(tuple(x.shape)) and x.numel()]
         shards = [TensorShard.whole("", tuple(x.shape)) for x in slender]
         locals_ = [x.view(-1) for x in slender]
-        sums = [x.new_empty(min(x.shape) ** 2, dtype=torch.float64) for x in slender]
+        sizes = [min(x.shape) ** 2 for x in slender]
+        device = tensors[0].device if tensors else None
+        sums = torch.empty(sum(sizes), dtype=torch.float64, device=device).split(sizes) if sizes else ()
         self.gram_sums(locals_, shards, sums)
         self.through_gram_(locals_, shards, sums)
         pieces: list[Tensor] = []

@@ -25,8 +25,8 @@ def equal(entries: Iterable[tuple[int, Hashable, int]], most: int) -> list[list[
     found: list[list[int]] = []
     last: dict[Hashable, tuple[list[int], int]] = {}
     for number, key, elements in entries:
-        members, filled = last.get(key, ([], most))
-        if filled + elements > most:
+        members, filled = last.get(key, ([], 0))
+        if not members or filled + elements > most:
             members, filled = [], 0
             found.append(members)
         members.append(number)

@@ -23,7 +23,7 @@ from ..shards import Shape, TensorShard, factored_dims
 from ..state import StateField
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
 from .arguments import Precision, check_precision, checked_decays, wide
-from .base import Batch, Item
+from .base import Batch, Item, is_capturing
 from .factored import Rates, ThreePassRule, Update
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
@@ -113,7 +113,8 @@ class VeLORule(ThreePassRule):
         means = torch.zeros(NUM_LOSS_MEANS, dtype=torch.float64)
         return {"loss_means": means, "loss_minima": torch.full_like(means, 999999999999.0)}
 
-    def prepare(self, batch: Batch, tensor_sums: list[Tensor]) -> None:
+    def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
+        assert tensor_sums is not None
         hyper = batch.groups[0]
         # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the run a float64 one
         dtype = max((item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize)
@@ -126,9 +127,11 @@ class VeLORule(ThreePassRule):
             reference.commit(group["loss_means"], means, batch.go)
             reference.commit(group["loss_minima"], minima, batch.go)
 
-        n, sums = self._constants(batch)[0], torch.stack(tensor_sums)
+        n, sums = self._constants(batch)[0], tensor_sums
         inputs = self._inputs(batch, sums, loss_features)
-        rows = [[item.state[name].view(-1) for item in batch.items] for name in ("lstm_hidden", "lstm_cell")]
+        if "lstm" not in batch.kept:
+            batch.kept["lstm"] = [[x.state[name].view(-1) for x in batch.items] for name in ("lstm_hidden", "lstm_cell")]
+        rows = batch.kept["lstm"]
         hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
         # x <- x W2 + b2 + max over tensors of relu(x W1 + b1)
         mixed = torch.relu(inputs @ w["mix_layer2.weight"].T + w["mix_layer2.bias"]).amax(0)
@@ -157,8 +160,8 @@ class VeLORule(ThreePassRule):
         v, v_squares = z * mean[:, V, None], z * z * mean[:, V_SQUARES, None]
         var_m = (m_squares - m * m).clamp_min(0.0)
         var_v = (v_squares - 2.0 * v * m + m * m).clamp_min(0.0)  # about the mean of m_k: so does the reference
-        by_group = {id(group): self._fraction(group, fractions_at) for group in batch.groups}
-        fractions = torch.stack([by_group[id(item.hyper)] for item in batch.items])
+        groups, group_of = batch.hypers()
+        fractions = torch.stack([self._fraction(group, fractions_at) for group in groups]).index_select(0, group_of)
         moments = [log_abs(x).to(loss_features.dtype) for x in (v, var_m, var_v)]
         loss = loss_features.expand(len(batch.items), -1)
         one_hot = one_hot.to(loss_features.dtype)
@@ -309,8 +312,11 @@ class VeLO(LearnedOptimizer):
             group["num_steps"] = num_steps
 
     def phases(self) -> Any:
-        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them
+        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them, but not
+        # what a CUDA graph replays
         group = self.param_groups[0]
+        if is_capturing(group["step"].device):
+            return super().phases()
         if self._steps_called is None or group["step"].device.type == "cpu":
             self._steps_called = int(group["step"])
         if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
