@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import Collectives, Counts
 from golden_cases import velo_weights
 from ranks import run_ranks
 from sharded_model import STEPS, Net, integers, loss_of, mean_gradients, small_fc_weights, snapshot, trainable, unsharded, whole
-from test_dtensor import Collectives, Counts, build, fully_sharded, local
+from test_dtensor import build, fully_sharded, local
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -359,7 +360,7 @@ def calls_per_step(layout: str, world: int) -> dict[int, tuple[Counts, Counts]]:
                     p.grad = DTensor.from_local(torch.ones(8), tensor, [Partial()], run_check=False)
             with Collectives() as calls:
                 action()
-            steps.append(calls)
+            steps.append(calls.counts)
         results[count] = steps[0], steps[1]
     return results
 
@@ -381,7 +382,7 @@ def clip_ranks(rank: int, world: int, layouts: list[str]) -> Results:
             if how != "params":  # what was clipped before stays so, and no layout is asked for again
                 with Collectives() as calls:
                     pylo_dist.clip_grad_norm_(named, 0.6)
-                results[f"{layout}/{how} calls"] = calls.total()
+                results[f"{layout}/{how} calls"] = calls.counts.total()
             grads = {fqn: None if p.grad is None else whole(p.grad) for fqn, p in trainable(model)}
             results[f"{layout}/{how}"] = ranks, norm, grads
         before = snapshot(model)

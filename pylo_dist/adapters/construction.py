@@ -8,13 +8,14 @@ others wait for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from .. import comm
+from ..shards import ShardBinding
 from .dtensor import check_domain, domain_of
 from .plain import is_dtensor
 
@@ -75,20 +76,22 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
         comm.meet(ranks, f"the construction of {kind}", [kind, *([fqn, list(param.shape)] for fqn, param in named)])
 
 
-def check_alone(named: Sequence[tuple[str, Tensor]], kind: str) -> None:
+def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
     """Raise ValueError if other ranks wait for this one to build what it has built, but of DTensors.
 
     Asks the store, no rank: cheap, for the first steps of whole parameters.
     """
+    if comm.size(comm.default_group()) == 1 or any(map(is_dtensor, bindings)):
+        return
     waiting = comm.awaited_by()
     if waiting is None:
         return
     who, ranks, theirs = waiting
-    mine = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
+    mine = [kind, *([binding.shard.fqn, list(binding.shard.shape)] for binding in bindings.values())]
     if theirs != mine[: len(theirs)]:
         return
     error = ValueError(
-        f"{named[0][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
+        f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
         "shard the model alike on all ranks; an optimizer of this rank alone takes process_group=False"
     )
     comm.decline(ranks, error)
