@@ -25,7 +25,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDat
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import pylo_dist
+from pylo_dist import comm
+from pylo_dist.adapters import plain
 from pylo_dist.adapters.fully_sharded import units_of
+from pylo_dist.adapters.gradients import settle
 from pylo_dist.shards import bound_shard
 
 Results = dict[str, Any]
@@ -209,6 +212,36 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
         "shape": lambda: disagree("shape"),
     }
     return {name: message(action) for name, action in cases.items()}
+
+
+def partial_gradients(rank: int, world: int) -> dict[str, bool]:
+    """`settle` against what DTensor makes of the same gradients one by one."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
+    mine = integers("partial", rank, 0, shape=(8, 6))
+    cases: dict[str, tuple[list[Any], list[Any]]] = {
+        "both axes": ([Partial(), Partial("avg")], [Replicate(), Replicate()]),
+        "one axis": ([Replicate(), Partial()], [Replicate(), Replicate()]),
+        "into shards": ([Shard(0), Partial()], [Shard(0), Shard(1)]),
+        "nothing to add": ([Shard(0), Replicate()], [Shard(0), Replicate()]),
+        "largest": ([Partial("max"), Replicate()], [Replicate(), Replicate()]),  # nobody's gradient; DTensor serves it
+    }
+    bound = []
+    for name, (given, wanted) in cases.items():
+        param = nn.Parameter(distribute_tensor(torch.zeros(16 if given[0] == Shard(0) else 8, 6), mesh, wanted))
+        # what is replicated has to be the same on all ranks of that axis
+        local = integers("same", mesh.get_local_rank(0), 0, shape=(8, 6)) if given[1] == Replicate() else mine
+        local = integers("same", mesh.get_local_rank(1), 0, shape=(8, 6)) if name == "one axis" else local
+        param.grad = DTensor.from_local(local, mesh, given, run_check=False)
+        bound.append((plain.describe(name, param), param))
+    found = {}
+    with Collectives() as calls:
+        settled = comm.serve(settle(bound))
+    for (binding, param), (_, wanted) in zip(bound, cases.values(), strict=True):
+        got = settled.sums.get(id(param), param.grad)
+        got = got.redistribute(mesh, wanted).to_local()
+        found[binding.shard.fqn] = torch.equal(got, param.grad.redistribute(mesh, wanted).to_local())
+    found["calls"] = dict(calls.counts) == {"allreduce_": 3}  # axis a; axis b twice, as one gradient needs both in turn
+    return found
 
 
 def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
@@ -598,6 +631,7 @@ def unequal_copies(rank: int, world: int) -> str:
 def train_and_save(rank: int, world: int, folder: str) -> Results:
     results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]), "unequal": unequal_copies(rank, world)}
     results["calls"] = {layout: calls_per_step(layout, world) for layout in ("hsdp", "tp_fsdp2")}
+    results["partial"] = partial_gradients(rank, world)
     results["alone"] = on_one_rank_alone(rank, world)
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):
         model, called, place, _ = build(layout, world)
@@ -649,6 +683,7 @@ def test_checkpoints_between_layouts(tmp_path: Path) -> None:
     saved = run_ranks(4, train_and_save, str(tmp_path))
     check_clip([result["clip"] for result in saved])
     check_calls(saved[0]["calls"])
+    assert all(all(result["partial"].values()) for result in saved), saved[0]["partial"]
     check_alone([result["alone"] for result in saved])
     for result in saved:
         assert "'weight' differs between the ranks 0 and 2, which hold copies of it" in result["unequal"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import comm
@@ -72,8 +73,12 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
             comm.decline(ranks, error)
         setattr(error, _TOLD, True)
         raise
+    meshes = [param.device_mesh for _, param in sharded]
+    groups = [(mesh.get_group(axis), torch.device(mesh.device_type)) for mesh in meshes[:1] for axis in range(mesh.ndim)]
+    timeout = max(comm.timeout_of(group, device) for group, device in groups)
     for ranks in _domains([[param for _, param in named]]):
-        comm.meet(ranks, f"the construction of {kind}", [kind, *([fqn, list(param.shape)] for fqn, param in named)])
+        entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
+        comm.meet(ranks, f"the construction of {kind}", entries, timeout)
 
 
 def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
