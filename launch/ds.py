@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,11 @@ class DeepSpeedLearner:
         loss: Tensor = forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss.float()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """DeepSpeed counts the micro-batches by itself."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         """Gradients of a micro-batch's share of the loss of a step."""
         self.engine.backward(loss, scale_wrt_gas=False)
         self._micro += 1

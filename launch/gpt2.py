@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from environment import Environment
 from feed import Feed
 from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
-from parallel import data_rank, data_ranks, spread, whole_model
+from parallel import accumulation, data_rank, data_ranks, spread, whole_model
 from torch import Tensor
 from watch import DONE, Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
 
@@ -219,8 +219,7 @@ class Learner:
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
         self._grad_scale = options.grad_scale
-        # ZeRO-1 has room for whole gradients and sends them once; ZeRO-2 sends those of each micro-batch, to free them
-        self._accumulates_here = sharded and options.parallel == "zero1"
+        self._keeps_gradients_here = accumulation(called, self.optimizer) if sharded else nullcontext
 
     def loss(self, windows: np.ndarray) -> Tensor:
         """Mean loss of windows (n, tokens + 1)."""
@@ -229,13 +228,15 @@ class Learner:
             loss: Tensor = self._forward(tokens[:, :-1], tokens[:, 1:])[1]
         return loss
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of a micro-batch's share of the loss of a step; `last`: no other follows before `step`."""
-        waits = not last and self._accumulates_here
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around loss and backward of a micro-batch; `last`: no other follows before `step`."""
+        return nullcontext() if last else self._keeps_gradients_here()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch's share of the loss of a step."""
         if self._grad_scale != 1:
             loss = loss * self._grad_scale
-        with self.optimizer.no_sync() if waits else nullcontext():
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -320,8 +321,9 @@ def train(
             with named(place, step, "forward and backward"):
                 parts = feed.next()
                 for i, windows in enumerate(parts):
-                    part = learner.loss(windows) / plan.accumulation
-                    learner.backward(part, last=i == len(parts) - 1)
+                    with learner.micro_batch(last=i == len(parts) - 1):
+                        part = learner.loss(windows) / plan.accumulation
+                        learner.backward(part)
                     loss += part.detach()
             with named(place, step, "the mean of the loss"):
                 asked = keeper is not None and keeper.asked  # to stop, maybe on this rank alone

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +82,30 @@ def spread(
         return pylo_dist.shard(model, make, mesh=mesh["data"], wrap=Block)
     except ValueError as error:
         raise WrongInput(" ".join(str(error).split())) from None
+
+
+def accumulation(called: nn.Module, optimizer: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """What a forward and backward pass run in whose gradients stay on their rank, as another micro-batch follows.
+
+    FSDP2 then holds whole gradients, as ZeRO-1 does. ZeRO-2 sends those of each micro-batch, to free them.
+    """
+    if isinstance(called, nn.parallel.DistributedDataParallel):
+        return called.no_sync
+    if getattr(optimizer, "stage", None) == 1:
+        no_sync: Callable[[], AbstractContextManager[Any]] = optimizer.no_sync
+        return no_sync
+    if not hasattr(called, "set_requires_gradient_sync"):
+        return nullcontext
+
+    @contextmanager
+    def kept() -> Iterator[None]:
+        called.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            called.set_requires_gradient_sync(True)
+
+    return kept
 
 
 def cut_matrices(model: GPT, mesh: Any, ranks: int) -> None:

@@ -205,7 +205,15 @@ def _next_meeting(ranks: tuple[int, ...]) -> str:
     return _place(ranks, _MEETINGS[ranks])
 
 
-def meet(ranks: tuple[int, ...], what: str, entries: list[Any]) -> None:
+def timeout_of(group: Any, device: torch.device) -> float:
+    """Seconds that the ranks of `group` wait for each other; the store's where the backend does not say."""
+    try:
+        return float(group._get_backend(device).options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
+        return float(dist.distributed_c10d._get_default_store().timeout.total_seconds())  # type: ignore[attr-defined]
+
+
+def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) -> None:
     """Wait until all these ranks are here, before collectives that a rank with an error of its own would never come to.
 
     Through the store: no process group is left out of step by whoever does not come.
@@ -213,9 +221,10 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any]) -> None:
     Args:
         ranks: rising; this one among them.
         entries: JSON-able; shown to those that are late, see `awaited_by`.
+        timeout: seconds to wait for the last one.
 
     Raises:
-        ValueError: what another rank has declined with. CommunicationError: one did not come within the store's timeout.
+        ValueError: what another rank has declined with. CommunicationError: one did not come in time.
     """
     store, place, mine = dist.distributed_c10d._get_default_store(), _next_meeting(ranks), dist.get_rank()
     start, pause, told = time.monotonic(), 0.001, False
@@ -227,7 +236,7 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any]) -> None:
         if arrived >= len(ranks):
             return
         waited = time.monotonic() - start
-        given_up = waited > store.timeout.total_seconds()  # type: ignore[attr-defined]
+        given_up = waited > timeout
         if given_up or (waited > PATIENCE and not told):
             late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
             if given_up:

@@ -251,9 +251,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)
             item.param.grad = settled.means.get(id(param), item.param.grad)
-        if not engine.shared and self._loss_group() is not None and self._looks:
+        if self._looks and self.process_group is None and not engine.shared:
             self._looks -= 1
-            construction.check_alone([(self._bindings[param].shard.fqn, param) for param in self._bindings], type(self).__name__)
+            construction.check_alone(self._bindings, type(self).__name__)
         if not self._had_gradients:
             self._had_gradients = any(param.grad is not None for param, _ in self._engine_params)
             named = [(self._bindings[param].shard.fqn, param) for param, _ in self._engine_params]

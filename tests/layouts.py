@@ -17,9 +17,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from golden_cases import celo2_weights, load, velo_weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pylo_dist
+from pylo_dist.adapters.dtensor import shard_of, wrap_like
 from pylo_dist.testing import largest_changes, layout_error
 from pylo_dist.weights import SMALL_FC
 
@@ -82,13 +86,29 @@ class Layout:
 
 
 def all_layouts() -> list[Layout]:
-    sharded = ("ddp", "zero1", "zero2")
-    return [Layout("plain", 1), *(Layout(name, ranks) for name in sharded for ranks in RANKS)]
+    sharded = ("ddp", "zero1", "zero2", "fsdp2")
+    everywhere = [Layout(name, ranks) for name in sharded for ranks in RANKS]
+    return [Layout("plain", 1), *everywhere, *(Layout("hsdp", ranks) for ranks in RANKS if ranks % 2 == 0)]
 
 
-def new_groups() -> dict[int, Any]:
-    """For each number of ranks a process group of the first of them; all ranks of the world call it."""
-    return {ranks: dist.new_group(list(range(ranks)), timeout=TIMEOUT) for ranks in RANKS if ranks <= dist.get_world_size()}
+def new_groups() -> dict[Any, Any]:
+    """For each number of ranks a process group of the first of them, and the meshes of HSDP, in two copies, by layout.
+
+    All ranks of the world call it.
+    """
+    world = dist.get_world_size()
+    groups: dict[Any, Any] = {r: dist.new_group(list(range(r)), timeout=TIMEOUT) for r in RANKS if r <= world}
+    for ranks in (r for r in groups.copy() if r % 2 == 0):
+        mesh = torch.arange(ranks).view(2, ranks // 2)
+        rows = [dist.new_group(row, timeout=TIMEOUT) for row in mesh.tolist()]
+        columns = [dist.new_group(column, timeout=TIMEOUT) for column in mesh.T.tolist()]
+        if dist.get_rank() < ranks:
+            row, column = divmod(dist.get_rank(), ranks // 2)
+            names = ("replicate", "shard")
+            groups[Layout("hsdp", ranks)] = DeviceMesh.from_group(
+                [columns[column], rows[row]], "cpu", mesh=mesh, mesh_dim_names=names
+            )
+    return groups
 
 
 class Run:
@@ -96,9 +116,10 @@ class Run:
 
     Args:
         group: of `layout.ranks` ranks, this one among them.
+        mesh: of HSDP; FSDP2 has one of the group.
     """
 
-    def __init__(self, layout: Layout, kind: str, group: Any, *, seed: int = 0, **changes: Any) -> None:
+    def __init__(self, layout: Layout, kind: str, group: Any, *, mesh: Any = None, seed: int = 0, **changes: Any) -> None:
         optimizer_class, kwargs = optimizer_kinds()[kind] if kind in LEARNED else (torch.optim.AdamW, {"lr": 0.01})
         kwargs = {**kwargs, **changes}
         self.model, self.taken, self.wrapped = Model(seed), 0, None
@@ -114,6 +135,11 @@ class Run:
             self.wrapped = DistributedDataParallel(self.model, process_group=group)
             named = [(fqn, p) for fqn, p in self.wrapped.named_parameters() if p.requires_grad]
             kwargs |= {"process_group": group} if learned else {}
+        elif layout.name in ("fsdp2", "hsdp"):
+            mesh = mesh or DeviceMesh.from_group(group, "cpu")
+            fully_shard(self.model, mesh=mesh, ignored_params={self.model.scalar, self.model.empty})
+            named = self.model.trainable()
+            kwargs |= {"process_group": group} if learned else {}
         elif learned:
             kwargs["process_group"] = False
         self.optimizer = optimizer_class(named, **kwargs)
@@ -124,7 +150,8 @@ class Run:
         for _ in range(steps):
             for place, (_, param) in enumerate(self.model.trainable()):
                 generator = torch.Generator().manual_seed(1000 * self.taken + place)
-                param.grad = torch.randint(-64, 65, param.shape, generator=generator) / 1024.0
+                grad = torch.randint(-64, 65, param.shape, generator=generator) / 1024.0
+                param.grad = wrap_like(param, shard_of("", param).take(grad), 0) if isinstance(param, DTensor) else grad
             if hasattr(self.optimizer, "set_loss"):
                 self.optimizer.set_loss(torch.tensor(3.0 - 0.0625 * self.taken))
             self.optimizer.step()
@@ -134,7 +161,9 @@ class Run:
         return history
 
     def params(self) -> dict[str, Tensor]:
-        return {fqn: p.detach().clone() for fqn, p in self.model.named_parameters()}
+        """Whole; all ranks of the layout call it."""
+        whole = {fqn: p.detach() for fqn, p in self.model.named_parameters()}
+        return {fqn: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for fqn, p in whole.items()}
 
     def state(self) -> dict[str, Any]:
         """Whole, on the first rank."""
@@ -197,7 +226,7 @@ def save_all(layout: Layout, kind: str, groups: dict[int, Any], folder: str) -> 
     group = groups[layout.ranks]
     if dist.get_rank() >= layout.ranks:
         return None
-    run = Run(layout, kind, group)
+    run = Run(layout, kind, group, mesh=groups.get(layout))
     history = run.advance(STEPS)
     run.save(path_of(folder, layout, kind), group)
     state, params = run.state(), run.params()
@@ -214,7 +243,7 @@ def load_one(source: Layout, target: Layout, kind: str, groups: dict[int, Any], 
     group = groups[target.ranks]
     if dist.get_rank() >= target.ranks:
         return 0.0
-    run = Run(target, kind, group, seed=1)
+    run = Run(target, kind, group, mesh=groups.get(target), seed=1)
     run.load(path_of(folder, source, kind), group)
     state, params = run.state(), run.params()
     end = run.advance(MORE)[-1]

@@ -6,7 +6,6 @@ of the step alone. Sums go over all ranks that hold a copy, so that copies must 
 
 from __future__ import annotations
 
-import collections
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import Collectives
 from ranks import run_ranks
 from sharded_model import (
     STEPS,
@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -123,23 +122,6 @@ def test_geometry_of_three_axes() -> None:
             _shard_at("w", Fake((4, 4, 4), (2, 2), placements), (0, 0))
 
 
-class Collectives:
-    """Counts what torch.distributed sends, by kind, whoever asks for it: pylo_dist, DTensor operations, FSDP2."""
-
-    def __enter__(self) -> Counts:
-        self.mode, self.counts = CommDebugMode(), Counts()
-        self.mode.__enter__()
-        return self.counts
-
-    def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
-        for operation, count in self.mode.get_comm_counts().items():
-            self.counts[str(operation).rsplit(".", 1)[-1]] += count
-
-
-Counts = collections.Counter[str]
-
-
 def local(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -161,9 +143,10 @@ def train(layout: str, world: int, names: list[str]) -> dict[str, Any]:
 def steps(model: Net, name: str, gradients: Gradients, rank: int, ranks: int) -> dict[str, Any]:
     optimizer_class, kwargs = rules()[name]
     optimizer = optimizer_class(trainable(model), **kwargs)
+    calls = Collectives()
     for step, mine in enumerate(gradients):
         set_gradients(model, mine)
-        with Collectives() if step == STEPS - 1 else nullcontext() as counts:
+        with calls if step == STEPS - 1 else nullcontext():
             optimizer.step(torch.tensor(loss_of(step, rank)))
     state: dict[str, dict[str, Tensor]] = {}
     for fqn, p in trainable(model):
@@ -179,7 +162,7 @@ def steps(model: Net, name: str, gradients: Gradients, rank: int, ranks: int) ->
         "local": {fqn: local(p).clone() for fqn, p in model.named_parameters()},
         "where": {fqn: where(optimizer, p) for fqn, p in trainable(model)},
         "state": state,
-        "calls": counts,
+        "calls": calls.counts,
         "norm": float(optimizer.grad_norm),
         "report": str(optimizer.report()),
         "run": {k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith("loss_")},

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import Collectives, Counts
 from golden_cases import velo_weights
 from ranks import run_ranks
 from sharded_model import STEPS, Net, integers, loss_of, mean_gradients, small_fc_weights, snapshot, trainable, unsharded, whole
-from test_dtensor import Collectives, Counts, build, fully_sharded, local
+from test_dtensor import build, fully_sharded, local
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -24,7 +25,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDat
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import pylo_dist
+from pylo_dist import comm
+from pylo_dist.adapters import plain
 from pylo_dist.adapters.fully_sharded import units_of
+from pylo_dist.adapters.gradients import settle
 from pylo_dist.shards import bound_shard
 
 Results = dict[str, Any]
@@ -210,6 +214,36 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
     return {name: message(action) for name, action in cases.items()}
 
 
+def partial_gradients(rank: int, world: int) -> dict[str, bool]:
+    """`settle` against what DTensor makes of the same gradients one by one."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
+    mine = integers("partial", rank, 0, shape=(8, 6))
+    cases: dict[str, tuple[list[Any], list[Any]]] = {
+        "both axes": ([Partial(), Partial("avg")], [Replicate(), Replicate()]),
+        "one axis": ([Replicate(), Partial()], [Replicate(), Replicate()]),
+        "into shards": ([Shard(0), Partial()], [Shard(0), Shard(1)]),
+        "nothing to add": ([Shard(0), Replicate()], [Shard(0), Replicate()]),
+        "largest": ([Partial("max"), Replicate()], [Replicate(), Replicate()]),  # nobody's gradient; DTensor serves it
+    }
+    bound = []
+    for name, (given, wanted) in cases.items():
+        param = nn.Parameter(distribute_tensor(torch.zeros(16 if given[0] == Shard(0) else 8, 6), mesh, wanted))
+        # what is replicated has to be the same on all ranks of that axis
+        local = integers("same", mesh.get_local_rank(0), 0, shape=(8, 6)) if given[1] == Replicate() else mine
+        local = integers("same", mesh.get_local_rank(1), 0, shape=(8, 6)) if name == "one axis" else local
+        param.grad = DTensor.from_local(local, mesh, given, run_check=False)
+        bound.append((plain.describe(name, param), param))
+    found = {}
+    with Collectives() as calls:
+        settled = comm.serve(settle(bound))
+    for (binding, param), (_, wanted) in zip(bound, cases.values(), strict=True):
+        got = settled.sums.get(id(param), param.grad)
+        got = got.redistribute(mesh, wanted).to_local()
+        found[binding.shard.fqn] = torch.equal(got, param.grad.redistribute(mesh, wanted).to_local())
+    found["calls"] = dict(calls.counts) == {"allreduce_": 3}  # axis a; axis b twice, as one gradient needs both in turn
+    return found
+
+
 def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
     """What the last rank does wrong alone: the error of each rank, and the seconds until it came."""
     mesh, last = init_device_mesh("cpu", (world,)), rank == world - 1
@@ -359,7 +393,7 @@ def calls_per_step(layout: str, world: int) -> dict[int, tuple[Counts, Counts]]:
                     p.grad = DTensor.from_local(torch.ones(8), tensor, [Partial()], run_check=False)
             with Collectives() as calls:
                 action()
-            steps.append(calls)
+            steps.append(calls.counts)
         results[count] = steps[0], steps[1]
     return results
 
@@ -381,7 +415,7 @@ def clip_ranks(rank: int, world: int, layouts: list[str]) -> Results:
             if how != "params":  # what was clipped before stays so, and no layout is asked for again
                 with Collectives() as calls:
                     pylo_dist.clip_grad_norm_(named, 0.6)
-                results[f"{layout}/{how} calls"] = calls.total()
+                results[f"{layout}/{how} calls"] = calls.counts.total()
             grads = {fqn: None if p.grad is None else whole(p.grad) for fqn, p in trainable(model)}
             results[f"{layout}/{how}"] = ranks, norm, grads
         before = snapshot(model)
@@ -597,6 +631,7 @@ def unequal_copies(rank: int, world: int) -> str:
 def train_and_save(rank: int, world: int, folder: str) -> Results:
     results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]), "unequal": unequal_copies(rank, world)}
     results["calls"] = {layout: calls_per_step(layout, world) for layout in ("hsdp", "tp_fsdp2")}
+    results["partial"] = partial_gradients(rank, world)
     results["alone"] = on_one_rank_alone(rank, world)
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):
         model, called, place, _ = build(layout, world)
@@ -648,6 +683,7 @@ def test_checkpoints_between_layouts(tmp_path: Path) -> None:
     saved = run_ranks(4, train_and_save, str(tmp_path))
     check_clip([result["clip"] for result in saved])
     check_calls(saved[0]["calls"])
+    assert all(all(result["partial"].values()) for result in saved), saved[0]["partial"]
     check_alone([result["alone"] for result in saved])
     for result in saved:
         assert "'weight' differs between the ranks 0 and 2, which hold copies of it" in result["unequal"]

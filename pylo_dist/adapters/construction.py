@@ -8,13 +8,15 @@ others wait for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import comm
+from ..shards import ShardBinding
 from .dtensor import check_domain, domain_of
 from .plain import is_dtensor
 
@@ -71,24 +73,30 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
             comm.decline(ranks, error)
         setattr(error, _TOLD, True)
         raise
+    meshes = [param.device_mesh for _, param in sharded]
+    groups = [(mesh.get_group(axis), torch.device(mesh.device_type)) for mesh in meshes[:1] for axis in range(mesh.ndim)]
+    timeout = max(comm.timeout_of(group, device) for group, device in groups)
     for ranks in _domains([[param for _, param in named]]):
-        comm.meet(ranks, f"the construction of {kind}", [kind, *([fqn, list(param.shape)] for fqn, param in named)])
+        entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
+        comm.meet(ranks, f"the construction of {kind}", entries, timeout)
 
 
-def check_alone(named: Sequence[tuple[str, Tensor]], kind: str) -> None:
+def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
     """Raise ValueError if other ranks wait for this one to build what it has built, but of DTensors.
 
     Asks the store, no rank: cheap, for the first steps of whole parameters.
     """
+    if comm.size(comm.default_group()) == 1 or any(map(is_dtensor, bindings)):
+        return
     waiting = comm.awaited_by()
     if waiting is None:
         return
     who, ranks, theirs = waiting
-    mine = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
+    mine = [kind, *([binding.shard.fqn, list(binding.shard.shape)] for binding in bindings.values())]
     if theirs != mine[: len(theirs)]:
         return
     error = ValueError(
-        f"{named[0][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
+        f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
         "shard the model alike on all ranks; an optimizer of this rank alone takes process_group=False"
     )
     comm.decline(ranks, error)
