@@ -72,7 +72,7 @@ def test_the_image_is_set_up_as_the_tests_are() -> None:
     settings = dict(pair.split("=", 1) for word, rest in instructions(text) if word == "ENV" for pair in shlex.split(rest))
     assert (settings["PYLO_DIST_CUDA"], settings["PYLO_DIST_CUDA_ARCH"]) == ("1", "80;90;100")
     # tests/run.sh executes the RUN lines before it starts this suite
-    assert "sed -n 's/^RUN //p' docker/Dockerfile | bash -e ||" in (ROOT / "tests" / "run.sh").read_text()
+    assert "bash -ec \"$(sed -n 's/^RUN //p' docker/Dockerfile)\" ||" in (ROOT / "tests" / "run.sh").read_text()
     shown = subprocess.run(
         ["sed", "-n", "s/^RUN //p", DOCKERFILE], capture_output=True, text=True, check=True
     ).stdout.splitlines()
