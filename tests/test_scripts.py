@@ -109,13 +109,36 @@ def test_compose_starts_what_is_there() -> None:
     assert not set(sources) & set(ignored)
 
 
+APT_GET = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+[ "$1" = update ] || [ "$(wc -l <"$CALLS")" -gt 1 ]  # the first install fails, as without lists
+"""
+
+
 def test_system_packages_are_asked_for_by_name(tmp_path: Path) -> None:
-    """With nothing but bash's own words on the PATH: all is missing, and no apt-get could bring it."""
-    for name in ("bash", "env"):
+    """With next to nothing on the PATH all is missing: no apt-get could bring it, then one that must read its lists first."""
+    wanted = "python3 g++ openmpi-bin libopenmpi-dev python3-venv python3-dev"
+    for name in ("bash", "env", "timeout", "wc"):
         (tmp_path / name).symlink_to(Path("/usr/bin") / name)
-    done = subprocess.run([ROOT / "launch" / "system.sh"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": str(tmp_path), **variables}
+        return subprocess.run([ROOT / "launch" / "system.sh"], env=environment, capture_output=True, text=True)
+
+    done = run()
     assert done.returncode == 1
-    assert "install by other means: python3 g++ openmpi-bin libopenmpi-dev python3-venv python3-dev" in done.stderr
+    assert f"install by other means: {wanted}" in done.stderr
+    calls = tmp_path / "calls"
+    for name, text in (("apt-get", APT_GET), ("id", "#!/usr/bin/env bash\necho $USER_ID\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = run(CALLS=str(calls), USER_ID="1000")
+    assert done.returncode == 1
+    assert f"not root; run it as root, or: apt-get install {wanted}" in done.stderr
+    assert not calls.exists()
+    assert run(CALLS=str(calls), USER_ID="0").returncode == 0
+    install = f"install -y -qq --no-install-recommends {wanted}"
+    assert calls.read_text().splitlines() == [install, "update -qq", install]
 
 
 def test_reproducing_says_what_is_missing(tmp_path: Path) -> None:
