@@ -25,8 +25,8 @@ command -v apt-get >/dev/null || {
   exit 1
 }
 export DEBIAN_FRONTEND=noninteractive
-install() { timeout 600 apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null; }
+install() { timeout 300 apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null; }
 install 2>/dev/null || { # the lists may be missing or old
-  timeout 300 apt-get update -qq >/dev/null
+  timeout 120 apt-get update -qq >/dev/null
   install
 }

@@ -4,9 +4,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # by the very lines that build the image
-sed -n 's/^RUN //p' docker/Dockerfile | bash -e || {
-  echo "without openmpi: the tests of mpirun will be skipped" >&2
-  launch/setup.sh launch,dev,deepspeed,hf
+bash -ec "$(sed -n 's/^RUN //p' docker/Dockerfile)" || {
+  extras=launch,dev,deepspeed,hf
+  if command -v mpirun >/dev/null; then extras=$extras,mpi; else echo "no mpirun: its tests will be skipped" >&2; fi
+  launch/setup.sh "$extras"
 }
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
+import download_tokens
+import huggingface_hub
 import numpy as np
 import prepare_data
 import pytest
 from data import HEADER_BYTES, MAGIC, BatchPlan, Tokens, builtin_text, find_files, read_tokens, write_tokens
+from feed import Feed
 
 
 def header(magic: int, version: int, count: int) -> bytes:
@@ -74,6 +79,136 @@ def pool(*sizes: int, block_size: int = 8, vocab_size: int = 65536) -> Tokens:
     ends = np.cumsum(sizes)
     arrays = tuple(np.arange(e - n, e).astype(np.uint16) for e, n in zip(ends, sizes, strict=True))
     return Tokens(tuple(f"file{i}" for i in range(len(sizes))), arrays, block_size, vocab_size)
+
+
+def test_windows_in_order_lie_end_to_end() -> None:
+    tokens = pool(17, 9, 26)  # 2, 1 and 3 windows of 8, each with the token after it; one token of the last file is left over
+    windows = tokens.read(tokens.in_order(0, 6))
+    assert windows[:, 0].tolist() == [0, 8, 17, 26, 34, 42]
+    assert (np.diff(windows, axis=1) == 1).all()  # none crosses files
+    assert tokens.read(tokens.in_order(4, 5))[:, 0].tolist() == [34, 42, 0, 8, 17]  # from anywhere, and round
+    in_parts = np.concatenate([tokens.in_order(first, 3) for first in range(0, 60, 3)])
+    assert in_parts.tolist() == tokens.in_order(0, 60).tolist()
+
+
+def saved(folder: Path, **files: int) -> Path:
+    """Token files as prepare_data.py writes them, counting on from file to file."""
+    arrays, first = [], 0
+    for name, size in files.items():
+        arrays.append(folder / f"{name}.npy")
+        np.save(arrays[-1], np.arange(first, first + size).astype(np.uint16))
+        first += size
+    assert prepare_data.main([*map(str, arrays), "--out", str(folder / "tokens")]) == 0
+    return folder / "tokens"
+
+
+def test_arrays_become_files_that_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path, set_train_0=40, set_train_1=20, set_val_0=30)
+    sizes = {"block_size": 8, "vocab_size": 65536}
+    assert Tokens.from_path(folder, "train", **sizes).num_tokens == 60
+    assert read_tokens(folder / "set_train_1.bin").tolist() == list(range(40, 60))
+    assert prepare_data.main(["--check", str(folder)]) == 0
+    assert "3 file(s), 90 tokens, as they were written" in capsys.readouterr().out
+
+    # one flipped bit, which only the hash sees; a cut file, another one in its place, and none, which the length tells
+    path = folder / "set_train_1.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert Tokens.from_path(folder, "train", **sizes).num_tokens == 60
+    assert prepare_data.main(["--check", str(folder)]) == 2
+    assert "set_train_1.bin: missing, cut or damaged" in one_line(capsys)
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"set_train_1\.bin: the header counts 20 tokens, the file holds 18"):
+        Tokens.from_path(folder, "train", **sizes)
+    write_tokens(path, np.arange(19))
+    with pytest.raises(ValueError, match=r"set_train_1\.bin: 19 tokens found, 20 wanted by tokens\.json"):
+        Tokens.from_path(folder, "train", **sizes)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"set_train_1\.bin: no such file, 20 wanted"):
+        Tokens.from_path(folder, "train", **sizes)
+    (folder / "tokens.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokens\.json cannot be read"):
+        Tokens.from_path(folder, "train", **sizes)
+
+    for content, words in ((np.zeros((2, 2), np.uint16), "one-dimensional"), (np.array([70000]), "from 70000 to 70000")):
+        np.save(tmp_path / "x_train.npy", content)
+        assert prepare_data.main([str(tmp_path / "x_train.npy"), "--out", str(tmp_path / "x")]) == 2
+        assert words in one_line(capsys)
+    (tmp_path / "other.npy").write_bytes(b"no array")
+    for name, words in (("other.npy", 'neither "train" nor "val"'), ("gone_train.npy", "cannot be read")):
+        assert prepare_data.main([str(tmp_path / name), "--out", str(tmp_path / "x")]) == 2
+        assert words in one_line(capsys)
+
+
+def test_a_file_that_is_cut_during_a_run_is_named(tmp_path: Path) -> None:
+    """Reading mapped memory beyond its end would kill the process without a word."""
+    folder = saved(tmp_path, train_0=9_000, train_1=9_000)
+    tokens = Tokens.from_path(folder, "train", block_size=8, vocab_size=65536)
+    with Feed(tokens, lambda step: tokens.in_order(100 * step, 4), [slice(0, 2), slice(2, 4)], range(40)) as feed:
+        assert [part[:, 0].tolist() for part in feed.next()] == [[0, 8], [16, 24]]
+        (folder / "train_1.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"train_1\.bin: 0 bytes found, 19024 when the run began; the file was cut"):
+            [feed.next() for _ in range(39)]
+    with pytest.raises(ValueError, match=r"train_1\.bin"):
+        tokens.read(np.array([12_000]))
+    assert tokens.read(np.array([0]))[0].tolist() == list(range(9))
+
+
+def test_the_feed_reads_ahead_and_ends() -> None:
+    tokens, asked = pool(1000), []
+
+    def places(step: int) -> np.ndarray:
+        asked.append(step)
+        return tokens.windows(0, 0, step, 6)
+
+    rows = BatchPlan(6, 1, 2).rows(0)
+    with Feed(tokens, places, rows, range(1, 100)) as feed:
+        for step in range(1, 6):
+            parts = feed.next()
+            assert np.array_equal(np.concatenate(parts), tokens.read(tokens.windows(0, 0, step, 6)))
+            assert [len(part) for part in parts] == [2, 2, 2]
+        assert "feed" in {thread.name for thread in threading.enumerate()}
+    assert asked == list(range(1, len(asked) + 1))
+    assert 6 <= len(asked) + 1 <= 12
+    assert "feed" not in {thread.name for thread in threading.enumerate()}  # also with much left to read
+
+
+def test_a_download_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, asked, broken = tmp_path / "hub", [], ["set_train_10.npy"]
+    hub.mkdir()
+    for name in ("set_train_0", "set_train_2", "set_train_10", "set_val_0", "set_val_1"):
+        np.save(hub / f"{name}.npy", np.full(100, 7, np.uint16))
+
+    def fetch(repo: str, name: str, *, repo_type: str, local_dir: Path) -> str:
+        asked.append(name)
+        if name in broken:
+            raise ConnectionError("no route to host")
+        local_dir.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(hub / name, local_dir / name)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: sorted(p.name for p in hub.iterdir()))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    out = tmp_path / "tokens"
+    command = ["org/set", "--out", str(out), "--tokens", "250"]
+    assert download_tokens.main(command) == 1
+    assert "set_train_10.npy of org/set cannot be had from the Hub (ConnectionError: no route to host)" in one_line(capsys)
+    assert asked == [
+        "set_val_0.npy",
+        "set_train_0.npy",
+        "set_train_2.npy",
+        "set_train_10.npy",
+    ]  # by number, and no more than needed
+    asked.clear()
+    broken.clear()
+    assert download_tokens.main(command) == 0
+    assert asked == ["set_train_10.npy"]
+    assert Tokens.from_path(out, "train", block_size=8, vocab_size=256).num_tokens == 300
+    assert not list(out.glob(".download/*.npy"))  # twice the room is not taken
+    assert prepare_data.main(["--check", str(out)]) == 0
+    assert download_tokens.main([*command[:-1], "1e3"]) == 2
+    assert "holds 300 training tokens, 1,000 were wanted" in one_line(capsys)
 
 
 def test_too_few_tokens_and_too_small_a_vocabulary_are_refused() -> None:

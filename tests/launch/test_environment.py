@@ -98,6 +98,20 @@ def test_contradictions_are_refused_by_name(variables: dict[str, str], words: st
         find(variables)
 
 
+def test_a_contradiction_ends_a_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**BY_HAND, "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert gpt2.main(["--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert all(line.startswith("gpt2.py: WORLD_SIZE is 4 and SLURM_NTASKS 2; unset RANK") for line in said)
+    assert not (tmp_path / "out").exists()
+
+
 def test_mpirun_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # makes the import fail
     with pytest.raises(WrongInput, match=r"OMPI_COMM_WORLD_SIZE is 2, .* pip install mpi4py"):
@@ -130,7 +144,7 @@ case $1 in
   requeue) echo "$2" >>"$REQUEUED" ;;
 esac
 """
-STEPS, SHORT = 120, 12
+STEPS, SHORT = 240, 12
 COMMON = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--eval-every", "0", "--optimizer", "adafaclo"]
 COMMON += ["--weights", "demo", "--device", "cpu", "--threads", "1"]
 

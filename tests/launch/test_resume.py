@@ -18,6 +18,7 @@ import gpt2
 import pytest
 import torch
 from checkpoints import Keeper, published_in, remove
+from data import Tokens
 from watch import Row, Watch, rows_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,6 +336,36 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     assert said.startswith("gpt2.py: the checkpoint of step 3 was not written")
     assert "checkpoints" in said
     assert len(rows_of(out)) == 3
+
+
+def test_a_stream_goes_on_in_the_middle(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens in their order: each window once, whatever stopped the run, also where the batch is another one from then on."""
+    places: list[int] = []
+    read = Tokens.in_order
+
+    def noted(self: Tokens, first: int, count: int) -> Any:
+        places.append(first)
+        return read(self, first, count)
+
+    monkeypatch.setattr(Tokens, "in_order", noted)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    extra = ["--order", "stream"]
+    assert gpt2.main(command(folder, whole, *extra)) == 0
+    assert places == list(range(0, 32, 4))
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        assert gpt2.main(command(folder, out, *extra)) == STOPPED
+    places.clear()
+    assert gpt2.main(command(folder, out, *extra, "--resume", "auto")) == 0
+    assert places == [20, 24, 28]
+    assert rows_of(out) == rows_of(whole)
+    places.clear()
+    half = [*extra, "--batch-size", "2", "--steps", "10", "--resume"]
+    assert gpt2.main(command(folder, tmp_path / "half", *half, str(published_in(whole)[6]))) == 0
+    assert places == [24, 26, 28, 30]
+    places.clear()
+    assert gpt2.main(command(folder, tmp_path / "half", *half, "auto", "--steps", "11")) == 0
+    assert places == [32]
 
 
 def test_rows_of_a_killed_run(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from faults import differences, rows_of
 
-STEPS = 160
+STEPS = 300
 # A command that keeps what the run has written before the next start of it goes on from there.
 KEEPER = """#!/usr/bin/env bash
-cp "$OUT/metrics.jsonl" "$KEPT/$(find "$KEPT" -name '*.jsonl' | wc -l).jsonl" 2>/dev/null
 echo $$ >"$KEPT/pid"
+cp "$OUT/metrics.jsonl" "$KEPT/$(find "$KEPT" -name '*.jsonl' | wc -l).jsonl" 2>/dev/null
 exec "$@"
 """
 # One that stands for a run: makes checkpoints "$@" steps on, one per call, and ends with the code that follows it.
@@ -51,7 +51,7 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
     script.chmod(0o755)
     words = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--eval-every", "50", "--eval-batches", "1"]
     words += ["--optimizer", "adafaclo", "--weights", "demo", "--device", "cpu", "--threads", "1"]
-    words += ["--steps", str(STEPS), "--save-every", "80", "--schedule", "cosine", "--out"]
+    words += ["--steps", str(STEPS), "--save-every", "100", "--schedule", "cosine", "--out"]
     command = [str(script), sys.executable, str(ROOT / "launch" / "gpt2.py"), *words, str(out)]
     variables = {"OUT": str(out), "KEPT": str(kept)}
 
@@ -66,9 +66,10 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
     second = loop(command, **variables)
     try:
         for attempt, count in enumerate((50, 90), 1):  # the run alone gets it, and the loop starts it again
+            wait_for((kept / f"{attempt - 1}.jsonl").exists)  # it has been started again
             wait_for_rows(out, count)
             os.kill(int((kept / "pid").read_text()), signal.SIGTERM)
-            wait_for(lambda: (kept / f"{attempt}.jsonl").exists())  # noqa: B023
+            wait_for((kept / f"{attempt}.jsonl").exists)
         said += second.communicate(timeout=120)[1]
     finally:
         second.kill()
