@@ -37,18 +37,20 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
+from bench_memory import shapes_of  # noqa: E402
 from bench_step import Contender, tensor_lists  # noqa: E402
 from bench_zero import MINI  # noqa: E402
 from model import PRESETS, GPTConfig, build  # noqa: E402
 from record import RESULTS, environment, markdown, write  # noqa: E402
-from scaling import shapes_of, small_syncs  # noqa: E402
+from scaling import GOAL, GOAL_RANKS  # noqa: E402
+from step_model import small_syncs  # noqa: E402
 from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks, optimizer_of  # noqa: E402
 
 CONFIGS = {"tiny": TINY, "mini": MINI, **PRESETS}
 BASELINES = (("AdamW", "torch zero"), ("AdamW", "zero1"))
 LEARNED = tuple((name, layout) for name in ("AdafacLO", "VeLO") for layout in ("zero1", "zero2", "fsdp2", "deepspeed2"))
 CONTENDERS = (*BASELINES, ("AdamW", "fsdp2"), ("AdamW", "deepspeed2"), *LEARNED)
-GOAL, GOAL_RANKS, GOAL_TOKENS, GOAL_MODEL = 0.97, 8, 16384, "124m"
+GOAL_TOKENS, GOAL_MODEL = 16384, "124m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +245,13 @@ def main() -> int:
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
     parser.add_argument("--only", nargs="+", metavar="LAYOUT", help="layouts of the learned optimizers, e.g. zero1 fsdp2")
     parser.add_argument("--no-goal", action="store_true", help="leave the goal out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(
         preset=args.preset,
-        tokens=tuple([128, 512] if args.quick and args.tokens == [128, 512, 2048] else args.tokens),
+        tokens=tuple(args.tokens),
         rounds=min(args.rounds, 3) if args.quick else args.rounds,
         steps=args.steps,
         bucket_cap_mb=args.bucket_cap_mb,

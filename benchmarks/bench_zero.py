@@ -561,7 +561,7 @@ def main() -> int:
         trace=args.trace,
         profiles=not args.no_profiles,
     )
-    found, load, runs = environment(), os.getloadavg(), []  # before the runs: the commit that was measured
+    found, runs = environment(), []  # before the runs: the commit that was measured
     start = time.perf_counter()
     if "RANK" in os.environ:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -581,8 +581,7 @@ def main() -> int:
     result = {
         "what": "a training step of launch/model.py's GPT on several ranks, by phase; see bench_zero.py for what the words mean",
         **found,
-        "load_average": {"before": load, "after": os.getloadavg()},
-        "machine_was_shared": load[0] > 1.0,
+        "load_average_after": os.getloadavg()[0],
         "settings": {
             **{key: value for key, value in asdict(settings).items() if key != "contenders"},
             "parameters": sum(p.numel() for p in build(config, 0).parameters()),

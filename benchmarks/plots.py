@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"AdafacLO": "#1b6ca8", "VeLO": "#c8553d", "AdamW": "#8a8a8a", "Muon": "#6a994e"}
@@ -52,7 +53,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], label: str, 
     for place, value, text in zip(places, values, texts, strict=True):
         axes.text(value, place, f" {text}", va="center", fontsize=7)
     axes.set_yticks(list(places), names, fontsize=7)
-    axes.set_xlim(0, 1.25 * max(values))
+    axes.set_xlim(0, 1.5 * max(values))  # room for the texts
     axes.set_xlabel(label)
     axes.set_title(title)
 
@@ -72,6 +73,7 @@ def seed_figures(result: Result) -> Figure:
     for name in optimizers:
         axes.plot(batches, [rows[b][name]["step"] for b in batches], "^-", color=COLOURS[name], label=f"step of {name}")
     axes.set(xlabel="batch size, images", ylabel="ms", yscale="log", title=f"{result['vit']['model']} ({clock})")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)
 
     rows = result["layer"]["rows"]

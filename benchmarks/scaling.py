@@ -3,20 +3,9 @@
     python benchmarks/scaling.py                              # parts and check on 1, 2 and 4 gloo ranks
     python benchmarks/scaling.py --parts train.json           # predictions from the parts that bench_train.py measured on a GPU
 
-With T tokens per rank, N parameters in buckets of n bytes each, R ranks, and per collective a latency and a bandwidth:
-
-    compute      T x seconds per token                                            measured on one device
-    optimizer    N / R x seconds per parameter (replicated: N x)                  measured on one device
-    exchange     per bucket (R - 1) hops of latency, and n (R - 1) / R / bandwidth: once to reduce-scatter, once to all-gather
-                 (FSDP2 gathers again in backward)
-    small        two all-reduces of the sums that the learned step needs, along a tree; one of a number for AdamW
-    rest         what a step takes beside these on one rank                       measured on one rank
-
-"exposed" adds it all up; "hidden" lets the reduce-scatter run under backward (two thirds of compute) and the all-gather under
-forward. Bytes have no free number: tests compare them with those that a real run hands to its collectives.
-
-What is measured, what is assumed (networks, with their sources) and what is predicted stand apart in the file. Ranks that share
-this machine's cores slow each other down: the check multiplies what computes by ranks over cores where that is above 1.
+The model is in step_model.py. What is measured, what is assumed (networks and GPUs, with their sources) and what is predicted
+stand apart in the file. Ranks that share this machine's cores slow each other down: the check multiplies what computes by ranks
+over cores where that is above 1.
 """
 
 from __future__ import annotations
@@ -27,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -45,202 +34,13 @@ from bench_memory import memory_formula, shapes_of  # noqa: E402
 from bench_zero import MINI, Clock, wrap_package  # noqa: E402
 from model import PRESETS  # noqa: E402
 from record import RESULTS, environment, markdown, write  # noqa: E402
+from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes  # noqa: E402
 from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks  # noqa: E402
 
-from pylo_dist import comm, reference  # noqa: E402
-from pylo_dist.adapters.buckets import ALIGNMENT, fill  # noqa: E402
-from pylo_dist.shards import factored_dims  # noqa: E402
+from pylo_dist import comm  # noqa: E402
 
 CONFIGS = {"tiny": TINY, "mini": MINI}
-FEATURES = {"AdafacLO": (reference.SMALL_FC, 0), "VeLO": (reference.VELO, 9)}  # and the sums that ride in A for VeLO's LSTM
-AUDIT, LOSS = 5, 3  # float64 numbers per tensor in front of A; of the loss behind it
-Shapes = Mapping[str, Sequence[int]]
-
-
-# -------------------------------------------------------------------------------------------------- bytes
-
-
-def small_syncs(shapes: Shapes, optimizer: str) -> list[int]:
-    """Bytes of the small all-reduces of a step on flat shards, float64: A, then B. AdamW: a float32, whether all can step."""
-    if optimizer not in FEATURES:
-        return [4]
-    features, extra = FEATURES[optimizer]
-    dims = {fqn: factored_dims(tuple(shape)) for fqn, shape in shapes.items()}
-    a = sum(AUDIT + extra + reference.num_gradient_sums(tuple(shapes[fqn]), found) for fqn, found in dims.items())
-    b = sum(features.num_sums(found) for found in dims.values())
-    return [8 * (a + (LOSS if optimizer == "VeLO" else 0)), 8 * b]
-
-
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """What a step hands to its collectives, all ranks' parts of a buffer counted: what one rank sends is (R - 1) / R of it.
-
-    Attributes:
-        scatters, gathers: of every bucket. small: of the small all-reduces (of which a ring sends twice that share).
-    """
-
-    scatters: list[int]
-    gathers: list[int]
-    small: list[int]
-
-    def sent(self, ranks: int) -> int:
-        """Bytes that one rank sends in a step, by rings."""
-        share = (ranks - 1) / ranks
-        return round(share * (sum(self.scatters) + sum(self.gathers) + 2 * sum(self.small)))
-
-
-def zero_bytes(shapes: Shapes, optimizer: str, ranks: int, bucket_cap_mb: float) -> Bytes:
-    """Of ZeroOptimizer, either stage, float32. A rank's part is a multiple of ALIGNMENT; that of gradients ends with a flag."""
-    if ranks == 1:
-        return Bytes([], [], [])
-    named = [(fqn, torch.empty(tuple(shape), device="meta")) for fqn, shape in shapes.items()]
-    parts = [
-        math.ceil(sum(t.numel() for _, t in chunk) / (ranks * ALIGNMENT)) * ALIGNMENT for chunk in fill(named, bucket_cap_mb)
-    ]
-    return Bytes(
-        scatters=[4 * ranks * (part + ALIGNMENT) for part in parts],
-        gathers=[4 * ranks * part for part in parts],
-        small=small_syncs(shapes, optimizer),
-    )
-
-
-# --------------------------------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Seconds of a hop, and bytes per second of one rank in one direction."""
-
-    latency: float
-    bandwidth: float
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Ranks on nodes.
-
-    Attributes:
-        base: seconds that any collective takes to start. within, between: nodes; the slower bandwidth carries a ring over nodes.
-        source: where the numbers come from.
-    """
-
-    name: str
-    ranks_per_node: int
-    base: float
-    within: Link
-    between: Link
-    source: str
-
-    def nodes(self, ranks: int) -> int:
-        return math.ceil(ranks / self.ranks_per_node)
-
-    def ring(self, size: int, ranks: int) -> float:
-        """Seconds of a reduce-scatter or all-gather over a buffer of `size` bytes."""
-        if ranks == 1:
-            return 0.0
-        across = self.nodes(ranks) - 1
-        link = self.between if across else self.within
-        hops = (ranks - 1 - across) * self.within.latency + across * self.between.latency
-        return self.base + hops + size * (ranks - 1) / ranks / link.bandwidth
-
-    def tree(self, size: int, ranks: int) -> float:
-        """Seconds of an all-reduce of a small buffer: up and down a chain in each node and a tree over the nodes."""
-        if ranks == 1:
-            return 0.0
-        nodes = self.nodes(ranks)
-        link = self.between if nodes > 1 else self.within
-        inner = min(ranks, self.ranks_per_node) - 1
-        hops = 2 * (inner * self.within.latency + math.ceil(math.log2(nodes)) * self.between.latency)
-        return self.base + hops + 2 * size / link.bandwidth
-
-
-NCCL = "latencies: NCCL's own tuning table, src/graph/tuning.cc of NVIDIA/nccl (ring: Simple, tree: LL)"
-NETWORKS = {
-    "H200 NVLink + NDR InfiniBand": Network(
-        "H200 NVLink + NDR InfiniBand",
-        ranks_per_node=8,
-        base=8.4e-6,
-        within=Link(3.4e-6, 0.8 * 450e9),
-        between=Link(9.6e-6, 0.8 * 50e9),
-        source="NVLink 900 GB/s in both directions per GPU (NVIDIA H200 datasheet); one 400 Gb/s port per GPU (NVIDIA DGX H200 "
-        f"datasheet); 0.8 of both is assumed to be reached; {NCCL}",
-    ),
-    "A100 NVLink + HDR InfiniBand": Network(
-        "A100 NVLink + HDR InfiniBand",
-        ranks_per_node=8,
-        base=8.4e-6,
-        within=Link(3.4e-6, 0.8 * 300e9),
-        between=Link(9.6e-6, 0.8 * 25e9),
-        source="NVLink 600 GB/s in both directions per GPU (NVIDIA A100 datasheet); one 200 Gb/s port per GPU (NVIDIA DGX A100 "
-        f"datasheet); 0.8 of both is assumed to be reached; {NCCL}",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What is measured on one device: seconds per token of forward and backward, and per parameter of a step by optimizer."""
-
-    token_s: float
-    step_s: Mapping[str, float]
-    rest_s: float = 0.0
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of a step by part."""
-
-    compute: float
-    optimizer: float
-    scatter: float
-    gather: float
-    small: float
-    rest: float
-
-    @property
-    def exposed(self) -> float:
-        """Nothing hidden."""
-        return self.compute + self.optimizer + self.scatter + self.gather + self.small + self.rest
-
-    @property
-    def hidden(self) -> float:
-        """The reduce-scatter under backward, the all-gather under forward."""
-        forward, backward = self.compute / 3, self.compute * 2 / 3
-        return max(forward, self.gather) + max(backward, self.scatter) + self.optimizer + self.small + self.rest
-
-
-def step_times(
-    parts: Parts,
-    network: Network,
-    shapes: Shapes,
-    optimizer: str,
-    *,
-    ranks: int,
-    tokens: int,
-    layout: str = "zero",
-    bucket_cap_mb: float = 25.0,
-    slowdown: float = 1.0,
-) -> Times:
-    """A step of `tokens` per rank.
-
-    Args:
-        layout: "zero"; "fsdp2", which gathers twice; "replicated", where every rank steps all parameters.
-        slowdown: of whatever computes, where ranks share cores.
-    """
-    numel = sum(math.prod(shape) for shape in shapes.values())
-    moved = zero_bytes(shapes, optimizer, ranks, bucket_cap_mb)
-    share = numel if layout == "replicated" else numel / ranks
-    gathers = (2 if layout == "fsdp2" else 1) * sum(network.ring(size, ranks) for size in moved.gathers)
-    small = [] if layout == "replicated" else moved.small
-    return Times(
-        compute=slowdown * tokens * parts.token_s,
-        optimizer=slowdown * share * parts.step_s[optimizer],
-        scatter=sum(network.ring(size, ranks) for size in moved.scatters),
-        gather=gathers,
-        small=sum(network.tree(size, ranks) for size in small),
-        rest=slowdown * parts.rest_s,
-    )
+GOAL, GOAL_RANKS = 0.97, 8  # of AdamW's tokens per second, see bench_train.py
 
 
 # -------------------------------------------------------------------------------------------------- check
@@ -331,17 +131,6 @@ def _collectives_alone(size: int, world: int, device: torch.device, watch: Stopw
             taken.append(watch.stop()[0])
         seconds[name] = median(taken)
     return seconds
-
-
-def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(seconds to start, seconds per byte) through (bytes, seconds): least squares of the relative error, neither below 0."""
-    weights = [1.0 / seconds**2 for _, seconds in points]
-    total = sum(weights)
-    x = sum(w * size for w, (size, _) in zip(weights, points, strict=True)) / total
-    y = sum(w * seconds for w, (_, seconds) in zip(weights, points, strict=True)) / total
-    top = sum(w * (size - x) * (seconds - y) for w, (size, seconds) in zip(weights, points, strict=True))
-    slope = max(0.0, top / sum(w * (size - x) ** 2 for w, (size, _) in zip(weights, points, strict=True)))
-    return max(0.0, y - slope * x), slope
 
 
 def network_here(per_rank: Sequence[dict[str, Any]], world: int) -> tuple[Network, dict[str, Any]]:
@@ -484,6 +273,49 @@ def step_predictions(parts: Parts, network: Network, model: str, ranks: Sequence
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a GPU's datasheet says: dense bfloat16 FLOP/s and bytes per second of its memory."""
+
+    flops: float
+    memory: float
+    source: str
+
+
+GPUS = {
+    "H200": Gpu(989.5e12, 4.8e12, "NVIDIA H200 datasheet"),
+    "A100 80GB": Gpu(312e12, 2.039e12, "NVIDIA A100 80GB datasheet"),
+}
+USED = 0.4  # of the FLOP/s, assumed
+ADAMW_BYTES = 28  # read and written per parameter, float32
+
+
+def allowances(models: Sequence[str], goal: float, ranks: int, tokens: int) -> list[dict[str, Any]]:
+    """How long a rank's learned step may take on GPUs for the goal of bench_train.py, if nothing else differs from AdamW.
+
+    Forward and backward take 6 N T FLOP at USED of the datasheet's rate, AdamW's step moves its bytes at the memory's.
+    """
+    rows = []
+    for model in models:
+        numel = sum(math.prod(shape) for shape in shapes_of(PRESETS[model]).values())
+        for name, gpu in GPUS.items():
+            compute = 6.0 * numel * tokens / (USED * gpu.flops)
+            adamw = ADAMW_BYTES * numel / ranks / gpu.memory
+            rows.append(
+                {
+                    "assumed": f"{USED} of {gpu.flops / 1e12:g} TFLOP/s, {gpu.memory / 1e12:g} TB/s ({gpu.source})",
+                    "gpu": name,
+                    "model": model,
+                    "ranks": ranks,
+                    "tokens_per_rank": tokens,
+                    "forward_and_backward_ms": round(1e3 * compute, 3),
+                    "adamw_step_ms": round(1e3 * adamw, 4),
+                    "learned_step_may_take_ms": round(1e3 * ((compute + adamw) / goal - compute), 4),
+                }
+            )
+    return rows
+
+
 def read_parts(path: Path | None) -> tuple[Parts | None, str]:
     """The parts in a train.json whose goal was computed, and what they were measured on, or why there are none."""
     if path is None or not path.is_file():
@@ -501,6 +333,7 @@ def predictions(parts: Parts | None, where: str, models: Sequence[str], ranks: S
         "predicted": True,
         "networks": {name: asdict(network) for name, network in NETWORKS.items()},
         "exchange": exchange_predictions(models, ranks),
+        "allowances": allowances(models, GOAL, GOAL_RANKS, tokens),
         "steps": [],
         "steps_absent": None,
     }

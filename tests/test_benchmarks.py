@@ -31,6 +31,7 @@ import record  # noqa: E402
 import scaling  # noqa: E402
 import seed_figures  # noqa: E402
 import sharded_step  # noqa: E402
+import step_model  # noqa: E402
 from bench_step import transformer  # noqa: E402
 from trainees import TINY  # noqa: E402
 
@@ -122,7 +123,7 @@ def test_modelled_bytes_are_those_of_a_real_run(measured: dict[int, list[dict[st
     shapes = bench_memory.shapes_of(TINY)
     for world, per_rank in measured.items():
         for optimizer in SCALING.optimizers:
-            moved = scaling.zero_bytes(shapes, optimizer, world, CAP_MB)
+            moved = step_model.zero_bytes(shapes, optimizer, world, CAP_MB)
             assert len(moved.scatters) > 1 or world == 1  # else buckets would not be tested
             wanted = {"reduce-scatter": sum(moved.scatters), "all-gather": sum(moved.gathers), "small syncs": sum(moved.small)}
             for found in per_rank:
@@ -182,41 +183,44 @@ def test_launches_are_operators_that_do_something() -> None:
 
 
 def test_times_by_hand() -> None:
-    link, far = scaling.Link(2.0, 100.0), scaling.Link(5.0, 10.0)
-    network = scaling.Network("by hand", 2, 1.0, link, far, "")
+    link, far = step_model.Link(2.0, 100.0), step_model.Link(5.0, 10.0)
+    network = step_model.Network("by hand", 2, 1.0, link, far, "")
     assert network.ring(800, 1) == 0.0
     assert network.ring(800, 2) == 1 + 2 + 800 / 2 / 100
     assert network.ring(800, 4) == 1 + (2 * 2 + 1 * 5) + 800 * 3 / 4 / 10  # one hop of three crosses nodes, which sets the pace
     assert network.tree(100, 2) == 1 + 2 * 2 + 2 * 100 / 100
     assert network.tree(100, 8) == 1 + 2 * (2 + 2 * 5) + 2 * 100 / 10
     shapes = {"weight": (64, 32), "bias": (64,)}
-    numel, parts = 64 * 33, scaling.Parts(0.5, {"AdafacLO": 1e-3}, rest_s=3.0)
-    times = scaling.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6)
+    numel, parts = 64 * 33, step_model.Parts(0.5, {"AdafacLO": 1e-3}, rest_s=3.0)
+    times = step_model.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6)
     assert times.compute == 3.0
     assert times.optimizer == pytest.approx(numel / 4 * 1e-3)
-    moved = scaling.zero_bytes(shapes, "AdafacLO", 4, 25.0)
+    moved = step_model.zero_bytes(shapes, "AdafacLO", 4, 25.0)
     assert moved.gathers == [4 * numel]
     assert moved.scatters == [4 * numel + 4 * 4 * ALIGNMENT]
     # audits and 64 + 32 sums of g^2; those of the features: two tensors, one of them below two dims
-    features = scaling.FEATURES["AdafacLO"][0]
+    features = step_model.FEATURES["AdafacLO"][0]
     assert moved.small == [8 * (2 * 5 + 64 + 32), 8 * (features.num_sums((0, 1)) + features.num_sums(None))]
     assert times.scatter == network.ring(moved.scatters[0], 4)
     assert times.small == sum(network.tree(size, 4) for size in moved.small)
     assert times.exposed == pytest.approx(sum((3.0, times.optimizer, times.scatter, times.gather, times.small, 3.0)))
     assert times.hidden == pytest.approx(times.exposed - 3.0)  # here the exchange takes longer than the compute it hides
-    replicated = scaling.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6, layout="replicated")
+    replicated = step_model.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6, layout="replicated")
     assert replicated.optimizer == pytest.approx(4 * times.optimizer)
     assert replicated.small == 0.0
-    assert scaling.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6, layout="fsdp2").gather == 2 * times.gather
+    assert step_model.step_times(parts, network, shapes, "AdafacLO", ranks=4, tokens=6, layout="fsdp2").gather == 2 * times.gather
 
 
 def test_fit_finds_the_line() -> None:
-    start, per_byte = scaling.fit([(size, 3e-5 + 2e-9 * size) for size in (1e3, 1e5, 1e7)])
+    start, per_byte = step_model.fit([(size, 3e-5 + 2e-9 * size) for size in (1e3, 1e5, 1e7)])
     assert start == pytest.approx(3e-5)
     assert per_byte == pytest.approx(2e-9)
 
 
 def test_goal_by_hand() -> None:
+    row = scaling.allowances(["124m"], 0.97, 8, 16384)[0]
+    shared, adamw, learned = (row[key] for key in ("forward_and_backward_ms", "adamw_step_ms", "learned_step_may_take_ms"))
+    assert (shared + adamw) / (shared + learned) == pytest.approx(0.97, abs=1e-5)
     parameters = 8_000_000
     ratio = bench_train.goal_ratio(1e-3, 1e-7, 5e-7, 0.25, parameters)
     assert ratio == pytest.approx((16.384 + 0.1) / (16.384 + 0.5 + 0.25))
