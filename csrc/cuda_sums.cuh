@@ -430,7 +430,21 @@ __device__ __forceinline__ constexpr int num_feature_sums() {
   return Diag ? Layout<Extended>::SUMS_DIAG : Layout<Extended>::SUMS_FACTORED;
 }
 
-// With `Moments` VeLO's sums of the old accumulators too, behind the others: m_k, m_k^2, v, v^2.
+// VeLO's sums of the old accumulators, from sums[first] on: m_k, m_k^2, v, v^2.
+template <int first, int N>
+__device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, const Item& item, int64_t at) {
+  const double v = live.rms[at];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const double m = live.momentum[k * item.numel + at];
+    sums[first + k] += m;
+    sums[first + K + k] += m * m;
+  }
+  sums[first + 2 * K] += v;
+  sums[first + 2 * K + 1] += v * v;
+}
+
+// With `Moments` those too, behind the others.
 template <bool Extended, bool Diag, bool Moments, int N>
 __device__ __forceinline__ void sum_job(
     const PassArgs& args, const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[N]) {
@@ -443,19 +457,34 @@ __device__ __forceinline__ void sum_job(
     Element<float, Extended> e;
     read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
     add_squares<Extended, Diag>(sums, e);
-    if constexpr (Moments) {
-      constexpr int first = num_feature_sums<Extended, Diag>();
-      const double v = live.rms[at.local];
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const double m = live.momentum[k * item.numel + at.local];
-        sums[first + k] += m;
-        sums[first + K + k] += m * m;
-      }
-      sums[first + 2 * K] += v;
-      sums[first + 2 * K + 1] += v * v;
-    }
+    if constexpr (Moments) add_old<num_feature_sums<Extended, Diag>()>(sums, live, item, at.local);
   }
+}
+
+// The same of those sums alone. Vectors take a turn of their own for them, since the registers are full without.
+__device__ __forceinline__ void sum_old(
+    const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[NUM_MOMENTS - 1]) {
+  const JobShape shape(job);
+  const uint32_t numel = job_numel(job);
+  for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) add_old<0>(sums, live, item, shape.place(box, i, nullptr).local);
+}
+
+// The sums of a block to rows first .. first + num of the partial sums of a job.
+template <int N>
+__device__ __forceinline__ void store_sums(
+    const double (&sums)[N], double (*warp_sums)[8], const Tables& tables, int64_t job, int first, int num) {
+#pragma unroll
+  for (int s = 0; s < N; ++s) {
+    const double sum = warp_sum(sums[s]);
+    if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < num) {
+    double sum = 0.0;
+    for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
+    tables.partials[(first + threadIdx.x) * tables.num_jobs + job] = sum;
+  }
+  __syncthreads();
 }
 
 // The sums over the groups of an item's jobs, box after box, by the block that finished the last of them.
@@ -546,7 +575,8 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
 template <bool Extended, bool Moments>
 __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
   constexpr int further = Moments ? NUM_MOMENTS - 1 : 0;
-  constexpr int most = num_feature_sums<Extended, true>() + further;
+  constexpr int factored = num_feature_sums<Extended, false>(), diag = num_feature_sums<Extended, true>();
+  constexpr int most = factored + further > diag ? factored + further : diag;
   __shared__ double warp_sums[most][8];
   const Tables& tables = args.tables;
   for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
@@ -556,23 +586,18 @@ __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
     const Live& live = tables.live[box.item];
     if (!is_active(live) || has_small_leads(item)) continue;
     double sums[most] = {};
+    const int features = item.factored ? factored : diag, num = features + further;
     if (item.factored) {
       sum_job<Extended, false, Moments>(args, job, box, item, live, sums);
+      store_sums(sums, warp_sums, tables, j, 0, num);
     } else {
-      sum_job<Extended, true, Moments>(args, job, box, item, live, sums);
-    }
-    const int features = item.factored ? num_feature_sums<Extended, false>() : num_feature_sums<Extended, true>();
-    const int num = features + further;
-#pragma unroll
-    for (int s = 0; s < most; ++s) {
-      const double sum = warp_sum(sums[s]);
-      if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
-    }
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < num) {
-      double sum = 0.0;
-      for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
-      tables.partials[threadIdx.x * tables.num_jobs + j] = sum;
+      sum_job<Extended, true, false>(args, job, box, item, live, sums);
+      store_sums(sums, warp_sums, tables, j, 0, diag);
+      if constexpr (Moments) {
+        double old[further] = {};
+        sum_old(job, box, item, live, old);
+        store_sums(old, warp_sums, tables, j, diag, further);
+      }
     }
     const ItemRange range = tables.ranges[box.item];
     if (is_last(&tables.counters[box.item], static_cast<unsigned>(range.last_job - range.first_job))) {
