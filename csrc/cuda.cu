@@ -1,5 +1,5 @@
 // The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and writes; the kernels are in
-// cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
+// cuda_gradients.cuh, cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
 //
 // The gradients' pointers travel as an argument of the first kernel of a pass, all others are sent when they change; so nothing is
 // allocated, nothing waits for the host, and a CUDA graph that captured a step keeps its own. Launches of a step: A 2, B 2, C 2, whatever

@@ -188,7 +188,7 @@ class Kernels:
         hidden: hidden units of its network.
         a, b: the requests of the first two phases.
         extra: how many sums of a tensor's own lie in front of its vector in `a`, per item.
-        moments: whether the nine sums of `reference.moment_sums` follow the features' in the vectors of `b`.
+        moments: whether the nine sums of `reference.moment_sums` lie in front of the features' in the vectors of `b`.
     """
 
     def __init__(
@@ -215,8 +215,9 @@ class Kernels:
             first = len(box_rows)
             box_rows += [_box_row(i, box, shard.shape, dims, lead_dims) for box in shard.boxes()]
             boxes = (first, len(box_rows) - first)
-            moments_at = b_at[2] + b.vectors[i].numel() - NUM_MOMENTS if moments else -1
-            row = _item_row(item, features, factors, squares, [*a_at, extra[i]], [b_at[0], b_at[2], moments_at], boxes)
+            moments_at, features_at = (b_at[2], b_at[2] + NUM_MOMENTS) if moments else (-1, b_at[2])
+            b_places = [b_at[0], features_at, moments_at]
+            row = _item_row(item, features, factors, squares, [*a_at, extra[i]], b_places, boxes)
             item_rows.append(row)
             factors += 6 * (row[3] + row[4])
             squares += 12 * row[10] if dims is not None else 0

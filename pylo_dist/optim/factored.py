@@ -57,7 +57,7 @@ class FactoredRule(LearnedRule):
 
     features: FeatureSet
     num_hidden = 0  # hidden units of the network, for the compiled passes
-    num_tensor_sums = 0  # sums of a tensor's own that ride behind pass B's: none, or the nine of `reference.moment_sums`
+    num_tensor_sums = 0  # sums of a tensor's own that ride in front of pass B's: none, or the nine of `reference.moment_sums`
     precision = "high"  # of the network in GPU kernels
 
     def __init__(self, momentum_decays: Sequence[float], rms_decays: Sequence[float], factor_decays: Sequence[float]) -> None:
@@ -255,8 +255,8 @@ class ThreePassRule(FactoredRule):
         # B: with the factors known, the sum of squares of every feature, and sums of the tensors' own
         b = self.second_sum(batch).zero_()
         own = self.num_tensor_sums
-        tensor_sums = [vector[vector.numel() - own :] for vector in b.vectors] if own else []
-        features = [vector[: vector.numel() - own] for vector in b.vectors] if own and kernels is None else b.vectors
+        tensor_sums = [vector[:own] for vector in b.vectors] if own else []
+        features = [vector[own:] for vector in b.vectors] if own and kernels is None else b.vectors
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and moving:
             kernels.feature_pass(batch, moving)
