@@ -244,7 +244,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 item.param.present = self._bindings[param].present
                 continue
             try:
-                item.param = plain.collect(self._bindings[param], param, item.param)
+                item.param = plain.collect(self._bindings[param], param, item.param, item.state)
             except ValueError as error:
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)
