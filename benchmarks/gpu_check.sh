@@ -127,13 +127,11 @@ if [ "$has_gpu" -eq 0 ]; then
   echo "no GPU that torch can use: only the compile checks are made" >&2
   if [ "$has_nvcc" -eq 0 ]; then
     skip compile "no nvcc"
-  elif [[ " $missing " == *" torch "* ]]; then
-    skip compile "$python has no torch, whose headers are needed"
+  elif [[ " $missing " == *" torch "* || " $missing " == *" pytest "* ]]; then
+    skip compile "$python lacks: $missing"
   else
-    include=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
-    flags=(-std=c++17 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000ull -Xptxas -v -Icsrc -Icsrc/include "-I$include")
     for arch in 80 90 100; do
-      part "compile_sm_$arch" 900 "$nvcc" "${flags[@]}" "-gencode=arch=compute_$arch,code=sm_$arch" -c csrc/cuda.cu -o /dev/null
+      part "compile_sm_$arch" 900 env PYLO_DIST_CUDA_ARCH="$arch" "$python" -m pytest -q tests/test_cuda_build.py
     done
   fi
   summary
