@@ -24,8 +24,12 @@ RULES: dict[str, Callable[[Any, str], pylo_dist.LearnedOptimizer]] = {
     "small_fc": lambda p, precision: pylo_dist.AdafacLO(p, weights=random_weights("small_fc"), precision=precision),
     "velo": lambda p, precision: pylo_dist.VeLO(p, num_steps=1000, weights=random_weights("velo"), precision=precision),
     "celo2": lambda p, precision: pylo_dist.CELO2(p, weights=random_weights("celo2"), precision=precision),
+    "mulo": lambda p, precision: pylo_dist.MuLO(p, weights=random_weights("small_fc"), width_mults={}, precision=precision),
+    "elo": lambda p, precision: pylo_dist.ELO(p, weights=random_weights("elo"), precision=precision),
+    "elo_celo2": lambda p, precision: pylo_dist.ELO_CELO2(p, weights=random_weights("celo2"), precision=precision),
 }
-CASES = [("small_fc", "highest"), ("small_fc", "high"), ("small_fc", "medium"), ("velo", "high"), ("celo2", "high")]
+PRECISIONS = ("highest", "high", "medium")  # of the two rules with kernels of their own; the others share them
+CASES = [(rule, precision) for rule in RULES for precision in (PRECISIONS if rule in ("small_fc", "velo") else ("high",))]
 
 
 def model(name: str = "GPT-2 124M") -> list[torch.nn.Parameter]:

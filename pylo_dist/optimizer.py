@@ -246,7 +246,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
                 item.param.present = self._bindings[param].present
                 continue
             try:
-                item.param = plain.collect(self._bindings[param], param, settled.sums.get(id(param)), item.param)
+                item.param = plain.collect(self._bindings[param], param, settled.sums.get(id(param)), item.param, item.state)
             except ValueError as error:
                 problem = problem or error
                 item.param = plain.absent(self._bindings[param], param)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist import comm, engine, reference
+from pylo_dist import comm, engine, ops, reference
 from pylo_dist.adapters.plain import collect
 from pylo_dist.engine import Engine
 from pylo_dist.testing import layout_error
@@ -973,6 +973,32 @@ def test_the_judgement_does_not_wait_either() -> None:
     with NoHostReads():
         optimizer.step()
     assert same(values(named), after(2, max_grad_norm=0.05))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_model_made_double_after_its_optimizer_is_refused(kernels: bool) -> None:
+    """State is float32 for all other precisions, between which a model may change."""
+    model = nn.Linear(3, 2)
+    optimizer = adafac(list(model.named_parameters()))
+    with ops.use_kernels(kernels):
+        for convert in (model.bfloat16, model.float):
+            convert()
+            model(torch.ones(1, 3, dtype=model.weight.dtype)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.double()
+        before = everything(optimizer)
+        for _ in range(2):
+            model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+            with pytest.raises(
+                ValueError, match=r"'weight' is torch.float64 now, and its state torch.float32: call model.double"
+            ):
+                optimizer.step()
+        assert same(everything(optimizer), before)
+        model.float()
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ parameters back where they could not be viewed as one dimension."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,16 +54,21 @@ def describe(fqn: str, param: Tensor) -> ShardBinding:
 
 
 def collect(
-    binding: ShardBinding, param: Tensor, summed: Tensor | None = None, before: ShardedParam | None = None
+    binding: ShardBinding,
+    param: Tensor,
+    summed: Tensor | None = None,
+    before: ShardedParam | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> ShardedParam:
     """The parameter and its gradient as local 1-D tensors: views where the memory allows, else copies (see `publish`).
 
     Args:
         summed: takes the place of a `.grad` that is a DTensor of summands.
         before: the result of the step before, whose view of the parameter is taken over where it still is one.
+        state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
-        ValueError: a sparse gradient.
+        ValueError: a sparse gradient; another shape, or another precision, than when the optimizer was built.
     """
     grad, shard = param.grad if summed is None else summed, binding.shard
     if grad is not None and grad.layout != torch.strided:
@@ -73,6 +79,13 @@ def collect(
         raise ValueError(
             f"{shard.fqn!r} has shape {tuple(param.shape)} now, another than when the optimizer was built: build it after that"
         )
+    for tensor in (state or {}).values():
+        if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
+            raise ValueError(
+                f"{shard.fqn!r} is {param.dtype} now, and its state {tensor.dtype}: call model.double() or model.float() before "
+                "building the optimizer, or build another one"
+            )
+        break
     if grad is None:
         return absent(binding, param)
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]

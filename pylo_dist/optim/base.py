@@ -59,14 +59,14 @@ class Sum:
     so that one small all-reduce per group serves any number of tensors.
     """
 
-    __slots__ = ("_places", "audits", "buffers", "vectors")
+    __slots__ = ("_heads", "audits", "buffers", "vectors")
 
     def __init__(self, items: Sequence[Item], lengths: Sequence[int], device: torch.device, audited: bool) -> None:
         holders = {_sharers(item): item.param.holders for item in items}
         self.vectors: list[Tensor] = [torch.empty(0)] * len(items)
         self.audits: list[Tensor] = [torch.empty(0)] * len(items)
         self.buffers: list[Packed] = []
-        self._places: dict[tuple[str, int], Tensor] = {}
+        self._heads: dict[int, Tensor] = {}
         for key, group in holders.items():
             members = [i for i, item in enumerate(items) if _sharers(item) == key]
             front = AUDIT_SLOTS * len(members) if audited else 0
@@ -86,23 +86,16 @@ class Sum:
 
     def heads(self, count: int) -> Tensor:
         """The first `count` numbers of every vector, float64 (items, count)."""
-        return self._columns("heads", count, [0] * len(self.vectors))
-
-    def tails(self, count: int) -> Tensor:
-        """The last `count` numbers of every vector, float64 (items, count)."""
-        return self._columns("tails", count, [vector.numel() - count for vector in self.vectors])
-
-    def _columns(self, name: str, count: int, skipped: Sequence[int]) -> Tensor:
         flat = self.buffers[0].buffer if len(self.buffers) == 1 else torch.cat([packed.buffer for packed in self.buffers])
-        if (name, count) not in self._places:
+        if count not in self._heads:
             first, begin = [0] * len(self.vectors), 0
             for packed in self.buffers:
                 for i in packed.members:
-                    first[i] = begin + int(self.vectors[i].storage_offset()) + skipped[i]
+                    first[i] = begin + int(self.vectors[i].storage_offset())
                 begin += packed.buffer.numel()
             places = torch.tensor(first).view(-1, 1) + torch.arange(count)
-            self._places[name, count] = places.flatten().to(flat.device)
-        return flat.index_select(0, self._places[name, count]).view(-1, count)
+            self._heads[count] = places.flatten().to(flat.device)
+        return flat.index_select(0, self._heads[count]).view(-1, count)
 
     def zero_(self) -> Sum:
         for packed in self.buffers:

@@ -272,7 +272,7 @@ class ThreePassRule(FactoredRule):
             for i, item in enumerate(batch.items):
                 reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], tensor_sums[i])
         yield b
-        self.prepare(batch, b.tails(own) if own and batch.items else None)
+        self.prepare(batch, b.heads(own) if own and batch.items else None)
 
         # C: normalise, run the network, write
         if kernels is not None and moving:
