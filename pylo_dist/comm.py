@@ -49,7 +49,7 @@ def ranks_of(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+_MADE: dict[tuple[int, ...], tuple[Any, Any, int]] = {}  # by ranks: the world it was made in, the group, and how many there were
 
 
 def group_over(ranks: tuple[int, ...]) -> Any:
@@ -57,9 +57,36 @@ def group_over(ranks: tuple[int, ...]) -> Any:
     world = default_group()
     if len(ranks) == size(world):
         return world
-    if _MADE.get(ranks, (None, None))[0] is not world:
-        _MADE[ranks] = (world, dist.new_group(list(ranks), use_local_synchronization=True))
+    made_in, _, count = _MADE.get(ranks, (None, None, 0))
+    if made_in is not world:
+        timeout = timedelta(seconds=timeout_of(world, torch.device(device_type())))
+        with _named(_digest([ranks, count])):
+            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        _MADE[ranks] = (world, group, count + 1)
     return _MADE[ranks][1]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """The name of a group that is made inside, alike on its ranks.
+
+    torch makes one of the number of groups that this rank is in; where the numbers of two ranks differ, they never meet.
+    """
+    module: Any = dist.distributed_c10d
+    original = getattr(module, "_hash_ranks_to_str", None)
+    if original is None:
+        yield
+        return
+    module._hash_ranks_to_str = lambda _: name
+    try:
+        yield
+    finally:
+        module._hash_ranks_to_str = original
+
+
+def _digest(content: Any) -> str:
+    """Of JSON-able content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def device_type() -> str:
@@ -197,7 +224,7 @@ def meetings() -> int:
 
 def _place(ranks: tuple[int, ...], number: int) -> str:
     """Where the store keeps a meeting of these ranks."""
-    return f"pylo_dist/meeting/{hashlib.sha256(json.dumps(ranks).encode()).hexdigest()[:16]}/{number}"
+    return f"pylo_dist/meeting/{_digest(ranks)}/{number}"
 
 
 def _next_meeting(ranks: tuple[int, ...]) -> str:
