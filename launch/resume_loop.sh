@@ -102,5 +102,8 @@ while true; do
   for ((i = 1; i < failures; i++)); do pause=$((pause * 2 > wait_most ? wait_most : pause * 2)); done
   say "exit code $code at checkpoint $after, $failures of $failures_allowed failures without a new one; next attempt in $pause s"
   sleep "$pause" &
-  wait $! # returns at once when a signal comes
+  child=$! # so that a signal ends it, whenever it comes
+  if [ -n "$stopping" ]; then kill -TERM "$child" 2>/dev/null; fi
+  wait "$child"
+  child=""
 done

@@ -8,6 +8,7 @@ import gpt2
 import pytest
 import torch
 import yaml
+from data import Tokens
 from options import WrongInput, parse
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
@@ -93,17 +94,21 @@ def test_a_missing_recipe_and_settings_that_do_not_go_together(tmp_path: Path) -
 
 def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[str, Path]) -> None:
     """As in PyLO's published script: gradients of a scaled loss, which nobody unscales, clipped tensor by tensor."""
-    words = ["--preset", "nano", "--block-size", "8", "--optimizer", "adafaclo", "--device", "cpu"]
-    words += ["--weights", str(learned_weights["adafaclo"])]
-    windows = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0)).numpy()
+    words = ["--preset", "nano", "--block-size", "8", "--optimizer", "adafaclo", "--device", "cpu", "--steps", "1"]
+    words += ["--batch-size", "2", "--weights", str(learned_weights["adafaclo"])]
+    tokens = Tokens.from_bytes("text", bytes(range(200)), block_size=8, vocab_size=256)
 
     def after(*extra: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        options = parse([*words, *extra])
-        learner = gpt2.Learner(options, gpt2.Place.find(options))
-        loss = learner.loss(windows)
-        learner.backward(loss, last=True)
-        grads = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
-        learner.step(loss.detach())
+        """The gradients that the optimizer saw in a step, and the parameters after it."""
+        options, grads = parse([*words, *extra]), []
+        place = gpt2.Place.find(options)
+        learner = gpt2.Learner(options, place)
+
+        def before_step(*_: object) -> None:
+            grads.extend(p.grad.clone() for p in learner.model.parameters() if p.grad is not None)
+
+        learner.optimizer.register_step_pre_hook(before_step)
+        gpt2.train(learner, (tokens, None), options, place, options.plan(1), None)
         return grads, [p.detach().clone() for p in learner.model.parameters()]
 
     plain, plain_params = after()

@@ -116,7 +116,7 @@ def test_when_the_loop_stops(tmp_path: Path) -> None:
     while "next attempt in 100 s" not in (said := waits.stderr.readline()):
         assert said, "the loop has ended"
     waits.send_signal(signal.SIGTERM)
-    assert waits.wait(timeout=10) == 128 + signal.SIGTERM
+    assert waits.wait(timeout=60) == 128 + signal.SIGTERM
     for arguments, words in ((["x", "--save-every", "5"], "no --out FOLDER"), (["x", "--out", "y"], "no --save-every N")):
         process = loop(arguments)
         assert words in process.communicate(timeout=60)[1]
