@@ -239,19 +239,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tokens per second of whole training steps beside AdamW.")
     parser.add_argument("--preset", choices=list(CONFIGS), default="mini")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="without torchrun: how many gloo ranks to start")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048], help="per rank and step")
+    parser.add_argument("--tokens", type=int, nargs="+", help="per rank and step; default: 128 512 2048, with --quick 128 1024")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
     parser.add_argument("--only", nargs="+", metavar="LAYOUT", help="layouts of the learned optimizers, e.g. zero1 fsdp2")
     parser.add_argument("--no-goal", action="store_true", help="leave the goal out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
     parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(
         preset=args.preset,
-        tokens=tuple(args.tokens),
+        tokens=tuple(args.tokens or ((128, 1024) if args.quick else (128, 512, 2048))),
         rounds=min(args.rounds, 3) if args.quick else args.rounds,
         steps=args.steps,
         bucket_cap_mb=args.bucket_cap_mb,
