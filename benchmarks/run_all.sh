@@ -91,15 +91,11 @@ if [ "$quick" -eq 1 ]; then
   run train 180 bench_train.py --quick --out "$out/train.json"
   run scaling 120 scaling.py --quick --parts "$out/train.json" --out "$out/scaling.json"
   run memory 180 bench_memory.py --quick --out "$out/memory.json"
-  run step 120 bench_step.py --device "$device" --rounds 2 --only 1000x1000 --out "$out/step_$device.json" ${pylo[@]+"${pylo[@]}"}
+  run step 120 bench_step.py --device "$device" --quick --out "$out/step_$device.json" ${pylo[@]+"${pylo[@]}"}
   run zero 120 bench_zero.py --ranks 2 --rounds 2 --no-profiles --out "$out/zero.json"
   run demo_vs_adamw 120 bench_demo.py --seeds 0 --steps 20 --out "$out/demo_vs_adamw.json"
   run faults 120 faults.py --trials 2 --out "$out/faults.json"
-  if grep -q -- '"--quick"' "$here/any_to_any.py"; then
-    run any_to_any 180 any_to_any.py --quick --out "$out/any_to_any.json"
-  else
-    echo "any_to_any: has no quick mode; left out" >&2
-  fi
+  run any_to_any 180 any_to_any.py --quick --out "$out/any_to_any.json"
 else
   run seed_figures 3600 seed_figures.py --out "$out/seed_figures_$device.json" ${folders[@]+"${folders[@]}"}
   run train 3600 bench_train.py --out "$out/train.json"
