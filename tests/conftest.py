@@ -22,12 +22,13 @@ def figures(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first, so that no worker is left alone with one at the end."""
+    """The longest files first, so that no worker is left alone with one at the end."""
     long = (
-        *("test_checkpoint", "test_deepspeed", "test_dtensor", "test_shard", "test_zero", "test_zero_backward", "test_resume"),
-        *("test_virtual_ranks", "test_kernels", "test_own_rule", "test_ranks", "test_gpt2"),
+        *("test_virtual_ranks", "test_environment", "test_ds", "test_dtensor", "test_resume_loop", "test_checkpoint"),
+        *("test_zero_backward", "test_zero", "test_deepspeed_checkpoint", "test_deepspeed", "test_fibers", "test_kernels"),
+        *("test_resume", "test_gpt2", "test_shard", "test_ranks", "test_parallel", "test_benchmarks", "test_hf"),
     )
-    items.sort(key=lambda item: item.path.stem not in long)
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

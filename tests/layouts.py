@@ -85,6 +85,9 @@ class Layout:
         return f"{self.name}@{self.ranks}"
 
 
+PLAIN = Layout("plain", 1)
+
+
 def all_layouts() -> list[Layout]:
     sharded = ("ddp", "zero1", "zero2", "fsdp2")
     everywhere = [Layout(name, ranks) for name in sharded for ranks in RANKS]
@@ -259,3 +262,25 @@ def load_one(source: Layout, target: Layout, kind: str, groups: dict[int, Any], 
 
 def path_of(folder: str, layout: Layout, kind: str) -> str:
     return f"{folder}/{kind}-{layout}"
+
+
+def fresh(kind: str = "VeLO", **changes: Any) -> Run:
+    """A run of one process that has not begun, from other parameters."""
+    return Run(PLAIN, kind, None, seed=1, **changes)
+
+
+def tensors_of(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    return {f"group {i}.{key}": value for i, group in enumerate(groups) for key, value in group.items() if key != "params"}
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """This rank's parameters, state and settings."""
+    state = {f"{i}.{name}": t for i, s in enumerate(run.optimizer.state.values()) for name, t in s.items()}
+    return {**run.params(), **state, **tensors_of(run.optimizer.param_groups)}
+
+
+def run_differences(a: Run, b: Run, steps: int) -> list[str]:
+    """What differs after the same further steps, this rank's pieces and all parameters."""
+    for run in (a, b):
+        run.advance(steps)
+    return differing(snapshot(a), snapshot(b))

@@ -7,22 +7,19 @@ process group of the first of them, and the ranks without a part wait at the nex
 from __future__ import annotations
 
 import copy
-import io
-import json
 import random
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from layouts import (
     LEARNED,
     MORE,
+    PLAIN,
     STEPS,
     TIMEOUT,
     WORLD,
@@ -35,9 +32,11 @@ from layouts import (
     flat_state,
     load_one,
     new_groups,
-    optimizer_kinds,
+    run_differences,
     save_all,
     small_fc,
+    snapshot,
+    tensors_of,
 )
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -45,11 +44,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import pylo_dist
 from pylo_dist import checkpoint
-from pylo_dist.checkpoint import CheckpointError
-from pylo_dist.sharded_state import ShardedState, copy_elements
 from pylo_dist.shards import PieceParameter, TensorShard, bind_shard
 
-PLAIN = Layout("plain", 1)
 DTENSORS = (("fsdp2", 3), ("hsdp", 4))  # in the suite
 TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))  # for every source; in the suite, others are sampled
 LAYOUTS = [known for known in all_layouts() if known.name not in ("fsdp2", "hsdp") or (known.name, known.ranks) in DTENSORS]
@@ -94,18 +90,6 @@ def resumed_bit_equal(kind: str, groups: dict[int, Any], folder: str) -> list[st
     run.save(f"{folder}/long-{kind}", groups[2])
     resumed.load(f"{folder}/long-{kind}", groups[2])
     return run_differences(run, resumed, LONG)
-
-
-def run_differences(a: Run, b: Run, steps: int) -> list[str]:
-    """What differs after the same further steps, this rank's pieces and all parameters."""
-    for run in (a, b):
-        run.advance(steps)
-    ours, theirs = ({f"{i}.{n}": t for i, s in enumerate(r.optimizer.state.values()) for n, t in s.items()} for r in (a, b))
-    groups = [{f"group {i}.{n}": v for i, g in enumerate(r.optimizer.param_groups) for n, v in g.items()} for r in (a, b)]
-    for group in groups:
-        for key in [key for key in group if key.endswith(".params")]:
-            del group[key]
-    return differing(ours, theirs) + differing(*groups) + differing(a.params(), b.params())
 
 
 def replicas(rank: int, groups: dict[int, Any], folder: str) -> list[str]:
@@ -241,10 +225,6 @@ def torch_functions(rank: int, groups: dict[int, Any], folder: str) -> dict[str,
     return results
 
 
-def tensors_of(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    return {f"group {i}.{key}": value for i, group in enumerate(groups) for key, value in group.items() if key != "params"}
-
-
 def tensors_in(tree: Any) -> list[Tensor]:
     if isinstance(tree, dict):
         return [t for value in tree.values() for t in tensors_in(value)]
@@ -324,12 +304,6 @@ def folders(rank: int, groups: dict[int, Any], folder: str) -> dict[str, Any]:
     return results
 
 
-def snapshot(run: Run) -> dict[str, Any]:
-    """This rank's parameters, state and settings."""
-    state = {f"{i}.{name}": t for i, s in enumerate(run.optimizer.state.values()) for name, t in s.items()}
-    return {**run.params(), **state, **tensors_of(run.optimizer.param_groups)}
-
-
 def test_any_layout_loads_what_any_other_saved(tmp_path: Path, figures: list[str]) -> None:
     ranks = run_ranks(WORLD, any_to_any, str(tmp_path))
     first = ranks[0]
@@ -360,462 +334,3 @@ def test_any_layout_loads_what_any_other_saved(tmp_path: Path, figures: list[str
         assert list(entries) == ["own"]
         assert meta == {"step": STEPS}
         assert not different
-
-
-# ------------------------------------------------------------------------------------------- one process
-
-
-def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": model, "optimizer": optimizer, "run": {"seen": torch.tensor([3, 4]), "name": "x"}}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VeLO checkpoint of one process, to be copied before it is damaged."""
-    folder = tmp_path_factory.mktemp("saved") / "good"
-    run = Run(PLAIN, "VeLO", None)
-    run.advance(STEPS)
-    checkpoint.save(folder, contents_of(run.model, run.optimizer), meta={"step": STEPS})
-    return folder
-
-
-def fresh(kind: str = "VeLO", **changes: Any) -> Run:
-    return Run(PLAIN, kind, None, seed=1, **changes)
-
-
-def refused(folder: Path, run: Run, message: str, **contents: Any) -> None:
-    before = copy.deepcopy(snapshot(run))
-    contents = {**contents_of(run.model, run.optimizer), **contents}
-    with pytest.raises(ValueError, match=message):
-        checkpoint.load(folder, contents)
-    assert not differing(snapshot(run), before)
-    assert contents["run"]["seen"].tolist() == [3, 4]
-
-
-def damaged(saved: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(saved, tmp_path / "damaged"))
-
-
-def test_a_folder_loads_and_says_what_it_was(saved: Path) -> None:
-    run, other = Run(PLAIN, "VeLO", None), fresh()
-    run.advance(STEPS)
-    other.taken = STEPS
-    template = contents_of(other.model, other.optimizer)
-    template["run"] = {"seen": torch.zeros(2, dtype=torch.int64), "name": ""}
-    entries, meta = checkpoint.load(saved, template)
-    assert entries["run"]["seen"].tolist() == [3, 4]
-    assert entries["run"]["name"] == "x"
-    assert template["run"]["seen"].tolist() == [0, 0]  # a template is not written
-    assert meta == {"step": STEPS} == checkpoint.verify(saved)
-    assert checkpoint.published(saved.parent) == [saved]
-    assert checkpoint.published(saved.parent / "nowhere") == []
-    assert not list(saved.parent.glob(".*"))
-    assert not run_differences(run, other, MORE)
-
-
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_file_is_refused_by_name(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
-    folder, pick = damaged(saved, tmp_path), random.Random(f"{name} {damage}")
-    path = folder / name
-    data = path.read_bytes()
-    for _ in range(5 if damage == "flip" else 1):
-        at = pick.randrange(len(data))
-        path.write_bytes(
-            data[:at] if damage == "truncate" else data[:at] + bytes([data[at] ^ (1 << pick.randrange(8))]) + data[at + 1 :]
-        )
-        if damage == "remove":
-            path.unlink()
-        refused(folder, fresh(), re.escape(name))
-
-
-def test_nothing_is_unpickled_before_its_checksum_matched(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    folder = damaged(saved, tmp_path)
-    (folder / ".metadata").write_bytes(pickle.dumps(Loud()) + b"x")
-    refused(folder, fresh(), "metadata")
-    assert not Loud.read
-
-
-class Loud:
-    """Says so when it is unpickled."""
-
-    read = False
-
-    def __reduce__(self) -> Any:
-        return (Loud.was_read, ())
-
-    @staticmethod
-    def was_read() -> None:
-        Loud.read = True
-
-
-def other_weights() -> dict[str, Tensor]:
-    changed = optimizer_kinds()["VeLO"][1]["weights"]
-    return {name: t + (1e-6 if name == "step_size.bias" else 0.0) for name, t in changed.items()}
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: fresh("AdafacLO"), "state_rule 'velo', this optimizer 'small_fc'"),
-        (lambda: fresh("AdamW"), "group 0 of 'optimizer' has state_rule 'velo'"),
-        (lambda: fresh(weights=other_weights()), "state_weights .*give the optimizer the weights it was saved with"),
-        (lambda: wider(), r"'model.wide' is torch.float32 of shape \(5, 16\), wanted torch.float32 of \(5, 17\)"),
-        (lambda: renamed(), "'wide' in the place of 'conv'"),
-        (lambda: shorter(), "groups of \\[8\\] parameters, this optimizer groups of \\[7\\]"),
-        (lambda: doubled(), "wanted torch.float64"),
-    ],
-    ids=["rule", "torch's optimizer", "weights", "shape", "name", "fewer", "dtype"],
-)
-def test_what_belongs_to_something_else_is_refused(saved: Path, build: Callable[[], Run], message: str) -> None:
-    refused(saved, build(), message)
-
-
-def rebuilt(run: Run) -> Run:
-    run.optimizer = pylo_dist.VeLO(run.model.trainable(), process_group=False, **optimizer_kinds()["VeLO"][1])
-    return run
-
-
-def wider() -> Run:
-    run = fresh()
-    run.model.wide = nn.Parameter(torch.zeros(5, 17))
-    return rebuilt(run)
-
-
-def renamed() -> Run:
-    run = fresh()
-    run.model.other = run.model.wide
-    del run.model.wide
-    return rebuilt(run)
-
-
-def shorter() -> Run:
-    run = fresh()
-    run.model.wide.requires_grad_(False)
-    return rebuilt(run)
-
-
-def doubled() -> Run:
-    run = fresh()
-    run.model.double()
-    return rebuilt(run)
-
-
-def test_entries_that_may_be_missing_are_left_out(saved: Path) -> None:
-    run = fresh()
-    more = {"rng": {"7": torch.zeros(2)}, **contents_of(run.model, run.optimizer)}
-    refused(saved, run, r"has no 'rng.7'", rng=more["rng"])
-    entries, _ = checkpoint.load(saved, more, optional=("rng",))
-    assert entries["rng"] == {}
-
-
-def test_a_run_that_was_killed_in_a_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fresh()
-    contents = {"model": run.model, "optimizer": run.optimizer}
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(tmp_path / "a", contents)
-    assert checkpoint.published(tmp_path) == []
-    assert [path.name for path in tmp_path.iterdir()] == [".a.partial"]
-    (tmp_path / ".a.partial" / "__9_0.distcp").write_text("of a run on ten ranks")
-    checkpoint.save(tmp_path / "a", contents)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    checkpoint.verify(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="exists already"):
-        checkpoint.save(tmp_path / "a", contents)
-
-
-def test_a_saved_folder_cannot_be_written_where_a_file_is(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file"):
-        checkpoint.save(tmp_path / "file" / "a", {"x": {"n": 1}})
-    with pytest.raises((TypeError, ValueError), match=r"JSON|serializable"):
-        checkpoint.save(tmp_path / "a", {"x": {"n": 1}}, meta={"step": torch.ones(1)})
-
-
-def test_schedulers_may_be_part_of_it(tmp_path: Path) -> None:
-    """A scheduler adds `initial_lr` to the groups; a tensor as rate is loaded where there was a number."""
-    run, other = fresh("AdafacLO", lr=torch.tensor(0.5)), fresh("AdafacLO")
-    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 1, 0.5)
-    run.advance(2)
-    scheduler.step()
-    checkpoint.save(tmp_path / "a", {"model": run.model, "optimizer": run.optimizer, "scheduler": scheduler})
-    other.taken = 2
-    late = torch.optim.lr_scheduler.StepLR(other.optimizer, 1, 0.1)
-    checkpoint.load(tmp_path / "a", {"model": other.model, "optimizer": other.optimizer, "scheduler": late})
-    assert isinstance(other.optimizer.param_groups[0]["lr"], Tensor)
-    assert late.gamma == 0.5
-    assert not run_differences(run, other, MORE)
-
-
-def test_mulo_and_frozen_parameters_in_a_folder(tmp_path: Path) -> None:
-    """Nested settings, and state of a parameter that was frozen before the optimizer was built again."""
-    run, other = Model(), Model(1)
-    mults = {"wide": 4.0, "square": 2.0}
-    optimizers = [pylo_dist.MuLO(run.trainable(), weights=small_fc(), width_mults=mults, process_group=False)]
-    for _, p in run.trainable():
-        p.grad = torch.ones_like(p)
-    optimizers[0].step()
-    checkpoint.save(tmp_path / "a", {"model": run, "optimizer": optimizers[0]})
-    named = other.trainable()
-    other.wide.requires_grad_(False)
-    optimizers.append(pylo_dist.MuLO(named, weights=small_fc(), width_mults=mults, process_group=False))
-    checkpoint.load(tmp_path / "a", {"model": other, "optimizer": optimizers[1]})
-    assert not differing(*(flat_state(pylo_dist.full_state_dict(o)) for o in optimizers))
-    assert optimizers[1].state[other.wide]
-
-
-# ------------------------------------------------------------------------------------------ state dicts
-
-
-def pieces(cuts: list[int], rank: int) -> tuple[list[tuple[str, nn.Parameter]], Model]:
-    """This rank's pieces of a model, each parameter cut at these shares of eight."""
-    model, named = Model(), []
-    for fqn, p in model.trainable():
-        bounds = [0, *(p.numel() * cut // 8 for cut in cuts), p.numel()]
-        peers = [TensorShard.interval(fqn, p.shape, a, b) for a, b in pairwise(bounds)]
-        piece = PieceParameter(peers[rank].take(p.detach()), p)
-        bind_shard(piece, peers, rank, FakeGroup())
-        named.append((fqn, piece))
-    return named, model
-
-
-class FakeGroup:
-    """Stands in for a process group where no collective is called."""
-
-    def size(self) -> int:
-        return 2
-
-
-def sharded(cuts: list[int], rank: int) -> pylo_dist.AdafacLO:
-    return pylo_dist.AdafacLO(pieces(cuts, rank)[0], weights=small_fc(), process_group=False)
-
-
-def filled(optimizer: torch.optim.Optimizer) -> Any:
-    for i, state in enumerate(optimizer.state.values()):
-        for name, tensor in state.items():
-            values = torch.arange(tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-            tensor.copy_(values + 1000 * i + 0.25 * len(name))
-    return optimizer
-
-
-def whole() -> Any:
-    return filled(pylo_dist.AdafacLO(Model().trainable(), weights=small_fc(), process_group=False))
-
-
-def test_a_rank_takes_its_elements_out_of_whole_tensors() -> None:
-    donor = whole()
-    for rank in (0, 1, 2):
-        optimizer = sharded([3, 3], rank)  # the second rank has nothing
-        optimizer.load_state_dict(donor.state_dict())
-        for i, (fqn, p) in enumerate(Model().trainable()):
-            if not p.numel():
-                continue
-            state = optimizer.state_dict()["state"][i]
-            mine, theirs = state["momentum"], donor.state_dict()["state"][i]["momentum"]
-            assert tuple(mine.shape) == tuple(theirs.shape), fqn
-            flat = theirs.reshape(3, -1)
-            start = mine.shard.start
-            assert torch.equal(mine.local, flat[:, start : start + mine.shard.numel]), fqn
-            assert type(state.get("row", state.get("diag"))) is (Tensor if "row" in state else ShardedState)
-
-
-def test_another_cut_serves_where_it_covers() -> None:
-    donor = whole()
-    larger, smaller = sharded([6], 0), sharded([3], 0)
-    larger.load_state_dict(donor.state_dict())
-    smaller.load_state_dict(larger.state_dict())
-    wanted = sharded([3], 0)
-    wanted.load_state_dict(donor.state_dict())
-    assert not differing(*(dict(flat_local(o)) for o in (smaller, wanted)))
-    before = dict(flat_local(larger))
-    with pytest.raises(ValueError, match=r"'momentum' of 'embedding': \d+ elements of this rank are on other ranks"):
-        larger.load_state_dict(smaller.state_dict())
-    assert not differing(dict(flat_local(larger)), before)
-
-
-def flat_local(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    return [(f"{i}.{n}", t.clone()) for i, state in enumerate(optimizer.state.values()) for n, t in state.items()]
-
-
-def test_sharded_state_refuses_what_it_cannot_do() -> None:
-    state = filled(sharded([3], 0)).state_dict()["state"][0]["momentum"]
-    assert repr(state).startswith("ShardedState(79 of 212 elements of (3, 53, 4)")
-    with pytest.raises(TypeError, match="full_state_dict"):
-        torch.add(state, 1.0)
-    with pytest.raises(TypeError, match="full_state_dict"):
-        state.view(-1)
-    with pytest.raises(TypeError, match="part of it"):
-        torch.save(state, io.BytesIO())
-    with pytest.raises(TypeError, match="same shape"):
-        state.new_empty((2, 2))
-    with pytest.raises(TypeError, match="full_state_dict"):
-        torch.zeros(state.shape).copy_(state)
-    copied = copy.deepcopy({"a": state, "b": state})
-    assert copied["a"] is copied["b"]
-    assert torch.equal(copied["a"].local, state.local)
-    assert copied["a"].local.data_ptr() != state.local.data_ptr()
-    wide = state.to(torch.float64)
-    assert isinstance(wide, ShardedState)
-    assert wide.dtype == wide.local.dtype == torch.float64
-    target = torch.zeros_like(state)
-    assert not target.local.any()
-    target.copy_(state.detach().clone())
-    assert torch.equal(target.local, state.local)
-    target.copy_(torch.ones(state.shape))
-    assert bool((target.local == 1.0).all())
-    with pytest.raises(ValueError, match="are on other ranks"):
-        copy_elements(filled(sharded([3], 1)).state_dict()["state"][0]["momentum"], target)
-
-
-def test_the_state_says_its_format_rule_and_weights() -> None:
-    state = whole().state_dict()
-    group = state["param_groups"][0]
-    assert group["state_format"] == 1
-    assert group["state_rule"] == "small_fc"
-    assert re.fullmatch(r"[0-9a-f]{64}", group["state_weights"])
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert json.dumps(
-        {k: v for k, v in loaded["param_groups"][0].items() if k != "step"}
-    )  # numbers and strings, no pickle of ours
-    for key, message in (
-        ("state_format", "state_format 7, this optimizer 1; it was saved by another version"),
-        ("state_weights", "weights it was saved with"),
-        ("state_rule", "build the optimizer that saved it"),
-    ):
-        broken = copy.deepcopy(loaded)
-        broken["param_groups"][0][key] = 7
-        with pytest.raises(ValueError, match=message):
-            whole().load_state_dict(broken)
-        del broken["param_groups"][0][key]
-        with pytest.raises(ValueError, match=f"has no '{key}'"):
-            whole().load_state_dict(broken)
-
-
-def test_state_of_another_dtype_or_order_is_refused() -> None:
-    state = copy.deepcopy(whole().state_dict())
-    state["state"][0]["momentum"] = state["state"][0]["momentum"].to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"'momentum' of 'embedding': found torch.bfloat16, wanted torch.float32"):
-        whole().load_state_dict(state)
-    state = whole().state_dict()
-    names = state["param_groups"][0]["param_names"]
-    names[0], names[1] = names[1], names[0]
-    with pytest.raises(ValueError, match="'row' in the place of 'embedding'"):
-        whole().load_state_dict(state)
-    state["param_groups"][0]["param_names"] = [f"module._orig_mod.{fqn}" for fqn, _ in Model().trainable()]
-    optimizer = whole()
-    optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["param_names"] == [fqn for fqn, _ in Model().trainable()]
-
-
-@pytest.mark.parametrize("kind", LEARNED)
-def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
-    """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no second rank."""
-    run = Run(PLAIN, kind, None)
-    run.advance(STEPS)
-    wanted = copy.deepcopy(snapshot(run))
-    for options in (
-        {},
-        {"flatten_optimizer_state_dict": True},
-        {"cpu_offload": True},
-        {"full_state_dict": True},
-        {"full_state_dict": True, "cpu_offload": True},
-    ):
-        given = StateDictOptions(**options)
-        theirs = get_optimizer_state_dict(run.model, run.optimizer, options=given)
-        ours = pylo_dist.get_optimizer_state_dict(run.model, run.optimizer, options=given)
-        assert repr(theirs) == repr(ours)
-        other = fresh(kind)
-        set_optimizer_state_dict(other.model, other.optimizer, theirs, options=given)
-        other.model.load_state_dict(run.model.state_dict())
-        assert not differing(snapshot(other), wanted), options
-        assert not differing(snapshot(run), wanted), options  # reading it, and torch's step with zero gradients, changed nothing
-
-
-def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
-    """`AdafacLO(model.parameters())` has no names to save; ZeroOptimizer always has them."""
-    model = Model()
-    unnamed = filled(pylo_dist.AdafacLO([p for _, p in model.trainable()], weights=small_fc(), process_group=False))
-    sharded_one = pylo_dist.ZeroOptimizer(Model(1), pylo_dist.AdafacLO, weights=small_fc(), process_group=False)
-    for source, target in ((unnamed, sharded_one), (filled(sharded_one), unnamed)):
-        folder = tmp_path / type(source).__name__
-        dcp.save({"o": source.state_dict()}, checkpoint_id=folder, no_dist=True)
-        for state in target.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        contents = {"o": target.state_dict()}
-        dcp.load(contents, checkpoint_id=folder, no_dist=True)
-        target.load_state_dict(contents["o"])
-        assert not differing(*(dict(flat_local(o)) for o in (source, target)))
-    assert "param_names" not in unnamed.param_groups[0]
-    assert sharded_one.param_groups[0]["param_names"] == [fqn for fqn, _ in model.trainable()]
-
-
-def with_masters(model: nn.Module, **kwargs: Any) -> Any:
-    try:
-        return pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights=small_fc(), process_group=False, master_weights=True, **kwargs
-        )
-    except TypeError:
-        pytest.skip("ZeroOptimizer keeps no masters yet")
-
-
-def test_masters_travel_where_both_sides_have_them(tmp_path: Path) -> None:
-    """Only some layouts keep float32 masters of bfloat16 parameters: others ignore them; who misses them takes the parameter."""
-
-    def stepped(optimizer: Any, model: Model) -> None:
-        for fqn, p in model.trainable():
-            p.grad = torch.full_like(p, 0.125 * (1 + len(fqn)))
-        optimizer.step()
-
-    def masters(optimizer: Any) -> dict[str, Tensor]:
-        state = optimizer.state_dict()["state"]
-        return {str(i): entry["master"].clone() for i, entry in state.items() if "master" in entry}
-
-    models = {name: Model(i).to(torch.bfloat16) for i, name in enumerate(("sharded", "again", "plain", "back"))}
-    first = with_masters(models["sharded"])
-    stepped(first, models["sharded"])
-    assert {t.dtype for t in masters(first).values()} == {torch.float32}
-    checkpoint.save(tmp_path / "a", {"model": models["sharded"], "optimizer": first})
-
-    again = with_masters(models["again"])
-    checkpoint.load(tmp_path / "a", {"model": models["again"], "optimizer": again})
-    assert not differing(masters(again), masters(first))
-    rounded = {i: t.to(torch.bfloat16).to(torch.float32) for i, t in masters(first).items()}
-    assert differing(masters(first), rounded)  # they hold more than the parameters
-
-    plain = pylo_dist.AdafacLO(models["plain"].trainable(), weights=small_fc(), process_group=False)
-    checkpoint.load(tmp_path / "a", {"model": models["plain"], "optimizer": plain})
-    assert not differing(models["plain"].state_dict(), models["sharded"].state_dict())
-    checkpoint.save(tmp_path / "b", {"model": models["plain"], "optimizer": plain})
-    back = with_masters(models["back"])
-    checkpoint.load(tmp_path / "b", {"model": models["back"], "optimizer": back})
-    stepped(back, models["back"])
-    fresh_model = Model(7).to(torch.bfloat16)
-    fresh_model.load_state_dict(models["plain"].state_dict())
-    wanted = with_masters(fresh_model)
-    wanted.load_state_dict(plain.state_dict())
-    stepped(wanted, fresh_model)
-    assert not differing(masters(back), masters(wanted))
-
-
-def test_a_piece_is_its_parameter_as_a_key() -> None:
-    named, model = pieces([3], 0)
-    piece, param = named[0][1], model.embedding
-    assert {param: "whole"}[piece] == "whole"
-    assert {piece: "piece"}[param] == "piece"
-    assert piece in {param}
-    assert named[1][1] not in {param}
-    assert torch.equal(piece == piece.detach().clone(), torch.ones(piece.shape, dtype=torch.bool))

@@ -8,6 +8,7 @@ others wait for it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,12 @@ Groups = list[list[Any]]
 
 class Announced(type):
     """A class whose instances are built on all ranks, or on none."""
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, for `help` and all who ask which arguments there are."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if comm.size(comm.default_group()) == 1:

@@ -10,6 +10,7 @@ import parallel
 import pytest
 import torch
 from collectives import Collectives
+from environment import Environment
 from layouts import differing, flat_state
 from options import WrongInput, parse
 from ranks import run_ranks
@@ -82,7 +83,7 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
     place = gpt2.Place(rank, world, torch.device("cpu"))
     gpt2.train = observed
     try:
-        gpt2.run(command, options, place, options.plan(parallel.data_ranks(options, world)))
+        gpt2.run(command, options, place, options.plan(parallel.data_ranks(options, world)), Environment("a test"))
     finally:
         gpt2.train = train
     return found
