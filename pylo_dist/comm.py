@@ -49,7 +49,13 @@ def ranks_of(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-_MADE: dict[tuple[int, ...], tuple[Any, Any, int]] = {}  # by ranks: the world it was made in, the group, and how many there were
+_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+
+
+def _counted(what: str, ranks: tuple[int, ...], more: int) -> int:
+    """How often this rank did `what` with these, `more` times now. Counted by the store: ranks of a later world are others."""
+    store = dist.distributed_c10d._get_default_store()
+    return int(store.add(f"pylo_dist/{what}/{_digest(ranks)}/{dist.get_rank()}", more))
 
 
 def group_over(ranks: tuple[int, ...]) -> Any:
@@ -57,12 +63,13 @@ def group_over(ranks: tuple[int, ...]) -> Any:
     world = default_group()
     if len(ranks) == size(world):
         return world
-    made_in, _, count = _MADE.get(ranks, (None, None, 0))
-    if made_in is not world:
+    if _MADE.get(ranks, (None, None))[0] is not world:
         timeout = timedelta(seconds=timeout_of(world, torch.device(device_type())))
-        with _named(_digest([ranks, count])):
+        with _named(_digest([ranks, _counted("made", ranks, 1)])):
             group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        _MADE[ranks] = (world, group, count + 1)
+        for other in [key for key, (made_in, _) in _MADE.items() if made_in is not world]:
+            del _MADE[other]  # of a world that was destroyed
+        _MADE[ranks] = (world, group)
     return _MADE[ranks][1]
 
 
@@ -229,7 +236,7 @@ def _place(ranks: tuple[int, ...], number: int) -> str:
 
 def _next_meeting(ranks: tuple[int, ...]) -> str:
     _MEETINGS[ranks] = _MEETINGS.get(ranks, 0) + 1
-    return _place(ranks, _MEETINGS[ranks])
+    return _place(ranks, _counted("met", ranks, 1))
 
 
 def timeout_of(group: Any, device: torch.device) -> float:
@@ -288,7 +295,7 @@ def awaited_by() -> tuple[int, tuple[int, ...], list[Any]] | None:
     if not store.check([f"pylo_dist/awaited/{mine}"]):
         return None
     rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
-    place = _place(tuple(ranks), _MEETINGS.get(tuple(ranks), 0) + 1)
+    place = _place(tuple(ranks), _counted("met", tuple(ranks), 0) + 1)
     return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None  # else this one came meanwhile
 
 

@@ -29,15 +29,16 @@ Clip = Literal["global", "per_tensor"]
 
 
 class LossSum:
-    """The loss of this rank, to be averaged over those of `group`: float64 (sum, how many ranks gave one, how many there are)."""
+    """The loss of this rank, to be averaged over those of `group`: its sum, how many gave one, how many there are, and failed."""
 
     def __init__(self, loss: Tensor | None, group: Any) -> None:
         self.group = group
         self.loss = loss
 
-    def buffer(self, device: torch.device) -> Tensor:
-        """A new buffer; what the host knows is written without a copy from its memory."""
-        counts = torch.ones(3, dtype=torch.float64, device=device)
+    def buffer(self, device: torch.device, failed: bool) -> Tensor:
+        """A new buffer, float64 (4,); what the host knows is written without a copy from its memory."""
+        counts = torch.ones(4, dtype=torch.float64, device=device)
+        counts[3].fill_(float(failed))
         if self.loss is None:
             counts[:2].zero_()
         elif self.loss.device.type == "cpu" != device.type:
@@ -101,7 +102,7 @@ class Engine:
         requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
             _fill_audits(request, batch, failed=problem is not None)
-        loss = None if losses is None else losses.buffer(self.go.device)
+        loss = None if losses is None else losses.buffer(self.go.device, problem is not None)
         yield from self._serve(requests, [] if losses is None or loss is None else [(losses.group, loss)])
         self._judge(requests, loss, problem)
         while steps:
@@ -144,6 +145,8 @@ class Engine:
         self.grad_norm = sum(a[:, SQUARES].sum().to(device) for a in audits).sqrt()  # type: ignore[union-attr]
         probe = self._is_probe()
         failed = torch.stack([(a[:, FAILED] > 0).any().to(device) for a in audits]).any()
+        if loss is not None:  # copies of a model that nothing else is reduced for, as under DDP
+            failed = failed | (loss[3] > 0)
         lossless = torch.zeros_like(failed) if loss is None else (loss[1] < loss[2]) & ~probe
         bad = [(a[:, NONFINITE] > 0) for a in audits]
         finite = torch.ones_like(self.go)
@@ -212,7 +215,7 @@ class _Outcome:
 
     On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host behind the step, which nobody
     waits for; the next step looks at them. Flags stay until they are raised, so that replays of a CUDA graph, in which the host
-    takes no part, are heard of at the next step outside of it or by `raise_now`.
+    takes no part, are heard of at the second step outside of it, or by `raise_now`.
 
     Attributes:
         flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that is no number.

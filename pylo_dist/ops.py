@@ -237,7 +237,6 @@ class Kernels:
         self.col = [state.get("col", torch.empty(0, device=device)) for state in states]
         self.a = [packed.buffer for packed in a.buffers]
         self.b = [packed.buffer for packed in b.buffers]
-        self.limits: dict[object, Tensor] = {}
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
         self.workspace = [
             torch.zeros(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned and device.type == "cuda")
@@ -246,11 +245,9 @@ class Kernels:
 
     def gradient_pass(self, batch: Batch, indices: Sequence[int], limits: Sequence[tuple[float, float]], replace: bool) -> None:
         """Pass A of some items; limits: per item of the batch the largest |g| that counts as finite and the clamp."""
-        key = tuple(limits)
-        if key not in self.limits:
-            self.limits = {key: torch.tensor(limits, dtype=torch.float64).to(batch.device)}
+        table = batch.on_device("limits", tuple(limits), torch.float64)
         grads = [batch.items[i].param.grad for i in indices]
-        args = (self.items, self.boxes, list(indices), grads, self.limits[key], replace, self.a, self.workspace)
+        args = (self.items, self.boxes, list(indices), grads, table, replace, self.a, self.workspace)
         torch.ops.pylo_dist.gradient_pass(*args)
 
     def moment_pass(self, batch: Batch, indices: Sequence[int]) -> None:

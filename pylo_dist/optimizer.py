@@ -286,8 +286,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             w, i = self._places.get(id(param), (-1, 0))
             if w < 0 or param.grad is None or not isinstance(work[w][0], FactoredRule):
                 continue
+            item = work[w][1].items[i]
             try:
-                work[w][1].items[i].param = plain.collect(self._bindings[param], param)
+                item.param = plain.collect(self._bindings[param], param, state=item.state)
             except ValueError:  # the step will say it
                 continue
             self._early[id(param)] = (param.grad, param.grad._version)

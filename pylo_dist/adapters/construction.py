@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
 Groups = list[list[Any]]
 
 
-class Announced(type):
+class Announced(ABCMeta):
     """A class whose instances are built on all ranks, or on none."""
 
     @property

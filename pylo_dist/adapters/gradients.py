@@ -83,8 +83,10 @@ def _pack_means(whole: Bound) -> Tensor | None:
         grad.reshape(-1) if grad is not None and grad.layout == torch.strided else param.new_zeros(binding.shard.numel)
         for grad, (binding, param) in zip(grads, whole, strict=True)
     ]
-    present = torch.tensor([float(grad is not None) for grad in grads], dtype=torch.float64)
-    present = present.to(parts[0].device, non_blocking=True)
+    present = torch.ones(len(whole), dtype=torch.float64, device=parts[0].device)
+    for i, grad in enumerate(grads):
+        if grad is None:
+            present[i].zero_()
     return torch.cat([present, *(part.detach().to(torch.float64) for part in parts)])
 
 

@@ -68,7 +68,7 @@ def collect(
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
-        ValueError: a sparse gradient; another shape, or another precision, than when the optimizer was built.
+        ValueError: a sparse gradient; another shape, precision or device than when the optimizer was built.
     """
     grad, shard = param.grad if summed is None else summed, binding.shard
     if grad is not None and grad.layout != torch.strided:
@@ -84,6 +84,11 @@ def collect(
             raise ValueError(
                 f"{shard.fqn!r} is {param.dtype} now, and its state {tensor.dtype}: call model.double() or model.float() before "
                 "building the optimizer, or build another one"
+            )
+        if tensor.device != param.device:
+            raise ValueError(
+                f"{shard.fqn!r} is on {param.device} now, and its state on {tensor.device}: move the model before building the "
+                "optimizer, or build another one"
             )
         break
     if grad is None:

@@ -173,11 +173,21 @@ class Batch:
         return cls(items, groups, device, keep, vector(1.0), vector(0.0), vector(0.0))
 
     def on_device(self, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        """`values` on this device, copied there only when they are others than last time, and then without waiting for it."""
-        kept = self.kept.get(name)
+        """`values` on this device, copied there only when they are others than last time, and then without waiting for it.
+
+        Raises ValueError for others in the capture of a CUDA graph, which would copy from host memory at every replay.
+        """
+        kept, capturing = self.kept.get(name), is_capturing(self.device)
         if kept is None or kept[0] != values:
+            if capturing:
+                raise ValueError(
+                    f"{name!r} is other than in the step before this CUDA graph's capture (a parameter without a gradient? other "
+                    "limits or groups?): take one step like the captured one first"
+                )
             host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
             kept = self.kept[name] = (values, host.to(self.device, non_blocking=True))
+        if capturing:  # replays read it wherever the next values lie
+            self.kept.setdefault("held by graphs", []).append(kept[1])
         tensor: Tensor = kept[1]
         return tensor
 

@@ -171,13 +171,15 @@ class CELO2Rule(FactoredRule):
         entries = [entry(i, item) for i, item in batch.moving()]
         kept = batch.kept.get("stacks")
         if kept is None or kept[0] != entries:
-            found: tuple[list[_Stack], list[_Stack]] = ([], [])
+            found: tuple[list[list[int]], list[list[int]]] = ([], [])
             for members in stacks.equal(entries, stacks.most_elements(batch.device)):
-                places = torch.tensor(members, pin_memory=batch.device.type == "cuda").to(batch.device, non_blocking=True)
-                found["momentum" not in batch.items[members[0]].state].append(_Stack(members, places))
+                found["momentum" not in batch.items[members[0]].state].append(members)
             kept = batch.kept["stacks"] = (entries, found)
-        both: tuple[list[_Stack], list[_Stack]] = kept[1]
-        return both
+        matrices, others = (
+            [_Stack(members, batch.on_device(f"stack {members[0]}", tuple(members), torch.int64)) for members in kind]
+            for kind in kept[1]
+        )
+        return matrices, others
 
     def _move(self, batch: Batch, stack: _Stack, directions: Sequence[Tensor]) -> None:
         """p <- p - lr (s rmsmult + weight_decay p)."""

@@ -1,0 +1,83 @@
+"""Ranks that fail alone, and processes that meet again in another world: nobody waits, nobody goes on alone."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from golden_cases import velo_weights
+from ranks import run_ranks
+from torch import nn
+
+import pylo_dist
+from pylo_dist import comm
+from pylo_dist.comm import PeerError
+
+ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first world, and in the next
+
+
+def ranks_and_worlds(rank: int, world: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"velo": velo_beside_a_bad_gradient(rank), "sums": []}
+    dist.barrier()
+    ports = [comm.gather_objects(_free_port() if rank == 0 else None, dist.group.WORLD)[0]]
+    dist.destroy_process_group()
+    for i, order in enumerate(ORDERS):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{ports[0]}",
+            rank=order[rank],
+            world_size=world,
+            timeout=timedelta(seconds=20),
+        )
+        ports = [comm.gather_objects(_free_port() if dist.get_rank() == 0 else None, dist.group.WORLD)[0]]
+        if order[rank] < 2:
+            total = torch.tensor([float(order[rank] + 1)])
+            dist.all_reduce(total, group=comm.group_over((0, 1)))
+            comm.meet((0, 1), "this test", ["x"], 20.0)
+            found["sums"].append(float(total))
+        dist.barrier()
+        if i + 1 < len(ORDERS):  # the last one is the caller's to end
+            dist.destroy_process_group()
+    return found
+
+
+def velo_beside_a_bad_gradient(rank: int) -> dict[str, Any]:
+    """As under DDP: copies of a parameter, of which nothing is reduced but the loss; one rank has a gradient it cannot use."""
+    param = nn.Parameter(torch.ones(8, 6))
+    optimizer = pylo_dist.VeLO([("w", param)], weights=velo_weights("small"), num_steps=50)
+    for step in range(3):
+        param.grad = torch.full((8, 6), 0.5 + step)
+        if (step, rank) == (1, 1):
+            param.grad = param.grad.to_sparse()
+        before, said = param.detach().clone(), ""
+        try:
+            optimizer.step(torch.tensor(1.0))
+        except ValueError as error:
+            said = f"ValueError: {error}"
+        except PeerError as error:
+            said = f"PeerError: {error}"
+        if step == 1:
+            outcome = {"said": said, "changed": not torch.equal(before, param)}
+    return {**outcome, "param": param.detach().clone(), "step": int(optimizer.param_groups[0]["step"])}
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_that_fail_alone_and_worlds_that_follow_each_other() -> None:
+    results = run_ranks(3, ranks_and_worlds)
+    velo = [result["velo"] for result in results]
+    assert "sparse gradient" in velo[1]["said"]
+    assert all(velo[rank]["said"].startswith("PeerError") for rank in (0, 2))
+    assert not any(v["changed"] for v in velo)
+    assert [v["step"] for v in velo] == [2, 2, 2]
+    assert all(torch.equal(v["param"], velo[0]["param"]) for v in velo)
+    assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]  # pairs of other processes in each world
+    assert {total for result in results for total in result["sums"]} == {3.0}
