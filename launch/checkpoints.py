@@ -154,6 +154,11 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
             name, here, there = next(((k, here[k], there.get(k)) for k in here if here[k] != there.get(k)), (name, 0, 0))
         if here != there:
             raise WrongInput(f"--resume {checkpoint}: saved with {name} {there}, this run has {here}; pass the same flags.")
+    if config["order"] == saved["order"] == "stream" and config["block_size"] != saved["block_size"]:
+        raise WrongInput(
+            f"--resume {checkpoint}: its place in --order stream counts sequences of --block-size {saved['block_size']}, this "
+            f"run has {config['block_size']}: tokens would be lost or repeated; pass the same."
+        )
     if step > options.steps:
         raise WrongInput(f"--resume {checkpoint}: saved after step {step}, and --steps is {options.steps}; pass more.")
     newer = start.newer(step)
