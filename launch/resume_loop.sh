@@ -9,7 +9,7 @@
 #
 # The command needs --out and --save-every, also from its recipe; --resume auto is added. A folder whose file DONE counts as many
 # steps as the command wants is done: nothing is started.
-# SIGTERM, SIGINT and SIGHUP, to this script or to the terminal's whole group, reach the run as one SIGTERM; the loop ends when the
+# SIGTERM, SIGINT and SIGHUP, to this script or to the terminal's whole group, ask the run once to stop; the loop ends when the
 # run has saved itself. A run that gets SIGTERM, from here or by itself, saves the step it is at: no step is lost, none is repeated.
 # After kill -9 or a crash the steps since the last checkpoint are computed again, with the same samples.
 #
@@ -18,10 +18,8 @@
 set -uo pipefail
 
 failures_allowed=${FAILURES:-5} wait_first=${WAIT:-5} wait_most=600
-# The time that launchers leave a run to save itself, before SIGKILL: torchrun's default is 30 s, Open MPI's 1 s (4, then 5).
+# The time that torchrun leaves its ranks to save, before SIGKILL; by itself 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
-export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-270}
-export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-270}
 
 say() { echo "resume_loop.sh: $*" >&2; }
 
@@ -76,11 +74,13 @@ child="" stopping="" asked="" pause=""
 ask() { # the command to save and end; once, since torchrun would give up its ranks at the second time
   [ -z "$asked" ] || return
   asked=1
-  if [ "${words[0]##*/}" = srun ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    scancel --signal=TERM "$SLURM_JOB_ID" # to the job's steps: srun itself answers SIGTERM by killing them
-  else
-    kill -TERM "$child" 2>/dev/null
-  fi
+  case ${words[0]##*/} in
+    # to the job's steps: srun itself answers SIGTERM by killing them
+    srun) scancel --signal=TERM "${SLURM_JOB_ID:-}" ;;
+    # Open MPI kills its ranks a second after SIGTERM, and passes this one on
+    mpirun | mpiexec) kill -USR1 "$child" 2>/dev/null ;;
+    *) kill -TERM "$child" 2>/dev/null ;;
+  esac
 }
 stop() {
   stopping=1
