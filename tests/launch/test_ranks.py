@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import gpt2
 import pytest
 import torch
 import torch.distributed as dist
-from options import parse
+from options import WrongInput, parse
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,12 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
     options = parse(command)
     place = gpt2.Place(rank, world, torch.device("cpu"))
     learner = gpt2.Learner(options, place)
+    for flag in ("--seed", "--block-size"):  # another on each rank is an error of all
+        if world > 1:
+            with pytest.raises(WrongInput, match=rf"rank 1 has other {flag} than rank 0: 9, \d+; pass the same"):
+                gpt2.open_data(parse([*command, flag, "9"]) if rank else options, place)
+    with pytest.raises(WrongInput, match="rank 1 has other the training tokens") if world > 1 else nullcontext():
+        place.agree({"the training tokens": "abc" if rank else "abd"})
     data = gpt2.open_data(options, place)
     gpt2.train(learner, data, options, place, options.plan(world), None)
     replicated = hashlib.sha256()
