@@ -40,7 +40,7 @@ from ds import DeepSpeedLearner
 from environment import Environment
 from feed import Feed
 from model import GPT, build
-from options import LEARNED, Options, WrongInput, command_for_more_ranks, flag, parse
+from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
 from parallel import accumulation, data_rank, data_ranks, spread, whole_model
 from torch import Tensor
 from watch import DONE, Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
@@ -124,7 +124,7 @@ class Place:
             for rank, theirs in enumerate(found):
                 for name, value in theirs.items():
                     if value != found[0][name]:
-                        raise WrongInput(f"rank {rank} has other {name} than rank 0: {value}, {found[0][name]}; pass the same.")
+                        raise WrongInput(f"{name} of rank {rank}: {value}, of rank 0: {found[0][name]}; all ranks need the same.")
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks (`value` is modified in place)."""
@@ -160,14 +160,7 @@ def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
     sizes = {"block_size": options.sequence_length(), "vocab_size": options.config().vocab_size}
     if options.data is not None:
         train, val = place.together(lambda: open_files(options, sizes))
-        place.agree(
-            {
-                "the training tokens": train.digest(),
-                "the validation tokens": val and val.digest(),
-                **{flag(name): getattr(options, name) for name in ("order", "seed", "steps", "batch_size", "eval_every")},
-                "--block-size": options.sequence_length(),
-            }
-        )
+        place.agree({"training tokens": train.digest(), "validation tokens": val and val.digest()})
         return train, val
     # Rank 0 reads it for all: other machines may carry another Python.
     texts = place.from_first(builtin_text)
@@ -453,6 +446,7 @@ def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: 
 def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment) -> None:
     """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped during it."""
     is_first = place.rank == 0
+    place.agree(options.shared())
     if options.save_every:
         place.together(package)
     start = place.from_first(lambda: Start.find(options))

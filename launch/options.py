@@ -207,6 +207,11 @@ class Options:
         if self.resume == AUTO and self.out is None:
             raise WrongInput(f"--resume {AUTO} looks for a checkpoint of the run in --out; pass --out FOLDER.")
 
+    def shared(self) -> dict[str, Any]:
+        """By flag what must be the same on all ranks: all but paths and threads, which belong to a machine."""
+        own = ("recipe", "weights", "data", "val_data", "out", "resume", "deepspeed", "threads")
+        return {flag(field.name): getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
+
     def config(self) -> GPTConfig:
         preset = PRESETS[self.preset]
         given = {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 
 import gpt2
@@ -74,12 +73,12 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
     options = parse(command)
     place = gpt2.Place(rank, world, torch.device("cpu"))
     learner = gpt2.Learner(options, place)
-    for flag in ("--seed", "--block-size"):  # another on each rank is an error of all
-        if world > 1:
-            with pytest.raises(WrongInput, match=rf"rank 1 has other {flag} than rank 0: 9, \d+; pass the same"):
-                gpt2.open_data(parse([*command, flag, "9"]) if rank else options, place)
-    with pytest.raises(WrongInput, match="rank 1 has other the training tokens") if world > 1 else nullcontext():
-        place.agree({"the training tokens": "abc" if rank else "abd"})
+    if world > 1:  # what rank 1 has otherwise is an error of all
+        with pytest.raises(WrongInput, match=r"--seed of rank 1: 9, of rank 0: 0; all ranks need the same"):
+            place.agree((parse([*command, "--seed", "9"]) if rank else options).shared())
+        folder = Path(command[command.index("--data") + 1])
+        with pytest.raises(WrongInput, match=r"training tokens of rank 1: \w{64}, of rank 0: "):
+            gpt2.open_data(parse([*command, "--data", str(folder / "val.bin")]) if rank else options, place)
     data = gpt2.open_data(options, place)
     gpt2.train(learner, data, options, place, options.plan(world), None)
     replicated = hashlib.sha256()

@@ -83,10 +83,10 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
         return [int(step) for step in re.findall(r"goes on after step (\d+)", (tmp_path / "said").read_text())]
 
     try:
-        for attempt in (1, 2):  # the run alone gets it, and the loop starts it again
+        for attempt, number in ((1, signal.SIGTERM), (2, signal.SIGUSR1)):  # the run alone gets it, and the loop starts it again
             wait_for(lambda attempt=attempt: len(resumed()) == attempt)
             wait_for_rows(out, resumed()[-1] + 20)
-            os.kill(int((kept / "pid").read_text()), signal.SIGTERM)
+            os.kill(int((kept / "pid").read_text()), number)
         second.wait(timeout=120)
     finally:
         second.kill()
