@@ -154,6 +154,11 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
             name, here, there = next(((k, here[k], there.get(k)) for k in here if here[k] != there.get(k)), (name, 0, 0))
         if here != there:
             raise WrongInput(f"--resume {checkpoint}: saved with {name} {there}, this run has {here}; pass the same flags.")
+    if config["order"] == saved["order"] == "stream" and config["block_size"] != saved["block_size"]:
+        raise WrongInput(
+            f"--resume {checkpoint}: its place in --order stream counts sequences of --block-size {saved['block_size']}, this "
+            f"run has {config['block_size']}: tokens would be lost or repeated; pass the same."
+        )
     if step > options.steps:
         raise WrongInput(f"--resume {checkpoint}: saved after step {step}, and --steps is {options.steps}; pass more.")
     newer = start.newer(step)
@@ -192,24 +197,25 @@ def load(start: Start, learner: Any) -> None:
 class Keeper:
     """Saves a run every so many steps, at its end, and when SIGTERM asks it to stop. On every rank.
 
-    As a context it listens for SIGTERM.
+    As a context it listens for SIGTERM, and for SIGUSR1, which mpirun passes on and does not itself end at.
     """
 
     def __init__(self, options: Options, folder: Path, learner: Any, config: Mapping[str, Any], *, is_first: bool) -> None:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
-        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         if is_first:
             clear(folder)
             self._drop_old()  # which a run may have been killed in
 
     def __enter__(self) -> Keeper:
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

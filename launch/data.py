@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import resource
 import sysconfig
 import warnings
 from collections.abc import Mapping
@@ -110,6 +111,14 @@ def _has_header(path: Path, size: int) -> bool:
             "Make it again for GPT-2, or strip the header."
         )
     return False
+
+
+def make_room(count: int) -> None:
+    """Let this process open `count` files more, as far as its hard limit allows: each file that is mapped stays open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def find_files(folder: Path, split: str) -> list[Path]:
@@ -281,7 +290,13 @@ class Tokens:
     def from_path(cls, path: Path, split: str, *, block_size: int, vocab_size: int) -> Tokens:
         """A file, or the files of `split` in a folder."""
         paths = find_files(path, split) if path.is_dir() else [path]
-        arrays = tuple(read_tokens(p) for p in paths)
+        make_room(len(paths))
+        try:
+            arrays = tuple(read_tokens(p) for p in paths)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: {len(paths)} file(s) cannot be mapped ({error}); where too many are open, ulimit -n 65536."
+            ) from None
         if path.is_dir():
             check_listing(path, split, {p.name: array.size for p, array in zip(paths, arrays, strict=True)})
         return cls(tuple(map(str, paths)), arrays, block_size, vocab_size)

@@ -50,9 +50,11 @@ def download(repo: str, out: Path, wanted: int) -> str:
         raise WrongInput(f"{repo}: no .npy with train and val in their names; name another data set.")
 
     def bring(name: str) -> int:
-        file = f"{Path(name).stem}.bin"
+        flat = name.replace("/", "-")  # arrays may lie in folders that tell the splits apart, under the same names
+        file = f"{Path(flat).stem}.bin"
         if file not in (listed := read_listing(out)) or not (out / file).is_file():
-            path = Path(str(ask(name, "hf_hub_download", name, local_dir=out / ".download")))
+            there = Path(str(ask(name, "hf_hub_download", name, local_dir=out / ".download")))
+            path = there.replace(out / ".download" / flat)
             convert([path], out, overwrite=True)
             path.unlink()
             listed = read_listing(out)

@@ -72,6 +72,8 @@ class DeepSpeedLearner:
         self._package = pylo_dist.deepspeed
         if not dist.is_initialized():  # DeepSpeed wants a process group, also of one
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if place.device.type == "cuda":
+            os.environ["LOCAL_RANK"] = str(place.device.index)  # from which DeepSpeed takes its device
         os.environ.setdefault("LOCAL_RANK", "0")
         model = build(options.config(), options.seed).to(place.device)
         arguments = options.learned_arguments()

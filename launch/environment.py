@@ -6,6 +6,7 @@ agree on an address and a port through MPI.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -18,7 +19,10 @@ from options import WrongInput
 # Outside the range from which Linux and BSD take the ports of outgoing connections, so that none of those is in the way later.
 PORTS = range(20_000, 32_000)
 MPI_SIZES = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 SLURM = "SLURM_STEP_NUM_TASKS"  # of the tasks of one srun; a batch script by itself has none
+
+SHARING = ("torchrun", "DeepSpeed's launcher")  # whose ranks of one machine all see the same GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +32,15 @@ class Environment:
     Attributes:
         launcher: who started it, in words.
         rank, world_size: among all.
-        local_rank, local_size: among those of this machine.
+        local_rank, local_size: among those of this machine; None where a hand has set RANK and WORLD_SIZE without them.
         address, port: where rank 0 waits for the others; None in a world of one.
     """
 
     launcher: str
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    local_rank: int | None = 0
+    local_size: int | None = 1
     address: str | None = None
     port: int | None = None
 
@@ -44,10 +48,8 @@ class Environment:
         """One line for the user."""
         if self.world_size == 1:
             return f"{self.launcher}: one rank"
-        return (
-            f"{self.launcher}: rank {self.rank} of {self.world_size}, {self.local_rank} of {self.local_size} on this machine; "
-            f"they meet at {self.address}:{self.port}"
-        )
+        here = "" if self.local_rank is None else f", {self.local_rank} of {self.local_size} on this machine"
+        return f"{self.launcher}: rank {self.rank} of {self.world_size}{here}; they meet at {self.address}:{self.port}"
 
     def export(self) -> None:
         """Put it into the process's variables, by the names that torchrun, torch.distributed and DeepSpeed use."""
@@ -80,9 +82,15 @@ def find(variables: Mapping[str, str] = os.environ) -> Environment:
     return Environment("no launcher")
 
 
-def is_first(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one to speak, as far as that can be told before `find` has succeeded."""
+def rank_named(variables: Mapping[str, str] = os.environ) -> str:
+    """The rank of this process as its launcher has written it, which may be wrong: for messages before `find` has succeeded."""
     named = ["RANK", *MPI_SIZES.values(), *(["SLURM_PROCID"] if SLURM in variables else [])]
+    return next((variables[name] for name in named if name in variables), "0")
+
+
+def is_first_here(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one of its machine to speak, as far as that can be told before `find` has succeeded."""
+    named = [*LOCAL_RANKS, *(["SLURM_LOCALID"] if SLURM in variables else [])]
     return next((variables[name] for name in named if name in variables), "0") == "0"
 
 
@@ -99,25 +107,33 @@ def free_port() -> int:
 
 
 def _means_mpi(size: str, variables: Mapping[str, str]) -> bool:
-    """srun sets PMI_SIZE for programs that may be MPI's; it is then srun that counts."""
-    return size != "PMI_SIZE" or SLURM not in variables
+    """srun sets PMI_* for programs that may be MPI's, and Hydra, MPICH's and Intel's mpirun, sets them under a task of srun."""
+    if size != "PMI_SIZE" or SLURM not in variables:
+        return True
+    pairs = (("PMI_SIZE", SLURM), ("PMI_RANK", "SLURM_PROCID"))
+    return any(variables.get(pmi, variables.get(own)) != variables.get(own) for pmi, own in pairs)
 
 
-def _number(variables: Mapping[str, str], name: str, *, below: str | None = None, least: int = 0) -> int:
-    """The number in a variable, `least` or more, and less than that in another."""
+def _number(variables: Mapping[str, str], name: str, *, below: str | None = None, least: int = 0, most: float = math.inf) -> int:
+    """The number in a variable, from `least` to `most`, and less than that in another."""
     try:
         value = int(variables[name])
     except ValueError:
         raise WrongInput(
             f"{name} is {variables[name]!r}, a number was wanted; unset it, or start the ranks with torchrun."
         ) from None
-    if value < least:
-        raise WrongInput(f"{name} is {value}, {least} or more was wanted; unset it, or start the ranks with torchrun.")
+    if not least <= value <= most:
+        wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise WrongInput(f"{name} is {value}, {wanted} was wanted; unset it, or start the ranks with torchrun.")
     if below is not None and below in variables and value >= int(variables[below]):
         raise WrongInput(
             f"{name} is {value} and {below} {variables[below]}; it must be below. Unset both, or start the ranks with torchrun."
         )
     return value
+
+
+def _port(variables: Mapping[str, str]) -> int:
+    return _number(variables, "MASTER_PORT", least=1, most=65535)
 
 
 def _by_variables(variables: Mapping[str, str], mpi: str | None) -> Environment:
@@ -130,37 +146,42 @@ def _by_variables(variables: Mapping[str, str], mpi: str | None) -> Environment:
         launcher = "DeepSpeed's launcher"
     else:
         launcher = "RANK and WORLD_SIZE"
-        _compare(variables, world_size, mpi)
+        agreeing = _compare(variables, world_size, mpi)
+        if "RANK" not in variables and agreeing is not None:  # a script that has set WORLD_SIZE alone
+            return _by_slurm(variables) if agreeing == SLURM else _by_mpi(variables, agreeing)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
-    if world_size == 1:
-        if variables.get("RANK", "0") != "0":
-            _number(variables, "RANK", below="WORLD_SIZE")
-        return Environment(launcher)
-    if missing:
+    if missing and world_size > 1:
         raise WrongInput(f"WORLD_SIZE is {world_size} without {', '.join(missing)}; start the ranks with torchrun.")
-    rank = _number(variables, "RANK", below="WORLD_SIZE")
-    if "LOCAL_WORLD_SIZE" in variables:
-        _number(variables, "LOCAL_WORLD_SIZE", least=1)
-    local_rank = _number(variables, "LOCAL_RANK", below="LOCAL_WORLD_SIZE") if "LOCAL_RANK" in variables else rank
-    local_size = int(variables.get("LOCAL_WORLD_SIZE", variables.get("LOCAL_SIZE", local_rank + 1)))
-    port = _number(variables, "MASTER_PORT", least=1)
-    return Environment(launcher, rank, world_size, local_rank, local_size, variables["MASTER_ADDR"], port)
+    rank = _number(variables, "RANK", below="WORLD_SIZE") if "RANK" in variables else 0
+    local_size = _number(variables, "LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in variables else None
+    local_rank = _number(variables, "LOCAL_RANK", below="LOCAL_WORLD_SIZE") if "LOCAL_RANK" in variables else None
+    if local_rank is not None and local_size is None:
+        local_size = int(variables.get("LOCAL_SIZE", local_rank + 1))
+    if world_size == 1:
+        return Environment(launcher, local_rank=local_rank or 0, local_size=local_size or 1)
+    return Environment(launcher, rank, world_size, local_rank, local_size, variables["MASTER_ADDR"], _port(variables))
 
 
-def _compare(variables: Mapping[str, str], world_size: int, mpi: str | None) -> None:
-    """RANK and WORLD_SIZE that no launcher of ranks has set against those of mpirun and srun."""
-    found = []
-    if mpi is not None:
-        found.append((mpi, MPI_SIZES[mpi], "mpirun"))
-    tasks = SLURM if SLURM in variables else "SLURM_NTASKS"
-    if tasks in variables and "SLURM_PROCID" in variables:
-        found.append((tasks, "SLURM_PROCID", "srun"))
+def _compare(variables: Mapping[str, str], world_size: int, mpi: str | None) -> str | None:
+    """RANK and WORLD_SIZE that no launcher of ranks has set against those of mpirun and srun; the variable that agrees.
+
+    What mpirun or srun has started once only, such as a shell, may start ranks of its own.
+    """
+    found = [] if mpi is None else [(mpi, MPI_SIZES[mpi], "mpirun")]
+    if SLURM in variables:
+        found.append((SLURM, "SLURM_PROCID", "srun"))
+    agreeing = None
     for size, rank, launcher in found:
         remedy = f"unset RANK and WORLD_SIZE, and {launcher}'s are taken; or start the ranks with torchrun."
-        if _number(variables, size, least=1) != world_size:
+        count = _number(variables, size, least=1)
+        if count == 1:
+            continue
+        if count != world_size:
             raise WrongInput(f"WORLD_SIZE is {world_size} and {size} {variables[size]}; {remedy}")
-        if "RANK" in variables and rank in variables and size != "SLURM_NTASKS" and variables[rank] != variables["RANK"]:
+        if "RANK" in variables and rank in variables and variables[rank] != variables["RANK"]:
             raise WrongInput(f"RANK is {variables['RANK']} and {rank} {variables[rank]}; {remedy}")
+        agreeing = agreeing or size
+    return agreeing
 
 
 def _by_mpi(variables: Mapping[str, str], size: str) -> Environment:
@@ -182,7 +203,7 @@ def _by_mpi(variables: Mapping[str, str], size: str) -> Environment:
     if world.rank == 0:
         try:
             address = variables.get("MASTER_ADDR") or ("127.0.0.1" if local.size == world.size else own_address())
-            found = address, _number(variables, "MASTER_PORT", least=1) if "MASTER_PORT" in variables else free_port()
+            found = address, _port(variables) if "MASTER_PORT" in variables else free_port()
         except (OSError, WrongInput) as error:
             problem = str(error)
     found, problem = world.bcast((found, problem))
@@ -231,7 +252,7 @@ def _by_slurm(variables: Mapping[str, str]) -> Environment:
             f"{SLURM} is {world_size} without MASTER_ADDR and SLURM_STEP_NODELIST; set MASTER_ADDR to rank 0's host."
         )
     if "MASTER_PORT" in variables:
-        port = _number(variables, "MASTER_PORT", least=1)
+        port = _port(variables)
     else:  # all ranks of a step get the same one, other steps of a node others, mostly
         step = int(variables.get("SLURM_JOB_ID", "0")) * 31 + int(variables.get("SLURM_STEP_ID", "0"))
         port = PORTS[step % len(PORTS)]
@@ -250,7 +271,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts, such as gpu[003-010,12],login1."""
-    matched = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    assert matched is not None  # it may match nothing
-    return "".join(part or "" for part in matched.groups())
+    """The first of SLURM's list of hosts, such as gpu[003-010,12],login1 or rack[0-3]_blade[0-41]."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # it may match nothing
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

@@ -1,7 +1,9 @@
 """Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under torchrun, mpirun or srun.
 
-Exit code 0: done. 2: wrong input, one line on rank 0's stderr and the code on every rank. 143: ended by SIGTERM, as without
---save-every, with which the run has been saved. 1: anything else.
+Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: ended by SIGTERM, as without --save-every, with which
+the run has been saved. 1: anything else. Of 2, 3 and 143 one line on rank 0's stderr and the code on every rank; what goes wrong
+before the ranks have met is said by one rank of each machine, and by each whose environment is refused. The code is also written
+into the file that EXIT_CODE_FILE names, where it is set, since torchrun ends with 1 whatever its ranks end with.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -68,12 +70,14 @@ class Place:
             return cls(found.rank, found.world_size, torch.device("cpu"))
         if not has_cuda:
             raise WrongInput("--device cuda, but PyTorch sees no CUDA device; use --device cpu.")
-        if found.local_size > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        own = count == 1 and found.launcher not in environment.SHARING  # each rank may see another, as by srun --gpus-per-task=1
+        if found.local_size is not None and found.local_size > count and not own:
             raise WrongInput(
-                f"{found.local_size} ranks on a machine with {torch.cuda.device_count()} CUDA device(s); "
-                f"start {torch.cuda.device_count()} there, or use --device cpu."
+                f"{found.local_size} ranks on a machine with {count} CUDA device(s); start {count} there, or use --device cpu."
             )
-        return cls(found.rank, found.world_size, torch.device("cuda", found.local_rank))
+        index = found.rank if found.local_rank is None else found.local_rank
+        return cls(found.rank, found.world_size, torch.device("cuda", index % count))
 
     def join(self, timeout_s: int) -> None:
         """Meet the other ranks."""
@@ -112,6 +116,16 @@ class Place:
             dist.broadcast_object_list(results, src=0)
         return results[0]  # type: ignore[return-value]
 
+    def agree(self, values: dict[str, Any]) -> None:
+        """Raise WrongInput, on all ranks, where a rank has others than rank 0 has."""
+        if self.world_size > 1:
+            found: list[Any] = [None] * self.world_size
+            dist.all_gather_object(found, values)
+            for rank, theirs in enumerate(found):
+                for name, value in theirs.items():
+                    if value != found[0][name]:
+                        raise WrongInput(f"{name} of rank {rank}: {value}, of rank 0: {found[0][name]}; all ranks need the same.")
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks (`value` is modified in place)."""
         if self.world_size > 1:
@@ -145,7 +159,9 @@ def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
     """(train, validation) tokens, the same on every rank. Raises WrongInput."""
     sizes = {"block_size": options.sequence_length(), "vocab_size": options.config().vocab_size}
     if options.data is not None:
-        return place.together(lambda: open_files(options, sizes))
+        train, val = place.together(lambda: open_files(options, sizes))
+        place.agree({"training tokens": train.digest(), "validation tokens": val and val.digest()})
+        return train, val
     # Rank 0 reads it for all: other machines may carry another Python.
     texts = place.from_first(builtin_text)
     names = ("built-in training text", "built-in validation text")
@@ -430,6 +446,7 @@ def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: 
 def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment) -> None:
     """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped during it."""
     is_first = place.rank == 0
+    place.agree(options.shared())
     if options.save_every:
         place.together(package)
     start = place.from_first(lambda: Start.find(options))
@@ -494,13 +511,17 @@ def resume(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    own = environment.rank_named()
+    try:
+        found = environment.find()
+    except ValueError as error:
+        return complain(error, code=2, rank=own)
     try:
         options = parse(argv)
-        found = environment.find()
         place = Place.find(options, found)
         plan = options.plan(data_ranks(options, place.world_size))
-    except ValueError as error:
-        return complain(error, code=2)
+    except ValueError as error:  # of the command, and alike on all ranks, or of this machine
+        return complain(error, code=2, rank=own, aloud=environment.is_first_here())
     if found != Environment("no launcher"):
         found.export()
     # Set in any case: left to itself, MKL may take fewer now and then, and round otherwise.
@@ -510,15 +531,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         tell(f"{found}, and did not: {error}")
         return 1
-    code = 0
+    code, first = 0, place.rank == 0
     try:
         run(argv, options, place, plan, found)
     except WrongInput as error:
-        code = complain(error, code=2)
-    except (Diverged, Unsaved) as error:
-        code = complain(error, code=1)
+        code = complain(error, code=2, aloud=first)
+    except Diverged as error:
+        code = complain(error, code=3, aloud=first)
+    except Unsaved as error:
+        code = complain(error, code=1, aloud=first)
     except Stopped as error:
-        code = complain(error, code=128 + signal.SIGTERM)
+        code = complain(error, code=128 + signal.SIGTERM, aloud=first)
     except Exception:
         if place.world_size == 1:
             raise
@@ -530,10 +553,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def complain(error: Exception, code: int) -> int:
-    """One line, from one rank; every rank gets the code."""
-    if environment.is_first():
-        print(f"gpt2.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def complain(error: Exception, code: int, *, rank: str = "0", aloud: bool = True) -> int:
+    """One line that names a rank other than 0, where `aloud`; the code, for a launcher's caller too."""
+    if aloud:
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"gpt2.py: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if "EXIT_CODE_FILE" in os.environ:
+        with suppress(OSError):
+            path = Path(os.environ["EXIT_CODE_FILE"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{code}\n")
     return code
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -160,7 +161,9 @@ class Options:
                 f"use {longest} or less, or a larger preset."
             )
         if self.optimizer == "adamw" and self.weights is not None:
-            raise WrongInput("--weights is for learned optimizers, and adamw is none; drop it.")
+            raise WrongInput(
+                "--weights is for learned optimizers, and adamw is none; drop it, or take a recipe's back: --weights none."
+            )
         if self.clip == "per_tensor" and (self.optimizer == "adamw" or self.clip_norm() is None):
             raise WrongInput("--clip per_tensor is for learned optimizers, with --max-grad-norm; pass that, or drop it.")
         for name, owner in OWN_FLAGS.items():
@@ -187,7 +190,9 @@ class Options:
         if self.val_data is not None and self.data is None:
             raise WrongInput("--val-data came without --data; pass the training tokens too.")
         if self.keep is not None and not self.save_every:
-            raise WrongInput(f"--keep {self.keep} came without --save-every; pass it too, or drop --keep.")
+            raise WrongInput(
+                f"--keep {self.keep} came without --save-every; pass it too, or drop --keep (a recipe's: --keep none)."
+            )
         if self.deepspeed is not None:
             if self.optimizer == "adamw":
                 raise WrongInput("--deepspeed is for learned optimizers here, and adamw is none; pass --optimizer.")
@@ -201,6 +206,11 @@ class Options:
                 raise WrongInput(f'{name} does not go with --deepspeed; its JSON says "bf16": {{"enabled": true}} where wanted.')
         if self.resume == AUTO and self.out is None:
             raise WrongInput(f"--resume {AUTO} looks for a checkpoint of the run in --out; pass --out FOLDER.")
+
+    def shared(self) -> dict[str, Any]:
+        """By flag what must be the same on all ranks: all but paths and threads, which belong to a machine."""
+        own = ("recipe", "weights", "data", "val_data", "out", "resume", "deepspeed", "threads")
+        return {flag(field.name): getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
 
     def config(self) -> GPTConfig:
         preset = PRESETS[self.preset]
@@ -283,6 +293,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(read, updated=())  # argparse names it in its errors
+    def read_or_none(text: str) -> Any:
+        return None if text == "none" else read(text)
+
+    return read_or_none
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a mistake as one line: WrongInput instead of usage and exit."""
 
@@ -312,7 +330,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: torchrun --nproc_per_node=2 launch/gpt2.py --preset micro --weights demo",
     )
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--recipe", type=Path, metavar="YAML", help="flags in a file, see launch/recipes; those given here win")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="YAML",
+        help="flags in a file, see launch/recipes; those given here win, and none takes one back",
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--preset", choices=tuple(PRESETS), default="micro", help="nano and micro read bytes")
     model.add_argument("--qkv", choices=("fused", "split"), default="fused", help="one attention matrix or three")
@@ -388,6 +411,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--tensorboard", action=switch, default=False)
     files.add_argument("--wandb", action=switch, default=False)
+    for action in parser._actions:  # "none" takes back what a recipe says
+        if action.default is None and action.nargs is None and action.dest != "recipe":
+            action.type = _or_none(action.type or str)  # type: ignore[arg-type]
     return parser
 
 

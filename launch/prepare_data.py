@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         encode = gpt2_encoder() if args.tokenizer == "gpt2" else encode_bytes
         told = prepare(args.texts, args.out, encode=encode, val_fraction=args.val_fraction, overwrite=args.overwrite)
-    except (WrongInput, OSError) as error:
+    except (ValueError, OSError) as error:  # WrongInput, and a tokens.json that cannot be read
         print(f"prepare_data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     preset = "micro" if args.tokenizer == "bytes" else "124m"

@@ -1,4 +1,6 @@
-"""Recipes: flags of gpt2.py in a YAML file, with what the run costs. Flags on the command line win.
+"""Recipes: flags of gpt2.py in a YAML file, with what the run costs. Flags on the command line win; `none` there takes one back.
+
+Values are read as they are written, without YAML's own ideas of numbers, in which 010 is 8 and 1:30 is 90.
 
 about: one line
 cost: what a run of it takes, where that has been measured
@@ -25,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
     except ImportError:
         raise ValueError("--recipe needs a package: pip install pyyaml") from None
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
@@ -47,10 +49,10 @@ def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     for key, value in flags.items():
         name = key.replace("_", "-")
         if isinstance(defaults[key], bool):
-            if not isinstance(value, bool):
+            if value not in ("true", "false"):
                 raise ValueError(f"--recipe {path}: {key} is {value!r}; true or false was wanted.")
-            found.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            found.append(f"--{name}" if value == "true" else f"--no-{name}")
+        elif isinstance(value, str) and value not in ("", "null", "~"):
             found.append(f"--{name}={value}")
         else:
             raise ValueError(f"--recipe {path}: {key} is {value!r}; a number or a text was wanted. Leave it out for the default.")

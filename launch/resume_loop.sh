@@ -7,37 +7,60 @@
 #   REQUEUE   1: stopped by a signal under SLURM, the job goes back into the queue
 #   WAIT      seconds before the first retry, doubled with each failure without a new checkpoint, at most 600; default: 5
 #
-# The command needs --out and --save-every; --resume auto is added. A folder with a file DONE is done: nothing is started.
-# SIGTERM and SIGINT are passed on, then the loop ends when the run has saved itself. A run that gets SIGTERM, from here or by
-# itself, saves the step it is at: no step is lost, none is repeated. After kill -9 or a crash the steps since the last checkpoint
-# are computed again, with the same samples.
+# The command needs --out and --save-every, also from its recipe; --resume auto is added. A folder whose file DONE counts as many
+# steps as the command wants is done: nothing is started.
+# SIGTERM, SIGINT and SIGHUP, to this script or to the terminal's whole group, ask the run once to stop; the loop ends when the
+# run has saved itself. A run that gets SIGTERM, from here or by itself, saves the step it is at: no step is lost, none is repeated.
+# After kill -9 or a crash the steps since the last checkpoint are computed again, with the same samples.
 #
-# Exit code 0: done. 2: wrong input. 143: stopped by a signal. 1: given up.
+# Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: stopped by a signal. 1: given up. Since torchrun says 1
+# for all of them, gpt2.py writes its own code into the file that EXIT_CODE_FILE names, beside the folder of --out.
 set -uo pipefail
 
 failures_allowed=${FAILURES:-5} wait_first=${WAIT:-5} wait_most=600
+# The time that torchrun leaves its ranks to save, before SIGKILL; by itself 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 
 say() { echo "resume_loop.sh: $*" >&2; }
 
-out="" saves="" resumes="" previous=""
-for word in "$@"; do
-  case $word in
-    --out=*) out=${word#--out=} ;;
-    --save-every | --save-every=*) saves=1 ;;
-    --resume | --resume=*) resumes=1 ;;
-  esac
-  if [ "$previous" = --out ]; then out=$word; fi
-  previous=$word
-done
+words=("$@")
+value() { # what the command says for the flag --$1, or its recipe, or nothing
+  local found="" previous="" recipe="" word
+  for word in "${words[@]}"; do
+    case $word in --"$1"=*) found=${word#*=} ;; --recipe=*) recipe=${word#*=} ;; esac
+    case $previous in --"$1") found=$word ;; --recipe) recipe=$word ;; esac
+    previous=$word
+  done
+  if [ -z "$found" ] && [ -f "$recipe" ]; then
+    found=$(sed -n "s/^ *${1//-/_}: *\\([^ #]*\\).*/\\1/p" "$recipe" | tr -d "\"'")
+  fi
+  echo "$found"
+}
+out=$(value out) steps=$(value steps) resumes=$(value resume)
 if [ -z "$out" ]; then
   say "the command has no --out FOLDER; pass it, so that the next start finds the checkpoints"
   exit 2
 fi
-if [ -z "$saves" ]; then
+if [ -z "$(value save-every)" ]; then
   say "the command has no --save-every N; pass it, so that there is something to go on from"
   exit 2
 fi
-if [ -z "$resumes" ]; then set -- "$@" --resume auto; fi
+case $resumes in
+  auto) ;;
+  "") set -- "$@" --resume auto ;;
+  *)
+    say "--resume $resumes would be repeated at each start; drop it, or start from it once without the loop"
+    exit 2
+    ;;
+esac
+export EXIT_CODE_FILE=${out%/}.exit-code
+
+is_done() {
+  local count
+  [ -e "$out/DONE" ] || return 1
+  [ -z "$steps" ] && return 0
+  read -r count _ <"$out/DONE" && [ "$count" -ge "$steps" ] 2>/dev/null
+}
 
 newest() { # the step of the newest checkpoint, or 0
   local found=0 path
@@ -47,12 +70,24 @@ newest() { # the step of the newest checkpoint, or 0
   echo "$((10#$found))"
 }
 
-child="" stopping=""
+child="" stopping="" asked="" pause=""
+ask() { # the command to save and end; once, since torchrun would give up its ranks at the second time
+  [ -z "$asked" ] || return
+  asked=1
+  case ${words[0]##*/} in
+    # to the job's steps: srun itself answers SIGTERM by killing them
+    srun) scancel --signal=TERM "${SLURM_JOB_ID:-}" ;;
+    # Open MPI kills its ranks a second after SIGTERM, and passes this one on
+    mpirun | mpiexec) kill -USR1 "$child" 2>/dev/null ;;
+    *) kill -TERM "$child" 2>/dev/null ;;
+  esac
+}
 stop() {
   stopping=1
-  if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
+  if [ -n "$child" ]; then ask; fi
+  if [ -n "$pause" ]; then kill "$pause" 2>/dev/null; fi
 }
-trap stop TERM INT
+trap stop TERM INT HUP
 
 stopped() {
   say "stopped by a signal; the newest checkpoint is of step $(newest)"
@@ -62,7 +97,7 @@ stopped() {
 
 attempt=0 failures=0
 while true; do
-  if [ -e "$out/DONE" ]; then
+  if is_done; then
     say "$out is done"
     exit 0
   fi
@@ -70,25 +105,28 @@ while true; do
   attempt=$((attempt + 1))
   if [ -n "$stopping" ]; then stopped; fi
   say "attempt $attempt, from step $before"
-  "$@" &
+  rm -f "$EXIT_CODE_FILE"
+  setsid "$@" & # out of reach of Ctrl-C, which would end the ranks before they have saved
   child=$!
-  if [ -n "$stopping" ]; then kill -TERM "$child" 2>/dev/null; fi # asked between the two lines above
+  if [ -n "$stopping" ]; then ask; fi # stopped between the two lines above
   while true; do
     wait "$child"
     code=$?
     kill -0 "$child" 2>/dev/null || break # a signal of our own ends `wait`, not the command
   done
   child=""
+  if [ "$code" -ne 0 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(<"$EXIT_CODE_FILE"); fi
+  rm -f "$EXIT_CODE_FILE"
   after=$(newest)
-  if [ "$code" -eq 0 ] || [ -e "$out/DONE" ]; then
+  if [ "$code" -eq 0 ] || is_done; then
     say "done after $attempt attempt(s)"
     exit 0
   fi
   if [ -n "$stopping" ]; then stopped; fi
-  if [ "$code" -eq 2 ]; then
-    say "wrong input (exit code 2) is not tried again"
-    exit 2
-  fi
+  case $code in
+    2) say "wrong input (exit code 2) is not tried again" && exit 2 ;;
+    3) say "a loss that is no number (exit code 3) is not tried again: it would come again with the same samples" && exit 3 ;;
+  esac
   if [ "$after" -gt "$before" ]; then
     failures=0
   else
@@ -98,12 +136,12 @@ while true; do
     say "given up: $failures failures in a row without a new checkpoint, the last with exit code $code; the newest is of step $after"
     exit 1
   fi
-  pause=$wait_first
-  for ((i = 1; i < failures; i++)); do pause=$((pause * 2 > wait_most ? wait_most : pause * 2)); done
-  say "exit code $code at checkpoint $after, $failures of $failures_allowed failures without a new one; next attempt in $pause s"
-  sleep "$pause" &
-  child=$! # so that a signal ends it, whenever it comes
-  if [ -n "$stopping" ]; then kill -TERM "$child" 2>/dev/null; fi
-  wait "$child"
-  child=""
+  seconds=$wait_first
+  for ((i = 1; i < failures; i++)); do seconds=$((seconds * 2 > wait_most ? wait_most : seconds * 2)); done
+  say "exit code $code at checkpoint $after, $failures of $failures_allowed failures without a new one; next attempt in $seconds s"
+  sleep "$seconds" &
+  pause=$!
+  if [ -n "$stopping" ]; then kill "$pause" 2>/dev/null; fi
+  wait "$pause" # returns at once when a signal comes
+  pause=""
 done

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pylo_dist", description="Learned optimizers for sharded training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     doctor = commands.add_parser("doctor", help="versions, what was built, and which path each device takes")
+    doctor.add_argument("--require", choices=("cpu", "cuda"), help="exit code 1 where there are no compiled kernels for it")
     doctor.set_defaults(run=_doctor)
     _add_weights(commands)
     arguments = parser.parse_args(argv)
@@ -78,6 +79,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
     for line in ops.paths():
         print(line)
+    if arguments.require is not None and (reason := ops.library(arguments.require)):
+        print(f"error: --require {arguments.require}: plain PyTorch ({reason})", file=sys.stderr)
+        return OTHER
     return DONE
 
 

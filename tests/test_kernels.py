@@ -456,6 +456,10 @@ def test_doctor_says_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in versions
     assert cpu == f"cpu: compiled kernels, instruction set {torch.ops.pylo_dist.instruction_set('auto')}"
     assert cuda.startswith("cuda: ")
+    assert main(["doctor", "--require", "cpu"]) == 0
+    without = cuda.startswith("cuda: plain PyTorch")
+    assert main(["doctor", "--require", "cuda"]) == int(without)
+    assert ("error: --require cuda: plain PyTorch" in capsys.readouterr().err) == without
 
 
 def test_cuda_without_a_toolkit_is_an_error_at_once() -> None:

@@ -60,7 +60,7 @@ def check_dockerfile(text: str) -> None:
     if not users or users[-1].split(":")[0] in ("root", "0"):
         raise ValueError(f"the image runs as root: USER {users}")
     health = [rest for word, rest in found if word == "HEALTHCHECK"]
-    if not health or not health[-1].endswith('CMD ["python", "-m", "pylo_dist", "doctor"]'):
+    if not health or not health[-1].endswith('CMD ["python", "-m", "pylo_dist", "doctor", "--require", "cuda"]'):
         raise ValueError(f"wanted a health check by doctor: {health}")
 
 
@@ -87,7 +87,7 @@ def test_the_image_is_set_up_as_the_tests_are() -> None:
         ("RUN launch/system.sh", "RUN apt-get install openmpi-bin", "RUN lines"),
         ("RUN launch/system.sh", "RUN launch/system.sh && rm -rf /tmp/x", "RUN lines"),
         ("USER 1000:1000", "USER root", "as root"),
-        ('"doctor"]\nCMD', '"weights"]\nCMD', "health check"),
+        (', "--require", "cuda"]', "]", "health check"),
     ],
 )
 def test_the_lint_sees_other_images(line: str, changed: str, words: str) -> None:
@@ -99,6 +99,7 @@ def test_the_lint_sees_other_images(line: str, changed: str, words: str) -> None
 
 def test_compose_starts_what_is_there() -> None:
     service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["train"]
+    assert re.fullmatch(r"on-failure:\d", service["restart"])  # the loop inside has tried again already
     assert service["build"] == {"context": "..", "dockerfile": "docker/Dockerfile"}
     command = service["command"].replace("${RECIPE:-gpt2-124m}", "gpt2-124m").split()
     for word in ("launch/resume_loop.sh", "launch/gpt2.py", command[command.index("--recipe") + 1]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -185,7 +187,7 @@ def test_a_download_goes_on_where_it_stopped(
         asked.append(name)
         if name in broken:
             raise ConnectionError("no route to host")
-        local_dir.mkdir(parents=True, exist_ok=True)
+        (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
         return shutil.copy(hub / name, local_dir / name)
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: sorted(p.name for p in hub.iterdir()))
@@ -209,6 +211,35 @@ def test_a_download_goes_on_where_it_stopped(
     assert prepare_data.main(["--check", str(out)]) == 0
     assert download_tokens.main([*command[:-1], "1e3"]) == 2
     assert "holds 300 training tokens, 1,000 were wanted" in one_line(capsys)
+    for name in ("train/0", "train/1", "val/0"):  # the folder tells the split
+        (hub / name).parent.mkdir(exist_ok=True)
+        np.save(hub / f"{name}.npy", np.full(100, 7, np.uint16))
+    names = ["train/0.npy", "train/1.npy", "val/0.npy"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: names)
+    out = tmp_path / "in folders"
+    assert download_tokens.main(["org/set", "--out", str(out), "--tokens", "200"]) == 0
+    assert sorted(path.name for path in out.glob("*.bin")) == ["train-0.bin", "train-1.bin", "val-0.bin"]
+    (out / "tokens.json").write_text("{")
+    assert prepare_data.main([str(hub / "train" / "0.npy"), "--out", str(tmp_path / "x")]) == 2
+    assert prepare_data.main([str(hub / "set_train_0.npy"), "--out", str(out)]) == 2
+    assert "tokens.json cannot be read" in capsys.readouterr().err
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that is mapped stays open: the soft limit is raised; and where there is no room, the folder is named."""
+    for i in range(40):
+        write_tokens(tmp_path / f"train_{i}.bin", np.arange(20, dtype=np.uint16))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 10, before[1]))
+        assert len(Tokens.from_path(tmp_path, "train", block_size=8, vocab_size=256).arrays) == 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 10, before[1]))
+        monkeypatch.setattr("data.make_room", lambda count: None)
+        with pytest.raises(ValueError, match=r"40 file\(s\) cannot be mapped .*ulimit -n"):
+            Tokens.from_path(tmp_path, "train", block_size=8, vocab_size=256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_too_few_tokens_and_too_small_a_vocabulary_are_refused() -> None:

@@ -17,8 +17,8 @@ import environment
 import gpt2
 import pytest
 from checkpoints import published_in
-from environment import Environment, find, first_host, free_port, is_first, tasks_per_node
-from options import WrongInput
+from environment import Environment, find, first_host, free_port, is_first_here, rank_named, tasks_per_node
+from options import WrongInput, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -49,7 +49,14 @@ def test_what_is_found() -> None:
     batch = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
     assert find(TORCHRUN) == find(TORCHRUN | batch) == by_torchrun
     assert str(by_torchrun) == "torchrun: rank 1 of 4, 1 of 2 on this machine; they meet at node1:29500"
-    assert find(BY_HAND).launcher == "RANK and WORLD_SIZE"
+    # by hand: in a batch script, in a shell of a step of one task, under mpirun -np 1
+    by_hand = Environment("RANK and WORLD_SIZE", 1, 4, None, None, "node1", 29500)
+    assert str(by_hand) == "RANK and WORLD_SIZE: rank 1 of 4; they meet at node1:29500"
+    for around in ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {"PMI_SIZE": "1"}):
+        assert find(BY_HAND | around) == by_hand
+    assert find({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}).local_rank == 3
+    # a script that has set WORLD_SIZE alone, before srun
+    assert find(STEP | {"WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5"}) == Environment("srun", 3, 4, 1, 2, "a", 5)
     assert find(BY_HAND | {"CROSS_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).launcher == "DeepSpeed's launcher"
     assert find({"WORLD_SIZE": "1"}).world_size == 1
     found = find(STEP)
@@ -60,9 +67,11 @@ def test_what_is_found() -> None:
     assert find(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == Environment("srun")
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     lists = {"gpu[003-010,12],login1": "gpu003", "a1,b2": "a1", "one": "one", "rack2-[7,9]-ib": "rack2-7-ib"}
+    lists |= {"rack[0-3]_blade[0-41]": "rack0_blade0", "a[1-2]b[3-4]c,d": "a1b3c"}
     assert {nodes: first_host(nodes) for nodes in lists} == lists
-    assert [is_first(v) for v in ({}, BY_HAND, {"OMPI_COMM_WORLD_RANK": "1"}, STEP, {"SLURM_PROCID": "1"})] == [
-        *(True, False, False, False, True)
+    places = ({}, BY_HAND, {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, STEP, {"SLURM_PROCID": "1"})
+    assert [(rank_named(v), is_first_here(v)) for v in places] == [
+        *(("0", True), ("1", True), ("2", False), ("3", False), ("0", True))
     ]
     assert free_port() in environment.PORTS
 
@@ -78,10 +87,9 @@ def test_what_is_found() -> None:
         (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', a number was wanted"),
         (BY_HAND | {"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, 1 or more"),
         (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and LOCAL_WORLD_SIZE 2"),
-        (
-            BY_HAND | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
-            "WORLD_SIZE is 4 and SLURM_NTASKS 2; unset RANK and WORLD_SIZE, and srun's are taken",
-        ),
+        (BY_HAND | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, 1 to 65535 was wanted"),
+        (STEP | {"MASTER_PORT": "0"}, "MASTER_PORT is 0, 1 to 65535 was wanted"),
+        (STEP | {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 4; .* srun's are taken"),
         (BY_HAND | STEP, "RANK is 1 and SLURM_PROCID 3; unset RANK and WORLD_SIZE"),
         (
             BY_HAND | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
@@ -101,27 +109,65 @@ def test_contradictions_are_refused_by_name(variables: dict[str, str], words: st
 def test_a_contradiction_ends_a_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {**BY_HAND, "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}.items():
-        monkeypatch.setenv(name, value)
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert gpt2.main(["--out", str(tmp_path / "out")]) == 2
+    """Of each rank that is refused; what is alike on all of a machine, of its first. And the code is handed over."""
+    contradiction = "WORLD_SIZE is 4 and OMPI_COMM_WORLD_SIZE 2; unset RANK"
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    missing = "WORLD_SIZE is 4 without MASTER_ADDR"
+    for variables, words, wanted in (
+        ({**BY_HAND, **mpi, "RANK": "0"}, [], [f"gpt2.py: {contradiction}"]),
+        ({**BY_HAND, **mpi}, [], [f"gpt2.py: rank 1: {contradiction}"]),
+        ({"RANK": "1"}, [], ["gpt2.py: rank 1: RANK is 1 without WORLD_SIZE"]),
+        (without(TORCHRUN, "MASTER_ADDR"), [], [f"gpt2.py: rank 1: {missing}"]),
+        (TORCHRUN, ["--steps", "0"], []),
+        (TORCHRUN | {"LOCAL_RANK": "0"}, ["--steps", "0"], ["gpt2.py: rank 1: --steps is 0"]),
+    ):
+        code = tmp_path / "code"
+        with monkeypatch.context() as patch:
+            for name, value in {**variables, "EXIT_CODE_FILE": str(code)}.items():
+                patch.setenv(name, value)
+            assert gpt2.main([*words, "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == lines
-        assert all(line.startswith("gpt2.py: WORLD_SIZE is 4 and SLURM_NTASKS 2; unset RANK") for line in said)
+        assert len(said) == len(wanted), said
+        assert all(line.startswith(start) for line, start in zip(said, wanted, strict=True)), said
+        assert code.read_text() == "2\n"
+        code.unlink()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options = parse(["--device", "cuda"])
+
+    def gpu(variables: dict[str, str], count: int) -> int | None:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        return gpt2.Place.find(options, find(variables)).device.index
+
+    assert gpu(STEP, 2) == gpu(TORCHRUN, 2) == 1
+    assert gpu(STEP, 1) == 0  # srun --gpus-per-task=1
+    assert gpu(BY_HAND | {"RANK": "3"}, 1) == 0  # one GPU in each pod
+    assert gpu(BY_HAND | {"RANK": "3"}, 2) == 1
+    assert gpu({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}, 8) == 3
+    for variables, count in ((TORCHRUN, 1), (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}, 2)):
+        with pytest.raises(WrongInput, match=rf"ranks on a machine with {count} CUDA device\(s\); start {count} there"):
+            gpu(variables, count)
 
 
 def test_mpirun_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # makes the import fail
     with pytest.raises(WrongInput, match=r"OMPI_COMM_WORLD_SIZE is 2, .* pip install mpi4py"):
         find({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+    for pmi in (
+        {"PMI_SIZE": "8", "PMI_RANK": "3"},
+        {"PMI_SIZE": "4", "PMI_RANK": "2"},
+    ):  # Hydra's, under one srun for each machine
+        with pytest.raises(WrongInput, match=rf"PMI_SIZE is {pmi['PMI_SIZE']}, so mpirun has started this"):
+            find(STEP | pmi)
 
 
 # ---------------------------------------------------------------------------------------------- real launchers
 
 FAKE_SRUN = """#!/usr/bin/env bash
-# Runs a command once for each task of SLURM_NNODES machines, all of them this one, as srun does; passes signals on.
+# Runs a command once for each task of SLURM_NNODES machines, all of them this one, as srun does; and kills them all at SIGTERM.
 while [[ $1 == -* ]]; do shift; done
 export SLURM_STEP_NUM_TASKS=$SLURM_NNODES SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NNODES)" SLURM_LOCALID=0
 export SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST
@@ -130,13 +176,20 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
   SLURM_PROCID=$node SLURM_NODEID=$node "$@" &
   pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+echo "${pids[@]}" >"$TASKS"
+processes() { for pid in "${pids[@]}"; do echo "$pid"; cat "/proc/$pid/task/$pid/children"; done; }
+trap 'kill -KILL $(processes)' TERM
 worst=0
 for pid in "${pids[@]}"; do
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
   [ "$code" -gt "$worst" ] && worst=$code
 done
 exit "$worst"
+"""
+FAKE_SCANCEL = """#!/usr/bin/env bash
+# A signal to all processes of the job's steps, torchrun and its ranks.
+[ "$*" = "--signal=TERM 12" ] || exit 1
+for pid in $(cat "$TASKS"); do kill -TERM "$pid" $(cat "/proc/$pid/task/$pid/children"); done
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
 case $1 in
@@ -162,11 +215,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The variables of a job on two machines, and programs that act as SLURM's."""
     folder = tmp_path_factory.mktemp("slurm")
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+    for name, text in (("srun", FAKE_SRUN), ("scancel", FAKE_SCANCEL), ("scontrol", FAKE_SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     variables = {"SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
-    variables |= {"REQUEUED": str(folder / "requeued"), "RANKS_PER_NODE": "1", "LOCAL_ADDR": "127.0.0.1", "WAIT": "0"}
+    variables |= {
+        "TASKS": str(folder / "tasks"),
+        "REQUEUED": str(folder / "requeued"),
+        "RANKS_PER_NODE": "1",
+        "LOCAL_ADDR": "127.0.0.1",
+        "WAIT": "0",
+    }
     return {**variables, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -176,7 +235,15 @@ def losses(out: Path) -> list[float]:
 
 def started(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
     shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    return subprocess.Popen(command, env=os.environ | shared | variables, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=os.environ | shared | variables,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group that can get a signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a job in the background ignores
+    )
 
 
 def finished(processes: list[subprocess.Popen[str]]) -> str:
@@ -194,12 +261,21 @@ def check_curve(out: Path, wanted: list[float], steps: int) -> None:
     assert found[-1] < found[0] - 0.2  # a curve of learning
 
 
-def test_mpirun_follows_one_process(plain: list[float], tmp_path: Path) -> None:
+def mpirun(ranks: int) -> list[str]:
+    """The words that start them. Skips where this machine has no MPI; fails where tests/run.sh could have set it up."""
     if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
-        pytest.skip("there is no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi")
+        reason = "no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi"
+        if shutil.which("mpirun") is not None and "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", str(ranks)]
+
+
+def test_mpirun_follows_one_process(plain: list[float], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", "2", sys.executable]
-    said = finished([started([*command, "launch/gpt2.py", *COMMON, "--steps", str(SHORT), "--out", str(out)], {})])
+    said = finished(
+        [started([*mpirun(2), sys.executable, "launch/gpt2.py", *COMMON, "--steps", str(SHORT), "--out", str(out)], {})]
+    )
     assert "gpt2.py: mpirun: rank 0 of 2, 0 of 2 on this machine; they meet at 127.0.0.1:" in said
     assert said.count("gpt2.py:") == 1  # rank 0 alone
     check_curve(out, plain, SHORT)
@@ -227,13 +303,16 @@ def test_a_job_on_one_machine_starts_its_ranks(slurm: dict[str, str], tmp_path: 
 
 
 def test_two_agents_of_torchrun_follow_one_process(plain: list[float], slurm: dict[str, str], tmp_path: Path) -> None:
-    """torchrun --nnodes=2, by nodes.sbatch; which gets SIGTERM first, saves, goes back into the queue and is started again."""
+    """torchrun --nnodes=2, by nodes.sbatch; which is interrupted first, saves, goes back into the queue and is started again.
+
+    By Ctrl-C, which the whole group gets: SIGTERM to the script alone is less.
+    """
     out = tmp_path / "run"
     command = ["launch/slurm/nodes.sbatch", *COMMON, "--steps", str(STEPS), "--save-every", "1000", "--out", str(out)]
     process = started(command, {**slurm, "PORT": str(free_port())})
     try:
         wait_for_rows(out, 3)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()

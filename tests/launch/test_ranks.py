@@ -15,7 +15,7 @@ import gpt2
 import pytest
 import torch
 import torch.distributed as dist
-from options import parse
+from options import WrongInput, parse
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +73,12 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
     options = parse(command)
     place = gpt2.Place(rank, world, torch.device("cpu"))
     learner = gpt2.Learner(options, place)
+    if world > 1:  # what rank 1 has otherwise is an error of all
+        with pytest.raises(WrongInput, match=r"--seed of rank 1: 9, of rank 0: 0; all ranks need the same"):
+            place.agree((parse([*command, "--seed", "9"]) if rank else options).shared())
+        folder = Path(command[command.index("--data") + 1])
+        with pytest.raises(WrongInput, match=r"training tokens of rank 1: \w{64}, of rank 0: "):
+            gpt2.open_data(parse([*command, "--data", str(folder / "val.bin")]) if rank else options, place)
     data = gpt2.open_data(options, place)
     gpt2.train(learner, data, options, place, options.plan(world), None)
     replicated = hashlib.sha256()

@@ -52,6 +52,23 @@ def test_flags_win(tmp_path: Path) -> None:
     for words in (["--recipe", str(recipe), "--steps", "9", "--no-compile"], ["--steps=9", "--no-compile", f"--recipe={recipe}"]):
         found = parse(words)
         assert (found.preset, found.steps, found.compile) == ("nano", 9, False)
+    recipe.write_text("about: x\ncost: y\nflags:\n  warmup: 010\n  out: 1:30\n  data: 1e3\n")  # not 8, 90 and 1000.0
+    found = parse(["--recipe", str(recipe)])
+    assert (found.warmup, found.out, found.data) == (10, Path("1:30"), Path("1e3"))
+
+
+def test_none_takes_back_what_a_recipe_says() -> None:
+    quickstart, large = (
+        ["--recipe", str(next(path for path in RECIPES if path.stem == name))] for name in ("quickstart", "gpt2-124m")
+    )
+    with pytest.raises(WrongInput, match="take a recipe's back: --weights none"):
+        parse([*quickstart, "--optimizer", "adamw"])
+    found = parse([*quickstart, "--optimizer", "adamw", "--weights", "none"])
+    assert (found.optimizer, found.weights) == ("adamw", None)
+    found = parse([*large, "--save-every", "0", "--keep=none", "--max-grad-norm", "none", "--data", "none"])
+    assert (found.keep, found.max_grad_norm, found.data, found.clip_norm()) == (None, None, None, None)
+    with pytest.raises(WrongInput, match="--max-grad-norm: invalid float value: 'non'"):
+        parse(["--max-grad-norm", "non"])
 
 
 @pytest.mark.parametrize(
@@ -63,9 +80,9 @@ def test_flags_win(tmp_path: Path) -> None:
         ("about: x\nflags: {}", "is without cost"),
         ("about: x\ncost: y\nflags: 3", "under flags a mapping was wanted"),
         ("about: x\ncost: y\nflags: {steps: ten}", "argument --steps: invalid int value: 'ten'"),
-        ("about: x\ncost: y\nflags: {steps: [1]}", r"steps is \[1\]; a number or a text"),
-        ("about: x\ncost: y\nflags: {steps: null}", "steps is None; .* Leave it out"),
-        ("about: x\ncost: y\nflags: {compile: 1}", "compile is 1; true or false"),
+        ("about: x\ncost: y\nflags: {steps: [1]}", r"steps is \['1'\]; a number or a text"),
+        ("about: x\ncost: y\nflags: {steps: null}", "steps is 'null'; .* Leave it out"),
+        ("about: x\ncost: y\nflags: {compile: 1}", "compile is '1'; true or false"),
         ("[1, 2]", "a mapping with about, cost, flags"),
         ("a: [", "cannot be read"),
     ],

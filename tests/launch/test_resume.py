@@ -338,7 +338,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     assert len(rows_of(out)) == 3
 
 
-def test_a_stream_goes_on_in_the_middle(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_goes_on_in_the_middle(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Tokens in their order: each window once, whatever stopped the run, also where the batch is another one from then on."""
     places: list[int] = []
     read = Tokens.in_order
@@ -359,6 +361,8 @@ def test_a_stream_goes_on_in_the_middle(folder: Path, tmp_path: Path, monkeypatc
     assert gpt2.main(command(folder, out, *extra, "--resume", "auto")) == 0
     assert places == [20, 24, 28]
     assert rows_of(out) == rows_of(whole)
+    assert gpt2.main(command(folder, out, *extra, "--resume", "auto", "--block-size", "7")) == 2
+    assert "this run has 7: tokens would be lost or repeated; pass the same." in capsys.readouterr().err
     places.clear()
     half = [*extra, "--batch-size", "2", "--steps", "10", "--resume"]
     assert gpt2.main(command(folder, tmp_path / "half", *half, str(published_in(whole)[6]))) == 0
