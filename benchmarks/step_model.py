@@ -32,7 +32,7 @@ from pylo_dist.adapters.buckets import ALIGNMENT, fill
 from pylo_dist.shards import factored_dims
 
 FEATURES = {"AdafacLO": (reference.SMALL_FC, 0), "VeLO": (reference.VELO, 9)}  # and the sums that ride in A for VeLO's LSTM
-AUDIT, LOSS = 5, 3  # float64 numbers per tensor in front of A; of the loss behind it
+AUDIT, LOSS = 5, 4  # float64 numbers per tensor in front of A; of the loss behind it
 Shapes = Mapping[str, Sequence[int]]
 
 

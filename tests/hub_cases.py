@@ -1,12 +1,11 @@
 """Calls in processes of their own: huggingface_hub reads its environment when it is imported.
 
-The processes are forks of one that has imported pylo_dist, and so torch, but never huggingface_hub.
+The processes are forks of one that has imported pylo_dist and much of torch, but never huggingface_hub.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import sys
 import time
@@ -16,13 +15,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ranks import CONTEXT
+
 import pylo_dist
 from pylo_dist import hub
 from pylo_dist.publish import push_to_hub
 from pylo_dist.weights import ARCHITECTURES, Registered, WeightsError, load_weights, register_weights
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pylo_dist"])
 
 
 class Call:

@@ -18,9 +18,8 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 # Ranks are forked from a server that has imported what takes seconds to import; it has run nothing and holds no threads.
 PRELOAD = ["torch", "torch.distributed.nn.functional", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
-multiprocessing.set_forkserver_preload(
-    [*PRELOAD, "torch.distributed.tensor.parallel", "functorch.compile", "torch._dynamo", "pylo_dist"]
-)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([*PRELOAD, "torch.distributed.tensor.parallel", "functorch.compile", "torch._dynamo", "pylo_dist"])
 
 
 def _main(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
