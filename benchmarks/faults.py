@@ -16,7 +16,6 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ import torch  # noqa: E402
 from bench_demo import environment  # noqa: E402
 from checkpoints import FOLDER, published_in  # noqa: E402
 from data import write_tokens  # noqa: E402
+from environment import free_port  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
@@ -147,12 +147,6 @@ def rank_main(rank: int, ranks: int, port: int, command: list[str], log: str, ki
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what a fork has inherited is not its own to tidy
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -133,27 +133,25 @@ class Network:
         return self.base + hops + 2 * size / link.bandwidth
 
 
-NCCL = "latencies: NCCL's own tuning table, src/graph/tuning.cc of NVIDIA/nccl (ring: Simple, tree: LL)"
-NETWORKS = {
-    "H200 NVLink + NDR InfiniBand": Network(
-        "H200 NVLink + NDR InfiniBand",
+REACHED = 0.8  # of a datasheet's bandwidth
+
+
+def _nccl(chip: str, nvlink: str, per_direction: float, infiniband: str, port: float) -> Network:
+    """Nodes of eight GPUs; bytes per second of one GPU's NVLink in one direction, and of its port."""
+    return Network(
+        f"{chip} NVLink + {infiniband} InfiniBand",
         ranks_per_node=8,
         base=8.4e-6,
-        within=Link(3.4e-6, 0.8 * 450e9),
-        between=Link(9.6e-6, 0.8 * 50e9),
-        source="NVLink 900 GB/s in both directions per GPU (NVIDIA H200 datasheet); one 400 Gb/s port per GPU (NVIDIA DGX H200 "
-        f"datasheet); 0.8 of both is assumed to be reached; {NCCL}",
-    ),
-    "A100 NVLink + HDR InfiniBand": Network(
-        "A100 NVLink + HDR InfiniBand",
-        ranks_per_node=8,
-        base=8.4e-6,
-        within=Link(3.4e-6, 0.8 * 300e9),
-        between=Link(9.6e-6, 0.8 * 25e9),
-        source="NVLink 600 GB/s in both directions per GPU (NVIDIA A100 datasheet); one 200 Gb/s port per GPU (NVIDIA DGX A100 "
-        f"datasheet); 0.8 of both is assumed to be reached; {NCCL}",
-    ),
-}
+        within=Link(3.4e-6, REACHED * per_direction),
+        between=Link(9.6e-6, REACHED * port),
+        source=f"NVLink {nvlink} in both directions per GPU (NVIDIA {chip} datasheet); one {8 * port / 1e9:.0f} Gb/s port "
+        f"per GPU (NVIDIA DGX {chip} datasheet); {REACHED} of both is assumed to be reached; latencies: NCCL's own tuning table, "
+        "src/graph/tuning.cc of NVIDIA/nccl (ring: Simple, tree: LL)",
+    )
+
+
+_KNOWN = (_nccl("H200", "900 GB/s", 450e9, "NDR", 50e9), _nccl("A100", "600 GB/s", 300e9, "HDR", 25e9))
+NETWORKS = {network.name: network for network in _KNOWN}
 
 
 @dataclass(frozen=True, slots=True)

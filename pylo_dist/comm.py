@@ -221,12 +221,12 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
 
 
-_MEETINGS: dict[tuple[int, ...], int] = {}  # by ranks: how often this one met them
+_MEETINGS: list[tuple[int, ...]] = []  # the ranks of each that this one has gone to, or declined
 
 
 def meetings() -> int:
     """How many meetings this rank has gone to, or declined."""
-    return sum(_MEETINGS.values())
+    return len(_MEETINGS)
 
 
 def _place(ranks: tuple[int, ...], number: int) -> str:
@@ -235,7 +235,7 @@ def _place(ranks: tuple[int, ...], number: int) -> str:
 
 
 def _next_meeting(ranks: tuple[int, ...]) -> str:
-    _MEETINGS[ranks] = _MEETINGS.get(ranks, 0) + 1
+    _MEETINGS.append(ranks)
     return _place(ranks, _counted("met", ranks, 1))
 
 
@@ -324,6 +324,9 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
 
 class PeerError(RuntimeError):
     """Another rank could not do its part; what it could not do is in its own error. Nothing was changed."""
+
+    def __init__(self, message: str = "another rank could not take this step, see its error; nothing was changed") -> None:
+        super().__init__(message)
 
 
 def union(group: Any, replicate_group: Any) -> Any:

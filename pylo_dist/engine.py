@@ -274,7 +274,7 @@ class _Outcome:
         if problem is not None:
             raise problem
         if failed:
-            raise PeerError("another rank could not take this step, see its error; nothing was changed")
+            raise PeerError
         if lossless:
             raise ValueError(
                 "this optimizer reads the training loss, and some rank gave none: call step(loss), step(loss=loss) or "

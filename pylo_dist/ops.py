@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from .optim.base import Batch, Item, Sum
-from .reference import FeatureSet, Network
+from .reference import NUM_MOMENTS, FeatureSet, Network
 from .shards import Box, Shape, drop_dim
 
 MAX_DIMS = 5
-NUM_MOMENTS = 9
 HIDDEN = {(False, 32), (True, 8), (True, 4)}  # (extended features, hidden units) that there are kernels for
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -34,6 +34,7 @@ PART_CPU, PART_GPU = 1 << 15, 1 << 22  # the same where there are a dozen number
 COLUMNS = 16
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
+NUM_MOMENTS = 9  # what `moment_sums` adds up
 
 # Each epsilon once, as in the reference.
 EPS_SQUARE = 1e-30  # added to g^2 before it enters a factor
@@ -200,7 +201,7 @@ def gradient_sums(
 
 
 def moment_sums(value: Tensor, momentum: Tensor, rms: Tensor, sums: Tensor) -> None:
-    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (9,), modified in place)."""
+    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (NUM_MOMENTS,), modified in place)."""
     for part in parts(value):
         p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
         sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])

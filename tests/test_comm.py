@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +19,13 @@ from pylo_dist.comm import PeerError
 ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first world, and in the next
 
 
-def ranks_and_worlds(rank: int, world: int) -> dict[str, Any]:
+def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"velo": velo_beside_a_bad_gradient(rank), "sums": []}
     dist.barrier()
-    ports = [comm.gather_objects(_free_port() if rank == 0 else None, dist.group.WORLD)[0]]
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://127.0.0.1:{ports[0]}",
-            rank=order[rank],
-            world_size=world,
-            timeout=timedelta(seconds=20),
-        )
-        ports = [comm.gather_objects(_free_port() if dist.get_rank() == 0 else None, dist.group.WORLD)[0]]
+        meeting = f"file://{folder}/{i}"
+        dist.init_process_group("gloo", init_method=meeting, rank=order[rank], world_size=world, timeout=timedelta(seconds=20))
         if order[rank] < 2:
             total = torch.tensor([float(order[rank] + 1)])
             dist.all_reduce(total, group=comm.group_over((0, 1)))
@@ -63,16 +57,8 @@ def velo_beside_a_bad_gradient(rank: int) -> dict[str, Any]:
     return {**outcome, "param": param.detach().clone(), "step": int(optimizer.param_groups[0]["step"])}
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_ranks_that_fail_alone_and_worlds_that_follow_each_other() -> None:
-    results = run_ranks(3, ranks_and_worlds)
+def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path) -> None:
+    results = run_ranks(3, ranks_and_worlds, str(tmp_path))
     velo = [result["velo"] for result in results]
     assert "sparse gradient" in velo[1]["said"]
     assert all(velo[rank]["said"].startswith("PeerError") for rank in (0, 2))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from .. import comm
 from ..sharded_state import ShardedState, copy_elements
 from ..shards import TensorShard, bound_shard
 from .deepspeed import STATE_KEY, DeepSpeedOptimizer
-
-T = TypeVar("T")
 
 # what DeepSpeed's model file holds beside what the user gave to save_checkpoint
 _OWN_KEYS = (

@@ -96,8 +96,7 @@ def collect(
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     if before is not None and _is_view_of(before.value, param):
-        b = binding
-        sharded = ShardedParam(b.shard, before.value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
+        sharded = _of(binding, before.value)
     else:
         sharded = without_gradient(binding, param)
     local = local_tensor(grad)
@@ -129,9 +128,12 @@ def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect`, before there is a gradient."""
     # reshape alone may give a view with steps between its elements, where rules expect none
     value = local_tensor(param).detach().reshape(-1).contiguous()
-    b = binding
-    if value.numel() != b.shard.numel:  # exchanged, which `collect` refuses
-        value = value.new_zeros(b.shard.numel)
+    if value.numel() != binding.shard.numel:  # exchanged, which `collect` refuses
+        value = value.new_zeros(binding.shard.numel)
+    return _of(binding, value)
+
+
+def _of(b: ShardBinding, value: Tensor) -> ShardedParam:
     return ShardedParam(b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
 
 

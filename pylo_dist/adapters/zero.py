@@ -306,7 +306,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if problem is not None:
             raise problem
         if float(failed):
-            raise comm.PeerError("another rank could not take this step, see its error; nothing was changed")
+            raise comm.PeerError
 
     def reduce_gradients(self) -> None:
         """Average the gradients that are on the parameters now, for code that reads `param_groups` after setting them by hand.

@@ -255,7 +255,6 @@ class ThreePassRule(FactoredRule):
         # B: with the factors known, the sum of squares of every feature, and sums of the tensors' own
         b = self.second_sum(batch).zero_()
         own = self.num_tensor_sums
-        tensor_sums = [vector[:own] for vector in b.vectors] if own else []
         features = [vector[own:] for vector in b.vectors] if own and kernels is None else b.vectors
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and moving:
@@ -270,7 +269,7 @@ class ThreePassRule(FactoredRule):
                 kernels.moment_pass(batch, resting)
         elif own:
             for i, item in enumerate(batch.items):
-                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], tensor_sums[i])
+                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], b.vectors[i][:own])
         yield b
         self.prepare(batch, b.heads(own) if own and batch.items else None)
 

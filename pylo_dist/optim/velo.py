@@ -80,7 +80,7 @@ class VeLORule(ThreePassRule):
     name = "velo"
     needs_loss = True
     features = reference.VELO
-    num_tensor_sums = 9
+    num_tensor_sums = reference.NUM_MOMENTS
     num_hidden = 4
 
     def __init__(
