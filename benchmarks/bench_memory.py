@@ -184,6 +184,7 @@ def measure(config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float,
                 with record_function(f"memory: step{suffix}"):
                     chosen.step()
                 chosen.zero_grad()
+        model.state_dict()  # or gloo's threads record what goes on into memory that the profiler frees when it stops
     state = sum(num_bytes(t) for entries in chosen.state.values() for t in entries.values() if t.dim())
     report = chosen.report() if hasattr(chosen, "report") else []
     peaks = peaks_of(profiler)
@@ -253,6 +254,7 @@ def measure_layouts(
             trainee.train(idx)
             with record_function("memory: step"):
                 trainee.train(idx)
+            trainee.settle()  # or gloo's threads record what goes on into memory that the profiler frees when it stops
         found[name] = Held(trainee.parameter_bytes(), trainee.state_bytes(), peaks_of(profiler)["step"])
         del trainee
         gc.collect()

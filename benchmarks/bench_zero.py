@@ -394,7 +394,7 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
         for _ in range(PROFILED_STEPS):
             trainee.step()
         trainee.look()  # the last all-gather has a forward pass to arrive in, as the others do
-    trainee.settle()
+        trainee.settle()  # before the profiler stops, see bench_memory.py
     events = [(e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6)) for e in raw_events(profiler)]
 
     def spans(wanted: str) -> list[Span]:

@@ -7,6 +7,7 @@ processes and one of a single one, and is handed to it), and the model's bytes a
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -36,6 +37,7 @@ from bench_step import transformer  # noqa: E402
 from trainees import TINY  # noqa: E402
 
 from pylo_dist.adapters.buckets import ALIGNMENT  # noqa: E402
+from pylo_dist.adapters.gathering import PendingParameter  # noqa: E402
 
 CAP_MB = 0.02  # several buckets of the tiny model
 TRAIN = bench_train.Settings("tiny", (64,), 1, 1, CAP_MB, (*bench_train.BASELINES, ("AdafacLO", "zero1"), ("VeLO", "fsdp2")))
@@ -44,9 +46,19 @@ SHARDED = sharded_step.Settings(16, 1, 2)
 LAYOUTS = [(layout, optimizer) for layout in ("ddp", "zero2", "fsdp2") for optimizer in ("AdafacLO", "AdamW")]
 
 
+class SettledProfile(torch.profiler.profile):
+    """Refuses to stop before all gathers have arrived: threads that record on crashed one run in ten on a busy machine."""
+
+    def __exit__(self, *error: Any) -> None:
+        on_their_way = [thing for thing in gc.get_objects() if type(thing) is PendingParameter]
+        super().__exit__(*error)
+        assert not on_their_way
+
+
 def _measure(rank: int, world: int) -> dict[str, Any]:
     """All that the benchmarks measure on ranks, by the name of what measures it."""
     found: dict[str, Any] = {"scaling": None}
+    bench_memory.profile = SettledProfile
     if world > 1:
         found["measure_cases"] = bench_memory.measure_cases(rank, world, TINY, bench_memory.CASES, CAP_MB, 2)
         found["measure_layouts"] = bench_memory.measure_layouts(rank, world, TINY, LAYOUTS, CAP_MB)
