@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class Engine:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
-        self._steps_begun = False
+        self._steps_begun = self._captured = False
         self.shared = any(item.param.holders is not None for _, batch in self.work for item in batch.items)
 
     def phases(self, losses: LossSum | None = None, problem: ValueError | None = None) -> Iterator[list[Collective]]:
@@ -194,6 +195,16 @@ class Engine:
             raise ValueError("a CUDA graph captures a step before the first one: take one outside of it, which makes the tables")
         if losses is not None and losses.loss is not None and losses.loss.device.type == "cpu":
             raise ValueError(f"a CUDA graph would replay this loss for ever: give it as a tensor on {self.go.device}")
+        self._captured = True
+
+    def retire(self) -> None:
+        """Warn of CUDA graphs that hold this engine's steps: another one takes its place, with other parameters or state."""
+        if self._captured:
+            warnings.warn(
+                "a step of this optimizer was captured in a CUDA graph before its parameters or state were exchanged "
+                "(add_param_group, load_state_dict, requires_grad): replays go on with the old ones, capture it again",
+                stacklevel=4,
+            )
 
     def raise_pending(self) -> None:
         """Raise the error of the steps so far, those replayed in a CUDA graph among them, if there is one; waits for the device.

@@ -45,6 +45,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     """
 
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
+    _engine: Engine | None = None
 
     def __init__(
         self,
@@ -59,14 +60,11 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     ) -> None:
         _choose("clip", clip, ("global", "per_tensor"))
         _choose("nonfinite", nonfinite, ("error", "skip", "allow"))
-        self.rule = rule
-        self.weights = weights
+        self.rule, self.weights = rule, weights
         self.process_group = process_group
-        self._clip = clip
-        self._nonfinite = nonfinite
+        self._clip, self._nonfinite = clip, nonfinite
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._fields: dict[Tensor, dict[str, StateField]] = {}
-        self._engine: Engine | None = None
         self._engine_params: list[tuple[Tensor, Item]]
         self._engine_key: list[tuple[Tensor, int]]
         self._places: dict[int, tuple[int, int]]  # id(parameter) -> its batch, and its place there
@@ -379,6 +377,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         return dict(self._fields[param])
 
     def _forget_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.retire()
         self._engine, self._engine_params, self._engine_key = None, [], []
         self._places, self._early = {}, {}
 

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
@@ -327,3 +328,26 @@ def test_errors_of_replayed_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     train(optimizer, named, 2, 3)
     optimizer.state_dict()
     assert same(values(named), after(3))
+
+
+def test_a_captured_step_outlives_neither_new_groups_nor_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph replays on the memory it was captured with, and nobody can ask it: the exchange itself warns, once."""
+    named = make_params()
+    optimizer = adafac(named)
+    train(optimizer, named, 0, 1)
+    saved = optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)  # nothing was captured
+    for exchange in (
+        lambda: optimizer.load_state_dict(saved),
+        lambda: optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(3)))]}),
+    ):
+        train(optimizer, named, 1, 2)
+        with monkeypatch.context() as capture:
+            capture.setattr(engine, "is_capturing", lambda device: True)
+            set_gradients(named, 1)
+            optimizer.step()
+        with pytest.warns(UserWarning, match="capture it again") as warned:
+            exchange()
+        assert len(warned) == 1
