@@ -30,6 +30,8 @@ export DS_BUILD_OPS=0 # deepspeed would compile its kernels, which take minutes 
 nvidia-smi >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 [ -n "${PYLO_DIST_CUDA:-}" ] || { nvidia-smi >/dev/null 2>&1 || export PYLO_DIST_CUDA=0; }
 "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+# alone: by torchvision, which it never imports, it would bring another torch along
+[[ ",$extras," != *,dev,* ]] || "${pip[@]}" --no-build-isolation --no-deps mup
 wanted=$(sed -n 's/^torch==//p' constraints.txt)
 .venv/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$wanted', torch.__version__" || {
   echo "a requirement replaced torch $wanted; remove .venv and try again" >&2
