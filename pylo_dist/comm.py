@@ -258,7 +258,7 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
         timeout: seconds to wait for the last one.
 
     Raises:
-        ValueError: what another rank has declined with. CommunicationError: one did not come in time.
+        ValueError: what another rank has declined with. CommunicationError: one did not come in time, on all who come at all.
     """
     store, place, mine = dist.distributed_c10d._get_default_store(), _next_meeting(ranks), dist.get_rank()
     start, pause, told = time.monotonic(), 0.001, False
@@ -267,14 +267,18 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
     while True:
         if store.check([f"{place}/problem"]):
             raise ValueError(store.get(f"{place}/problem").decode())
+        if store.check([f"{place}/given_up"]):
+            raise CommunicationError(store.get(f"{place}/given_up").decode())
         if arrived >= len(ranks):
             return
         waited = time.monotonic() - start
         given_up = waited > timeout
         if given_up or (waited > PATIENCE and not told):
             late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
-            if given_up:
-                raise CommunicationError(f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did not come")
+            if given_up:  # whoever comes now goes to no collective either
+                text = f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did not come"
+                store.set(f"{place}/given_up", text)
+                raise CommunicationError(text)
             told = True
             for rank in late:
                 store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first wor
 def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"velo": velo_beside_a_bad_gradient(rank), "sums": []}
     dist.barrier()
+    found["late"] = late_for_a_meeting(rank, world)
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
         meeting = f"file://{folder}/{i}"
@@ -35,6 +38,23 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
         if i + 1 < len(ORDERS):  # the last one is the caller's to end
             dist.destroy_process_group()
     return found
+
+
+def late_for_a_meeting(rank: int, world: int) -> tuple[str, float]:
+    """Two ranks give up waiting for the third, which comes after that; then all meet."""
+    said, ranks = "no error", tuple(range(world))
+    if rank == world - 1:
+        dist.barrier(comm.group_over(ranks))
+    start = time.monotonic()
+    try:
+        comm.meet(ranks, "this test", [], 0.5 if rank < world - 1 else 60.0)
+    except comm.CommunicationError as error:
+        said = str(error)
+    seconds = time.monotonic() - start
+    if rank < world - 1:
+        dist.barrier(comm.group_over(ranks))
+    comm.meet(ranks, "this test", [], 20.0)
+    return said, seconds
 
 
 def velo_beside_a_bad_gradient(rank: int) -> dict[str, Any]:
@@ -65,5 +85,8 @@ def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path)
     assert not any(v["changed"] for v in velo)
     assert [v["step"] for v in velo] == [2, 2, 2]
     assert all(torch.equal(v["param"], velo[0]["param"]) for v in velo)
+    for said, seconds in (result["late"] for result in results):
+        assert re.fullmatch(r"rank [01] waited \d s in this test for the ranks \[2\], which did not come", said), said
+        assert seconds < 15.0
     assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]  # pairs of other processes in each world
     assert {total for result in results for total in result["sums"]} == {3.0}
