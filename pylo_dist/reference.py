@@ -113,9 +113,19 @@ def chunks(shard: TensorShard, device: torch.device) -> Iterator[Box]:
 
 def parts(flat: Tensor) -> Iterator[slice]:
     """The last dim in slices of bounded size, for work of a dozen numbers per element that needs no shape."""
-    most = PART_CPU if flat.device.type == "cpu" else PART_GPU
+    most = _part_size(flat.device)
     for first in range(0, flat.shape[-1], most):
         yield slice(first, first + most)
+
+
+def part_boxes(stack: Tensor, shard: TensorShard) -> Iterator[Box]:
+    """As `chunks`, for such work on tensors (number, N) that are cut alike."""
+    for box in shard.boxes():
+        yield from box.split(max(1, _part_size(stack.device) // len(stack)))
+
+
+def _part_size(device: torch.device) -> int:
+    return PART_CPU if device.type == "cpu" else PART_GPU
 
 
 class Scratch:
@@ -512,19 +522,22 @@ def apply_update(
         move(value, old, new - decay_after * new, t.keep, update_squares)
 
 
-def matrix_square_sums(x: Tensor, shard: TensorShard, sums: Tensor) -> None:
-    """Add the local sums of squares over the last two dims (`sums` float64, one per index of the others, modified in place)."""
+def matrix_square_sums(x: Tensor, shard: TensorShard) -> Tensor:
+    """Local sums of squares over the last two dims, of tensors (number, N) cut alike: float64 (number, indices of other dims)."""
     lead = shard.shape[:-2]
-    for box in chunks(shard, x.device):
-        part = box.view(x).reshape(1, *box.sizes[: len(lead)], -1)
-        _lead_part(sums.view(1, *lead), box, len(lead)).add_(_square_sums(part))
+    sums = torch.zeros((len(x), *lead), dtype=torch.float64, device=x.device)
+    for box in part_boxes(x, shard):
+        part = box.view(x).reshape(len(x), *box.sizes[: len(lead)], -1)
+        _lead_part(sums, box, len(lead)).add_(_square_sums(part))
+    return sums.view(len(x), math.prod(lead))
 
 
 def scale_matrices(x: Tensor, shard: TensorShard, scale: Tensor) -> None:
-    """Multiply local elements by their matrix's number (x (N,) modified in place; `scale` one per index of the leading dims)."""
+    """Multiply local elements by their matrix's number (x (number, N) modified in place; `scale` as `matrix_square_sums`)."""
     lead = shard.shape[:-2]
-    for box in chunks(shard, x.device):
-        box.view(x).mul_(_lead_part(scale.view(1, *lead), box, len(lead))[0].reshape(*box.sizes[: len(lead)], 1, 1))
+    scale = scale.view(len(x), *lead, 1, 1)
+    for box in part_boxes(x, shard):
+        box.view(x).mul_(_lead_part(scale, box, len(lead)))
 
 
 def adamw(
