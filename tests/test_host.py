@@ -176,9 +176,7 @@ def test_operations_do_not_grow_with_the_tensors(way: str, figures: list[str]) -
     assert not grown
     per_tensor = (views[50] - views[2]) / (48 * len(SHAPES))
     assert per_tensor <= 12, per_tensor
-    figures.append(
-        f"{way} | {sum(counts[50].values())} operations a step for any number of tensors, {per_tensor:.1f} views each"
-    )
+    figures.append(f"{way} | {sum(counts[50].values())} operations a step for any number of tensors, {per_tensor:.1f} views each")
 
 
 @pytest.mark.skipif(bool(ops.library("cpu")), reason=ops.library("cpu"))

@@ -166,17 +166,22 @@ class CELO2Rule(FactoredRule):
             s = stacks.gather([directions[i] for i in stack.items])
             if c is not None:
                 factors = stacks.gather([c.vectors[i] for i in stack.items])
-                reference.scale_matrices(s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype))
+                stacks.scale_matrices(s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype))
             self._move(batch, stack, s)
 
     def _stacks(self, batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
-        """The tensors that move, matrices and others, those of equal size and settings (to normalise matrices: shards) together."""
+        """The tensors that move, matrices and others, those of equal size and settings together.
+
+        Without Newton-Schulz tensors of several matrices must be cut alike too: each matrix is normalised by itself.
+        """
+        by_matrix = not self.settings.orthogonalize
 
         def entry(i: int, item: Item) -> tuple[int, Hashable, int]:
             value, grad, shard = item.param.value, item.param.grad, item.param.shard
             assert grad is not None
             is_matrix = "momentum" in item.state
-            cut = None if self.settings.orthogonalize or not is_matrix else (shard.shape, shard.start, shard.run, shard.pitch)
+            apart = by_matrix and is_matrix and len(shard.shape) > 2
+            cut = (shard.shape, shard.start, shard.run, shard.pitch) if apart else None
             kind = (is_matrix, id(item.hyper), value.numel(), value.dtype, grad.dtype, cut)
             return i, kind, value.numel()
 
@@ -236,7 +241,7 @@ class CELO2Rule(FactoredRule):
     def _param_rms(batch: Batch, squares: Tensor) -> Tensor:
         """The rms of every item from its sum of squares, float64 (items,)."""
         if "numels" not in batch.kept:
-            batch.kept["numels"] = tuple(max(1, item.param.shard.global_numel) for item in batch.items)
+            batch.kept["numels"] = tuple(item.param.shard.global_numel for item in batch.items)
         return (squares / batch.on_device("sizes", batch.kept["numels"], torch.float64) + EPS_STEP).sqrt_()
 
     def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor, param_rms: Tensor) -> Tensor:
@@ -314,7 +319,7 @@ class CELO2Rule(FactoredRule):
         c = batch.new_sum("C", num_sums)
         for stack in matrices:
             shard = batch.items[stack.items[0]].param.shard
-            sums = reference.matrix_square_sums(stacks.gather([directions[i] for i in stack.items]), shard)
+            sums = stacks.matrix_square_sums(stacks.gather([directions[i] for i in stack.items]), shard)
             torch._foreach_copy_([c.vectors[i] for i in stack.items], list(sums.unbind()))
         return c
 
@@ -323,7 +328,7 @@ class CELO2Rule(FactoredRule):
         """Sums of squares to what brings each matrix to rms 1 (`c` is modified in place)."""
         if "means" not in batch.kept:
             chosen = [i for i, vector in enumerate(c.vectors) if vector.numel()]
-            sizes = [max(1, math.prod(batch.items[i].param.shard.shape[-2:])) for i in chosen]
+            sizes = [math.prod(batch.items[i].param.shard.shape[-2:]) for i in chosen]
             batch.kept["means"] = ([c.vectors[i] for i in chosen], sizes)
         vectors, sizes = batch.kept["means"]
         if vectors:
