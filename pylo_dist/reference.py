@@ -111,9 +111,14 @@ def chunks(shard: TensorShard, device: torch.device) -> Iterator[Box]:
         yield from box.split(size)
 
 
+def part_size(device: torch.device) -> int:
+    """How many elements at a time where there are a dozen numbers per element."""
+    return PART_CPU if device.type == "cpu" else PART_GPU
+
+
 def parts(flat: Tensor) -> Iterator[slice]:
     """The last dim in slices of bounded size, for work of a dozen numbers per element that needs no shape."""
-    most = PART_CPU if flat.device.type == "cpu" else PART_GPU
+    most = part_size(flat.device)
     for first in range(0, flat.shape[-1], most):
         yield slice(first, first + most)
 
@@ -387,16 +392,16 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
         own = (x[:row], x[row + 12 :]) if t.factors is not None else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
         # (features, lead of the block, the rest)
         split = [rows.view(len(rows), *box.sizes[: len(lead)], -1) for rows in own]
-        _lead_part(sums, box, len(lead)).add_(torch.cat([_square_sums(rows) for rows in split]))
+        lead_part(sums, box, len(lead)).add_(torch.cat([square_sums(rows) for rows in split]))
 
 
-def _square_sums(rows: Tensor) -> Tensor:
+def square_sums(rows: Tensor) -> Tensor:
     """Float64 sums of squares over the last dim."""
     wide = rows.to(torch.float64)
     return torch.sum(wide * wide, dim=-1)
 
 
-def _lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
+def lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
     """View of (features, *lead) on the part of the lead that a block spans."""
     for dim in range(lead_dims):
         per_lead = per_lead.narrow(1 + dim, box.offsets[dim], box.sizes[dim])
@@ -473,7 +478,7 @@ def network_outputs(
         commit(box.view(t.rms), shaped[m + 3], t.keep)
         if t.diag is not None:
             commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.keep)
-        x.view(num, *box.sizes[:lead_dims], -1).mul_(_lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
+        x.view(num, *box.sizes[:lead_dims], -1).mul_(lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
         h1 = scratch.take("hidden1", hidden, box.numel, x)
         h2 = scratch.take("hidden2", hidden, box.numel, x)
         torch.mm(network.input_weight, padded, out=h1).add_(network.input_bias).relu_()
@@ -510,21 +515,6 @@ def apply_update(
         old = value.to(update.dtype, copy=True)
         new = old - update - decay_before * old
         move(value, old, new - decay_after * new, t.keep, update_squares)
-
-
-def matrix_square_sums(x: Tensor, shard: TensorShard, sums: Tensor) -> None:
-    """Add the local sums of squares over the last two dims (`sums` float64, one per index of the others, modified in place)."""
-    lead = shard.shape[:-2]
-    for box in chunks(shard, x.device):
-        part = box.view(x).reshape(1, *box.sizes[: len(lead)], -1)
-        _lead_part(sums.view(1, *lead), box, len(lead)).add_(_square_sums(part))
-
-
-def scale_matrices(x: Tensor, shard: TensorShard, scale: Tensor) -> None:
-    """Multiply local elements by their matrix's number (x (N,) modified in place; `scale` one per index of the leading dims)."""
-    lead = shard.shape[:-2]
-    for box in chunks(shard, x.device):
-        box.view(x).mul_(_lead_part(scale.view(1, *lead), box, len(lead))[0].reshape(*box.sizes[: len(lead)], 1, 1))
 
 
 def adamw(

@@ -190,5 +190,6 @@ def rules() -> dict[str, Setting]:
         "mulo": (pylo_dist.MuLO, {"weights": weights, "width_mults": {"blocks.0.up.weight": 4.0, "embedding.weight": 2.0}}),
         "celo2": (pylo_dist.CELO2, {"weights": celo2, "embedding_pattern": "^embedding"}),
         "elo_celo2": (pylo_dist.ELO_CELO2, {"weights": celo2}),
+        "base": (pylo_dist.CELO2, {"weights": celo2, "orthogonalize": False, "param_scale_mult": True}),
         "elo": (pylo_dist.ELO, {"weights": weights, "lr": 0.01, "weight_decay": 0.1, "clip_grad": True}),
     }

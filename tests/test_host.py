@@ -7,6 +7,7 @@ tests/test_gpu.py asks the same of a GPU itself.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -23,10 +24,18 @@ from torch.utils._pytree import tree_leaves
 from pylo_dist import ops
 from pylo_dist import optimizer as optimizer_module
 from pylo_dist.adapters import plain
+from pylo_dist.shards import TensorShard
+from pylo_dist.testing import run_virtual
 
 SHAPES = {"matrix": (6, 5), "embedding": (11, 4), "bias": (7,), "scalar": (), "conv": (3, 4, 2, 2), "slender": (64, 4)}
 # what would make the host wait, or brings data of the host to the device
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "lift_fresh", "_pin_memory")
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # through a step: an optimizer and its settings
+    **{name: (name, {}) for name in BUILD},
+    "CELO2, scaled": ("CELO2", {"param_scale_mult": True}),
+    "CELO2 without Newton-Schulz": ("CELO2", {"orthogonalize": False}),
+    "CELO2 without Newton-Schulz, scaled": ("CELO2", {"orthogonalize": False, "param_scale_mult": True}),
+}
 VIEWS = ("split", "split_with_sizes", "unbind", "_unsafe_view", "detach")  # several, or not marked as what they are
 
 
@@ -134,12 +143,13 @@ def step(optimizer: Any, params: list[torch.nn.Parameter]) -> Watched:
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
-@pytest.mark.parametrize("name", BUILD)
-def test_a_step_neither_waits_nor_copies(name: str, kernels: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_neither_waits_nor_copies(way: str, kernels: bool) -> None:
     """With a schedule, clipping, two groups and a bad loss possible; whichever way the last step was other than this one."""
+    name, settings = WAYS[way]
     with ops.use_kernels(kernels):
         for kwargs in ({}, {"nonfinite": "skip"}, {"nonfinite": "allow"}) if kernels else ({},):
-            optimizer, params = build(name, 1, **kwargs)
+            optimizer, params = build(name, 1, **settings, **kwargs)
             step(optimizer, params)
             for rate in (0.25, torch.empty((), device="meta")):
                 for group in optimizer.param_groups:
@@ -151,12 +161,13 @@ def test_a_step_neither_waits_nor_copies(name: str, kernels: bool) -> None:
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@pytest.mark.parametrize("name", BUILD)
-def test_operations_do_not_grow_with_the_tensors(name: str, figures: list[str]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_operations_do_not_grow_with_the_tensors(way: str, figures: list[str]) -> None:
     """With compiled passes; each tensor has some views, which launch nothing."""
+    name, settings = WAYS[way]
     counts, views = {}, {}
     for tensors in (2, 50):
-        optimizer, params = build(name, tensors)
+        optimizer, params = build(name, tensors, **settings)
         step(optimizer, params)
         watched = step(optimizer, params)
         assert not watched.wrong
@@ -165,9 +176,37 @@ def test_operations_do_not_grow_with_the_tensors(name: str, figures: list[str]) 
     assert not grown
     per_tensor = (views[50] - views[2]) / (48 * len(SHAPES))
     assert per_tensor <= 12, per_tensor
-    figures.append(
-        f"{name} | {sum(counts[50].values())} operations a step for any number of tensors, {per_tensor:.1f} views each"
-    )
+    figures.append(f"{way} | {sum(counts[50].values())} operations a step for any number of tensors, {per_tensor:.1f} views each")
+
+
+@pytest.mark.skipif(bool(ops.library("cpu")), reason=ops.library("cpu"))
+@pytest.mark.parametrize("way", ["CELO2, scaled", "CELO2 without Newton-Schulz, scaled"])
+def test_operations_do_not_grow_with_cut_tensors(way: str, figures: list[str]) -> None:
+    """The same of tensors cut within rows or along columns, on virtual ranks, which share the matrices of Newton-Schulz."""
+    name, settings = WAYS[way]
+    cls, defaults = BUILD[name]
+    launched = {}
+    for tensors in (6, 18):
+        shapes = {f"{fqn}{i}": shape for fqn, shape in SHAPES.items() for i in range(tensors)}
+        cuts = {fqn: cut(fqn, shape) for fqn, shape in shapes.items()}
+        params = {fqn: torch.ones(shape) for fqn, shape in shapes.items()}
+        with Watched() as watched:
+            run = run_virtual(cls, params, cuts, [params], **{**defaults, **settings})
+        assert run.exchanges == [0 if settings.get("orthogonalize") is False else 2]
+        work = ("optim/", "reference.py", "engine.py")  # of a step, and not of making and cutting tensors
+        launched[tensors] = Counter({k: n for k, n in watched.launched.items() if any(part in k for part in work)})
+    lines = launched[6].keys() | launched[18].keys()
+    grown = {line: (launched[6][line], launched[18][line]) for line in lines if launched[6][line] != launched[18][line]}
+    assert not grown
+    figures.append(f"{way} | {launched[18].total()} operations in the first step of 3 virtual ranks for any number of tensors")
+
+
+def cut(fqn: str, shape: tuple[int, ...]) -> list[TensorShard]:
+    """In three, unevenly: matrices along columns, others somewhere."""
+    numel, last = math.prod(shape), shape[-1] if shape else 0
+    if fqn.startswith(("matrix", "conv")):
+        return [TensorShard.block(fqn, shape, len(shape) - 1, a, b) for a, b in ((0, 1), (1, 2), (2, last))]
+    return [TensorShard.interval(fqn, shape, a, b) for a, b in ((0, numel // 3), (numel // 3, numel // 2), (numel // 2, numel))]
 
 
 def test_the_watch_sees_what_it_looks_for() -> None:

@@ -59,14 +59,14 @@ class Sum:
     so that one small all-reduce per group serves any number of tensors.
     """
 
-    __slots__ = ("_heads", "audits", "buffers", "vectors")
+    __slots__ = ("_places", "audits", "buffers", "vectors")
 
     def __init__(self, items: Sequence[Item], lengths: Sequence[int], device: torch.device, audited: bool) -> None:
         holders = {_sharers(item): item.param.holders for item in items}
         self.vectors: list[Tensor] = [torch.empty(0)] * len(items)
         self.audits: list[Tensor] = [torch.empty(0)] * len(items)
         self.buffers: list[Packed] = []
-        self._heads: dict[int, Tensor] = {}
+        self._places: dict[tuple[tuple[int, ...] | range, int, int], Tensor] = {}
         for key, group in holders.items():
             members = [i for i, item in enumerate(items) if _sharers(item) == key]
             front = AUDIT_SLOTS * len(members) if audited else 0
@@ -86,16 +86,21 @@ class Sum:
 
     def heads(self, count: int) -> Tensor:
         """The first `count` numbers of every vector, float64 (items, count)."""
+        return self.slices(range(len(self.vectors)), 0, count)
+
+    def slices(self, items: tuple[int, ...] | range, first: int, count: int) -> Tensor:
+        """`count` numbers of the vectors of these items, from number `first` on, float64 (number of these items, count)."""
         flat = self.buffers[0].buffer if len(self.buffers) == 1 else torch.cat([packed.buffer for packed in self.buffers])
-        if count not in self._heads:
-            first, begin = [0] * len(self.vectors), 0
+        key = (items, first, count)
+        if key not in self._places:
+            begins, begin = [0] * len(self.vectors), first
             for packed in self.buffers:
                 for i in packed.members:
-                    first[i] = begin + int(self.vectors[i].storage_offset())
+                    begins[i] = begin + int(self.vectors[i].storage_offset())
                 begin += packed.buffer.numel()
-            places = torch.tensor(first).view(-1, 1) + torch.arange(count)
-            self._heads[count] = places.flatten().to(flat.device)
-        return flat.index_select(0, self._heads[count]).view(-1, count)
+            places = torch.tensor([begins[i] for i in items]).view(-1, 1) + torch.arange(count)
+            self._places[key] = places.flatten().to(flat.device)
+        return flat.index_select(0, self._places[key]).view(len(items), count)
 
     def zero_(self) -> Sum:
         for packed in self.buffers:

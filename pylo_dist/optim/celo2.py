@@ -148,24 +148,41 @@ class CELO2Rule(FactoredRule):
         # C: the network's direction, orthogonal or not, at a fixed rms
         if kernels is not None and moving:
             directions = _empty_directions(batch, moving)
-            kernels.update_pass(batch, moving, self._updates(batch, moving, b), self.precision, list(directions.values()))
+            kernels.update_pass(batch, moving, self._updates(batch, b), self.precision, list(directions.values()))
         else:
-            directions = {i: self._direction(batch, i, tensors[i], b.vectors[i]) for i in moving}
+            squares = self._param_squares(batch, b)
+            rms = self._param_rms(batch, squares)
+            for i in moving:
+                batch.param_squares[i] = squares[i]
+            directions = {i: self._direction(batch, i, tensors[i], b.vectors[i], rms[i]) for i in moving}
+        c: Sum | None = None
         if self.settings.orthogonalize:
             yield from self._orthogonalise(batch, directions)
         else:
-            yield from self._normalise(batch, directions)
+            c = self._direction_squares(batch, matrices, directions)
+            yield c
+            self._to_factors(batch, c)
         for stack in matrices:
-            self._move(batch, stack, [directions[i] for i in stack.items])
+            s = stacks.gather([directions[i] for i in stack.items])
+            if c is not None:
+                factors = stacks.gather([c.vectors[i] for i in stack.items])
+                stacks.scale_matrices(s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype))
+            self._move(batch, stack, s)
 
-    @staticmethod
-    def _stacks(batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
-        """The tensors that move, matrices and others, those of equal size and settings together."""
+    def _stacks(self, batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
+        """The tensors that move, matrices and others, those of equal size and settings together.
+
+        Without Newton-Schulz tensors of several matrices must be cut alike too: each matrix is normalised by itself.
+        """
+        by_matrix = not self.settings.orthogonalize
 
         def entry(i: int, item: Item) -> tuple[int, Hashable, int]:
-            value, grad = item.param.value, item.param.grad
+            value, grad, shard = item.param.value, item.param.grad, item.param.shard
             assert grad is not None
-            kind = ("momentum" in item.state, id(item.hyper), value.numel(), value.dtype, grad.dtype)
+            is_matrix = "momentum" in item.state
+            apart = by_matrix and is_matrix and len(shard.shape) > 2
+            cut = (shard.shape, shard.start, shard.run, shard.pitch) if apart else None
+            kind = (is_matrix, id(item.hyper), value.numel(), value.dtype, grad.dtype, cut)
             return i, kind, value.numel()
 
         entries = [entry(i, item) for i, item in batch.moving()]
@@ -181,10 +198,10 @@ class CELO2Rule(FactoredRule):
         )
         return matrices, others
 
-    def _move(self, batch: Batch, stack: _Stack, directions: Sequence[Tensor]) -> None:
-        """p <- p - lr (s rmsmult + weight_decay p)."""
+    def _move(self, batch: Batch, stack: _Stack, s: Tensor) -> None:
+        """p <- p - lr (s rmsmult + weight_decay p), with s (number of items, N)."""
         hyper, values = batch.items[stack.items[0]].hyper, [batch.items[i].param.value for i in stack.items]
-        s, value = stacks.gather(directions), stacks.gather(values)
+        value = stacks.gather(values)
         lr, decay = reference.in_dtype(hyper["lr"], s.dtype), hyper["weight_decay"]
         keep, squares = stack.of(batch.keep), torch.zeros(len(values), dtype=torch.float64, device=batch.device)
         for part in reference.parts(s):
@@ -197,26 +214,39 @@ class CELO2Rule(FactoredRule):
     def extra_sums(self, item: Item) -> int:
         return int("momentum" not in item.state)  # p^2 of the others; that of a matrix is one of its features
 
-    def _updates(self, batch: Batch, indices: Sequence[int], b: Sum) -> Updates:
+    def _updates(self, batch: Batch, b: Sum) -> Updates:
         """What the compiled pass C reads: "step_size" multiplies the direction."""
         steps = batch.numbers("steps", lambda hyper: [1.0, hyper["exp_mult"], 0.0, 0.0])
         if self.settings.param_scale_mult:
-            moving = batch.on_device("moving", tuple(indices), torch.int64)
-            steps[:, 0].index_copy_(0, moving, torch.stack([self._param_rms(batch.items[i], b.vectors[i]) for i in indices]))
+            steps[:, 0].copy_(self._param_rms(batch, self._param_squares(batch, b)))
         networks = ops.packed(self._network(torch.float32, batch.device))[None]
         network_of = torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device)
         return Updates(networks, network_of, steps.to(torch.float32))
 
-    def _param_rms(self, item: Item, sums: Tensor) -> Tensor:
-        shape = item.param.shard.shape
-        squares = sums.view(-1, *self.features.lead(shape))[self.features.p].sum()
-        return (squares / item.param.shard.global_numel + EPS_STEP).sqrt()
+    def _param_squares(self, batch: Batch, b: Sum) -> Tensor:
+        """The sum of p^2 of every item whose matrices take part in pass B, which counts it by matrix, float64 (items,)."""
+        if "by matrices" not in batch.kept:
+            by_matrices: dict[int, list[int]] = {}
+            for i, item in enumerate(batch.items):
+                if "momentum" in item.state:
+                    by_matrices.setdefault(math.prod(self.features.lead(item.param.shard.shape)), []).append(i)
+            batch.kept["by matrices"] = [(number, tuple(items)) for number, items in by_matrices.items()]
+        squares = torch.zeros(len(batch.items), dtype=torch.float64, device=batch.device)
+        for number, items in batch.kept["by matrices"]:
+            places = batch.on_device(f"tensors of {number} matrices", items, torch.int64)
+            squares.index_copy_(0, places, b.slices(items, self.features.p * number, number).sum(-1))
+        return squares
 
-    def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor) -> Tensor:
+    @staticmethod
+    def _param_rms(batch: Batch, squares: Tensor) -> Tensor:
+        """The rms of every item from its sum of squares, float64 (items,)."""
+        if "numels" not in batch.kept:
+            batch.kept["numels"] = tuple(item.param.shard.global_numel for item in batch.items)
+        return (squares / batch.on_device("sizes", batch.kept["numels"], torch.float64) + EPS_STEP).sqrt_()
+
+    def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor, param_rms: Tensor) -> Tensor:
         """The local elements (N,) of s = o0 exp(exp_mult o1), and the new state of the tensor."""
-        shape, exp_mult = t.shard.shape, batch.items[i].hyper["exp_mult"]
-        batch.param_squares[i] = sums.view(-1, *self.features.lead(shape))[self.features.p].sum()
-        scale = self._param_rms(batch.items[i], sums).to(t.momentum.dtype)
+        exp_mult, scale = batch.items[i].hyper["exp_mult"], param_rms.to(t.momentum.dtype)
         s = torch.empty_like(t.rms)
         network = self._network(t.momentum.dtype, t.momentum.device)
         for box, direction, magnitude in reference.network_outputs(t, reference.normalisers(t, sums), network, self._scratch):
@@ -279,21 +309,32 @@ class CELO2Rule(FactoredRule):
         ways: tuple[list[list[int]], list[OwnedMatrices]] = batch.kept["ways"]
         return ways
 
-    def _normalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
-        """Bring the directions to rms 1 over the last two dims (`directions` is modified in place)."""
+    @staticmethod
+    def _direction_squares(batch: Batch, matrices: Sequence[_Stack], directions: dict[int, Tensor]) -> Sum:
+        """The request of pass C without Newton-Schulz: the sum of squares of every matrix's direction."""
 
         def num_sums(item: Item) -> int:
             return math.prod(item.param.shard.shape[:-2]) if "momentum" in item.state else 0
 
         c = batch.new_sum("C", num_sums)
-        for i, s in directions.items():
-            shard = batch.items[i].param.shard
-            reference.matrix_square_sums(s, shard, c.vectors[i])
-        yield c
-        for i, s in directions.items():
-            shard = batch.items[i].param.shard
-            scale = (c.vectors[i] / math.prod(shard.shape[-2:]) + EPS_STEP).rsqrt().to(s.dtype)
-            reference.scale_matrices(s, shard, scale)
+        for stack in matrices:
+            shard = batch.items[stack.items[0]].param.shard
+            sums = stacks.matrix_square_sums(stacks.gather([directions[i] for i in stack.items]), shard)
+            torch._foreach_copy_([c.vectors[i] for i in stack.items], list(sums.unbind()))
+        return c
+
+    @staticmethod
+    def _to_factors(batch: Batch, c: Sum) -> None:
+        """Sums of squares to what brings each matrix to rms 1 (`c` is modified in place)."""
+        if "means" not in batch.kept:
+            chosen = [i for i, vector in enumerate(c.vectors) if vector.numel()]
+            sizes = [math.prod(batch.items[i].param.shard.shape[-2:]) for i in chosen]
+            batch.kept["means"] = ([c.vectors[i] for i in chosen], sizes)
+        vectors, sizes = batch.kept["means"]
+        if vectors:
+            torch._foreach_div_(vectors, sizes)
+        for packed in c.buffers:
+            packed.buffer.add_(EPS_STEP).rsqrt_()
 
     def _adamw(self, batch: Batch, stack: _Stack) -> None:
         items = [batch.items[i] for i in stack.items]

@@ -74,19 +74,40 @@ class OwnedMatrices:
     def assemble(self, answered: Exchange) -> dict[int, Tensor]:
         """The whole matrices this rank owns, by item."""
         received = answered.transfers[0].receive
-        wholes = {i: received.new_empty(self.shards[i][0].shape) for i in self.mine}
-        order = [(rank, i) for rank in range(self.ranks) for i in self.mine]
-        for (rank, i), piece in zip(order, received.split([self.shards[i][rank].numel for rank, i in order]), strict=True):
-            self.shards[i][rank].put(piece, wholes[i])
-        return {self.items[i]: whole for i, whole in wholes.items()}
+        flat = received.new_empty(sum(self.owned)).split([self.shards[i][0].global_numel for i in self.mine])
+        wholes = {self.items[i]: part.view(self.shards[i][0].shape) for i, part in zip(self.mine, flat, strict=True)}
+        pairs = self._pairs(received, wholes)
+        _copy([whole for _, whole in pairs], [piece for piece, _ in pairs])
+        return wholes
 
     def give_back(self, wholes: dict[int, Tensor], like: Tensor) -> Exchange:
         """Bring every rank its pieces of the matrices that this rank owns."""
-        parts = (self.shards[i][rank].take(wholes[self.items[i]]) for rank in range(self.ranks) for i in self.mine)
-        send = torch.cat([like, *(part.to(like.dtype) for part in parts)])
+        send = like.new_empty(sum(self.owned))
+        pairs = self._pairs(send, wholes)
+        _copy([piece for piece, _ in pairs], [whole for _, whole in pairs])
         return Exchange([Transfer(self.group, send, self.owned, like.new_empty(sum(self.held)), self.held)])
+
+    def _pairs(self, pieces: Tensor, wholes: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Views of the same elements: in the pieces of all ranks, as they travel, and in the matrices this rank owns."""
+        order = [(rank, i) for rank in range(self.ranks) for i in self.mine]
+        found: list[tuple[Tensor, Tensor]] = []
+        for (rank, i), piece in zip(order, pieces.split([self.shards[i][rank].numel for rank, i in order]), strict=True):
+            shard, whole = self.shards[i][rank], wholes[self.items[i]]
+            if shard.run == shard.numel:  # an interval
+                found.append((piece, whole.view(-1)[shard.start : shard.start + shard.numel]))
+            else:
+                found += [(box.view(piece), whole[box.slices]) for box in shard.boxes()]
+        return found
 
     def pieces(self, answered: Exchange) -> dict[int, Tensor]:
         """This rank's pieces, by item, (N,)."""
         parts = answered.transfers[0].receive.split([self.shards[i][self.rank].numel for i in self.by_owner])
         return {self.items[i]: part for i, part in zip(self.by_owner, parts, strict=True)}
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Each source into its target (modified in place); with one launch for all that are contiguous."""
+    for contiguous in (True, False):
+        chosen = [pair for pair in zip(targets, sources, strict=True) if all(x.is_contiguous() for x in pair) == contiguous]
+        if chosen:
+            torch._foreach_copy_([to for to, _ in chosen], [x for _, x in chosen])

@@ -1,4 +1,4 @@
-"""Tensors of equal size as one: which go together, into one tensor and back. Writes the tensors it is handed.
+"""Tensors of equal size as one: which go together, into one tensor and back, the squares in it. Writes the tensors it is handed.
 
 What has no compiled pass is done on stacks, so that a step on hundreds of small tensors takes as many operations as there are
 sizes. A stack holds at most `most_elements`, which bounds its memory; a larger tensor is a stack of its own, and no copy.
@@ -6,10 +6,14 @@ sizes. A stack holds at most `most_elements`, which bounds its memory; a larger 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from .. import reference
+from ..shards import Box, Shape, TensorShard
 
 MOST_CPU = 1 << 16  # a stack and what is computed from it stay in the second-level cache
 MOST_GPU = 1 << 22  # with a dozen numbers per element below 256 MB
@@ -43,3 +47,36 @@ def scatter(stack: Tensor, tensors: Sequence[Tensor]) -> None:
     """Bring (number, *shape) back to where `gather` took it from (the tensors are modified in place)."""
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), list(stack.unbind()))
+
+
+def matrix_square_sums(stack: Tensor, shard: TensorShard) -> Tensor:
+    """Local sums of squares over the last two dims, of tensors (number, N): float64 (number, matrices of each).
+
+    Those of several matrices must be cut alike, as `shard` says.
+    """
+    lead = _lead(shard.shape)
+    sums = torch.zeros((len(stack), *lead), dtype=torch.float64, device=stack.device)
+    for box in _boxes(stack, shard):
+        rows = box.view(stack).reshape(len(stack), *box.sizes[: len(lead)], -1)
+        reference.lead_part(sums, box, len(lead)).add_(reference.square_sums(rows))
+    return sums.view(len(stack), math.prod(lead))
+
+
+def scale_matrices(stack: Tensor, shard: TensorShard, factors: Tensor) -> None:
+    """Multiply the elements by their matrix's number (`stack` is modified in place; `factors` as from `matrix_square_sums`)."""
+    lead = _lead(shard.shape)
+    for box in _boxes(stack, shard):
+        ones = [1] * (len(box.sizes) - len(lead))
+        box.view(stack).mul_(reference.lead_part(factors.view(len(stack), *lead, *ones), box, len(lead)))
+
+
+def _lead(shape: Shape) -> Shape:
+    """The dims that have a matrix for every index; () of a tensor that is one matrix."""
+    return () if math.prod(shape[:-2]) == 1 else shape[:-2]
+
+
+def _boxes(stack: Tensor, shard: TensorShard) -> Iterator[Box]:
+    """The local elements as blocks of bounded size; of a single matrix it does not matter where they lie."""
+    flat = TensorShard.whole(shard.fqn, (shard.numel,))
+    for box in (shard if _lead(shard.shape) else flat).boxes():
+        yield from box.split(max(1, reference.part_size(stack.device) // len(stack)))
