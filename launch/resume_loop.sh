@@ -37,6 +37,10 @@ wanted=$("$python" "$launch/options.py" "$@") || {
 }
 steps=${wanted%%$'\n'*} out=${wanted#*$'\n'}
 words=("$@")
+if [ "${1##*/}" = srun ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  say "srun is wanted in a job, whose steps can be asked to save; use launch/slurm/*.sbatch, or: salloc ... $0 $*"
+  exit 2
+fi
 set -- "$@" --resume auto # of a repeated flag the last counts
 export EXIT_CODE_FILE=${out%/}.exit-code
 
@@ -53,13 +57,17 @@ newest() { # the step of the newest checkpoint, or 0
   echo "$((10#$found))"
 }
 
+job_runs() { # or else SLURM is ending the job, and has sent SIGTERM to all its processes by itself
+  case $(scontrol show job "$SLURM_JOB_ID") in *JobState=RUNNING*) ;; *) return 1 ;; esac
+}
+
 child="" stopping="" asked="" pause=""
 ask() { # the command to save and end; once, since torchrun would give up its ranks at the second time
   [ -z "$asked" ] || return
   asked=1
   case ${words[0]##*/} in
-    # to the job's steps: srun itself answers SIGTERM by killing them
-    srun) scancel --signal=TERM "${SLURM_JOB_ID:-}" ;;
+    # to the job's steps: srun itself answers SIGTERM by killing them. A job that is ending scancel would try again for minutes.
+    srun) if job_runs; then scancel --signal=TERM "$SLURM_JOB_ID"; fi ;;
     # Open MPI kills its ranks a second after SIGTERM, and passes this one on
     mpirun | mpiexec) kill -USR1 "$child" 2>/dev/null ;;
     *) kill -TERM "$child" 2>/dev/null ;;
@@ -75,10 +83,7 @@ trap stop TERM INT HUP
 stopped() {
   say "stopped by a signal; the newest checkpoint is of step $(newest)"
   if [ "${REQUEUE:-}" = 1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    case $(scontrol show job "$SLURM_JOB_ID") in
-      *JobState=RUNNING*) scontrol requeue "$SLURM_JOB_ID" ;;
-      *) say "SLURM is ending job $SLURM_JOB_ID, which is not requeued from here" ;;
-    esac
+    if job_runs; then scontrol requeue "$SLURM_JOB_ID"; else say "SLURM is ending job $SLURM_JOB_ID: not requeued from here"; fi
   fi
   exit 143
 }

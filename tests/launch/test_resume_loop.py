@@ -207,29 +207,50 @@ def test_wrong_input_behind_torchrun_is_not_tried_again(tmp_path: Path) -> None:
     assert "attempt 2" not in said
 
 
+SRUN = """#!/usr/bin/env bash
+trap 'exit 143' TERM
+echo $$ >"$OUT"
+while :; do sleep 0.1; done
+"""
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 [ "$1" = requeue ] || echo "JobId=$3 JobName=gpt2 JobState=$STATE Reason=None"
 """
+SCANCEL = """#!/usr/bin/env bash
+echo "scancel $*" >>"$CALLS"
+kill $(cat "$OUT")
+"""
 
 
-def test_a_job_that_slurm_ends_is_not_requeued(tmp_path: Path) -> None:
-    """A warning before the time limit finds the job running. After scancel, preemption or scontrol requeue it is completing."""
-    script(tmp_path / "scontrol", SCONTROL)
-    command = [script(tmp_path / "gpt2.py", SLOW), "--out", str(tmp_path / "out"), "--save-every", "5"]
-    for state, requeues in (("RUNNING", ["requeue 12"]), ("COMPLETING", [])):
+def test_a_job_that_slurm_ends_is_left_to_it(tmp_path: Path) -> None:
+    """A warning before the time limit finds the job running, and SLURM has told the batch script alone.
+
+    After scancel, preemption or `scontrol requeue` it is completing and all its processes have got SIGTERM. A `scontrol requeue`
+    now would bring back what the user has cancelled, and a `scancel --signal` would try again until SLURM kills the script.
+    """
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        script(tmp_path / name, text)
+    command = [str(tmp_path / "srun"), "gpt2.py", "--out", str(tmp_path / "out"), "--save-every", "5"]
+    slurm = {"SLURM_JOB_ID": "12", "REQUEUE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    show = "show job 12"
+    for state, wanted in (("RUNNING", [show, "scancel --signal=TERM 12", show, "requeue 12"]), ("COMPLETING", [show, show])):
         began, calls = tmp_path / f"began-{state}", tmp_path / f"calls-{state}"
-        slurm = {"SLURM_JOB_ID": "12", "REQUEUE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
         process = loop(command, OUT=str(began), CALLS=str(calls), STATE=state, **slurm)
         try:
-            wait_for(began.exists)
+            wait_for(lambda began=began: began.exists() and began.read_text().endswith("\n"))
             process.send_signal(signal.SIGTERM)
+            if state == "COMPLETING":
+                wait_for(calls.exists)
+                os.kill(int(began.read_text()), signal.SIGTERM)
             said = process.communicate(timeout=60)[1]
         finally:
             process.kill()
         assert process.returncode == 128 + signal.SIGTERM, said
-        assert calls.read_text().splitlines() == ["show job 12", *requeues]
-        assert ("SLURM is ending job 12" in said) == (not requeues), said
+        assert calls.read_text().splitlines() == wanted
+        assert ("SLURM is ending job 12" in said) == (state == "COMPLETING"), said
+    process = loop(command, SLURM_JOB_ID="")
+    assert "srun is wanted in a job" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
 
 
 def test_mpirun_leaves_its_ranks_the_time_to_save(tmp_path: Path) -> None:
