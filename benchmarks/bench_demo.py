@@ -25,8 +25,8 @@ for _folder in (ROOT, ROOT / "launch"):
     sys.path.insert(0, str(_folder))
 
 import gpt2  # noqa: E402
-from model import PRESETS  # noqa: E402
 from options import parse  # noqa: E402
+from presets import PRESETS  # noqa: E402
 from record import environment, markdown, write  # noqa: E402
 from watch import Row  # noqa: E402
 

@@ -30,7 +30,8 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from model import GPT, PRESETS, GPTConfig, build  # noqa: E402
+from model import GPT, build  # noqa: E402
+from presets import PRESETS, GPTConfig  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from record import environment, markdown, write  # noqa: E402
 

@@ -40,7 +40,8 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
 from bench_memory import shapes_of  # noqa: E402
 from bench_step import Contender, tensor_lists  # noqa: E402
 from bench_zero import MINI  # noqa: E402
-from model import PRESETS, GPTConfig, build  # noqa: E402
+from model import build  # noqa: E402
+from presets import PRESETS, GPTConfig  # noqa: E402
 from record import RESULTS, environment, markdown, write  # noqa: E402
 from scaling import GOAL, GOAL_RANKS  # noqa: E402
 from step_model import small_syncs  # noqa: E402

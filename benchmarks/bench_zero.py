@@ -44,7 +44,8 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
 
 from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
 from golden_cases import velo_weights  # noqa: E402
-from model import PRESETS, GPTConfig, build  # noqa: E402
+from model import build  # noqa: E402
+from presets import PRESETS, GPTConfig  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from record import environment, markdown, write  # noqa: E402
 

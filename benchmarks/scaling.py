@@ -32,7 +32,7 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
 
 from bench_memory import memory_formula, shapes_of  # noqa: E402
 from bench_zero import MINI, Clock, wrap_package  # noqa: E402
-from model import PRESETS  # noqa: E402
+from presets import PRESETS  # noqa: E402
 from record import RESULTS, environment, markdown, write  # noqa: E402
 from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes  # noqa: E402
 from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks  # noqa: E402

@@ -28,9 +28,10 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
         sys.path.insert(0, str(_folder))
 
 from golden_cases import velo_weights  # noqa: E402
-from model import GPTConfig, build  # noqa: E402
+from model import build  # noqa: E402
 from options import parse  # noqa: E402
 from parallel import spread  # noqa: E402
+from presets import GPTConfig  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 

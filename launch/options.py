@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,7 @@ from typing import Any, Literal, NoReturn
 
 import recipe
 from data import BatchPlan
-from model import EMBEDDINGS, PRESETS, GPTConfig
+from presets import EMBEDDINGS, PRESETS, GPTConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +323,25 @@ def parse(argv: Sequence[str]) -> Options:
     return Options(**vars(given))
 
 
+def repeatable(command: Sequence[str]) -> Options:
+    """The options of a launcher's command that resume_loop.sh may start again and again. Raises WrongInput."""
+    script = next((i for i, word in enumerate(command) if Path(word).name == "gpt2.py"), None)
+    if script is None:
+        raise WrongInput(
+            "the command names no gpt2.py; pass one such as: torchrun --nproc_per_node=8 launch/gpt2.py --out runs/x ..."
+        )
+    options = parse(command[script + 1 :])
+    if options.out is None:
+        raise WrongInput("the command has no --out FOLDER; pass it, so that the next start finds the checkpoints.")
+    if not options.save_every:
+        raise WrongInput("the command has no --save-every N; pass it, so that there is something to go on from.")
+    if options.resume not in (None, AUTO):
+        raise WrongInput(
+            f"--resume {options.resume} would be repeated at each start; drop it, or start from it once without the loop."
+        )
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="gpt2.py",
@@ -430,3 +450,12 @@ def command_for_more_ranks(argv: Sequence[str], plan: BatchPlan) -> str:
             kept.append(word)
     script = os.path.relpath(Path(__file__).with_name("gpt2.py"))
     return shlex.join(["torchrun", f"--nproc_per_node={ranks}", script, *kept])
+
+
+if __name__ == "__main__":  # what resume_loop.sh asks about its command
+    try:
+        wanted = repeatable(sys.argv[1:])
+    except WrongInput as error:
+        print(f"resume_loop.sh: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(wanted.steps, wanted.out, sep="\n")

@@ -4,11 +4,13 @@
 #   launch/resume_loop.sh torchrun --nproc_per_node=8 launch/gpt2.py --recipe launch/recipes/gpt2-124m.yaml --out runs/124m --save-every 500
 #
 #   FAILURES  give up after so many in a row without a new checkpoint; default: 5
-#   REQUEUE   1: stopped by a signal under SLURM, the job goes back into the queue
+#   REQUEUE   1: stopped by a signal under SLURM, the job goes back into the queue, unless SLURM itself is ending it: what scancel
+#             ends stays ended, and what is preempted or requeued SLURM puts back by itself
+#   PYTHON    reads the command's flags, as gpt2.py does; default: .venv's, or python3
 #   WAIT      seconds before the first retry, doubled with each failure without a new checkpoint, at most 600; default: 5
 #
 # The command needs --out and --save-every, also from its recipe; --resume auto is added. A folder whose file DONE counts as many
-# steps as the command wants is done: nothing is started.
+# steps as the command wants, or its recipe, or else the default of --steps, is done: nothing is started.
 # SIGTERM, SIGINT and SIGHUP, to this script or to the terminal's whole group, ask the run once to stop; the loop ends when the
 # run has saved itself. A run that gets SIGTERM, from here or by itself, saves the step it is at: no step is lost, none is repeated.
 # After kill -9 or a crash the steps since the last checkpoint are computed again, with the same samples.
@@ -23,43 +25,28 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 
 say() { echo "resume_loop.sh: $*" >&2; }
 
-words=("$@")
-value() { # what the command says for the flag --$1, or its recipe, or nothing
-  local found="" previous="" recipe="" word
-  for word in "${words[@]}"; do
-    case $word in --"$1"=*) found=${word#*=} ;; --recipe=*) recipe=${word#*=} ;; esac
-    case $previous in --"$1") found=$word ;; --recipe) recipe=$word ;; esac
-    previous=$word
-  done
-  if [ -z "$found" ] && [ -f "$recipe" ]; then
-    found=$(sed -n "s/^ *${1//-/_}: *\\([^ #]*\\).*/\\1/p" "$recipe" | tr -d "\"'")
-  fi
-  echo "$found"
+launch=$(dirname "${BASH_SOURCE[0]}") python=${PYTHON:-}
+if [ -z "$python" ]; then
+  python=$launch/../.venv/bin/python
+  [ -x "$python" ] || python=python3
+fi
+wanted=$("$python" "$launch/options.py" "$@") || {
+  code=$?
+  [ "$code" -eq 2 ] || say "$python could not read the command; name a Python that has what gpt2.py needs: PYTHON=..."
+  exit 2
 }
-out=$(value out) steps=$(value steps) resumes=$(value resume)
-if [ -z "$out" ]; then
-  say "the command has no --out FOLDER; pass it, so that the next start finds the checkpoints"
+steps=${wanted%%$'\n'*} out=${wanted#*$'\n'}
+words=("$@")
+if [ "${1##*/}" = srun ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  say "srun is wanted in a job, whose steps can be asked to save; use launch/slurm/*.sbatch, or: salloc ... $0 $*"
   exit 2
 fi
-if [ -z "$(value save-every)" ]; then
-  say "the command has no --save-every N; pass it, so that there is something to go on from"
-  exit 2
-fi
-case $resumes in
-  auto) ;;
-  "") set -- "$@" --resume auto ;;
-  *)
-    say "--resume $resumes would be repeated at each start; drop it, or start from it once without the loop"
-    exit 2
-    ;;
-esac
+set -- "$@" --resume auto # of a repeated flag the last counts
 export EXIT_CODE_FILE=${out%/}.exit-code
 
 is_done() {
   local count
-  [ -e "$out/DONE" ] || return 1
-  [ -z "$steps" ] && return 0
-  read -r count _ <"$out/DONE" && [ "$count" -ge "$steps" ] 2>/dev/null
+  [ -e "$out/DONE" ] && read -r count _ <"$out/DONE" && [ "$count" -ge "$steps" ] 2>/dev/null
 }
 
 newest() { # the step of the newest checkpoint, or 0
@@ -70,13 +57,17 @@ newest() { # the step of the newest checkpoint, or 0
   echo "$((10#$found))"
 }
 
+job_runs() { # or else SLURM is ending the job, and has sent SIGTERM to all its processes by itself
+  case $(scontrol show job "$SLURM_JOB_ID") in *JobState=RUNNING*) ;; *) return 1 ;; esac
+}
+
 child="" stopping="" asked="" pause=""
 ask() { # the command to save and end; once, since torchrun would give up its ranks at the second time
   [ -z "$asked" ] || return
   asked=1
   case ${words[0]##*/} in
-    # to the job's steps: srun itself answers SIGTERM by killing them
-    srun) scancel --signal=TERM "${SLURM_JOB_ID:-}" ;;
+    # to the job's steps: srun itself answers SIGTERM by killing them. A job that is ending scancel would try again for minutes.
+    srun) if job_runs; then scancel --signal=TERM "$SLURM_JOB_ID"; fi ;;
     # Open MPI kills its ranks a second after SIGTERM, and passes this one on
     mpirun | mpiexec) kill -USR1 "$child" 2>/dev/null ;;
     *) kill -TERM "$child" 2>/dev/null ;;
@@ -91,7 +82,9 @@ trap stop TERM INT HUP
 
 stopped() {
   say "stopped by a signal; the newest checkpoint is of step $(newest)"
-  if [ "${REQUEUE:-}" = 1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if [ "${REQUEUE:-}" = 1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    if job_runs; then scontrol requeue "$SLURM_JOB_ID"; else say "SLURM is ending job $SLURM_JOB_ID: not requeued from here"; fi
+  fi
   exit 143
 }
 

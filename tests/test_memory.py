@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 from bench_memory import SMALL, Measured, formula_of, measure, memory_formula, shapes_of  # noqa: E402
-from model import PRESETS  # noqa: E402
+from presets import PRESETS  # noqa: E402
 
 CASES = [("AdafacLO", 1), ("AdafacLO", 2), ("AdamW", 2)]
 CAP_MB = 0.5

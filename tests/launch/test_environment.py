@@ -192,9 +192,10 @@ FAKE_SCANCEL = """#!/usr/bin/env bash
 for pid in $(cat "$TASKS"); do kill -TERM "$pid" $(cat "/proc/$pid/task/$pid/children"); done
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
-case $1 in
-  show) printf '127.0.0.1\\n127.0.0.2\\n' ;;
-  requeue) echo "$2" >>"$REQUEUED" ;;
+case "$1 $2" in
+  "show hostnames") printf '127.0.0.1\\n127.0.0.2\\n' ;;
+  "show job") echo "JobState=RUNNING Reason=None" ;;
+  requeue*) echo "$2" >>"$REQUEUED" ;;
 esac
 """
 STEPS, SHORT = 240, 12
@@ -292,7 +293,7 @@ def test_srun_follows_one_process(plain: list[float], slurm: dict[str, str], tmp
 def test_a_job_on_one_machine_starts_its_ranks(slurm: dict[str, str], tmp_path: Path) -> None:
     """With a program in Python's place: the ranks of torchrun have their test below."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "$*" >"$CALLED"\n')
+    stub.write_text(f'#!/bin/sh\ncase $1 in *options.py) exec {sys.executable} "$@" ;; esac\necho "$*" >"$CALLED"\n')
     stub.chmod(0o755)
     variables = {**slurm, "PYTHON": str(stub), "CALLED": str(tmp_path / "called")}
     command = ["launch/slurm/one_node.sbatch", "--out", "x", "--save-every=5"]

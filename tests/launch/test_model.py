@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from model import GPT, PRESETS, GPTConfig, build
+from model import GPT, build
+from presets import PRESETS, GPTConfig
 
 NANO = PRESETS["nano"]
 

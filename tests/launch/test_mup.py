@@ -8,8 +8,9 @@ import math
 import mup
 import pytest
 import torch
-from model import GPT, PRESETS, GPTConfig, build
+from model import GPT, build
 from options import parse
+from presets import PRESETS, GPTConfig
 from torch import Tensor
 
 import pylo_dist

@@ -13,8 +13,9 @@ import gpt2
 import pytest
 import torch
 from data import Tokens
-from model import PRESETS, GPTConfig, build
+from model import build
 from options import LEARNED, OPTIMIZERS, parse
+from presets import PRESETS, GPTConfig
 from torch import nn
 
 import pylo_dist

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import IO
 
 import gpt2
+import pytest
 from checkpoints import published_in
+from options import WrongInput, parse, repeatable
 
 from .test_environment import ROOT, mpirun, wait_for, wait_for_rows
 
@@ -53,7 +55,7 @@ def script(path: Path, text: str) -> str:
 
 
 def loop(command: list[str], stderr: int | IO[str] = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WAIT": "0"}
+    shared = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WAIT": "0"}
     command = [str(ROOT / "launch" / "resume_loop.sh"), *command]
     return subprocess.Popen(command, env=os.environ | shared | variables, stderr=stderr, text=True)
 
@@ -109,7 +111,7 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
 
 
 def test_when_the_loop_stops(tmp_path: Path) -> None:
-    stub = script(tmp_path / "stub.sh", STUB)
+    stub = script(tmp_path / "gpt2.py", STUB)
     for name, plan, code, calls, words in (
         ("done", ["1 1", "2 139", "- 0"], 0, 3, "done after 3 attempt(s)"),
         ("given up", ["- 1"] * 9, 1, 3, "given up: 3 failures in a row without a new checkpoint, the last with exit code 1"),
@@ -139,41 +141,121 @@ def test_when_the_loop_stops(tmp_path: Path) -> None:
 
 
 def test_what_the_command_must_say(tmp_path: Path) -> None:
-    """Or its recipe. And a longer run than that which is done goes on."""
-    out, recipe = tmp_path / "out", tmp_path / "mine.yaml"
-    recipe.write_text("about: x\ncost: y\nflags:\n  save_every: 50  # or so\n  steps: '300'\n")
-    out.mkdir()
-    (out / "DONE").write_text("300 steps\n")
-    saves, done, starts = ["--save-every", "5"], f"resume_loop.sh: {out} is done\n", "attempt 1, from step 0"
-    for arguments, code, words in (
-        (["x", *saves], 2, "no --out FOLDER"),
-        (["x", f"--out={out}"], 2, "no --save-every N"),
-        (["x", f"--out={out}", *saves, "--resume", "runs/y"], 2, "--resume runs/y would be repeated"),
-        (["x", f"--out={out}", *saves], 0, done),
-        (["x", f"--out={out}", "--recipe", str(recipe), "--resume=auto"], 0, done),
-        (["x", f"--out={out}", f"--recipe={recipe}", "--steps=200"], 0, done),
-        (["true", f"--out={out}", f"--recipe={recipe}", "--steps", "600"], 0, starts),
-        (["true", f"--out={out}", *saves, "--steps", "300", "--steps", "301"], 0, starts),
+    """Or its recipe, which is read as gpt2.py reads it: flags win, of a repeated one the last, and `none` takes one back."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("about: 'steps: 5'\ncost: y\nflags: {save_every: 50, steps: '400', out: 'run #1'}  # any form of YAML\n")
+    flags = [f"--recipe={recipe}"]
+    launcher = ["torchrun", "--nproc_per_node=8", "x/gpt2.py"]
+    for words, steps, out in (
+        (flags, 400, "run #1"),
+        ([*flags, "--steps=200", "--out", "a", "--resume=auto"], 200, "a"),
+        (["--steps", "7", *flags, "--steps", "601"], 601, "run #1"),
+        (["--out=a/", "--save-every=5"], parse([]).steps, "a"),  # nobody says how many: as many as gpt2.py would take
     ):
-        process = loop(arguments)
-        assert words in process.communicate(timeout=60)[1], arguments
-        assert process.returncode == code, arguments
+        found = repeatable([*launcher, *words])
+        assert (found.steps, str(found.out)) == (steps, out)
+    for command, said in (
+        (["true", "--out=a", "--save-every=5"], "names no gpt2.py"),
+        ([*launcher, "--save-every", "5"], "no --out FOLDER"),
+        ([*launcher, *flags, "--out", "none"], "no --out FOLDER"),
+        ([*launcher, "--out=a"], "no --save-every N"),
+        ([*launcher, *flags, "--save-every=0"], "no --save-every N"),
+        ([*launcher, *flags, "--resume", "runs/y"], "--resume runs/y would be repeated"),
+        ([*launcher, *flags, "--stepz=3"], "--stepz"),
+        ([*launcher, "--recipe", "gone.yaml"], "gone.yaml cannot be read"),
+    ):
+        with pytest.raises(WrongInput, match=said):
+            repeatable(command)
+
+
+def test_a_done_folder_is_left_alone(tmp_path: Path) -> None:
+    """And goes on where the command wants more steps than it has, or than the default where nobody says how many."""
+    out, calls, default = tmp_path / "out", tmp_path / "calls", parse([]).steps
+    out.mkdir()
+    stub = script(tmp_path / "gpt2.py", STUB)
+    variables = {"PLAN": str(tmp_path / "plan"), "CALLS": str(calls), "OUT": str(out)}
+    for steps, words, starts in (
+        (300, ["--steps", "300"], 0),
+        (300, ["--steps", "301"], 1),
+        (default, [], 0),
+        (default - 1, [], 1),
+    ):
+        (out / "DONE").write_text(f"{steps} steps\n")
+        (tmp_path / "plan").write_text("- 0\n")
+        calls.unlink(missing_ok=True)
+        process = loop([stub, f"--out={out}", "--save-every=5", *words], **variables)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, said
+        assert (f"{out} is done" in said) == (starts == 0), said
+        assert calls.exists() == (starts == 1)
+    for python, said in ((sys.executable, "no --out FOLDER"), ("false", "false could not read the command; .* PYTHON=")):
+        process = loop([stub, "--save-every=5"], PYTHON=python)
+        assert re.search(said, process.communicate(timeout=60)[1])
+        assert process.returncode == 2
 
 
 def test_wrong_input_behind_torchrun_is_not_tried_again(tmp_path: Path) -> None:
     """torchrun ends with 1 whatever its ranks end with."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     out = tmp_path / "new" / "out"
-    process = loop([*torchrun, str(ROOT / "launch" / "gpt2.py"), "--out", str(out), "--save-every", "0", "--keep", "1"])
+    process = loop(
+        [*torchrun, str(ROOT / "launch" / "gpt2.py"), "--out", str(out), "--save-every", "5", "--data", str(out / "none")]
+    )
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 2, said
-    assert "gpt2.py: --keep 1 came without --save-every" in said
+    assert f"gpt2.py: {out / 'none'}: no such file" in said
     assert "attempt 2" not in said
+
+
+SRUN = """#!/usr/bin/env bash
+trap 'exit 143' TERM
+echo $$ >"$OUT"
+while :; do sleep 0.1; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+[ "$1" = requeue ] || echo "JobId=$3 JobName=gpt2 JobState=$STATE Reason=None"
+"""
+SCANCEL = """#!/usr/bin/env bash
+echo "scancel $*" >>"$CALLS"
+kill $(cat "$OUT")
+"""
+
+
+def test_a_job_that_slurm_ends_is_left_to_it(tmp_path: Path) -> None:
+    """A warning before the time limit finds the job running, and SLURM has told the batch script alone.
+
+    After scancel, preemption or `scontrol requeue` it is completing and all its processes have got SIGTERM. A `scontrol requeue`
+    now would bring back what the user has cancelled, and a `scancel --signal` would try again until SLURM kills the script.
+    """
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        script(tmp_path / name, text)
+    command = [str(tmp_path / "srun"), "gpt2.py", "--out", str(tmp_path / "out"), "--save-every", "5"]
+    slurm = {"SLURM_JOB_ID": "12", "REQUEUE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    show = "show job 12"
+    for state, wanted in (("RUNNING", [show, "scancel --signal=TERM 12", show, "requeue 12"]), ("COMPLETING", [show, show])):
+        began, calls = tmp_path / f"began-{state}", tmp_path / f"calls-{state}"
+        process = loop(command, OUT=str(began), CALLS=str(calls), STATE=state, **slurm)
+        try:
+            wait_for(lambda began=began: began.exists() and began.read_text().endswith("\n"))
+            process.send_signal(signal.SIGTERM)
+            if state == "COMPLETING":
+                wait_for(calls.exists)
+                os.kill(int(began.read_text()), signal.SIGTERM)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+        assert process.returncode == 128 + signal.SIGTERM, said
+        assert calls.read_text().splitlines() == wanted
+        assert ("SLURM is ending job 12" in said) == (state == "COMPLETING"), said
+    process = loop(command, SLURM_JOB_ID="")
+    assert "srun is wanted in a job" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
 
 
 def test_mpirun_leaves_its_ranks_the_time_to_save(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
-    command = [*mpirun(1), script(tmp_path / "slow.sh", SLOW), "--out", str(tmp_path / "out"), "--save-every", "5"]
+    command = [*mpirun(1), script(tmp_path / "gpt2.py", SLOW), "--out", str(tmp_path / "out"), "--save-every", "5"]
     process = loop(command, OUT=str(saved))
     try:
         wait_for(saved.exists)
