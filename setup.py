@@ -5,6 +5,7 @@ PYLO_DIST_CUDA=1 insists on the CUDA extension, 0 leaves it out; by default it i
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,22 @@ PER_FILE = {
 X86 = PER_FILE if platform.machine() in ("x86_64", "AMD64") else {}
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu_baseline.cpp", *(f"csrc/{name}.cpp" for name in X86)]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_HOME = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc") or "/none/bin/nvcc").resolve().parents[1])
 ARCHITECTURES = os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";")  # A100, H200, B200, and PTX of the last
+
+
+def said_by_nvcc(nvcc: str | None, pattern: str, *arguments: str) -> str:
+    """The group of `pattern` in what nvcc prints; "" where there is no nvcc."""
+    if not (nvcc and Path(nvcc).exists()):
+        return ""
+    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+    found = re.search(pattern, done.stdout + done.stderr)
+    return found[1] if found else ""
+
+
+# The nvcc on the PATH may be a script that calls another; that one says where it is.
+AROUND_NVCC = said_by_nvcc(shutil.which("nvcc"), r"TOP=(.+)", "--dryrun", "-E", "-x", "cu", os.devnull)
+CUDA_HOME = Path(os.environ.get("CUDA_HOME") or AROUND_NVCC or "/none")
+NVCC = CUDA_HOME / "bin/nvcc"
 
 
 class Build(build_ext):
@@ -34,7 +49,7 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         host, compile_all = self.compiler._compile, self.compiler.compile
         targets = [(arch, f"sm_{arch}") for arch in ARCHITECTURES] + [(ARCHITECTURES[-1], f"compute_{ARCHITECTURES[-1]}")]
-        nvcc = [str(CUDA_HOME / "bin/nvcc"), *NVCC_FLAGS, *(f"-gencode=arch=compute_{a},code={code}" for a, code in targets)]
+        nvcc = [str(NVCC), *NVCC_FLAGS, *(f"-gencode=arch=compute_{a},code={code}" for a, code in targets)]
 
         def compile_one(obj, source, suffix, cc_args, extra, pp_opts):
             if suffix == ".cu":
@@ -53,7 +68,7 @@ class Build(build_ext):
 
 
 def extensions() -> list[Extension]:
-    wanted, has_nvcc = os.environ.get("PYLO_DIST_CUDA", "auto"), (CUDA_HOME / "bin/nvcc").exists()
+    wanted, has_nvcc = os.environ.get("PYLO_DIST_CUDA", "auto"), NVCC.exists()
     if wanted == "1" and not has_nvcc:
         sys.exit("PYLO_DIST_CUDA=1, but there is no nvcc: put it on the PATH or set CUDA_HOME, or leave PYLO_DIST_CUDA out")
     try:
@@ -68,7 +83,11 @@ def extensions() -> list[Extension]:
     shared = {"depends": depends, "py_limited_api": True, "language": "c++", "extra_compile_args": COMMON}  # no Python in them
     links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10"]}
     built = [Extension("pylo_dist._kernels_cpu", CPU_SOURCES, **links, **shared)]
-    if wanted == "1" or (wanted != "0" and has_nvcc):
+    toolkit, theirs = said_by_nvcc(str(NVCC), r"release (\d+)", "--version"), torch.version.cuda  # None in CPU builds
+    other = bool(theirs) and theirs.split(".")[0] != toolkit  # two CUDA runtimes would meet in one process
+    if other and wanted == "1":
+        sys.exit(f"PYLO_DIST_CUDA=1, but nvcc is of CUDA {toolkit}, torch of {theirs}: set CUDA_HOME to a toolkit like torch's")
+    if has_nvcc and wanted != "0" and not other:
         include, lib = [*include, str(CUDA_HOME / "include")], [*lib, str(CUDA_HOME / "lib64"), str(CUDA_HOME / "lib")]
         streams = [name for name in ("torch_cuda", "c10_cuda") if (root / "lib" / f"lib{name}.so").exists()]  # not in CPU builds
         links = {"include_dirs": include, "library_dirs": lib, "libraries": ["torch_cpu", "c10", *streams, "cudart"]}

@@ -50,7 +50,7 @@ struct Device {
 
   explicit Device(const Tensor& like) : guard(like.get_device_index()), index(like.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
   }
 

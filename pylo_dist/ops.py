@@ -55,7 +55,7 @@ def library(device_type: str) -> str:
     try:
         torch.ops.load_library(found[-1])
     except OSError as error:
-        return f"{found[-1].name} cannot be loaded: {error}"
+        return f"{found[-1].name} cannot be loaded: {error.__cause__ or error}"
     if device_type == "cpu":
         _register_fakes()
     return ""

@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from importlib.abc import Traversable
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +21,9 @@ from torch import Tensor
 
 from . import hub
 from .hub import PICKLED
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # not there in Python 3.14
 
 WeightsLike = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 

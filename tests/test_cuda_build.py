@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,19 @@ def test_hot_kernels_do_not_spill(arch: str, tmp_path: Path, figures: list[str])
             f"CUDA sm_{arch} | {name} {variant}: {registers} registers, {stores} + {loads} bytes spilled, stack {stack}"
         )
         assert (int(stores), int(loads)) == (0, 0), (name, variant, stores, loads)
+
+
+@pytest.mark.parametrize(("wanted", "code"), [("1", 1), ("auto", 0)])
+def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(wanted: str, code: int, tmp_path: Path) -> None:
+    script = tmp_path / "bin/nvcc"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1, V99.1.1'\n")
+    script.chmod(0o755)
+    program = "import runpy, torch; torch.version.cuda = '12.8'; print(len(runpy.run_path('setup.py')['extensions']()))"
+    environment = {**os.environ, "PYLO_DIST_CUDA": wanted, "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program, "--version"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "nvcc is of CUDA 99, torch of 12.8" in done.stderr
+    else:
+        assert done.stdout.splitlines()[-1] == "1"  # the one for CPUs
