@@ -56,12 +56,10 @@ PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], 
   }
 }
 
-// The network's two outputs for a tile. x: normalised element features; the first layer starts from u + r (see mlp.h), where r has
-// one number per hidden unit.
+// The first layer of a tile. x: normalised element features; it starts from u + r (see mlp.h), where r has one number per hidden unit.
 template <bool Extended, int H>
-PYLO_HD void outputs_of(
-    const Network<Extended, H>& net, const float (*x)[TILE], const float (*u)[TILE], const float* r, float (*out)[TILE]) {
-  alignas(64) float first[H][TILE];
+PYLO_HD void first_layer(
+    const Network<Extended, H>& net, const float (*x)[TILE], const float (*u)[TILE], const float* r, float (*first)[TILE]) {
   for (int o = 0; o < TILE; o += V * W) {
     for (int h = 0; h < H; h += OUT) {
       Vec sums[OUT][V];
@@ -77,6 +75,13 @@ PYLO_HD void outputs_of(
         for (int i = 0; i < V; ++i) store(first[h + j] + o + i * W, relu_(sums[j][i]));
       }
     }
+  }
+}
+
+// The network's two outputs for a tile, from its first layer.
+template <bool Extended, int H>
+PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], float (*out)[TILE]) {
+  for (int o = 0; o < TILE; o += V * W) {
     Vec o0[V], o1[V];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {

@@ -24,6 +24,7 @@ struct Updater {
   const float* folded_for = nullptr;
   alignas(64) float folded[L::ELEMENT][H];
   alignas(64) float x[L::ELEMENT][TILE];
+  alignas(64) float first[H][TILE];
   alignas(64) float out[2][TILE];
 
   Updater(const PassArgs& args, const Job& job)
@@ -56,46 +57,23 @@ struct Updater {
   PYLO_HD void in_registers(const Tile& tile, const Scales& scales, const float* norm, const float (*u)[TILE], const float* r) {
     fold(norm);
     const RuleConstants constants = rule;
-    const Step how = step;
-    const bool moves = !t.direction;
-    alignas(64) float s[TILE];
-    RawWide sum = squares;
     for (int o = 0; o < tile.count; o += W) {
       const Element<Vec, Extended> e = features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
       for (int k = 0; k < K; ++k) store(tile.new_m[k] + o, e.m[k]);
       store(tile.new_v + o, e.v);
-      Vec first[H];
+      Vec sums[H];
 #pragma GCC unroll 8
-      for (int h = 0; h < H; ++h) first[h] = load(u[h] + o) + splat_<Vec>(r[h]);
+      for (int h = 0; h < H; ++h) sums[h] = load(u[h] + o) + splat_<Vec>(r[h]);
 #pragma GCC unroll 18
       for (int f = 0; f < L::ELEMENT; ++f) {
 #pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) first[h] = fma_(e.x[f], splat_<Vec>(folded[f][h]), first[h]);
+        for (int h = 0; h < H; ++h) sums[h] = fma_(e.x[f], splat_<Vec>(folded[f][h]), sums[h]);
       }
 #pragma GCC unroll 8
-      for (int h = 0; h < H; ++h) first[h] = relu_(first[h]);
-      Vec o0 = splat_<Vec>(net.output_bias[0]), o1 = splat_<Vec>(net.output_bias[1]);
-#pragma GCC unroll 8
-      for (int h = 0; h < H; ++h) {
-        Vec hidden = splat_<Vec>(net.hidden_bias[h]);
-#pragma GCC unroll 8
-        for (int i = 0; i < H; ++i) hidden = fma_(first[i], splat_<Vec>(net.hidden[i][h]), hidden);
-        hidden = relu_(hidden);
-        o0 = fma_(hidden, splat_<Vec>(net.output[0][h]), o0);
-        o1 = fma_(hidden, splat_<Vec>(net.output[1][h]), o1);
-      }
-      const Vec direction = direction_of(o0, o1, how.exp_mult);
-      if (moves) {
-        const Vec p = e.x[L::P], now = moved(p, direction, how);
-        add_square(sum, tile.count - o < W ? first_of(now - p, tile.count - o) : now - p);
-        store(tile.new_p + o, now);
-      } else {
-        store(s + o, direction * how.step_size);
-      }
+      for (int h = 0; h < H; ++h) store(first[h] + o, relu_(sums[h]));
     }
-    squares = sum;
-    if (!moves) scatter(tile, t.direction, FLOAT32, 0, s);
-    unstage(tile, t, item.numel, moves);
+    outputs_of<Extended, H>(net, first, out);
+    finish(tile);
   }
 
   // New accumulators, and the normalised element features to x.
@@ -207,7 +185,8 @@ struct Updater {
               in_registers<true>(tile, scales, norm, u[(j - block) / TILE], r[i]);
             } else {
               fill<false, true>(tile, scales, norm);
-              outputs_of<Extended, H>(net, x, u[(j - block) / TILE], r[i], out);
+              first_layer<Extended, H>(net, x, u[(j - block) / TILE], r[i], first);
+              outputs_of<Extended, H>(net, first, out);
               finish(tile);
             }
           }
@@ -252,7 +231,8 @@ struct Updater {
         for (int o = 0; o < TILE; o += W) store(u[h] + o, load(u[h] + o) + load(r[h] + o));
       }
       if constexpr (Diag || !IN_REGISTERS) {
-        outputs_of<Extended, H>(net, x, u, zeros, out);
+        first_layer<Extended, H>(net, x, u, zeros, first);
+        outputs_of<Extended, H>(net, first, out);
         finish(tile);
       } else {
         in_registers<false>(tile, scales, norm, u, zeros);
