@@ -107,7 +107,9 @@ def test_benchmarks_write_what_plots_draw(
     assert {row["ranks"] for row in ahead["steps"]} == {8, 64, 512}
     rows = results["seed_figures_cpu.json"]["layer"]["rows"]
     assert rows["small_fc, compiled passes"]["launches"] <= rows["small_fc, plain PyTorch"]["launches"]
-    assert "absent" in results["seed_figures_cpu.json"]["sharded"]["jax"] or "jax" in sys.modules
+    jax = results["seed_figures_cpu.json"]["jax"]
+    # float32 rounding, or the two did not do the same work: other weights or a feature more is of the size of an update
+    assert "absent" in jax or jax["largest_difference_from_ours"] <= 1e-3 * jax["largest_update"], jax
 
     assert plots.draw(tmp_path, tmp_path / "plots") == []
     drawn = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}
