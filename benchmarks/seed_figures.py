@@ -233,7 +233,7 @@ def sharded(args: argparse.Namespace) -> dict[str, Any] | None:
         cases.append(cases[0].beside_pylo(args.pylo))
     runs = [
         sharded_step.summarize(world, [of_cases[i] for of_cases in per_rank], case)
-        for world, per_rank in on_ranks(args.ranks, sharded_step.measure_cases, cases)
+        for world, per_rank in on_ranks(args.ranks, sharded_step.measure_runs, cases)
         for i, case in enumerate(cases)
     ]
     if not runs:

@@ -327,7 +327,7 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def measure_cases(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[str, Any]]:
+def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[str, Any]]:
     return [measure_rank(rank, world, settings) for settings in cases]
 
 
@@ -409,6 +409,7 @@ def jax_row(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
     return {
         "device": str(jax.devices()[0]),
         "versions": {"jax": jax.__version__},
+        "cpu_ms": "of all threads: JAX takes all cores, PyTorch one",
         "parameters": sum(math.prod(shape) for shape in shapes),
         "steps": rounds + 1,
         "rows": rows,
