@@ -7,6 +7,7 @@
     layer      one 1000 x 1000 layer: time of a step and launches; plain PyTorch, the compiled passes, PyLO
     gpt2       the optimizer's step by GPT-2 size
     sharded    the step on several ranks, ours and others, see sharded_step.py
+    jax        the step on one device, ours and google/learned_optimization's, where that is installed
 
 On a CPU times are CPU time of one thread, on a GPU those between device events; contenders take turns, medians. A launch on a CPU
 is an operator that called no other one and did more than look at memory; on a GPU a kernel. (On a CPU our plain PyTorch goes
@@ -43,7 +44,7 @@ from trainees import Stopwatch, on_ranks, optimizer_of  # noqa: E402
 import pylo_dist  # noqa: E402
 from pylo_dist import ops  # noqa: E402
 
-SECTIONS = ("vit", "layer", "gpt2", "sharded")
+SECTIONS = ("vit", "layer", "gpt2", "sharded", "jax")
 OPTIMIZERS = ("AdafacLO", "VeLO", "AdamW")
 GPT2 = {"124m": (768, 12), "355m": (1024, 24), "774m": (1280, 36), "1.5b": (1600, 48)}  # width, blocks
 # operators that only look at memory or make it, and launch nothing
@@ -221,20 +222,23 @@ def gpt2(device: torch.device, blocks: int | None, rounds: int) -> dict[str, Any
 # ------------------------------------------------------------------------------------------------- results
 
 
+def settings_of(args: argparse.Namespace) -> sharded_step.Settings:
+    return sharded_step.Settings(args.width, args.sharded_blocks, args.rounds, dion=args.dion)
+
+
 def sharded(args: argparse.Namespace) -> dict[str, Any] | None:
     """All runs of sharded_step.py; None on torchrun's ranks other than the first."""
-    settings = sharded_step.Settings(args.width, args.sharded_blocks, args.rounds, args.pylo, args.dion)
+    cases = [settings_of(args)]
+    if args.pylo:
+        cases.append(cases[0].beside_pylo(args.pylo))
     runs = [
-        sharded_step.summarize(world, per_rank, settings)
-        for world, per_rank in on_ranks(args.ranks, sharded_step.measure_rank, settings)
+        sharded_step.summarize(world, [of_cases[i] for of_cases in per_rank], case)
+        for world, per_rank in on_ranks(args.ranks, sharded_step.measure_runs, cases)
+        for i, case in enumerate(cases)
     ]
     if not runs:
         return None
-    return {
-        "runs": runs,
-        "jax": sharded_step.jax_row(settings.shapes(), args.rounds),
-        "balance": sharded_step.computed_balance(),
-    }
+    return {"runs": runs, "balance": sharded_step.computed_balance()}
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -256,6 +260,8 @@ def tables(result: dict[str, Any]) -> str:
             lines.append([model, f"{size['parameters']:,}", *cells])
         found.append(markdown(lines))
     found += [sharded_step.table(run) for run in (result.get("sharded") or {}).get("runs", ())]
+    if "rows" in result.get("jax", {}):
+        found.append(sharded_step.jax_table(result["jax"]))
     return "\n\n".join(found)
 
 
@@ -295,6 +301,7 @@ def main() -> int:
         "layer": lambda: layer(device, args.rounds, args.pylo),
         "gpt2": lambda: gpt2(device, args.gpt2_blocks or (1 if on_cpu else None), args.rounds),
         "sharded": lambda: sharded(args),
+        "jax": lambda: sharded_step.jax_row(settings_of(args).shapes(), args.rounds),
     }
     for name in args.sections:
         result[name] = sections[name]()

@@ -10,6 +10,8 @@ replicated, a reduce-scatter, half of that, where tensors are cut.
                       broadcast them. The rule of the script behind PyLO's published runs, from its description
     torch             ZeroRedundancyOptimizer: whole tensors, the largest first, to the rank with the least
     Dion              Muon of microsoft/dion, from a folder you name: whole tensors by shape, all-gathers
+    PyLO              its plain classes, from a folder you name, replicated: a run of their own, with an eighth of the tensors
+    JAX               google/learned_optimization's small_fc on one device, where it is installed
 
 Whole tensors are exact for rules that look at one tensor at a time, so VeLO is not dealt out. After the steps the contenders
 with a rule's own weights are compared with the replicated run.
@@ -19,14 +21,16 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,6 +45,7 @@ from record import markdown  # noqa: E402
 from trainees import Stopwatch, device_of, optimizer_of  # noqa: E402
 
 import pylo_dist  # noqa: E402
+from pylo_dist.weights import load_weights  # noqa: E402
 
 Shape = tuple[int, ...]
 
@@ -244,6 +249,11 @@ class Settings:
     def shapes(self) -> list[Shape]:
         return transformer(self.width, self.blocks, self.positions, self.vocabulary)
 
+    def beside_pylo(self, pylo: str) -> Settings:
+        """An eighth of it, for the learned rules alone: PyLO's plain classes on every rank take minutes for the whole."""
+        width, blocks, vocabulary = (max(1, n // d) for n, d in ((self.width, 2), (self.blocks, 2), (self.vocabulary, 4)))
+        return replace(self, width=width, blocks=blocks, vocabulary=vocabulary, pylo=pylo, dion=None)
+
 
 def replicated(shapes: Sequence[Shape], device: torch.device, name: str) -> Replicated:
     kind, arguments = optimizer_of(name)
@@ -259,9 +269,14 @@ def makers(settings: Settings, device: torch.device) -> tuple[dict[str, Callable
     """What makes each contender by name, and why some are absent."""
     shapes, absent = settings.shapes(), {}
     found: dict[str, Callable[[], Entry]] = {}
-    for name in ("AdafacLO", "VeLO", "AdamW"):
+    for name in ("AdafacLO", "VeLO", *(["AdamW"] if settings.pylo is None else [])):
         found[f"{name}, replicated"] = lambda name=name: replicated(shapes, device, name)
         found[f"{name}, ours"] = lambda name=name: Ours(shapes, device, name)
+    if settings.pylo is not None:
+        for name, make in pylo_makers(settings.pylo).items():
+            found[f"{name}, PyLO naive, replicated"] = lambda make=make: Replicated(shapes, device, make, with_loss=True)
+        return found, absent
+    absent["small_fc and velo, PyLO naive, replicated"] = "in a smaller run, where a folder with PyLO's source is named (--pylo)"
     found["AdafacLO, whole tensors by shape"] = lambda: WholeTensors(shapes, device)
     for name in ("AdafacLO", "AdamW"):
         found[f"{name}, torch ZeroRedundancyOptimizer"] = lambda name=name: Torch(shapes, device, name)
@@ -270,11 +285,6 @@ def makers(settings: Settings, device: torch.device) -> tuple[dict[str, Callable
     else:
         folder = settings.dion
         found["Muon, Dion"] = lambda: Dion(shapes, device, folder)
-    if settings.pylo is None:
-        absent["small_fc and velo, PyLO naive, replicated"] = "no folder with PyLO's source was named (--pylo)"
-    else:
-        for name, make in pylo_makers(settings.pylo).items():
-            found[f"{name}, PyLO naive, replicated"] = lambda make=make: Replicated(shapes, device, make, with_loss=True)
     return found, absent
 
 
@@ -318,6 +328,10 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     return result
 
 
+def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[str, Any]]:
+    return [measure_rank(rank, world, settings) for settings in cases]
+
+
 def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, elements, by contender."""
     rows = {}
@@ -349,33 +363,67 @@ def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings
 
 
 def jax_row(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
-    """google/learned_optimization's small_fc on one device, jit-compiled, random weights; or why there is none.
+    """AdafacLO and, in turns with it, the same by google/learned_optimization, compiled by JAX; or why there is none.
 
-    Not tried where this was written, as JAX was not installed there.
+    Both step the same tensors with the same gradients and weights on one device and are compared at the end. JAX takes all cores
+    and PyTorch one, so that on a CPU what compares is their CPU time.
     """
     try:
         import jax
         from learned_optimization.learned_optimizers import adafac_mlp_lopt
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # AttributeError: of versions that do not fit each other
         return {"absent": f"{error}; pip install jax and google/learned_optimization"}
-    key = jax.random.PRNGKey(0)
-    learned = adafac_mlp_lopt.AdafacMLPLOpt()
-    optimizer = learned.opt_fn(learned.init(key))
-    params = {str(i): 0.02 * jax.random.normal(key, shape) for i, shape in enumerate(shapes)}
-    grads = {name: 1e-2 * jax.random.normal(key, p.shape) for name, p in params.items()}
-    state = optimizer.init(params, num_steps=10_000)
-    update = jax.jit(optimizer.update)
-    watch, taken = Stopwatch(torch.device("cpu")), []
-    for _ in range(rounds + 1):
+    device = torch.device("cpu" if jax.devices()[0].platform == "cpu" or not torch.cuda.is_available() else "cuda")
+    ours, watch = replicated(shapes, device, "AdafacLO"), Stopwatch(device)
+    weights = load_weights(optimizer_of("AdafacLO")[1]["weights"])
+    layers = [f"network.{name}" for name in ("input", "linear_0", "output")]
+    network = {f"w{i}": weights.tensors[f"{layer}.weight"].T.numpy() for i, layer in enumerate(layers)}
+    network |= {f"b{i}": weights.tensors[f"{layer}.bias"].numpy() for i, layer in enumerate(layers)}
+    scales = {name: ours.optimizer.param_groups[0][name] for name in ("exp_mult", "step_mult")}
+    learned = adafac_mlp_lopt.AdafacMLPLOpt(hidden_size=32, hidden_layers=2, **scales)
+    theta = {name: jax.numpy.asarray(offsets) for name, offsets in weights.decays.items()} | {"nn": {"~": network}}
+    optimizer = learned.opt_fn(jax.tree_util.tree_map(jax.numpy.asarray, theta))
+    grads = {str(i): jax.numpy.asarray(g.cpu().numpy()) for i, g in enumerate(ours.tensors.grads)}
+    state = optimizer.init(
+        {str(i): jax.numpy.array(p.cpu().numpy()) for i, p in enumerate(ours.tensors.values())}, num_steps=10_000
+    )
+    update = jax.jit(optimizer.update, donate_argnums=0)
+    ours.bring_gradients()
+    start = [p.clone() for p in ours.tensors.values()]
+    taken: list[list[tuple[float, float]]] = [[], []]
+    for _ in range(rounds + 1):  # the first compiles
         watch.start()
         state = jax.block_until_ready(update(state, grads, 1.0))
-        taken.append(watch.stop())
+        taken[0].append(watch.stop())
+        time.sleep(0.2)  # its threads free memory after a step, which would count as ours
+        watch.start()
+        ours.step()
+        taken[1].append(watch.stop())
+    params = optimizer.get_params(state)
+    pairs = [(torch.from_numpy(np.array(params[str(i)])), p.cpu()) for i, p in enumerate(ours.tensors.values())]
+    rows = {
+        name: {
+            "step_ms": round(1e3 * median(wall for wall, _ in times[1:]), 3),
+            "cpu_ms": round(1e3 * median(cpu for _, cpu in times[1:]), 3),
+        }
+        for name, times in zip(("AdafacLO, JAX", "AdafacLO, ours"), taken, strict=True)
+    }
     return {
         "device": str(jax.devices()[0]),
-        "version": jax.__version__,
-        "step_ms": round(1e3 * median(wall for wall, _ in taken[1:]), 3),
-        "cpu_ms": round(1e3 * median(cpu for _, cpu in taken[1:]), 3),
+        "versions": {"jax": jax.__version__},
+        "cpu_ms": "of all threads: JAX takes all cores, PyTorch one",
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "steps": rounds + 1,
+        "rows": rows,
+        "largest_difference_from_ours": max(float((a - b).abs().max()) for a, b in pairs),
+        "largest_update": max(float((a - b.cpu()).abs().max()) for (_, a), b in zip(pairs, start, strict=True)),
     }
+
+
+def jax_table(found: dict[str, Any]) -> str:
+    lines = [["step alone, one device", "wall clock, ms", "CPU, ms"]]
+    lines += [[name, f"{row['step_ms']:.1f}", f"{row['cpu_ms']:.1f}"] for name, row in found["rows"].items()]
+    return f"### JAX {found['versions']['jax']} on {found['device']}, {found['parameters']:,} parameters\n\n{markdown(lines)}"
 
 
 def table(run: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def _measure(rank: int, world: int) -> dict[str, Any]:
     if world > 1:
         found["measure_cases"] = bench_memory.measure_cases(rank, world, TINY, bench_memory.CASES, CAP_MB, 2)
         found["measure_layouts"] = bench_memory.measure_layouts(rank, world, TINY, LAYOUTS, CAP_MB)
-        found["sharded"] = sharded_step.measure_rank(rank, world, SHARDED)
+        found["sharded"] = sharded_step.measure_runs(rank, world, [SHARDED])
         found["train"] = bench_train.measure_rank(rank, world, TRAIN)
     found["scaling"] = scaling.measure_rank(rank, world, SCALING)  # last: it wraps the package's collectives
     return found
@@ -119,7 +119,9 @@ def test_benchmarks_write_what_plots_draw(
     assert {row["ranks"] for row in ahead["steps"]} == {8, 64, 512}
     rows = results["seed_figures_cpu.json"]["layer"]["rows"]
     assert rows["small_fc, compiled passes"]["launches"] <= rows["small_fc, plain PyTorch"]["launches"]
-    assert "absent" in results["seed_figures_cpu.json"]["sharded"]["jax"] or "jax" in sys.modules
+    jax = results["seed_figures_cpu.json"]["jax"]
+    # float32 rounding, or the two did not do the same work: other weights or a feature more is of the size of an update
+    assert "absent" in jax or jax["largest_difference_from_ours"] <= 1e-3 * jax["largest_update"], jax
 
     assert plots.draw(tmp_path, tmp_path / "plots") == []
     drawn = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}
@@ -159,14 +161,29 @@ def test_state_by_layout_is_as_promised(measured: dict[int, list[dict[str, Any]]
 
 def test_every_way_to_deal_the_work_gives_the_same_parameters(measured: dict[int, list[dict[str, Any]]]) -> None:
     for found in measured[2]:
-        differences = found["sharded"]["differences"]
+        differences = found["sharded"][0]["differences"]
         assert {"AdafacLO, ours", "VeLO, ours", "AdafacLO, whole tensors by shape"} <= set(differences)
         assert max(differences.values()) == 0.0, differences
-    elements = [found["sharded"]["elements"] for found in measured[2]]
+    elements = [found["sharded"][0]["elements"] for found in measured[2]]
     total = elements[0]["AdafacLO, replicated"]
     for name in ("AdafacLO, ours", "AdafacLO, whole tensors by shape", "AdafacLO, torch ZeroRedundancyOptimizer"):
         assert sum(e[name] for e in elements) == total, name
     assert max(e["AdafacLO, ours"] for e in elements) <= total / 2 + ALIGNMENT
+
+
+def test_pylo_has_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the tensors, beside ours; its source is not needed to know that."""
+    monkeypatch.setattr(sharded_step, "pylo_makers", lambda folder: {"small_fc": folder})
+    whole = sharded_step.Settings(256, 4, 7, dion="dion")
+    small = whole.beside_pylo("pylo")
+    ratio = sum(math.prod(s) for s in small.shapes()) / sum(math.prod(s) for s in whole.shapes())
+    assert 1 / 9 < ratio < 1 / 7
+    found, absent = sharded_step.makers(small, torch.device("cpu"))
+    ours = [f"{name}, {how}" for name in ("AdafacLO", "VeLO") for how in ("replicated", "ours")]
+    assert (list(found), absent) == ([*ours, "small_fc, PyLO naive, replicated"], {})
+    found, absent = sharded_step.makers(whole, torch.device("cpu"))
+    assert not any("PyLO" in name for name in found)
+    assert [name for name in absent if "PyLO" in name] == ["small_fc and velo, PyLO naive, replicated"]
 
 
 @pytest.mark.parametrize(

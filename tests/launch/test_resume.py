@@ -246,7 +246,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     ranks = Setup(folder, "adafaclo", 2, steps=9)  # the last one again, and the code on both ranks
     with started(ranks, out) as processes:
         assert codes_of(processes, out, 60) == [2, 2]
-    assert len(Path(f"{out}.log").read_text().splitlines()) == 1
+    lines = Path(f"{out}.log").read_text().splitlines()
+    assert len([line for line in lines if not line.startswith("[Gloo]")]) == 1, lines  # torch 2.10 says more
     assert tree(out) == before
 
 
