@@ -56,7 +56,7 @@ def test_hot_kernels_do_not_spill(arch: str, tmp_path: Path, figures: list[str])
 def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(wanted: str, code: int, tmp_path: Path) -> None:
     script = tmp_path / "bin/nvcc"
     script.parent.mkdir()
-    script.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1, V99.1.1'\n")
+    script.write_text("#!/bin/sh\necho '#$ -D__CUDACC_VER_MAJOR__=99' >&2\n")
     script.chmod(0o755)
     program = "import runpy, torch; torch.version.cuda = '12.8'; print(len(runpy.run_path('setup.py')['extensions']()))"
     environment = {**os.environ, "PYLO_DIST_CUDA": wanted, "CUDA_HOME": str(tmp_path)}
