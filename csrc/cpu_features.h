@@ -92,13 +92,13 @@ struct FeatureSums {
       constexpr double bound = static_cast<double>(CLIPPED_GRADIENT) * static_cast<double>(CLIPPED_GRADIENT);
       for (int i = 0; i < vectors; ++i) {
         const int o = i * W;
-        const Vec g = used_gradient(load(tile.g + o), scale, rule), p = load(tile.p + o), old_v = load(tile.v + o);
-        const Vec v = new_rms(g, old_v, rule);
+        const Vec g = used_gradient(load(tile.g + o), scale, rule), v = new_rms(g, load(tile.v + o), rule);
         Vec q = rms_rsqrt(v, rule);
         if (tile.count - o < W) q = first_of(q, tile.count - o);  // all else is zero beyond the end
         store(g_used + o, g);
-        const auto half = [&](int h, RawWide g_, RawWide p_, RawWide v_, RawWide q_, RawWide old_) {
-          const RawWide g_square = g_ * g_, q_square = q_ * q_;
+        const auto half = [&](int h, RawWide g_, RawWide v_, RawWide q_) {
+          const int at = o + h * (W / 2);
+          const RawWide g_square = g_ * g_, q_square = q_ * q_, p_ = load_wide(tile.p + at);
           g2[i][h] = g_square;
           q2[i][h] = q_square;
           g_sum += g_square;
@@ -110,12 +110,13 @@ struct FeatureSums {
             gq = fma_(g_square, q_square, gq);
           }
           if constexpr (Moments) {
+            const RawWide old_ = load_wide(tile.v + at);
             old += old_;
             old_square = fma_(old_, old_, old_square);
           }
         };
-        half(0, low_half(g), low_half(p), low_half(v), low_half(q), low_half(old_v));
-        half(1, high_half(g), high_half(p), high_half(v), high_half(q), high_half(old_v));
+        half(0, low_half(g), low_half(v), low_half(q));
+        half(1, high_half(g), high_half(v), high_half(q));
       }
       sums[0] = g_sum;
       sums[L::P] = p_sum;
@@ -135,24 +136,27 @@ struct FeatureSums {
       RawWide old_square = sums[Moments ? M_SQUARES + k : 0], fg{}, fm{};
       for (int i = 0; i < vectors; ++i) {
         const int o = i * W;
-        const Vec old_m = load(tile.m[k] + o), m = new_momentum(load(g_used + o), old_m, k, rule), vector = load(scales.vector[k] + o);
-        Vec constant{};
-        if constexpr (!Dense) constant = load(scales.constant[k] + o);
-        const auto half = [&](int h, RawWide m_, RawWide old_, RawWide vector_, RawWide constant_) {
-          const RawWide m_square = m_ * m_;
-          RawWide f = vector_ * vector_;
-          if constexpr (!Dense) f *= constant_ * constant_;
+        const Vec m = new_momentum(load(g_used + o), load(tile.m[k] + o), k, rule);
+        const auto half = [&](int h, RawWide m_) {
+          const int at = o + h * (W / 2);
+          const RawWide m_square = m_ * m_, vector = load_wide(scales.vector[k] + at);
+          RawWide f = vector * vector;
+          if constexpr (!Dense) {
+            const RawWide constant = load_wide(scales.constant[k] + at);
+            f *= constant * constant;
+          }
           m_sum += m_square;
           mq = fma_(m_square, q2[i][h], mq);
           fg = fma_(g2[i][h], f, fg);
           fm = fma_(m_square, f, fm);
           if constexpr (Moments) {
+            const RawWide old_ = load_wide(tile.m[k] + at);
             old += old_;
             old_square = fma_(old_, old_, old_square);
           }
         };
-        half(0, low_half(m), low_half(old_m), low_half(vector), low_half(constant));
-        half(1, high_half(m), high_half(old_m), high_half(vector), high_half(constant));
+        half(0, low_half(m));
+        half(1, high_half(m));
       }
       if constexpr (Dense) {
         const double constant = *scales.constant[k];

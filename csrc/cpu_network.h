@@ -36,11 +36,11 @@ struct alignas(64) Network {
 };
 
 // Vectors of a block that are worked on together, so that sums of 4 outputs stay in registers: 16 where there are 32 of them.
-constexpr int V = W == 16 ? 4 : 2;
+constexpr int BLOCK_VECTORS = W == 16 ? 4 : 2;
 constexpr int OUT = 4;
 
 // sums[j][i] += sum over `count` inputs of x[input][o + i W] weights[input][h + j]
-template <int H>
+template <int V, int H>
 PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], int o, const float (*weights)[H], int h) {
 #pragma GCC unroll 2
   for (int input = 0; input < count; ++input) {
@@ -56,62 +56,59 @@ PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], 
   }
 }
 
-// The first layer of a tile. x: normalised element features; it starts from u + r (see mlp.h), where r has one number per hidden unit.
-template <bool Extended, int H>
+// The first layer of V vectors from o on. It starts from u + r (see mlp.h), where r has one number per hidden unit, and adds
+// `count` features x by their weights.
+template <int V, int H>
 PYLO_HD void first_layer(
-    const Network<Extended, H>& net, const float (*x)[TILE], const float (*u)[TILE], const float* r, float (*first)[TILE]) {
-  for (int o = 0; o < TILE; o += V * W) {
-    for (int h = 0; h < H; h += OUT) {
-      Vec sums[OUT][V];
+    int count, const float (*x)[TILE], const float (*weights)[H], const float (*u)[TILE], const float* r, int o, float (*first)[TILE]) {
+  for (int h = 0; h < H; h += OUT) {
+    Vec sums[OUT][V];
 #pragma GCC unroll 4
-      for (int j = 0; j < OUT; ++j) {
+    for (int j = 0; j < OUT; ++j) {
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) sums[j][i] = load(u[h + j] + o + i * W) + splat_<Vec>(r[h + j]);
-      }
-      add_inputs<H>(sums, Layout<Extended>::ELEMENT, x, o, net.element, h);
+      for (int i = 0; i < V; ++i) sums[j][i] = load(u[h + j] + o + i * W) + splat_<Vec>(r[h + j]);
+    }
+    add_inputs<V, H>(sums, count, x, o, weights, h);
 #pragma GCC unroll 4
-      for (int j = 0; j < OUT; ++j) {
+    for (int j = 0; j < OUT; ++j) {
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) store(first[h + j] + o + i * W, relu_(sums[j][i]));
-      }
+      for (int i = 0; i < V; ++i) store(first[h + j] + o + i * W, relu_(sums[j][i]));
     }
   }
 }
 
-// The network's two outputs for a tile, from its first layer.
-template <bool Extended, int H>
-PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], float (*out)[TILE]) {
-  for (int o = 0; o < TILE; o += V * W) {
-    Vec o0[V], o1[V];
+// The network's two outputs for V vectors from o on, from their first layer.
+template <int V, bool Extended, int H>
+PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], int o, float (*out)[TILE]) {
+  Vec o0[V], o1[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      o0[i] = splat_<Vec>(net.output_bias[0]);
-      o1[i] = splat_<Vec>(net.output_bias[1]);
+  for (int i = 0; i < V; ++i) {
+    o0[i] = splat_<Vec>(net.output_bias[0]);
+    o1[i] = splat_<Vec>(net.output_bias[1]);
+  }
+  for (int h = 0; h < H; h += OUT) {
+    Vec sums[OUT][V];
+#pragma GCC unroll 4
+    for (int j = 0; j < OUT; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sums[j][i] = splat_<Vec>(net.hidden_bias[h + j]);
     }
-    for (int h = 0; h < H; h += OUT) {
-      Vec sums[OUT][V];
+    add_inputs<V, H>(sums, H, first, o, net.hidden, h);
 #pragma GCC unroll 4
-      for (int j = 0; j < OUT; ++j) {
+    for (int j = 0; j < OUT; ++j) {
+      const Vec w0 = splat_<Vec>(net.output[0][h + j]), w1 = splat_<Vec>(net.output[1][h + j]);
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) sums[j][i] = splat_<Vec>(net.hidden_bias[h + j]);
-      }
-      add_inputs<H>(sums, H, first, o, net.hidden, h);
-#pragma GCC unroll 4
-      for (int j = 0; j < OUT; ++j) {
-        const Vec w0 = splat_<Vec>(net.output[0][h + j]), w1 = splat_<Vec>(net.output[1][h + j]);
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-          const Vec hidden = relu_(sums[j][i]);
-          o0[i] = fma_(hidden, w0, o0[i]);
-          o1[i] = fma_(hidden, w1, o1[i]);
-        }
+      for (int i = 0; i < V; ++i) {
+        const Vec hidden = relu_(sums[j][i]);
+        o0[i] = fma_(hidden, w0, o0[i]);
+        o1[i] = fma_(hidden, w1, o1[i]);
       }
     }
+  }
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      store(out[0] + o + i * W, o0[i]);
-      store(out[1] + o + i * W, o1[i]);
-    }
+  for (int i = 0; i < V; ++i) {
+    store(out[0] + o + i * W, o0[i]);
+    store(out[1] + o + i * W, o1[i]);
   }
 }
 

@@ -42,9 +42,7 @@ struct Updater {
     return norm[side_input<Extended>(vector == static_cast<bool>(item.vector_is_row), s)];
   }
 
-  // Small networks take a vector of elements from its features to its new value in registers, their normalisers in the weights.
-  static constexpr bool IN_REGISTERS = H <= 8;
-
+  // The weights of the element features, times their normalisers.
   PYLO_HD void fold(const float* norm) {
     if (norm == folded_for) return;
     folded_for = norm;
@@ -53,9 +51,26 @@ struct Updater {
     }
   }
 
+  // New accumulators, and the element features to x.
+  template <bool Diag, bool Dense>
+  PYLO_HD void fill(const Tile& tile, const Scales& scales) {
+    const RuleConstants constants = rule;
+    for (int o = 0; o < tile.count; o += W) {
+      const Element<Vec, Extended> e = features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
+      for (int k = 0; k < K; ++k) {
+        store(tile.new_m[k] + o, e.m[k]);
+        if constexpr (Diag) store(tile.new_d[k] + o, e.d[k]);
+      }
+      store(tile.new_v + o, e.v);
+      for (int f = 0; f < L::ELEMENT; ++f) store(x[f] + o, e.x[f]);
+    }
+  }
+
+  // Small networks, but for tensors below two dims, take a vector of elements from its features to its first layer in registers.
+  static constexpr bool IN_REGISTERS = H <= 8;
+
   template <bool Dense>
-  PYLO_HD void in_registers(const Tile& tile, const Scales& scales, const float* norm, const float (*u)[TILE], const float* r) {
-    fold(norm);
+  PYLO_HD void fill_first(const Tile& tile, const Scales& scales, const float (*u)[TILE], const float* r) {
     const RuleConstants constants = rule;
     for (int o = 0; o < tile.count; o += W) {
       const Element<Vec, Extended> e = features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
@@ -72,40 +87,35 @@ struct Updater {
 #pragma GCC unroll 8
       for (int h = 0; h < H; ++h) store(first[h] + o, relu_(sums[h]));
     }
-    outputs_of<Extended, H>(net, first, out);
-    finish(tile);
   }
 
-  // New accumulators, and the normalised element features to x.
-  template <bool Diag, bool Dense>
-  PYLO_HD void fill(const Tile& tile, const Scales& scales, const float* norm) {
-    const RuleConstants constants = rule;
-    for (int o = 0; o < TILE; o += W) {
-      const Element<Vec, Extended> e = features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
-      for (int k = 0; k < K; ++k) {
-        store(tile.new_m[k] + o, e.m[k]);
-        if constexpr (Diag) store(tile.new_d[k] + o, e.d[k]);
-      }
-      store(tile.new_v + o, e.v);
-      for (int f = 0; f < L::ELEMENT; ++f) store(x[f] + o, e.x[f] * norm[L::input_of(f)]);
+  // The network for the vectors from o on, `Vectors` or, near the end, fewer at a time; its first layer too if that comes from x.
+  template <int Vectors, bool FromX>
+  PYLO_HD void networks(int o, int count, const float (*u)[TILE], const float* r) {
+    for (; count - o > (Vectors - 1) * W; o += Vectors * W) {
+      if constexpr (FromX) first_layer<Vectors, H>(L::ELEMENT, x, folded, u, r, o, first);
+      outputs_of<Vectors>(net, first, o, out);
     }
+    if constexpr (Vectors > 1) networks<Vectors - 1, FromX>(o, count, u, r);
   }
 
-  // From the network's outputs to the new values, or the direction.
-  PYLO_HD void finish(const Tile& tile) {
+  // The network, and from its outputs to the new values, or the direction.
+  template <bool FromX>
+  PYLO_HD void finish(const Tile& tile, const float (*u)[TILE], const float* r) {
+    networks<BLOCK_VECTORS, FromX>(0, tile.count, u, r);
     if (t.direction) {
       alignas(64) float s[TILE];
-      for (int o = 0; o < TILE; o += W) {
+      for (int o = 0; o < tile.count; o += W) {
         store(s + o, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult) * step.step_size);
       }
       scatter(tile, t.direction, FLOAT32, 0, s);
     } else {
       RawWide sum = squares;
-      for (int o = 0; o < TILE; o += W) {
+      for (int o = 0; o < tile.count; o += W) {
         const Vec p = load(tile.p + o);
         const Vec now = moved(p, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult), step);
         const int count = tile.count - o;
-        if (count > 0) add_square(sum, count < W ? first_of(now - p, count) : now - p);
+        add_square(sum, count < W ? first_of(now - p, count) : now - p);
         store(tile.new_p + o, now);
       }
       squares = sum;
@@ -114,19 +124,8 @@ struct Updater {
   }
 
   // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A small network reads memory row by
-  // row then; a large one has time to fetch the row below, see `prefetch`.
+  // row then; a large one goes down the rows, and fetches the row below.
   static constexpr int BLOCK = H == 32 ? 1 : 32;
-
-  // Fetch the inputs of a tile that is worked on later.
-  PYLO_HD void prefetch(int64_t at) const {
-    constexpr int line = 16;  // floats
-    for (int i = 0; i < TILE; i += line) {
-      for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * item.numel + at + i, 1);
-      __builtin_prefetch(t.rms + at + i, 1);
-      if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i, 1);
-      if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
-    }
-  }
 
   void dense(const PassArgs& args, const Job& job) {
     const Factors factors = factors_of(item, t, args.factors);
@@ -144,6 +143,7 @@ struct Updater {
         if (!same || runs[rows].lead != runs[0].lead) break;
       }
       const float* norm = normalisers + runs[0].lead * L::INPUTS;
+      fold(norm);
       for (int i = 0; i < rows; ++i) {
         const int64_t at = item.vector_is_row ? runs[i].col : runs[i].row;
         float of_row[SIDE];
@@ -177,18 +177,17 @@ struct Updater {
           for (int64_t j = block; j < end; j += TILE) {
             tile.count = static_cast<int>(end - j < TILE ? end - j : TILE);
             vector_scales(scales, vector, vector_at + j, tile.count, padded);
-            if (BLOCK == 1 && i + 1 < rows) prefetch(runs[i + 1].local + j);
-            if (BLOCK == 1 && i + 1 == rows && end < job.last) prefetch(runs[0].local + end);
+            const int64_t later = BLOCK > 1 ? runs[i].local + j + AHEAD : i + 1 < rows ? runs[i + 1].local + j : runs[0].local + end;
+            prefetch(t, item.numel, later);
             tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
             stage(tile, t, item.numel, buffers);
+            const float(*start)[TILE] = u[(j - block) / TILE];
             if constexpr (IN_REGISTERS) {
-              in_registers<true>(tile, scales, norm, u[(j - block) / TILE], r[i]);
+              fill_first<true>(tile, scales, start, r[i]);
             } else {
-              fill<false, true>(tile, scales, norm);
-              first_layer<Extended, H>(net, x, u[(j - block) / TILE], r[i], first);
-              outputs_of<Extended, H>(net, first, out);
-              finish(tile);
+              fill<false, true>(tile, scales);
             }
+            finish<!IN_REGISTERS>(tile, start, r[i]);
           }
         }
       }
@@ -204,13 +203,14 @@ struct Updater {
     const float zeros[H] = {};
     for_tiles<Diag, false>(args, job, [&](const Tile& tile, const Scales& scales) {
       const float* norm = normalisers + tile.lead * L::INPUTS;
+      fold(norm);
       if constexpr (!Diag) {
         fill_side(tile, box, item.vector_is_row, vector.factor, vector.size, vector_side);
         fill_side(tile, box, item.vector_is_row, vector.rsqrt, vector.size, vector_side + K);
         fill_side(tile, box, !item.vector_is_row, constant.factor, constant.size, constant_side);
         fill_side(tile, box, !item.vector_is_row, constant.rsqrt, constant.size, constant_side + K);
       }
-      if constexpr (Diag || !IN_REGISTERS) fill<Diag, false>(tile, scales, norm);
+      if constexpr (Diag || !IN_REGISTERS) fill<Diag, false>(tile, scales);
       for (int s = 0; s < SIDE; ++s) {
         const float vector_norm = side_normaliser(norm, true, s), constant_norm = side_normaliser(norm, false, s);
         for (int o = 0; o < TILE; o += W) {
@@ -230,13 +230,8 @@ struct Updater {
       for (int h = 0; h < H; ++h) {
         for (int o = 0; o < TILE; o += W) store(u[h] + o, load(u[h] + o) + load(r[h] + o));
       }
-      if constexpr (Diag || !IN_REGISTERS) {
-        first_layer<Extended, H>(net, x, u, zeros, first);
-        outputs_of<Extended, H>(net, first, out);
-        finish(tile);
-      } else {
-        in_registers<false>(tile, scales, norm, u, zeros);
-      }
+      if constexpr (!Diag && IN_REGISTERS) fill_first<false>(tile, scales, u, zeros);
+      finish<Diag || !IN_REGISTERS>(tile, u, zeros);
     });
   }
 

@@ -63,10 +63,10 @@ struct Jobs {
   std::vector<int64_t> first;  // of the a-th active item; one more at the end
 };
 
-Jobs deal(const Tables& tables, const Ints& active) {
+Jobs deal(const Tables& tables, const Ints& active, int64_t smallest = SMALLEST_JOB) {
   int64_t numel = 0;
   for (int64_t i = 0; i < tables.num_items; ++i) numel += tables.items[i].numel;
-  const int64_t size = std::clamp(numel / JOBS, SMALLEST_JOB, LARGEST_JOB);
+  const int64_t size = std::clamp(numel / JOBS, smallest, LARGEST_JOB);
   Jobs all;
   for (int64_t i : active) {
     all.first.push_back(static_cast<int64_t>(all.jobs.size()));
@@ -127,7 +127,7 @@ void gradient_pass(
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
   const double* limit = doubles(limits, 2 * tables.num_items, "limits");
   const std::vector<double*> buffers = buffers_of_a(tables, sums, active);
-  const Jobs jobs = deal(tables, active);
+  const Jobs jobs = deal(tables, active, 4 * SMALLEST_JOB);  // one thread adds the jobs' sums of an item: the fewer the better
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;

@@ -64,6 +64,7 @@ PYLO_HD Vec sqrt_(Vec x) { return {(RawVec)_mm512_sqrt_ps((__m512)x.raw)}; }
 // the machine's max and min give their second operand where either is NaN
 PYLO_HD Vec max_(Vec x, float floor) { return {(RawVec)_mm512_max_ps(_mm512_set1_ps(floor), (__m512)x.raw)}; }
 PYLO_HD Vec min_(Vec x, float ceiling) { return {(RawVec)_mm512_min_ps(_mm512_set1_ps(ceiling), (__m512)x.raw)}; }
+PYLO_HD RawWide load_wide(const float* at) { return (RawWide)_mm512_cvtps_pd(_mm256_loadu_ps(at)); }
 PYLO_HD RawWide low_half(Vec x) { return (RawWide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x.raw)); }
 PYLO_HD RawWide high_half(Vec x) { return (RawWide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x.raw, 1)); }
 PYLO_HD RawWide fma_(RawWide a, RawWide b, RawWide c) {
@@ -75,6 +76,7 @@ PYLO_HD Vec fma_(Vec a, Vec b, Vec c) { return {(RawVec)_mm256_fmadd_ps((__m256)
 PYLO_HD Vec sqrt_(Vec x) { return {(RawVec)_mm256_sqrt_ps((__m256)x.raw)}; }
 PYLO_HD Vec max_(Vec x, float floor) { return {(RawVec)_mm256_max_ps(_mm256_set1_ps(floor), (__m256)x.raw)}; }
 PYLO_HD Vec min_(Vec x, float ceiling) { return {(RawVec)_mm256_min_ps(_mm256_set1_ps(ceiling), (__m256)x.raw)}; }
+PYLO_HD RawWide load_wide(const float* at) { return (RawWide)_mm256_cvtps_pd(_mm_loadu_ps(at)); }
 PYLO_HD RawWide low_half(Vec x) { return (RawWide)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.raw)); }
 PYLO_HD RawWide high_half(Vec x) { return (RawWide)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.raw, 1)); }
 PYLO_HD RawWide fma_(RawWide a, RawWide b, RawWide c) {
@@ -89,6 +91,7 @@ PYLO_HD Vec sqrt_(Vec x) {
 }
 PYLO_HD Vec max_(Vec x, float floor) { return {x.raw < floor ? splat_<Vec>(floor).raw : x.raw}; }
 PYLO_HD Vec min_(Vec x, float ceiling) { return {x.raw > ceiling ? splat_<Vec>(ceiling).raw : x.raw}; }
+PYLO_HD RawWide load_wide(const float* at) { return RawWide{at[0], at[1]}; }
 PYLO_HD RawWide low_half(Vec x) { return RawWide{x.raw[0], x.raw[1]}; }
 PYLO_HD RawWide high_half(Vec x) { return RawWide{x.raw[2], x.raw[3]}; }
 PYLO_HD RawWide fma_(RawWide a, RawWide b, RawWide c) { return a * b + c; }

@@ -75,6 +75,7 @@ class Engine:
         device = work[0][1].device if work else torch.device("cpu")
         self.go = torch.ones((), dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._no = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
         self._steps_begun = self._captured = False
@@ -143,28 +144,28 @@ class Engine:
         if not audits:
             return
         device = self.go.device
-        self.grad_norm = sum(a[:, SQUARES].sum().to(device) for a in audits).sqrt()  # type: ignore[union-attr]
-        probe = self._is_probe()
-        failed = torch.stack([(a[:, FAILED] > 0).any().to(device) for a in audits]).any()
+        table = audits[0] if len(audits) == 1 else torch.cat([audit.to(device) for audit in audits])
+        totals = table.sum(0)  # counts and squares: none is negative
+        self.grad_norm = totals[SQUARES].sqrt()
+        probe, failed, nonfinite = self._is_probe(), totals[FAILED] > 0, self._no
         if loss is not None:  # copies of a model that nothing else is reduced for, as under DDP
             failed = failed | (loss[3] > 0)
-        lossless = torch.zeros_like(failed) if loss is None else (loss[1] < loss[2]) & ~probe
+        lossless = self._no if loss is None else (loss[1] < loss[2]) & ~probe
         bad = [(a[:, NONFINITE] > 0) for a in audits]
-        finite = torch.ones_like(self.go)
         if self.nonfinite != "allow":
-            bad_loss = [] if loss is None else [~loss[0].isfinite()]
-            finite = ~torch.stack([*(b.any().to(device) for b in bad), *bad_loss]).any()
-        flags = torch.stack([failed, lossless, ~finite & (self.nonfinite == "error")])
+            nonfinite = totals[NONFINITE] > 0 if loss is None else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
+        flags = torch.stack([failed, lossless, nonfinite, probe])
+        self.go = ~flags.any()
         # elsewhere than on a CPU the others do not know yet, and go on to collectives that this rank must not leave
-        self._outcome.note(flags, bad if self.nonfinite == "error" else [], problem, problem is not None and not self.shared)
-        self.go = finite & ~failed & ~lossless & ~probe
+        error = self.nonfinite == "error"
+        self._outcome.note(flags[: 2 + error], bad if error else [], problem, problem is not None and not self.shared)
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.go = self.go.to(batch.device)
             batch.keep = (audit[:, PRESENT] > 0) & batch.go
             if loss is not None:
                 batch.loss = (loss[0] / loss[2]).to(batch.device)
             limits = [item.hyper.get("max_grad_norm") for item in batch.items]
-            batch.clips = any(limit is not None for limit in limits)
+            clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
             if batch.clips:
                 bounds = tuple(float("inf") if limit is None else limit for limit in limits)
                 bound = batch.on_device("bounds", bounds, torch.float64)
@@ -174,8 +175,8 @@ class Engine:
                 if rule.replaces_nonfinite:  # of a norm that is no number nothing is left: s g is NaN, which counts as 0
                     scale = torch.where(torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale)
                 batch.scale = torch.where(bound.isinf(), 1.0, scale)
-            else:
-                batch.scale = torch.ones_like(batch.scale)  # groups may have clipped before
+            elif clipped:  # before: the groups were changed
+                batch.scale = torch.ones_like(batch.scale)
             stats.after_judgement(audit)
 
     def _is_probe(self) -> Tensor:
@@ -184,7 +185,9 @@ class Engine:
         With such a step torch.distributed.checkpoint makes optimizers create their state; it must change nothing.
         """
         rates = [item.hyper.get("lr", 1.0) for _, batch in self.work for item in batch.items]
-        probe = (self.grad_norm == 0.0) & all(isinstance(rate, Tensor) or rate == 0.0 for rate in rates)
+        if not all(isinstance(rate, Tensor) or rate == 0.0 for rate in rates):
+            return self._no
+        probe = self.grad_norm == 0.0
         for rate in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
             probe = probe & (rate == 0.0).to(probe.device)
         return probe
@@ -245,8 +248,12 @@ class _Outcome:
         self._asked = True
 
     def note(self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool) -> None:
-        """Add what the step under way has shown; `alone`: no other rank waits for this one, so its problem is raised now."""
-        self.flags |= flags
+        """Add what the step under way has shown; `alone`: no other rank waits for this one, so its problem is raised now.
+
+        Args:
+            flags: the first two or all three.
+        """
+        self.flags[: len(flags)].logical_or_(flags)
         for sticky, now in zip(self.bad, bad, strict=False):
             sticky |= now
         self.problem = problem

@@ -66,13 +66,15 @@ class AdafacRule(ThreePassRule):
         """The network with the time features of iteration `step` folded into its first bias."""
         key = (dtype, step.device)
         if key not in self._tensors:
-            self._tensors[key] = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
-            self._tensors[key]["time_scales"] = torch.tensor(reference.TIME_SCALES, device=step.device)
+            w = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
+            features, w["time"] = w["network.input.weight"].split([self.features.num, len(reference.TIME_SCALES)], dim=1)
+            w["features"] = features.contiguous()
+            w["time_scales"] = torch.tensor(reference.TIME_SCALES, device=step.device)
+            self._tensors[key] = w
         w = self._tensors[key]
-        features, time = w["network.input.weight"].split([self.features.num, len(reference.TIME_SCALES)], dim=1)
-        bias = w["network.input.bias"] + time @ reference.time_features(step, w["time_scales"]).to(dtype)
+        bias = w["network.input.bias"] + w["time"] @ reference.time_features(step, w["time_scales"]).to(dtype)
         return Network(
-            features.contiguous(),
+            w["features"],
             bias[:, None],
             w["network.linear_0.weight"],
             w["network.linear_0.bias"][:, None],

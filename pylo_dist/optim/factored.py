@@ -246,8 +246,8 @@ class ThreePassRule(FactoredRule):
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         moving = [i for i, _ in batch.moving()]
         # A: sums of g^2 along rows and columns
-        a = self.first_sum(batch)
         self.gradient_pass(batch, [i for i in moving if i not in batch.gathered])
+        a = self.first_sum(batch)
         batch.gathered.clear()
         kernels = self.kernels(batch)
         yield a

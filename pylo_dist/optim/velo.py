@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import reference
 from ..engine import Clip, Nonfinite
@@ -31,6 +32,14 @@ P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
 
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)  # of the run, where its tanh features switch
 NUM_LOSS_MEANS = 10
+NETWORK = {  # of an element, in the order of `reference.Network`; the third output is unused
+    "input_weights_": (4, 30),
+    "input_bias_": (4, 1),
+    "hidden_weights_.0": (4, 4),
+    "hidden_bias_.0": (4, 1),
+    "output_weights_": (2, 4),
+    "output_bias_": (2, 1),
+}
 LARGEST_MODEL = 600_000_000  # parameters beyond which VeLO fails (arXiv 2602.19142)
 LONGEST_RUN = 150_000  # steps of the longest run in meta-training
 
@@ -95,7 +104,7 @@ class VeLORule(ThreePassRule):
         self.weights = weights
         self.tie_break = tie_break
         self._tensors: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        self._mixed: list[Tensor] = []
+        self._mixed = torch.empty(0)  # (tensors, numbers of an MLP), as `ops.packed` has it
         self._step_sizes = torch.empty(0)
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
@@ -134,19 +143,19 @@ class VeLORule(ThreePassRule):
         rows = batch.kept["lstm"]
         hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
         # x <- x W2 + b2 + max over tensors of relu(x W1 + b1)
-        mixed = torch.relu(inputs @ w["mix_layer2.weight"].T + w["mix_layer2.bias"]).amax(0)
-        x = inputs @ w["final_mix_layer.weight"].T + w["final_mix_layer.bias"] + mixed
-        gates = torch.cat([x, hidden], dim=1) @ w["lstm.linear.weight"].T + w["lstm.linear.bias"]
+        mix, x = linear(inputs, w["mix.weight"], w["mix.bias"]).chunk(2, dim=1)
+        x = x + torch.relu(mix).amax(0)
+        gates = linear(torch.cat([x, hidden], dim=1), w["lstm.linear.weight"], w["lstm.linear.bias"])
         i, g, f, o = gates.chunk(4, dim=1)
         cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
         for part, before, now in zip(rows, old, (hidden, cell), strict=True):
             torch._foreach_copy_(part, list(torch.where(batch.go, now, before).unbind()))
 
-        controls = hidden @ w["rnn_to_controls.weight"].T + w["rnn_to_controls.bias"]
-        lr_mult = (hidden @ w["step_size.weight"].T + w["step_size.bias"])[:, 0]
-        batch.figures["lr_mult"] = lr_mult
-        self._mixed = self._mix(controls, w)
+        controls, lr_mult = linear(hidden, w["heads.weight"], w["heads.bias"]).tensor_split([-1], dim=1)
+        lr_mult = batch.figures["lr_mult"] = lr_mult[:, 0]
+        # every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors, P)
+        self._mixed = controls @ w["sets"] * (100.0 / controls.shape[1])
         rates = batch.numbers("rates", lambda group: [wide(group["lr"]) * group["step_mult"]])[:, 0]
         self._step_sizes = rates * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
 
@@ -185,18 +194,12 @@ class VeLORule(ThreePassRule):
         where = (hyper["step"].to(torch.float32) / hyper["num_steps"]).clamp(max=1.0)
         return torch.tanh(10.0 * (where - at))
 
-    @staticmethod
-    def _mix(controls: Tensor, w: dict[str, Tensor]) -> list[Tensor]:
-        """Every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors, P)."""
-        names = ("input_weights_", "input_bias_", "hidden_weights_.0", "hidden_bias_.0", "output_weights_", "output_bias_")
-        return [torch.tensordot(controls, w[name], dims=1) * (100.0 / controls.shape[1]) for name in names]
-
     def rates(self, hyper: dict[str, Any]) -> Rates:
         return Rates(0.0, hyper["exp_mult"], decay_after=wide(hyper["lr"]) * hyper["weight_decay"])
 
     def network_of(self, i: int, item: Item) -> Network:
-        dtype = item.state["momentum"].dtype
-        return Network(*(part[i].view(part.shape[1], -1).to(dtype) for part in self._mixed))
+        parts = self._mixed[i].to(item.state["momentum"].dtype).split([math.prod(shape) for shape in NETWORK.values()])
+        return Network(*(part.view(shape) for part, shape in zip(parts, NETWORK.values(), strict=True)))
 
     def update(self, i: int, item: Item) -> Update:
         update = super().update(i, item)
@@ -206,14 +209,20 @@ class VeLORule(ThreePassRule):
     def updates(self, batch: Batch) -> Updates:
         steps = self.steps(batch)
         steps[:, 0].copy_(self._step_sizes)
-        two_outputs = (*self._mixed[:4], *(part[:, :2] for part in self._mixed[4:]))
-        networks = torch.cat([part.reshape(len(batch.items), -1) for part in two_outputs], dim=1)
         own = batch.on_device("network_of", tuple(range(len(batch.items))), torch.int64)
-        return Updates(networks, own, steps.to(torch.float32))
+        return Updates(self._mixed, own, steps.to(torch.float32))
 
     def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The LSTM, its two inputs and its two outputs as one matrix each, and all sets of weights of the MLP, (P, numbers)."""
         if (dtype, device) not in self._tensors:
-            self._tensors[dtype, device] = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
+            w = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
+            found = {name: w[name] for name in ("lstm.linear.weight", "lstm.linear.bias")}
+            for kind in ("weight", "bias"):
+                found[f"mix.{kind}"] = torch.cat([w[f"mix_layer2.{kind}"], w[f"final_mix_layer.{kind}"]])
+                found[f"heads.{kind}"] = torch.cat([w[f"rnn_to_controls.{kind}"], w[f"step_size.{kind}"]])
+            sets = (w[name][:, : shape[0]].flatten(1) for name, shape in NETWORK.items())
+            found["sets"] = torch.cat(list(sets), dim=1)
+            self._tensors[dtype, device] = found
         return self._tensors[dtype, device]
 
 
