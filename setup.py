@@ -23,7 +23,7 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu_baseline", *(PER_FILE if IS_X86 else ()))]
 # nvcc may be a script that calls another; that one says where it is, and of which CUDA.
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc")
-SAID = subprocess.getoutput(f"'{NVCC}' --dryrun -E -x cu {os.devnull}") if NVCC else ""
+SAID = subprocess.run(["sh", "-c", '"$0" --dryrun -E -x cu /dev/null 2>&1', NVCC or ":"], capture_output=True, text=True).stdout
 CUDA_HOME, TOOLKIT = ("".join(re.findall(pattern, SAID)[:1]) for pattern in (r"TOP=(.+)", r"__CUDACC_VER_MAJOR__=(\d+)"))
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 for arch in os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";"):  # A100, H200, B200
@@ -60,7 +60,7 @@ def extensions() -> list[Extension]:
         return [] if wanted != "1" else sys.exit("PYLO_DIST_CUDA=1, but no torch here: use pip install --no-build-isolation")
     usable = TOOLKIT and (torch.version.cuda or TOOLKIT).split(".")[0] == TOOLKIT  # or two CUDA runtimes meet in one process
     if wanted == "1" and not usable:
-        found = f"nvcc is of CUDA {TOOLKIT}, torch of {torch.version.cuda}" if TOOLKIT else "there is no nvcc"
+        found = f"nvcc is of CUDA {TOOLKIT}, torch of {torch.version.cuda}" if TOOLKIT else SAID.strip() or "there is no nvcc"
         sys.exit(f"PYLO_DIST_CUDA=1, but {found}: put a fitting one on the PATH, set CUDA_HOME, or leave PYLO_DIST_CUDA out")
     if not any(map(shutil.which, (os.environ.get("CXX", "c++").split()[0], "g++", "clang++"))):
         return []

@@ -8,9 +8,8 @@ Model, loss and backward pass are those of launch/gpt2.py. All contenders are al
 that a busy machine hurts all alike; of a turn the first step is not counted, so that every counted forward pass waits for the
 all-gather of a step before it. Times are medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases
 are exclusive: what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing but wait for
-others: communication that nothing hides, and the slowness of other ranks. The package has no timers; the benchmark wraps it.
-
-On a GPU phases are told apart only without overlap, where the benchmark may wait for the device at every mark.
+others: communication that nothing hides, and the slowness of other ranks. The package has no timers; the benchmark wraps it. On a
+GPU phases are told apart only without overlap, where the benchmark may wait for the device at every mark.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -454,7 +455,8 @@ def command_for_more_ranks(argv: Sequence[str], plan: BatchPlan) -> str:
 
 if __name__ == "__main__":  # what resume_loop.sh asks about its command
     try:
-        wanted = repeatable(sys.argv[1:])
+        with contextlib.redirect_stdout(sys.stderr):  # --help, which ends here
+            wanted = repeatable(sys.argv[1:])
     except WrongInput as error:
         print(f"resume_loop.sh: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,16 +25,24 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 
 say() { echo "resume_loop.sh: $*" >&2; }
 
-launch=$(dirname "${BASH_SOURCE[0]}") python=${PYTHON:-}
+launch=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") python=${PYTHON:-}
+for word in "$@"; do # sbatch runs a copy of this script: options.py lies beside the command's gpt2.py too
+  if [ ! -e "$launch/options.py" ] && [ "${word##*/}" = gpt2.py ]; then launch=$(dirname "$word"); fi
+done
 if [ -z "$python" ]; then
   python=$launch/../.venv/bin/python
   [ -x "$python" ] || python=python3
+fi
+if [ ! -e "$launch/options.py" ]; then
+  say "no options.py beside this script or the command's gpt2.py, to read the command by; start $0 from the repository"
+  exit 2
 fi
 wanted=$("$python" "$launch/options.py" "$@") || {
   code=$?
   [ "$code" -eq 2 ] || say "$python could not read the command; name a Python that has what gpt2.py needs: PYTHON=..."
   exit 2
 }
+[ -n "$wanted" ] || exit 0 # --help, which has been given
 steps=${wanted%%$'\n'*} out=${wanted#*$'\n'}
 words=("$@")
 if [ "${1##*/}" = srun ] && [ -z "${SLURM_JOB_ID:-}" ]; then

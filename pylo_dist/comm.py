@@ -221,6 +221,7 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
     return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
 
 
+_MET = "met"  # the outcome of a meeting, or who gave it up and why
 _MEETINGS: list[tuple[int, ...]] = []  # the ranks of each that this one has gone to, or declined
 
 
@@ -267,21 +268,21 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
     while True:
         if store.check([f"{place}/problem"]):
             raise ValueError(store.get(f"{place}/problem").decode())
-        if store.check([f"{place}/given_up"]):
-            raise CommunicationError(store.get(f"{place}/given_up").decode())
-        if arrived >= len(ranks):
-            return
         waited = time.monotonic() - start
-        given_up = waited > timeout
-        if given_up or (waited > PATIENCE and not told):
+        given_up, outcome = waited > timeout, _MET if arrived >= len(ranks) else ""
+        if not outcome and (given_up or (waited > PATIENCE and not told)):
             late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
-            if given_up:  # whoever comes now goes to no collective either
-                text = f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did not come"
-                store.set(f"{place}/given_up", text)
-                raise CommunicationError(text)
-            told = True
-            for rank in late:
-                store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
+            if given_up:
+                outcome = f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did not come"
+            else:
+                told = True
+                for rank in late:
+                    store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
+        if outcome or store.check([f"{place}/outcome"]):  # the first one holds for all, or one of them went on alone
+            outcome = store.compare_set(f"{place}/outcome", "", outcome).decode()
+            if outcome == _MET:
+                return
+            raise CommunicationError(outcome)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
         arrived = store.add(f"{place}/arrived", 0)

@@ -377,10 +377,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         return dict(self._fields[param])
 
     def _forget_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.retire()
-        self._engine, self._engine_params, self._engine_key = None, [], []
-        self._places, self._early = {}, {}
+        retired, self._engine = self._engine, None
+        self._engine_params, self._engine_key, self._places, self._early = [], [], {}, {}
+        if retired is not None:
+            retired.retire()  # last: its warning may be made an error
 
     @property
     def grad_norm(self) -> Tensor:
@@ -539,11 +539,11 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self.__dict__.setdefault("_looks", 0)
         self.__dict__.setdefault("process_group", None)  # a group cannot be pickled: None finds the world again
         self._loading = self._loss = self._problem = self.timeout = None
-        self._forget_engine()
         for group in self.param_groups:
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             for name, value in {"step": torch.zeros((), dtype=torch.int64), **self.rule.group_state()}.items():
                 group[name] = torch.as_tensor(group[name], dtype=value.dtype, device=device)
+        self._forget_engine()
 
     def _exact_state(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """This rank's elements of the loaded state per parameter, copied to its device."""

@@ -351,3 +351,14 @@ def test_a_captured_step_outlives_neither_new_groups_nor_loaded_state(monkeypatc
         with pytest.warns(UserWarning, match="capture it again") as warned:
             exchange()
         assert len(warned) == 1
+    saved = optimizer.state_dict()
+    train(optimizer, named, 1, 2)
+    with monkeypatch.context() as capture:
+        capture.setattr(engine, "is_capturing", lambda device: True)
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="capture it again"):
+            optimizer.load_state_dict(saved)
+        assert int(optimizer.param_groups[0]["step"]) == int(saved["param_groups"][0]["step"])
+        train(optimizer, named, 1, 2)  # goes on from what was loaded, and it has been said

@@ -131,6 +131,11 @@ def test_benchmarks_write_what_plots_draw(
     assert "PREDICTED" in drawn["scaling.svg"]
     assert "COMPUTED" in drawn["training.svg"]
     assert plots.draw(tmp_path / "nothing", tmp_path / "plots") == list(plots.PLOTS)
+    runs = results["seed_figures_cpu.json"]["sharded"]["runs"]
+    runs.append({**runs[-1], "parameters": runs[-1]["parameters"] // 8, "contenders": {}})  # PyLO's, which is not to be drawn
+    out["seed_figures_cpu.json"].write_text(json.dumps(results["seed_figures_cpu.json"]))
+    plots.draw(tmp_path, tmp_path / "plots")
+    assert (tmp_path / "plots" / "seed_figures.svg").read_text() == drawn["seed_figures.svg"]
 
 
 def test_modelled_bytes_are_those_of_a_real_run(measured: dict[int, list[dict[str, Any]]]) -> None:

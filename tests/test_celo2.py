@@ -135,3 +135,17 @@ def test_eight_virtual_ranks(way: str, dtype: torch.dtype, figures: list[str]) -
     figures.append(
         f"CELO2 {way}, {str(dtype)[6:]} | {RANKS} virtual ranks, {COPIES} tensors of a shape: {worst:.2g} of the tolerance"
     )
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (33, 7), (64, 8)])
+def test_an_owner_rounds_a_matrix_alike_whatever_else_it_owns(shape: tuple[int, ...]) -> None:
+    """To the bit: matrix products round by where a matrix begins in memory."""
+    generator = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    found = []
+    for beside in ((8, 8), (5, 7), (1, 2)):
+        tensors = {"large, of the first rank": torch.ones(40, 40), "beside": torch.ones(beside)}
+        run = run_virtual(pylo_dist.CELO2, {**tensors, "it": start}, 2, [{**tensors, "it": grad}], weights=CELO2, lr=0.1)
+        assert run.exchanges == [2]
+        found.append(run.params["it"])
+    assert all(torch.equal(one, found[0]) for one in found)

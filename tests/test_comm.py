@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from golden_cases import velo_weights
@@ -90,3 +91,37 @@ def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path)
         assert seconds < 15.0
     assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]  # pairs of other processes in each world
     assert {total for result in results for total in result["sums"]} == {3.0}
+
+
+class ComesNow:
+    """A store in which the second rank comes just after the first one has looked for it the last time."""
+
+    def __init__(self) -> None:
+        self.store, self.rank, self.said = dist.HashStore(), 0, {}  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        there = self.store.check(keys)
+        if keys[0].endswith("/here/1") and self.rank == 0:
+            self.meet(1, 60.0)
+        return bool(there)
+
+    def meet(self, rank: int, timeout: float) -> None:
+        before, self.rank = self.rank, rank
+        try:
+            comm.meet((0, 1), "this test", [], timeout)
+            self.said[rank] = "met"
+        except comm.CommunicationError as error:
+            self.said[rank] = str(error)
+        self.rank = before
+
+
+def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ComesNow()
+    monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(comm, "_next_meeting", lambda ranks: "meeting")
+    store.meet(0, 0.0)
+    assert store.said == {0: "met", 1: "met"}

@@ -52,17 +52,28 @@ def test_hot_kernels_do_not_spill(arch: str, tmp_path: Path, figures: list[str])
         assert (int(stores), int(loads)) == (0, 0), (name, variant, stores, loads)
 
 
-@pytest.mark.parametrize(("wanted", "code"), [("1", 1), ("auto", 0)])
-def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(wanted: str, code: int, tmp_path: Path) -> None:
-    script = tmp_path / "bin/nvcc"
-    script.parent.mkdir()
-    script.write_text("#!/bin/sh\necho '#$ -D__CUDACC_VER_MAJOR__=99' >&2\n")
-    script.chmod(0o755)
+NEWER = "echo '#$ -D__CUDACC_VER_MAJOR__=99' >&2"
+FAILS = "echo 'nvcc fatal : no host compiler' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "wanted", "said"),
+    [
+        (NEWER, "1", "nvcc is of CUDA 99, torch of 12.8"),
+        (NEWER, "auto", "1"),  # extension: the one for CPUs
+        (FAILS, "1", "nvcc fatal : no host compiler"),
+        (None, "1", "there is no nvcc"),
+    ],
+)
+def test_a_toolkit_that_does_not_fit_is_not_used(nvcc: str | None, wanted: str, said: str, tmp_path: Path) -> None:
+    """Its folder has a name that a shell would take apart."""
+    script = tmp_path / "it's a toolkit/bin/nvcc"
+    script.parent.mkdir(parents=True)
+    if nvcc is not None:
+        script.write_text(f"#!/bin/sh\n{nvcc}\n")
+        script.chmod(0o755)
     program = "import runpy, torch; torch.version.cuda = '12.8'; print(len(runpy.run_path('setup.py')['extensions']()))"
-    environment = {**os.environ, "PYLO_DIST_CUDA": wanted, "CUDA_HOME": str(tmp_path)}
+    environment = {**os.environ, "PYLO_DIST_CUDA": wanted, "CUDA_HOME": str(script.parents[1])}
     done = subprocess.run([sys.executable, "-c", program, "--version"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    if code:
-        assert "nvcc is of CUDA 99, torch of 12.8" in done.stderr
-    else:
-        assert done.stdout.splitlines()[-1] == "1"  # the one for CPUs
+    assert done.returncode == (wanted == "1"), done.stderr
+    assert said in (done.stderr if wanted == "1" else done.stdout.splitlines()[-1])

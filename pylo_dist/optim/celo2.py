@@ -60,14 +60,6 @@ class _Stack:
         return numbers.index_select(0, self.places)[:, None]
 
 
-def _empty_directions(batch: Batch, items: Sequence[int]) -> dict[int, Tensor]:
-    """Uninitialised float32 (N,) for these items, in one piece of memory, each on a boundary of 64 bytes."""
-    lengths = [batch.items[i].param.value.numel() for i in items]
-    padded = [-(-length // 16) * 16 for length in lengths]
-    pieces = torch.empty(sum(padded), dtype=torch.float32, device=batch.device).split(padded)
-    return {i: piece[:length] for i, piece, length in zip(items, pieces, lengths, strict=True)}
-
-
 class CELO2Rule(FactoredRule):
     """The rule of both optimizers.
 
@@ -147,7 +139,8 @@ class CELO2Rule(FactoredRule):
 
         # C: the network's direction, orthogonal or not, at a fixed rms
         if kernels is not None and moving:
-            directions = _empty_directions(batch, moving)
+            lengths = [batch.items[i].param.value.numel() for i in moving]
+            directions = dict(zip(moving, stacks.empty(lengths, torch.float32, batch.device), strict=True))
             kernels.update_pass(batch, moving, self._updates(batch, b), self.precision, list(directions.values()))
         else:
             squares = self._param_squares(batch, b)

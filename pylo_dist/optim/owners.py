@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..shards import ShardedParam, TensorShard
+from . import stacks
 from .base import Exchange, Transfer
 
 
@@ -74,7 +75,7 @@ class OwnedMatrices:
     def assemble(self, answered: Exchange) -> dict[int, Tensor]:
         """The whole matrices this rank owns, by item."""
         received = answered.transfers[0].receive
-        flat = received.new_empty(sum(self.owned)).split([self.shards[i][0].global_numel for i in self.mine])
+        flat = stacks.empty([self.shards[i][0].global_numel for i in self.mine], received.dtype, received.device)
         wholes = {self.items[i]: part.view(self.shards[i][0].shape) for i, part in zip(self.mine, flat, strict=True)}
         pairs = self._pairs(received, wholes)
         _copy([whole for _, whole in pairs], [piece for piece, _ in pairs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from faults import differences, rows_of
 
+LOOP = ROOT / "launch" / "resume_loop.sh"
 STEPS = 300
 # A command that keeps what the run has written before the next start of it goes on from there.
 KEEPER = """#!/usr/bin/env bash
@@ -54,10 +56,11 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def loop(command: list[str], stderr: int | IO[str] = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+def loop(
+    command: list[str], stderr: int | IO[str] = subprocess.PIPE, start: Path = LOOP, **variables: str
+) -> subprocess.Popen[str]:
     shared = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WAIT": "0"}
-    command = [str(ROOT / "launch" / "resume_loop.sh"), *command]
-    return subprocess.Popen(command, env=os.environ | shared | variables, stderr=stderr, text=True)
+    return subprocess.Popen([str(start), *command], env=os.environ | shared | variables, stderr=stderr, text=True)
 
 
 def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> None:
@@ -192,6 +195,35 @@ def test_a_done_folder_is_left_alone(tmp_path: Path) -> None:
         process = loop([stub, "--save-every=5"], PYTHON=python)
         assert re.search(said, process.communicate(timeout=60)[1])
         assert process.returncode == 2
+
+
+def test_the_loop_may_be_started_from_elsewhere(tmp_path: Path) -> None:
+    """By a link to it, or as a copy beside nothing, which is what `sbatch launch/resume_loop.sh ...` runs."""
+    link, copy, calls, alone = tmp_path / "a link", tmp_path / "slurm_script", tmp_path / "calls", tmp_path / "no launch"
+    link.symlink_to(LOOP)
+    shutil.copy(link, copy)
+    alone.mkdir()
+    stub = script(alone / "gpt2.py", STUB)
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    for path in (ROOT / "launch").glob("*.py"):
+        (launch / path.name).symlink_to(path)
+    (launch / "gpt2.py").unlink()
+    flags = ["--out", str(tmp_path / "out"), "--save-every", "5"]
+    variables = {"PLAN": str(tmp_path / "plan"), "CALLS": str(calls), "OUT": str(tmp_path / "out")}
+    for start, command, code, words, starts in (
+        (link, [stub, *flags], 0, "done after 1 attempt", 1),
+        (copy, [script(launch / "gpt2.py", STUB), *flags], 0, "done after 1 attempt", 1),
+        (copy, [stub, *flags], 2, "no options.py beside", 0),
+        (link, [stub, *flags, "--help"], 0, "--save-every SAVE_EVERY", 0),
+    ):
+        (tmp_path / "plan").write_text("- 0\n")
+        calls.unlink(missing_ok=True)
+        process = loop(command, start=start, **variables)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == code, said
+        assert words in said
+        assert calls.exists() == (starts == 1), said
 
 
 def test_wrong_input_behind_torchrun_is_not_tried_again(tmp_path: Path) -> None:
