@@ -40,7 +40,7 @@ def problem(dtype: torch.dtype) -> Problem:
     shapes = {f"{i}.{j}": shape for j in range(COPIES) for i, shape in enumerate(SHAPES)}
     params = {fqn: normal(shape, 0.5 + 0.1 * k) for k, (fqn, shape) in enumerate(shapes.items())}
     grads: list[dict[str, Tensor | None]] = [{fqn: normal(shape, 0.1) for fqn, shape in shapes.items()} for _ in range(STEPS)]
-    grads[1]["0.1"] = grads[2]["3.0"] = None  # others are worked on together then
+    grads[1]["0.1"] = grads[2]["3.0"] = None  # virtual ranks share all tensors, which move all the same
     return params, grads
 
 
@@ -149,3 +149,33 @@ def test_an_owner_rounds_a_matrix_alike_whatever_else_it_owns(shape: tuple[int, 
         assert run.exchanges == [2]
         found.append(run.params["it"])
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
+def test_groups_and_missing_gradients_of_unshared_tensors(kernels: bool) -> None:
+    """Whoever goes together in a step: a tensor moves by its own group's settings, and rests when it has no gradient."""
+    params, grads = problem(torch.float32)
+    settings: list[dict[str, Any]] = [{}, {"lr": 0.02, "rmsmult": 0.5, "weight_decay": 0.2}]
+
+    def moved(names: list[str], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        own = {fqn: torch.nn.Parameter(params[fqn].clone()) for fqn in names}
+        groups = [
+            {"params": [(fqn, p) for fqn, p in own.items() if int(fqn[-1]) % 2 == i], **settings[i]} for i in range(len(settings))
+        ]
+        optimizer = pylo_dist.CELO2([g for g in groups if g["params"]], weights=CELO2, lr=0.1, orthogonalize=False)
+        with ops.use_kernels(kernels):
+            for now in grads[: step + 1]:
+                for fqn, p in own.items():
+                    p.grad = now[fqn]
+                optimizer.step()
+        ratios = {fqn: float(of_tensor["update_ratio"]) for fqn, of_tensor in optimizer.stats().items()}
+        return {fqn: p.detach() for fqn, p in own.items()}, ratios
+
+    together, ratios = moved(list(params), 2)
+    before, _ = moved(list(params), 1)
+    assert torch.equal(together["3.0"], before["3.0"])  # no gradient in the last step
+    for fqn, p in params.items():
+        alone, own_ratios = moved([fqn], 2)
+        assert float((together[fqn] - alone[fqn]).abs().max()) <= 1e-5 * float((alone[fqn] - p).abs().max()), fqn
+        assert ratios[fqn] == pytest.approx(own_ratios[fqn], rel=1e-4), fqn
+        assert ratios[fqn] > 0 or grads[2][fqn] is None, fqn
