@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import mup
 import pytest
 import torch
 from model import GPT, build
@@ -51,6 +50,7 @@ def test_multipliers_are_those_of_the_dimensions_that_grow(qkv: str) -> None:
 @pytest.mark.parametrize("qkv", ["fused", "split"])
 def test_mup_itself_finds_the_same_multipliers(qkv: str) -> None:
     """What `mup.set_base_shapes` leaves on the parameters, MuLO reads as the model's own numbers, and steps alike."""
+    mup = pytest.importorskip("mup", reason="no mup: launch/setup.sh installs it, alone")
 
     def of_width(width: int) -> GPT:
         return build(with_base(16, qkv=qkv, n_embd=width), seed=1)
