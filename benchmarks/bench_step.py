@@ -351,18 +351,33 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def threads(args: argparse.Namespace) -> dict[str, float]:
-    """Wall clock of one step with 1 thread over that with 2."""
+    """Wall clock of one step with 1 thread over that with 2; of a copy too, which is what memory has for a second one."""
     found = {}
-    for rule in ("small_fc", "velo"):
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+
+    def stepping(rule: str) -> Callable[[], float]:
         entry = Contender(rule, [(1024, 4096)] * (1 if args.quick else 2), "cpu", ours(rule))
+
+        def measure() -> float:
+            entry.seconds.clear()
+            entry.measure()
+            return entry.seconds["wall"][0]
+
+        return measure
+
+    def copying() -> float:
+        start = time.perf_counter()
+        target.copy_(source)
+        return time.perf_counter() - start
+
+    for name, measure in (("small_fc", stepping("small_fc")), ("velo", stepping("velo")), ("copy", copying)):
         walls: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(args.rounds + 1):
+        for _ in range(2 * args.rounds + 1):
             for count, wall in walls.items():
                 torch.set_num_threads(count)
-                entry.seconds.clear()
-                entry.measure()
-                wall.append(entry.seconds["wall"][0])
-        found[rule] = round(median(walls[1][1:]) / median(walls[2][1:]), 3)
+                wall.append(measure())
+        found[name] = round(median(walls[1][1:]) / median(walls[2][1:]), 3)
     torch.set_num_threads(1)
     return found
 
