@@ -36,14 +36,14 @@ from ranks import run_ranks  # noqa: E402
 from record import environment, markdown, write  # noqa: E402
 
 import pylo_dist  # noqa: E402
-from pylo_dist import ops  # noqa: E402
-from pylo_dist.adapters.buckets import fill  # noqa: E402
-from pylo_dist.reference import CHUNK_CPU  # noqa: E402
+from pylo_dist.adapters.zero.buckets import fill  # noqa: E402
+from pylo_dist.maths import compiled  # noqa: E402
+from pylo_dist.maths.reference import CHUNK_CPU  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 MB = 1e6
 # Of a learned optimizer's step on a CPU: chunks of features in plain PyTorch (see reference.py), none in the compiled passes.
-SCRATCH = 120 * 4 * CHUNK_CPU if ops.library("cpu") else 0  # library() says why there is none
+SCRATCH = 120 * 4 * CHUNK_CPU if compiled.library("cpu") else 0  # library() says why there is none
 # 6.4M parameters, of which no tensor is large: what is measured is the layout, not one embedding.
 LAYOUTS = ("ddp", "zero1", "zero2", "fsdp2", "hsdp", "tp", "torch zero", "deepspeed1", "deepspeed2", "deepspeed3")
 LAYOUT_CASES = [(layout, optimizer) for layout in LAYOUTS for optimizer in ("AdafacLO", "AdamW")]

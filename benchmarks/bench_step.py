@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from bench_demo import environment, markdown  # noqa: E402
 
 import pylo_dist  # noqa: E402
-from pylo_dist import ops, reference  # noqa: E402
+from pylo_dist.maths import compiled, reference  # noqa: E402
 from pylo_dist.weights import ARCHITECTURES  # noqa: E402
 
 Shapes = list[tuple[int, ...]]
@@ -135,7 +135,7 @@ class Contender:
     def step(self) -> None:
         eager, reference._fill_features = reference._fill_features, self.fill
         try:
-            with ops.use_kernels(self.kernels):
+            with compiled.use_kernels(self.kernels):
                 self.optimizer.step(*self.arguments)
         finally:
             reference._fill_features = eager
@@ -150,9 +150,9 @@ class Contender:
             end.synchronize()
             self.seconds["step"].append(1e-3 * start.elapsed_time(end))
             return
-        originals = {name: getattr(ops.Kernels, name) for name in PASSES}
+        originals = {name: getattr(compiled.Kernels, name) for name in PASSES}
         for name, original in originals.items():
-            setattr(ops.Kernels, name, self._timed(name, original))
+            setattr(compiled.Kernels, name, self._timed(name, original))
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             self.step()
@@ -160,7 +160,7 @@ class Contender:
             self.seconds["step"].append(time.process_time() - cpu)
             self.seconds["wall"].append(time.perf_counter() - wall)
             for name, original in originals.items():
-                setattr(ops.Kernels, name, original)
+                setattr(compiled.Kernels, name, original)
 
     def _timed(self, name: str, original: Callable[..., None]) -> Callable[..., None]:
         def timed(*args: Any) -> None:
@@ -429,7 +429,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "what": "CPU nanoseconds per parameter and core" if args.device == "cpu" else "device time of a step",
         **environment(),
-        "paths": ops.paths(),
+        "paths": compiled.paths(),
         "rounds": args.rounds,
         "blocks": None if args.full or args.device != "cpu" else args.blocks,
         "quick": args.quick,

@@ -50,9 +50,9 @@ from record import environment, markdown, write  # noqa: E402
 
 import pylo_dist  # noqa: E402
 from pylo_dist import comm  # noqa: E402
-from pylo_dist.adapters.gathering import ParameterGatherer  # noqa: E402
-from pylo_dist.adapters.reduction import GradientReducer  # noqa: E402
-from pylo_dist.optim.base import LearnedRule  # noqa: E402
+from pylo_dist.adapters.zero.gathering import ParameterGatherer  # noqa: E402
+from pylo_dist.adapters.zero.reduction import GradientReducer  # noqa: E402
+from pylo_dist.core.rule import LearnedRule  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores

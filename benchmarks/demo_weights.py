@@ -35,12 +35,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pylo_dist.reference import TIME_SCALES  # noqa: E402
+from pylo_dist.maths.reference import TIME_SCALES  # noqa: E402
 from pylo_dist.weights import CARD_KEY, SMALL_FC  # noqa: E402
 
 TARGET = ROOT / "pylo_dist" / "data" / "demo_small_fc.safetensors"
 
-# Indices of the features used, see SMALL_FC's order in pylo_dist/reference.py.
+# Indices of the features used, see SMALL_FC's order in pylo_dist/maths/reference.py.
 FACTORED_GRAD = 10  # gradient over Adafactor's factored root mean square, decay 0.9
 FACTORED_MOMENTUM = 25  # momentum 0.9 over the same
 ADAM_MOMENTUM = 6  # momentum 0.9 over Adam's root mean square, decay 0.999; tried in the calibration, unused

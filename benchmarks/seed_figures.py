@@ -42,7 +42,7 @@ from record import RESULTS, environment, markdown, write  # noqa: E402
 from trainees import Stopwatch, on_ranks, optimizer_of  # noqa: E402
 
 import pylo_dist  # noqa: E402
-from pylo_dist import ops  # noqa: E402
+from pylo_dist.maths import compiled  # noqa: E402
 
 SECTIONS = ("vit", "layer", "gpt2", "sharded", "jax")
 OPTIMIZERS = ("AdafacLO", "VeLO", "AdamW")
@@ -181,7 +181,7 @@ def layer(device: torch.device, rounds: int, pylo: str | None) -> dict[str, Any]
         launches = entry.row()["launches"] if device.type == "cuda" else launches_on_cpu(entry.step)
         rows[name] = {"step_ms": round(1e3 * median(entry.seconds["step"]), 4), "launches": launches}
     absent = {} if pylo else {"PyLO naive": "no folder with PyLO's source was named (--pylo)"}
-    return {"paths": ops.paths(), "rows": rows, "absent": absent}
+    return {"paths": compiled.paths(), "rows": rows, "absent": absent}
 
 
 # --------------------------------------------------------------------------------------------------- GPT-2

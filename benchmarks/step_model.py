@@ -27,9 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pylo_dist import reference
-from pylo_dist.adapters.buckets import ALIGNMENT, fill
-from pylo_dist.shards import factored_dims
+from pylo_dist.adapters.zero.buckets import ALIGNMENT, fill
+from pylo_dist.core.shards import factored_dims
+from pylo_dist.maths import reference
 
 FEATURES = {"AdafacLO": (reference.SMALL_FC, 0), "VeLO": (reference.VELO, 9)}  # and the sums that ride in A for VeLO's LSTM
 AUDIT, LOSS = 5, 4  # float64 numbers per tensor in front of A; of the loss behind it

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-from . import ops
 from ._version import __version__
-from .hub import HubError
-from .publish import architecture_named, save_weights, stored_digest
+from .maths import compiled
 from .weights import (
     ARCHITECTURES,
     DEMO,
@@ -28,6 +26,8 @@ from .weights import (
     registered_entry,
     registered_weights,
 )
+from .weights.hub import HubError
+from .weights.publish import architecture_named, save_weights, stored_digest
 
 DONE, OTHER, WRONG_INPUT = 0, 1, 2
 
@@ -77,9 +77,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print(f"pylo_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     for i in range(torch.cuda.device_count()):
         print(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
-    for line in ops.paths():
+    for line in compiled.paths():
         print(line)
-    if arguments.require is not None and (reason := ops.library(arguments.require)):
+    if arguments.require is not None and (reason := compiled.library(arguments.require)):
         print(f"error: --require {arguments.require}: plain PyTorch ({reason})", file=sys.stderr)
         return OTHER
     return DONE

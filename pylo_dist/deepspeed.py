@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from .adapters.deepspeed import DeepSpeedOptimizer
-from .adapters.deepspeed_checkpoint import load_checkpoint, read_checkpoint, states
+from .adapters.deepspeed.checkpoint import load_checkpoint, read_checkpoint, states
+from .adapters.deepspeed.optimizer import DeepSpeedOptimizer
 from .optim.adafac import AdafacLO
 from .optim.celo2 import CELO2, ELO_CELO2
 from .optim.elo import ELO

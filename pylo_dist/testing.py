@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .comm import Collective
-from .optim.base import Transfer
+from .core.rule import Transfer
+from .core.shards import TensorShard, bind_shard
 from .optimizer import LearnedOptimizer
-from .shards import TensorShard, bind_shard
 
 Cut = Union[int, Sequence[int], Sequence[TensorShard]]
 

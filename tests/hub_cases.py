@@ -18,9 +18,8 @@ from typing import Any
 from ranks import CONTEXT
 
 import pylo_dist
-from pylo_dist import hub
-from pylo_dist.publish import push_to_hub
-from pylo_dist.weights import ARCHITECTURES, Registered, WeightsError, load_weights, register_weights
+from pylo_dist.weights import ARCHITECTURES, Registered, WeightsError, hub, load_weights, register_weights
+from pylo_dist.weights.publish import push_to_hub
 
 
 class Call:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pylo_dist
-from pylo_dist.adapters.dtensor import shard_of, wrap_like
+from pylo_dist.layouts.dtensor import shard_of, wrap_like
 from pylo_dist.testing import largest_changes, layout_error
 from pylo_dist.weights import SMALL_FC
 

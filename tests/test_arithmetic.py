@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist import engine, ops, reference
+from pylo_dist.maths import compiled, reference
+from pylo_dist.optimizer import engine
 from pylo_dist.testing import layout_error
 
 # -------------------------------------------------------------------------------- non-finite gradients
@@ -249,7 +250,7 @@ def test_a_model_made_double_after_its_optimizer_is_refused(kernels: bool) -> No
     """State is float32 for all other precisions, between which a model may change."""
     model = nn.Linear(3, 2)
     optimizer = adafac(list(model.named_parameters()))
-    with ops.use_kernels(kernels):
+    with compiled.use_kernels(kernels):
         for convert in (model.bfloat16, model.float):
             convert()
             model(torch.ones(1, 3, dtype=model.weight.dtype)).sum().backward()

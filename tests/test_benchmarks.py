@@ -36,8 +36,8 @@ import step_model  # noqa: E402
 from bench_step import transformer  # noqa: E402
 from trainees import TINY  # noqa: E402
 
-from pylo_dist.adapters.buckets import ALIGNMENT  # noqa: E402
-from pylo_dist.adapters.gathering import PendingParameter  # noqa: E402
+from pylo_dist.adapters.zero.buckets import ALIGNMENT  # noqa: E402
+from pylo_dist.adapters.zero.gathering import PendingParameter  # noqa: E402
 
 CAP_MB = 0.02  # several buckets of the tiny model
 TRAIN = bench_train.Settings("tiny", (64,), 1, 1, CAP_MB, (*bench_train.BASELINES, ("AdafacLO", "zero1"), ("VeLO", "fsdp2")))

@@ -13,8 +13,8 @@ from test_virtual_ranks import CELO2, random_shards
 from torch import Tensor
 
 import pylo_dist
-from pylo_dist import ops
-from pylo_dist.shards import TensorShard
+from pylo_dist.core.shards import TensorShard
+from pylo_dist.maths import compiled
 from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
 
 COPIES, STEPS, RANKS = 3, 3, 8
@@ -53,7 +53,7 @@ def run(what: Problem, cuts: Any, kernels: bool = True, faint: float | None = No
     faint = faint or (1e-7 if kwargs.get("orthogonalize", True) else 1e-4)
     weights = {name: faint * w if name in ("dense_w.1", "dense_b.1") else w for name, w in CELO2.items()}
     how: dict[str, Any] = {"weights": weights, "lr": 0.1, "ns_eps": 1.0, "clip": "per_tensor", **kwargs}
-    with ops.use_kernels(kernels):
+    with compiled.use_kernels(kernels):
         return run_virtual(pylo_dist.CELO2, what[0], cuts, what[1], **how)
 
 
@@ -163,7 +163,7 @@ def test_groups_and_missing_gradients_of_unshared_tensors(kernels: bool) -> None
             {"params": [(fqn, p) for fqn, p in own.items() if int(fqn[-1]) % 2 == i], **settings[i]} for i in range(len(settings))
         ]
         optimizer = pylo_dist.CELO2([g for g in groups if g["params"]], weights=CELO2, lr=0.1, orthogonalize=False)
-        with ops.use_kernels(kernels):
+        with compiled.use_kernels(kernels):
             for now in grads[: step + 1]:
                 for fqn, p in own.items():
                     p.grad = now[fqn]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.reference import TIME_SCALES, time_features
+from pylo_dist.maths.reference import TIME_SCALES, time_features
 from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from pylo_dist.adapters.dtensor import _shard_at
+from pylo_dist.layouts.dtensor import _shard_at
 from pylo_dist.testing import largest_changes, layout_error
 
 

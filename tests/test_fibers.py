@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_kernels import SETTINGS
 
-from pylo_dist import ops
+from pylo_dist.maths import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ class Emulated:
 @pytest.fixture(autouse=True)
 def _emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "pylo_dist", Emulated(), raising=False)
-    monkeypatch.setattr(ops, "library", lambda device_type: "")
+    monkeypatch.setattr(compiled, "library", lambda device_type: "")
 
 
 MATRICES = ("adafac", "velo_clipped", "celo2_base")  # the others: tensors of random shapes

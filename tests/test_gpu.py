@@ -14,11 +14,11 @@ from test_kernels import SETTINGS, in_float64, relative, run
 from test_rules import BUILD
 
 import pylo_dist
-from pylo_dist import ops
-from pylo_dist.shards import TensorShard, bind_shard
+from pylo_dist.core.shards import TensorShard, bind_shard
+from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 
-REASON = ops.library("cuda")
+REASON = compiled.library("cuda")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"CUDA passes: {REASON}")
 
 
@@ -346,7 +346,7 @@ def one_rank(rank: int, world: int, backend: str, folder: str) -> None:
 def test_real_ranks_on_one_gpu(backend: str, world: int, tmp_path: Path) -> None:
     """The layout tolerance between real processes with real cuts and one process without."""
     params, grads = rank_problem()
-    with ops.use_kernels(True):
+    with compiled.use_kernels(True):
         whole = run_virtual(
             pylo_dist.AdafacLO,
             {fqn: p.cuda() for fqn, p in params.items()},

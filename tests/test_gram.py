@@ -10,11 +10,10 @@ from golden_cases import celo2_weights, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist import ops
-from pylo_dist.optim import gram, orthogonal
-from pylo_dist.optim.owners import OwnedMatrices
-from pylo_dist.reference import newton_schulz
-from pylo_dist.shards import ShardedParam, TensorShard
+from pylo_dist.core.shards import ShardedParam, TensorShard
+from pylo_dist.maths import compiled, gram, orthogonal
+from pylo_dist.maths.owners import OwnedMatrices
+from pylo_dist.maths.reference import newton_schulz
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -167,7 +166,7 @@ def test_products_follow_the_shapes_not_the_tensors(ranks: int, figures: list[st
     def products(tensors: int) -> int:
         params = {f"{i}.{kind}": torch.randn(kind) for i in range(tensors) for kind in kinds}
         grads = [{fqn: torch.randn_like(p) for fqn, p in params.items()}]
-        with Products() as counted, ops.use_kernels(True):
+        with Products() as counted, compiled.use_kernels(True):
             if ranks:
                 run_virtual(pylo_dist.CELO2, params, ranks, grads, weights=weights)
             else:
@@ -180,7 +179,7 @@ def test_products_follow_the_shapes_not_the_tensors(ranks: int, figures: list[st
 
     few, many = products(2), products(20)
     figures.append(f"CELO2 | {max(1, ranks)} ranks | matrix products of a step: {few} for 6 matrices, {many} for 60")
-    if ops.library("cpu"):  # the network of plain PyTorch has products of its own for every tensor
+    if compiled.library("cpu"):  # the network of plain PyTorch has products of its own for every tensor
         few, many = few - 3 * 6, many - 3 * 60
     most = 15 + 15 + 1 + 4 * 5 + 1
     assert few == many <= most * max(1, ranks)

@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pylo_dist import ops
 from pylo_dist import optimizer as optimizer_module
-from pylo_dist.adapters import plain
-from pylo_dist.shards import TensorShard
+from pylo_dist.core.shards import TensorShard
+from pylo_dist.layouts import plain
+from pylo_dist.maths import compiled
 from pylo_dist.testing import run_virtual
 
 SHAPES = {"matrix": (6, 5), "embedding": (11, 4), "bias": (7,), "scalar": (), "conv": (3, 4, 2, 2), "slender": (64, 4)}
@@ -107,14 +107,14 @@ def _line() -> str:
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors are let in, have kernels, and events and streams that do nothing."""
-    if ops.library("cpu"):
-        pytest.skip(ops.library("cpu"))  # the fake implementations come with it
+    if compiled.library("cpu"):
+        pytest.skip(compiled.library("cpu"))  # the fake implementations come with it
     event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(plain, "check_param", lambda *args: None)
     monkeypatch.setattr(optimizer_module, "group_settings", lambda groups: [])  # compared between ranks: it prints tensors
-    monkeypatch.setattr(ops, "servable", lambda *args: ops.enabled())
+    monkeypatch.setattr(compiled, "servable", lambda *args: compiled.enabled())
 
 
 def build(name: str, tensors: int, **kwargs: Any) -> tuple[Any, list[torch.nn.Parameter]]:
@@ -147,7 +147,7 @@ def step(optimizer: Any, params: list[torch.nn.Parameter]) -> Watched:
 def test_a_step_neither_waits_nor_copies(way: str, kernels: bool) -> None:
     """With a schedule, clipping, two groups and a bad loss possible; whichever way the last step was other than this one."""
     name, settings = WAYS[way]
-    with ops.use_kernels(kernels):
+    with compiled.use_kernels(kernels):
         for kwargs in ({}, {"nonfinite": "skip"}, {"nonfinite": "allow"}) if kernels else ({},):
             optimizer, params = build(name, 1, **settings, **kwargs)
             step(optimizer, params)
@@ -179,7 +179,7 @@ def test_operations_do_not_grow_with_the_tensors(way: str, figures: list[str]) -
     figures.append(f"{way} | {sum(counts[50].values())} operations a step for any number of tensors, {per_tensor:.1f} views each")
 
 
-@pytest.mark.skipif(bool(ops.library("cpu")), reason=ops.library("cpu"))
+@pytest.mark.skipif(bool(compiled.library("cpu")), reason=compiled.library("cpu"))
 @pytest.mark.parametrize("way", ["CELO2, scaled", "CELO2 without Newton-Schulz, scaled"])
 def test_operations_do_not_grow_with_cut_tensors(way: str, figures: list[str]) -> None:
     """The same of tensors cut within rows or along columns, on virtual ranks, which share the matrices of Newton-Schulz."""
@@ -193,7 +193,7 @@ def test_operations_do_not_grow_with_cut_tensors(way: str, figures: list[str]) -
         with Watched() as watched:
             run = run_virtual(cls, params, cuts, [params], **{**defaults, **settings})
         assert run.exchanges == [0 if settings.get("orthogonalize") is False else 2]
-        work = ("optim/", "reference.py", "engine.py")  # of a step, and not of making and cutting tensors
+        work = ("optim/", "maths/", "optimizer/engine.py")  # of a step, and not of making and cutting tensors
         launched[tensors] = Counter({k: n for k, n in watched.launched.items() if any(part in k for part in work)})
     lines = launched[6].keys() | launched[18].keys()
     grown = {line: (launched[6][line], launched[18][line]) for line in lines if launched[6][line] != launched[18][line]}

@@ -1,4 +1,4 @@
-"""Imports run one way, no file grows out of hand, importing the package does nothing, and no text names a machine."""
+"""Folders are floors, importing the package does nothing, and no text names a machine."""
 
 from __future__ import annotations
 
@@ -12,35 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pylo_dist"
-MAX_LINES = 600
 
-# A module imports only from rows above its own (see CONTRIBUTING.md); a new module needs a place here.
-ORDER = [
-    {"_version", "shards", "hub"},
-    {"state", "adapters.plain"},
-    {"weights", "report", "optim.base", "sharded_state"},
-    {"reference", "comm", "publish"},
-    {"ops", "optim.arguments", "optim.stacks"},
-    {"engine", "optim.factored", "gather", "adapters.dtensor", "adapters.gradients"},
-    {"adapters.construction"},
-    {"optimizer"},
-    {"optim.<rule>"},
-    {"adapters.buckets"},
-    {"adapters.reduction", "adapters.gathering"},
-    {"adapters.<layout>", "testing", "clip"},
-    {"checkpoint"},
-    {"adapters.deepspeed_checkpoint"},
-    {"deepspeed"},
-    {"__init__"},
-    {"__main__"},
-]
-EMPTY = {"optim.__init__", "adapters.__init__"}  # a docstring and nothing else
+# Folders are floors, from the ground up: a module imports from its own folder and from rows above its own here, nothing else.
+FLOORS = (
+    ("core",),
+    ("comm", "maths", "weights"),
+    ("layouts",),
+    ("optimizer",),
+    ("optim",),
+    ("adapters", "checkpoint", "testing"),
+    ("deepspeed",),
+    ("__init__", "_moved", "__main__"),
+)
+GROUND = {"_version"}  # a number, for anybody
+ROOMS = 16  # at most so many names at the top level
+BARE = {"core", "maths", "layouts", "optim", "adapters", "adapters.deepspeed"}  # packages that are a docstring and nothing else
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
-    "sharded_state": "torch.distributed.checkpoint",
-    "gather": "torch.distributed.checkpoint",
-    "checkpoint": "torch.distributed.checkpoint",
-    "adapters.dtensor": "torch.distributed.tensor",
-    "adapters.gradients": "torch.distributed.tensor",
+    "optimizer.sharded_state": "torch.distributed.checkpoint",
+    "checkpoint.full_state": "torch.distributed.checkpoint",
+    "checkpoint.folder": "torch.distributed.checkpoint",
+    "layouts.dtensor": "torch.distributed.tensor",
+    "layouts.gradients": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 }
 OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py")
@@ -51,6 +43,7 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+KNOWN = {f"pylo_dist.{module.removesuffix('.__init__')}" for module in MODULES}
 
 
 def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -78,58 +71,71 @@ def imports(module: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = resolve(module, node)
-            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= names if names <= KNOWN else names | {base}
     return found
 
 
 def own_imports(module: str) -> set[str]:
-    """The modules of this package that `module` imports."""
+    """The modules of this package that `module` imports; a package stands for its `__init__`."""
     found = {name.removeprefix("pylo_dist.") for name in imports(module) if name.startswith("pylo_dist.")}
-    return found & set(MODULES)
+    return {known for name in found for known in (name, f"{name}.__init__") if known in MODULES}
 
 
-def place(module: str) -> int:
-    """The row of ORDER a module belongs to."""
-    kind = {"optim": "optim.<rule>", "adapters": "adapters.<layout>"}.get(module.split(".")[0], module)
-    named = [i for i, row in enumerate(ORDER) if module in row]
-    return (named or [i for i, row in enumerate(ORDER) if kind in row] or [-1])[0]
+def room(module: str) -> str:
+    """The name at the top level of the package that a module is, or is in."""
+    return module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    """The row of FLOORS a module belongs to."""
+    return next((i for i, rooms in enumerate(FLOORS) if room(module) in rooms), -1)
 
 
 def test_the_parser_sees_imports() -> None:
-    assert {"comm", "optim.base"} <= own_imports("engine")
-    assert {"adapters.plain", "comm", "state"} <= own_imports("optimizer")
-    assert {"reference", "optimizer"} <= own_imports("optim.adafac")
-    assert "torch.distributed" in imports("comm")
-    assert "huggingface_hub" in imports("hub")  # inside a function
+    assert {"comm.__init__", "core.rule"} <= own_imports("optimizer.engine")
+    assert {"layouts.plain", "comm.__init__", "core.state"} <= own_imports("optimizer.learned")
+    assert {"maths.reference", "optimizer.__init__"} <= own_imports("optim.adafac")
+    assert "torch.distributed" in imports("comm.collectives")
+    assert "huggingface_hub" in imports("weights.hub")  # inside a function
 
 
-def test_every_module_has_a_place() -> None:
-    lost = [module for module in set(MODULES) - EMPTY if place(module) < 0]
-    assert not lost, "put a new module into ORDER and into CONTRIBUTING.md"
-    gone = [m for m in set().union(*ORDER) if m not in MODULES and "<" not in m]
+def test_every_module_has_a_floor() -> None:
+    lost = [module for module in MODULES if floor(module) < 0 and module not in GROUND]
+    assert not lost, "put a new folder into FLOORS and into CONTRIBUTING.md"
+    rooms = {room(module) for module in MODULES} - GROUND
+    gone = {name for row in FLOORS for name in row} - rooms
     assert not gone
+    assert len(rooms) <= ROOMS, sorted(rooms)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))
-def test_imports_run_one_way(module: str) -> None:
-    wrong = [name for name in own_imports(module) - EMPTY if not is_below(name, module)]
-    assert not wrong, f"{module} imports {wrong}, see ORDER"
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_import_runs_up(module: str) -> None:
+    others = {name for name in own_imports(module) - GROUND if room(name) != room(module)}
+    if module == "__init__":  # it gathers what users see, and says what moved
+        others -= {"_moved"}
+    wrong = {name for name in others if floor(name) >= floor(module)}
+    assert not wrong, f"{module} imports {sorted(wrong)}, see FLOORS"
 
 
-def is_below(name: str, module: str) -> bool:
-    """One learned optimizer may build on another; everything else only on rows above."""
-    rules = {name, module} <= {m for m in MODULES if "optim.<rule>" in ORDER[place(m)]}
-    return place(name) < place(module) or (rules and module not in own_imports(name))
+def test_imports_inside_a_folder_run_one_way() -> None:
+    """No module reaches itself; what a package's `__init__` gives to others, its own modules take from where it is."""
+    for start in MODULES:
+        reached, new = set(), {start}
+        while new:
+            new = {name for module in new for name in own_imports(module) if room(name) == room(start)} - reached
+            reached |= new
+        assert start not in reached, f"{start} imports itself, by {sorted(reached)}"
 
 
 def test_packages_import_nothing() -> None:
-    for module in EMPTY:
-        assert not imports(module), module
+    for package in BARE:
+        assert not imports(f"{package}.__init__"), package
 
 
 def test_only_comm_knows_torch_distributed() -> None:
     for module, path in MODULES.items():
-        if module == "comm":
+        if room(module) == "comm":
             continue
         named = {name for name in imports(module) if name.startswith("torch.distributed")}
         named = {name for name in named if not name.startswith(NO_COLLECTIVES.get(module, "-"))}
@@ -140,13 +146,8 @@ def test_only_comm_knows_torch_distributed() -> None:
 
 def test_rules_know_no_mesh() -> None:
     for module in MODULES:
-        if module.startswith("optim."):
-            assert not [name for name in own_imports(module) if name == "comm" or name.startswith("adapters.")], module
-
-
-def test_no_file_is_long() -> None:
-    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    assert max(lengths.values()) <= MAX_LINES, lengths
+        if room(module) in ("optim", "maths", "core"):
+            assert not [name for name in own_imports(module) if room(name) in ("comm", "layouts", "adapters")], module
 
 
 def test_importing_brings_in_nothing_optional_and_prints_nothing() -> None:

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist import ops
 from pylo_dist.__main__ import main
+from pylo_dist.maths import compiled
 from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
 
-pytestmark = pytest.mark.skipif(bool(ops.library("cpu")), reason=ops.library("cpu"))
+pytestmark = pytest.mark.skipif(bool(compiled.library("cpu")), reason=compiled.library("cpu"))
 RUNS_PER_RULE, TENSORS = 6, 10  # 9 settings: 540 tensors
 GRAD_SCALES = (1e-30, 1e-12, 1e-3, 1.0, 30.0)
 
@@ -64,7 +64,7 @@ def random_problem(rng: random.Random, steps: int = 3) -> Problem:
 
 def run(name: str, problem: Problem, cuts: Any = 1, kernels: bool = True, **kwargs: Any) -> VirtualRun:
     setting, (params, grads, losses) = SETTINGS[name], problem
-    with ops.use_kernels(kernels):
+    with compiled.use_kernels(kernels):
         return run_virtual(setting.optimizer_class, params, cuts, grads, losses=losses, **{**setting.kwargs, **kwargs})
 
 
@@ -281,7 +281,7 @@ def test_nonfinite_gradients(name: str, bad: float) -> None:
         for kernels in (False, True):
             pieces = {fqn: torch.nn.Parameter(p.clone()) for fqn, p in params.items()}
             optimizer = setting.optimizer_class(pieces.items(), nonfinite=nonfinite, **setting.kwargs)
-            with ops.use_kernels(kernels):
+            with compiled.use_kernels(kernels):
                 for step_grads, loss in zip(grads, losses, strict=True):
                     for fqn, p in pieces.items():
                         p.grad = step_grads[fqn]
@@ -303,7 +303,7 @@ def test_inf_is_seen_in_16_bits(dtype: torch.dtype, kernels: bool) -> None:
     for max_grad_norm in (None, 1.0):
         param = torch.nn.Parameter(torch.randn(4, 8).to(dtype))
         optimizer = pylo_dist.AdafacLO([param], weights="demo", nonfinite="skip", max_grad_norm=max_grad_norm)
-        with ops.use_kernels(kernels):
+        with compiled.use_kernels(kernels):
             for first in (math.inf, 1.0):
                 param.grad = torch.randn_like(param)
                 param.grad[0, 0] = first
@@ -402,7 +402,7 @@ def test_gradients_may_be_gathered_before_the_step(name: str, kernels: bool) -> 
     """In any order, and again for items whose gradient changed: the same bits as in the step."""
     setting = SETTINGS[name]
     shapes = [(40, 70), (130,), (3, 4, 5), ()]
-    with ops.use_kernels(kernels):
+    with compiled.use_kernels(kernels):
         ends = []
         for early in (False, True):
             torch.manual_seed(0)
@@ -428,13 +428,13 @@ def test_gradients_may_be_gathered_before_the_step(name: str, kernels: bool) -> 
 
 
 def test_without_the_library_it_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(ops, "library", lambda device_type: "it was not built")
-    ops._say_once.cache_clear()
+    monkeypatch.setattr(compiled, "library", lambda device_type: "it was not built")
+    compiled._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="pylo_dist"):
         problem = golden_problem(torch.float32)
         without = run_virtual(pylo_dist.VeLO, problem[0], 1, problem[1][:2], losses=problem[2][:2], **SETTINGS["velo"].kwargs)
     assert [record.getMessage() for record in caplog.records] == ["pure PyTorch path on cpu: it was not built"]
-    with ops.use_kernels(False):
+    with compiled.use_kernels(False):
         oracle = run_virtual(pylo_dist.VeLO, problem[0], 1, problem[1][:2], losses=problem[2][:2], **SETTINGS["velo"].kwargs)
     assert all(torch.equal(without.params[fqn], p) for fqn, p in oracle.params.items())
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pylo_dist
-from pylo_dist import ops
+from pylo_dist.maths import compiled
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -73,7 +73,7 @@ def test_formula_by_hand() -> None:
     assert (computed.parameters, computed.gradients) == (4 * 34, 4 * 17)
     assert computed.state == 16 * 12 + 12 * (4 + 6) + 28 * 5
     # in backward: the gradients twice (packed), and this rank's half
-    scratch = 120 * 4 * 16384 if ops.library("cpu") else 0  # chunks of features, where the passes are not compiled
+    scratch = 120 * 4 * 16384 if compiled.library("cpu") else 0  # chunks of features, where the passes are not compiled
     assert computed.peak == computed.parameters + computed.state + scratch + 2 * 136 + 68
 
 

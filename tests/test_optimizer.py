@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.adapters.plain import collect
-from pylo_dist.engine import Engine
+from pylo_dist.layouts.plain import collect
+from pylo_dist.optimizer.engine import Engine
 
 # ------------------------------------------------------------------------------------------------ step
 

@@ -20,10 +20,10 @@ from test_virtual_ranks import golden_problem, random_shards
 from torch import Tensor
 
 import pylo_dist
-from pylo_dist.optim.base import Batch, LearnedRule, Request
-from pylo_dist.reference import commit, gradient_sums, move
-from pylo_dist.shards import TensorShard
-from pylo_dist.state import StateField
+from pylo_dist.core.rule import Batch, LearnedRule, Request
+from pylo_dist.core.shards import TensorShard
+from pylo_dist.core.state import StateField
+from pylo_dist.maths.reference import commit, gradient_sums, move
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from pylo_dist.weights import Architecture, MetaNetwork, load_weights
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden_cases import CASES, STEPS, Case, load, relative, run, state, updates
 
-from pylo_dist import ops
-from pylo_dist.shards import factored_dims
+from pylo_dist.core.shards import factored_dims
+from pylo_dist.maths import compiled
 
 
 def update_bound(shape: tuple[int, ...], name: str) -> float:
@@ -47,7 +47,7 @@ def test_float64_updates_and_state(name: str, figures: list[str]) -> None:
 @pytest.fixture(params=[True, False], ids=["kernels", "pytorch"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both paths of float32; float64 always takes the PyTorch path."""
-    with ops.use_kernels(request.param):
+    with compiled.use_kernels(request.param):
         yield "kernels" if request.param else "PyTorch"
 
 

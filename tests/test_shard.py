@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.adapters import plain
 from pylo_dist.adapters.fully_sharded import units_of
-from pylo_dist.adapters.gradients import settle
+from pylo_dist.layouts import plain
+from pylo_dist.layouts.gradients import settle
 
 
 def net() -> Net:

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import pylo_dist
 from pylo_dist import checkpoint
-from pylo_dist.sharded_state import ShardedState, copy_elements
-from pylo_dist.shards import PieceParameter, TensorShard, bind_shard
+from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from pylo_dist.optimizer.sharded_state import ShardedState, copy_elements
 
 
 def pieces(cuts: list[int], rank: int) -> tuple[list[tuple[str, nn.Parameter]], Model]:

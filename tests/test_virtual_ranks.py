@@ -19,7 +19,7 @@ from golden_cases import celo2_weights, load, small_fc_weights, velo_weights
 from torch import Tensor
 
 import pylo_dist
-from pylo_dist.shards import TensorShard
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 
 RANKS = (2, 3, 5, 8)

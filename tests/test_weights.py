@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist import weights as weights_module
 from pylo_dist.optim.adafac import effective_decays
-from pylo_dist.publish import save_weights
 from pylo_dist.weights import (
     ARCHITECTURES,
     CARD_KEY,
@@ -38,6 +37,7 @@ from pylo_dist.weights import (
     register_weights,
     registered_entry,
 )
+from pylo_dist.weights.publish import save_weights
 
 DECAYS = {"momentum_decays": [0.01, 0.02, 0.03], "rms_decays": [0.04], "adafactor_decays": [0.05, 0.06, 0.07]}
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.adapters.gathering import PendingParameter
+from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.testing import largest_changes, layout_error
 
 STEPS = 6

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import comm
+from ..core.shards import TensorShard
+from ..layouts.dtensor import TENSOR_PARALLEL, shard_of
+from ..layouts.plain import check_param, is_dtensor, local_tensor
 from ..optimizer import LearnedOptimizer
-from ..shards import TensorShard
-from .dtensor import TENSOR_PARALLEL, shard_of
-from .plain import check_param, is_dtensor, local_tensor
 
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..engine import Clip, Nonfinite
+from ..core.rule import Batch, Item
+from ..maths import reference
+from ..maths.factored import Rates, ThreePassRule
+from ..maths.reference import Network
 from ..optimizer import LearnedOptimizer
-from ..reference import Network
+from ..optimizer.engine import Clip, Nonfinite
 from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
 from .arguments import Precision, check_precision, checked_decays, wide
-from .base import Batch, Item
-from .factored import Rates, ThreePassRule
 
 
 class AdafacRule(ThreePassRule):

@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..engine import Clip, Nonfinite
-from ..ops import Updates
+from ..core.rule import Batch, Item, Request, Sum
+from ..core.shards import ShardBinding, TensorShard
+from ..core.state import StateField
+from ..maths import compiled, gram, reference, stacks
+from ..maths.compiled import Updates
+from ..maths.factored import FactoredRule
+from ..maths.orthogonal import EPS_STEP, NewtonSchulz
+from ..maths.owners import OwnedMatrices
+from ..maths.reference import Network, StepTensors
 from ..optimizer import LearnedOptimizer
-from ..reference import Network, StepTensors
-from ..shards import ShardBinding, TensorShard
-from ..state import StateField
+from ..optimizer.engine import Clip, Nonfinite
 from ..weights import CELO2 as CELO2_WEIGHTS
 from ..weights import MetaNetwork, WeightsLike, load_weights
-from . import gram, stacks
 from .arguments import Precision, check_precision, checked_decays, checked_numbers, wide
-from .base import Batch, Item, Request, Sum
-from .factored import FactoredRule
-from .orthogonal import EPS_STEP, NewtonSchulz
-from .owners import OwnedMatrices
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ class CELO2Rule(FactoredRule):
         steps = batch.numbers("steps", lambda hyper: [1.0, hyper["exp_mult"], 0.0, 0.0])
         if self.settings.param_scale_mult:
             steps[:, 0].copy_(self._param_rms(batch, self._param_squares(batch, b)))
-        networks = ops.packed(self._network(torch.float32, batch.device))[None]
+        networks = compiled.packed(self._network(torch.float32, batch.device))[None]
         network_of = torch.zeros(len(batch.items), dtype=torch.int64, device=batch.device)
         return Updates(networks, network_of, steps.to(torch.float32))
 

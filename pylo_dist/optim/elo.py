@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine import Clip, Nonfinite
+from ..maths.factored import Rates
 from ..optimizer import LearnedOptimizer
+from ..optimizer.engine import Clip, Nonfinite
 from ..weights import ELO as ELO_WEIGHTS
 from ..weights import WeightsLike, load_weights
 from .adafac import AdafacRule
 from .arguments import Precision, check_precision, checked_decays, wide
-from .factored import Rates
 
 
 class ELORule(AdafacRule):

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.rule import Item
 from .adafac import AdafacLO, AdafacRule
-from .base import Item
 
 
 class MuLORule(AdafacRule):

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import reference
-from ..engine import Clip, Nonfinite
-from ..ops import Updates
+from ..core.rule import Batch, Item, is_capturing
+from ..core.shards import Shape, TensorShard, factored_dims
+from ..core.state import StateField
+from ..maths import reference
+from ..maths.compiled import Updates
+from ..maths.factored import Rates, ThreePassRule, Update
+from ..maths.reference import Network
 from ..optimizer import LearnedOptimizer
-from ..reference import Network
-from ..shards import Shape, TensorShard, factored_dims
-from ..state import StateField
+from ..optimizer.engine import Clip, Nonfinite
 from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
 from .arguments import Precision, check_precision, checked_decays, wide
-from .base import Batch, Item, is_capturing
-from .factored import Rates, ThreePassRule, Update
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8

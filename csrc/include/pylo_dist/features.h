@@ -1,4 +1,4 @@
-// The features of small_fc (28) and of VeLO and CELO2 (30), and the accumulators they are made of: pylo_dist/reference.py,
+// The features of small_fc (28) and of VeLO and CELO2 (30), and the accumulators they are made of: pylo_dist/maths/reference.py,
 // FeatureSet and _fill_features. No torch, no CUDA include. T is float, or a vector of floats on the CPU.
 //
 // Feature order: g, [clip(g, -0.1, 0.1)], p, m x3, v, m q x3, q, F(g) x3, [g q] | row x3, col x3, rsqrt(row) x3, rsqrt(col) x3 |
@@ -11,7 +11,7 @@
 
 namespace pylo_dist {
 
-// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), from the floats that ops.py passes.
+// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), from the floats that compiled.py passes.
 // x <- old x + now y with now = 1 - old, taken in double.
 struct RuleConstants {
   float momentum_old[K], momentum_new[K];

@@ -1,7 +1,7 @@
-// Where the elements of a rank's tensors lie: what pylo_dist/ops.py writes into its tables, once per batch.
+// Where the elements of a rank's tensors lie: what pylo_dist/maths/compiled.py writes into its tables, once per batch.
 // No torch, no CUDA include. All numbers are int64, so that a table is a plain int64 tensor on either device.
 //
-// Legend (as pylo_dist/reference.py): K = 3 decays; R and C lengths of the row and column factors; N local elements; d0 is averaged
+// Legend (as pylo_dist/maths/reference.py): K = 3 decays; R and C lengths of the row and column factors; N local elements; d0 is averaged
 // away in `row`, d1 in `col`. A `lead` is an index of the dims that are normalised one by one (CELO2: all but the last two dims).
 #pragma once
 
@@ -51,7 +51,7 @@ struct Item {
   int64_t first_box, num_boxes;
 };
 
-// Slots of the gradient audit that the passes write (pylo_dist/optim/base.py).
+// Slots of the gradient audit that the passes write (pylo_dist/core/rule.py).
 constexpr int AUDIT_NONFINITE = 1;
 constexpr int AUDIT_SQUARES = 2;
 

@@ -22,7 +22,7 @@ inline namespace PYLO_ISA {
 
 constexpr int SIDE = 2 * K;  // factor features of a side
 
-// A network as ops.py packs it, float32: input_weight (H, INPUTS) | input_bias (H) | hidden_weight (H, H) | hidden_bias (H) |
+// A network as compiled.py packs it, float32: input_weight (H, INPUTS) | input_bias (H) | hidden_weight (H, H) | hidden_bias (H) |
 // output_weight (2, H) | output_bias (2). The third output of VeLO and CELO2 is unused and left out.
 template <bool Extended, int H>
 struct PackedNetwork {

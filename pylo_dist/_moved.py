@@ -1,0 +1,89 @@
+"""Old module paths and names, for one version: what moved where. Nothing in the package imports this but `__init__`.
+
+    from pylo_dist.reference import commit      # still works, and warns: pylo_dist.maths.reference
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "shards": ("core.shards",),
+    "state": ("core.state",),
+    "optim.base": ("core.rule",),
+    "reference": ("maths.reference",),
+    "ops": ("maths.compiled",),
+    "optim.factored": ("maths.factored",),
+    "optim.stacks": ("maths.stacks",),
+    "optim.orthogonal": ("maths.orthogonal",),
+    "optim.gram": ("maths.gram",),
+    "optim.owners": ("maths.owners",),
+    "hub": ("weights.hub",),
+    "publish": ("weights.publish",),
+    "adapters.plain": ("layouts.plain",),
+    "adapters.dtensor": ("layouts.dtensor",),
+    "adapters.gradients": ("layouts.gradients",),
+    "adapters.construction": ("layouts.construction",),
+    "engine": ("optimizer.engine",),
+    "sharded_state": ("optimizer.sharded_state",),
+    "clip": ("optimizer.clip",),
+    "report": ("optimizer.report",),
+    "gather": ("checkpoint.full_state",),
+    "adapters.buckets": ("adapters.zero.buckets",),
+    "adapters.reduction": ("adapters.zero.reduction",),
+    "adapters.gathering": ("adapters.zero.gathering",),
+    "adapters.deepspeed_checkpoint": ("adapters.deepspeed.checkpoint",),
+}
+
+
+class _Moved(ModuleType):
+    """An old module: looks every name up where it is now."""
+
+    def __init__(self, name: str, targets: Sequence[str]) -> None:
+        super().__init__(name, f"Moved to {' and '.join(targets)}.")
+        self._targets = targets
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for target in self._targets:
+                module = importlib.import_module(target)
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it moved to {' and '.join(self._targets)}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({name for target in self._targets for name in dir(importlib.import_module(target))})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the old names of modules."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != __package__ or old not in MODULES:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        targets = [f"{__package__}.{new}" for new in MODULES[spec.name.partition(".")[2]]]
+        # of whoever imports it: the frames between are importlib's, which warnings pass over
+        warnings.warn(
+            f"{spec.name} is {' and '.join(targets)} now; the old path goes with the next version", DeprecationWarning, stacklevel=2
+        )
+        return _Moved(spec.name, targets)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+def install() -> None:
+    """Make the old paths importable; again it does nothing."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,1 @@
+"""DeepSpeed's partitions: the optimizer on them, and the checkpoints. Imports nothing."""

@@ -1,0 +1,5 @@
+"""ZeRO over torch.distributed: `ZeroOptimizer`."""
+
+from .optimizer import ZeroOptimizer
+
+__all__ = ["ZeroOptimizer"]

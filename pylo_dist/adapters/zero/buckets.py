@@ -1,0 +1,185 @@
+"""Flat memory of ZeRO: parameters packed into buckets, every bucket cut evenly over the ranks. Owns the parameters' memory.
+
+Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever tensors lie there.
+
+    bucket   | b.weight ........ | b.bias | a.weight ............... | padding |
+    ranks    |        rank 0       |        rank 1       |        rank 2       |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.shards import PieceParameter, ShardBinding, TensorShard, bind_shard, bound_shard
+
+# A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
+ALIGNMENT = 16
+
+Named = tuple[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Who shares the buckets.
+
+    Attributes:
+        group: the ranks a bucket is cut over; None: this one alone. rank, ranks: its place among how many.
+        replicate_group: the ranks that hold the same part, one of every replica; None: there is one replica.
+        holders: the ranks of all replicas together; `group` where there is one, None for a single process.
+        replicas: how many there are.
+    """
+
+    group: Any
+    rank: int
+    ranks: int
+    replicate_group: Any = None
+    holders: Any = None
+    replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece the inner optimizer updates."""
+
+    fqn: str
+    param: Tensor
+    offset: int
+    piece: nn.Parameter
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.param.numel()
+
+    @property
+    def binding(self) -> ShardBinding:
+        binding = bound_shard(self.piece)
+        assert binding is not None
+        return binding
+
+    @property
+    def shard(self) -> TensorShard:
+        return self.binding.shard
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A flat buffer of parameters of one dtype and device, cut evenly over the ranks.
+
+    Attributes:
+        flat: (ranks * shard_numel,) all parameters, padded with zeros.
+        shard_numel: elements per rank. low: where this rank's begin.
+        numel: elements without padding.
+        members: in the order of their offsets.
+        master: (shard_numel,) this rank's parameters in float32, where they are stored in less; the pieces are views of it then.
+        grad: (shard_numel,) this rank's part of the mean gradient, or None before the first reduction of a step.
+    """
+
+    flat: Tensor
+    shard_numel: int
+    low: int
+    numel: int
+    members: list[Member]
+    master: Tensor | None = None
+    grad: Tensor | None = None
+
+    @property
+    def shard(self) -> Tensor:
+        """This rank's part of `flat`, a view."""
+        return self.flat[self.low : self.low + self.shard_numel]
+
+    def elements_of(self, rank: int) -> int:
+        """How many elements rank holds, without padding."""
+        return max(0, min((rank + 1) * self.shard_numel, self.numel) - rank * self.shard_numel)
+
+    def piece_of(self, member: Member, buffer: Tensor) -> Tensor:
+        """The elements of a member in a buffer (shard_numel,) of this rank, a view."""
+        first = member.offset + member.shard.start - self.low
+        return buffer[first : first + member.piece.numel()] if member.piece.numel() else buffer[:0]
+
+    def show_gradient(self, grad: Tensor | None) -> None:
+        """Make `grad` (shard_numel,) the gradient of the pieces; None: drop it."""
+        self.grad = grad
+        for member in self.members:
+            member.piece.grad = None if grad is None else self.piece_of(member, grad)
+
+    def refresh_master(self) -> None:
+        """Where somebody else wrote a parameter (loading a model, say), its master follows; elsewhere it keeps its own bits."""
+        if self.master is not None:
+            torch.where(
+                self.master.to(self.flat.dtype) == self.shard, self.master, self.shard.to(self.master.dtype), out=self.master
+            )
+
+    def write_back(self) -> None:
+        """Round the masters into this rank's part of the parameters."""
+        if self.master is not None:
+            self.shard.copy_(self.master)
+
+
+def fill(named: Sequence[Named], cap_mb: float) -> list[list[Named]]:
+    """Parameters of one dtype and device in chunks of about `cap_mb`, in about the order in which backward completes them."""
+    open_: dict[tuple[torch.dtype, torch.device], tuple[list[Named], float]] = {}
+    chunks: list[tuple[int, list[Named]]] = []  # with the place of the parameter that backward reaches last
+    for place, (fqn, param) in enumerate(reversed(named)):
+        kind = (param.dtype, param.device)
+        chunk, size = open_.pop(kind, ([], 0.0))
+        chunk.append((fqn, param))
+        size += param.numel() * param.element_size() / 2**20
+        if size >= cap_mb:
+            chunks.append((place, chunk))
+        else:
+            open_[kind] = chunk, size
+    places = {id(param): place for place, (_, param) in enumerate(reversed(named))}
+    chunks += [(places[id(chunk[-1][1])], chunk) for chunk, _ in open_.values()]
+    return [chunk for _, chunk in sorted(chunks, key=lambda entry: entry[0])]
+
+
+@torch.no_grad()
+def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket:
+    """A bucket of these parameters, whose memory moves into it (`param.data` is replaced).
+
+    Args:
+        with_master: keep this rank's part in float32 too if the parameters are bfloat16 or float16.
+    """
+    ranks, rank = sharing.ranks, sharing.rank
+    numel = sum(param.numel() for _, param in named)
+    shard_numel = -(-numel // (ranks * ALIGNMENT)) * ALIGNMENT
+    low = rank * shard_numel
+    first = named[0][1]
+    flat = first.new_zeros(ranks * shard_numel)
+    offsets, offset = [], 0
+    for _, param in named:
+        view = flat[offset : offset + param.numel()].view(param.shape)
+        view.copy_(param)
+        param.data = view
+        offsets.append(offset)
+        offset += param.numel()
+    bucket = Bucket(flat, shard_numel, low, numel, [])
+    if with_master and first.dtype in (torch.bfloat16, torch.float16):
+        bucket.master = bucket.shard.to(torch.float32)
+    local = bucket.shard if bucket.master is None else bucket.master
+    for (fqn, param), offset in zip(named, offsets, strict=True):
+        peers = list(_pieces(fqn, param, offset, ranks, shard_numel))
+        start = offset + peers[rank].start - low if peers[rank].numel else 0
+        piece = PieceParameter(local[start : start + peers[rank].numel], param)
+        bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
+        bucket.members.append(Member(fqn, param, offset, piece))
+    return bucket
+
+
+def _pieces(fqn: str, param: Tensor, offset: int, ranks: int, shard_numel: int) -> Iterator[TensorShard]:
+    """What every rank holds of a parameter that begins at `offset` of its bucket."""
+    for low in (rank * shard_numel for rank in range(ranks)):
+        start, stop = (min(max(bound - offset, 0), param.numel()) for bound in (low, low + shard_numel))
+        yield TensorShard.interval(fqn, tuple(param.shape), start, stop)
+
+
+def release(buckets: Sequence[Bucket]) -> None:
+    """Give the parameters memory of their own again (`param.data` is replaced)."""
+    for bucket in buckets:
+        for member in bucket.members:
+            member.param.data = member.param.data.clone()

@@ -1,0 +1,160 @@
+"""Bring updated parameters to all ranks, bucket by bucket, while the next forward pass begins. Writes the buckets' flat memory.
+
+Between the step and the arrival of a bucket its parameters are `PendingParameter`s: whatever reads one waits for it first.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import comm
+from .buckets import Bucket, Sharing
+
+_ARRIVAL = "_pylo_dist_arrival"
+
+
+class PendingParameter(nn.Parameter):
+    """The class of a parameter whose values are on their way; it becomes an `nn.Parameter` again when something reads it.
+
+    Only what says nothing about values (shape, dtype, `grad`, ...) leaves it as it is.
+    """
+
+    @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code that meets one asks for it outside of its graph
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS_NOTHING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, PendingParameter):
+                wait_for(leaf)
+        return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        wait_for(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        wait_for(self)
+        return self.__reduce_ex__(protocol)
+
+
+_READS_NOTHING = {
+    *(
+        accessor
+        for name in ("grad", "requires_grad")
+        for accessor in (getattr(torch.Tensor, name).__get__, getattr(torch.Tensor, name).__set__)
+    ),
+    getattr(torch.Tensor, "grad").__delete__,  # noqa: B009
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "is_leaf", "ndim", "is_cuda", "is_cpu", "is_sparse", "grad_fn")
+    ),
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.element_size),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_contiguous, torch.Tensor.requires_grad_),
+    *(torch.Tensor.__hash__, torch.Tensor.__len__),
+}
+
+
+def wait_for(param: Tensor) -> None:
+    """Until the values of a PendingParameter are there. Raises CommunicationError."""
+    getattr(param, _ARRIVAL)()
+
+
+class ParameterGatherer:
+    """All-gathers buckets after a step.
+
+    A bucket is waited for at once, unless every module that owns one of its parameters ran its forward pass in plain Python
+    since the last step: code compiled by torch.compile looks at parameters before any hook of ours could wait for them.
+
+    Args:
+        buckets: in the order of the reductions; forward needs them the other way round.
+        overlap: whether to let buckets arrive during the next forward pass at all.
+    """
+
+    def __init__(self, buckets: list[Bucket], sharing: Sharing, *, overlap: bool, timeout: float | None) -> None:
+        self.buckets = buckets
+        self._sharing, self._overlap, self._timeout = sharing, overlap, timeout
+        self._owners: dict[int, set[int]] = {}  # id(parameter) -> modules that own it
+        self._ran: set[int] = set()  # modules whose forward pass began in Python since the last step
+
+    def watch(self, model: nn.Module) -> None:
+        """Wait for parameters in the forward pre-hooks of the modules that own them."""
+        if self._sharing.group is None or not self._overlap:
+            return
+        this = weakref.ref(self)
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if own:
+                module.register_forward_pre_hook(_ForwardHook(this))
+                for param in own:
+                    self._owners.setdefault(id(param), set()).add(id(module))
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Send the updated parts; each bucket's parameters wait for their values when they are read."""
+        if self._sharing.group is None:
+            return
+        ran, self._ran = self._ran, set()
+        at_once: list[comm.Pending] = []
+        for b in reversed(range(len(self.buckets))):
+            bucket = self.buckets[b]
+            what = f"the all-gather of parameters, bucket {b}"
+            pending = comm.all_gather(bucket.flat, bucket.shard, self._sharing.group, what, self._timeout)
+            if not self._may_wait(bucket, ran):
+                at_once.append(pending)
+                continue
+            arrive = _arrival(pending, [member.param for member in bucket.members])
+            for member in bucket.members:
+                setattr(member.param, _ARRIVAL, arrive)
+                member.param.__class__ = PendingParameter
+        for pending in at_once:  # only now, with all of them on their way
+            pending.wait()
+
+    def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
+        params = [member.param for member in bucket.members]
+        owned = (self._owners.get(id(param), set()) for param in params)
+        return all(type(param) is nn.Parameter for param in params) and all(owners and owners <= ran for owners in owned)
+
+    def wait(self) -> None:
+        """Until all parameters are there."""
+        for bucket in self.buckets:
+            for member in bucket.members:
+                if isinstance(member.param, PendingParameter):
+                    wait_for(member.param)
+
+
+def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
+    def arrive() -> None:
+        pending.wait()
+        for param in params:
+            param.__class__ = nn.Parameter
+            delattr(param, _ARRIVAL)
+
+    return arrive
+
+
+class _ForwardHook:
+    """Waits for a module's own parameters before its forward pass; in a copy of the model it does nothing."""
+
+    def __init__(self, gatherer: weakref.ref[ParameterGatherer] | None = None) -> None:
+        self._gatherer = gatherer
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
+        return _ForwardHook, ()
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or self._gatherer is None:
+            return
+        alive = self._gatherer()
+        if alive is not None:
+            alive._ran.add(id(module))
+        for param in module.parameters(recurse=False):
+            if isinstance(param, PendingParameter):
+                wait_for(param)

@@ -1,0 +1,256 @@
+"""Average gradients over ranks, bucket by bucket while backward goes on. Reads and frees gradients of the model's parameters.
+
+A round reduces every bucket once, strictly in order: one round per backward pass on every rank, whichever parameters had a
+gradient and whenever. It opens with the first gradient that arrives and is closed when backward ends; without overlap by what
+needs its result (the step, whoever looks at `param_groups`) or by the second gradient of one parameter, of another pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import comm
+from ...core.state import state_dtype
+from .buckets import ALIGNMENT, Bucket, Member, Sharing
+
+# Buckets whose gradients are on their way at the same time; more would only hold memory.
+MAX_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The gradients of a bucket on their way: `mine` (shard_numel + ALIGNMENT,), the sum over ranks once they have arrived."""
+
+    bucket: Bucket
+    mine: Tensor
+    pending: comm.Pending
+
+
+class GradientReducer:
+    """Brings each rank its part of the mean gradient.
+
+    Args:
+        buckets: in the order in which they are reduced; the list may grow, see `add`.
+        frees: whether gradients of the model's parameters are freed as they leave (ZeRO-2), and those of several backward passes
+            add up in the shard; otherwise they stay and add up there.
+        overlap: whether buckets leave while backward goes on, or when the round is closed.
+        dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and float16.
+        landed: called with a bucket whose gradient has arrived.
+
+    Attributes:
+        synchronizing: whether gradients that arrive open a round; see `no_sync`.
+        problem: why this rank's gradients cannot be used, or None.
+    """
+
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        sharing: Sharing,
+        *,
+        frees: bool,
+        overlap: bool,
+        dtype: torch.dtype | None,
+        timeout: float | None,
+        landed: Callable[[Bucket], None],
+    ) -> None:
+        self.buckets = buckets
+        self.synchronizing = True
+        self.problem: ValueError | None = None
+        self._sharing, self._frees, self._overlap, self._dtype = sharing, frees, overlap, dtype
+        self._timeout, self._landed = timeout, landed
+        self._arrived: set[tuple[int, int]] = set()
+        self._missing: list[int] = []
+        self._next = 0
+        self._rounds = 0
+        self._flights: deque[_Flight] = deque()
+        self._left: dict[int, tuple[Tensor, int]] = {}  # id(parameter) -> the gradient that left, and its version then
+        self._poison: Tensor | None = None
+
+    def add(self, first: int) -> None:
+        """Watch the parameters of the buckets from `first` on."""
+        this = weakref.ref(self)  # a parameter that outlives the optimizer must not keep it alive
+        for b, bucket in list(enumerate(self.buckets))[first:]:
+            for i, member in enumerate(bucket.members):
+                member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients of the backward passes inside add up on this rank; they leave with the first pass outside."""
+        before, self.synchronizing = self.synchronizing, False
+        try:
+            yield
+        finally:
+            self.synchronizing = before
+
+    # ---------------------------------------------------------------------------------------- rounds
+
+    def _arrive(self, b: int, i: int) -> None:
+        if not self.synchronizing:
+            return
+        if (b, i) in self._arrived:
+            self.flush()
+        if not self._arrived:
+            self._missing = [sum(member.param.requires_grad for member in bucket.members) for bucket in self.buckets]
+            self._next = 0
+            if self._overlap:  # at the end of this pass: then what a rank sends does not depend on what it does next
+                torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+        self._arrived.add((b, i))
+        self._missing[b] -= 1
+        while self._overlap and self._next < len(self.buckets) and self._missing[self._next] <= 0:
+            self._launch_next()
+
+    def flush(self) -> None:
+        """Close the round that is open, if one is: all its gradients are there then."""
+        if self._arrived:
+            self._close_round()
+
+    def finish(self) -> None:
+        """As `flush`; where nothing has been reduced since `forget`, reduce what is there now."""
+        self.flush()
+        if self._rounds == 0:
+            self._next = 0
+            self._close_round()
+        for bucket in self.buckets:
+            for member in bucket.members:
+                self.problem = self.problem or self._unreduced(member)
+
+    def _close_round(self) -> None:
+        while self._next < len(self.buckets):
+            self._launch_next()
+        while self._flights:
+            self._land()
+        self._arrived.clear()
+        self._rounds += 1
+
+    def forget(self) -> None:
+        """Drop all gradients of the shards; the next round starts from nothing."""
+        self.flush()
+        for bucket in self.buckets:
+            bucket.show_gradient(None)
+            for member in bucket.members:
+                member.binding.present = False
+        self._rounds, self._poison = 0, None
+        self._left.clear()
+        self.problem = None
+
+    def _unreduced(self, member: Member) -> ValueError | None:
+        """What came to a parameter's gradient after it had been reduced, and would be lost."""
+        grad = member.param.grad
+        left, version = self._left.get(id(member.param), (None, 0))
+        if grad is None or (grad is left and grad._version == version):
+            return None
+        return ValueError(
+            f"the gradient of {member.fqn!r} was changed after backward had sent it to the other ranks; change the gradients in "
+            "optimizer.param_groups instead, or build ZeroOptimizer with overlap=False and stage=1"
+        )
+
+    # --------------------------------------------------------------------------------------- buckets
+
+    @torch.no_grad()
+    def _launch_next(self) -> None:
+        b, bucket = self._next, self.buckets[self._next]
+        if b == 0 and not self._frees:
+            self._poison = None  # of gradients that this round replaces
+        while len(self._flights) >= MAX_IN_FLIGHT:
+            self._land()
+        dtype = self._dtype or state_dtype(bucket.flat.dtype)
+        # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot be added
+        full = bucket.flat.new_zeros(self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype)
+        for member in bucket.members:
+            self._take(bucket, member, full)
+        largest = torch.linalg.vector_norm(full, torch.inf)
+        full[:, bucket.shard_numel] = largest * (self._sharing.ranks * self._sharing.replicas) * 0.0
+        self._next += 1  # only now: an error above leaves the round as it was
+        if self._sharing.group is None:
+            self._flights.append(_Flight(bucket, full[0], comm.Pending(None, "", None, (), None)))
+            return
+        mine = full.new_empty(bucket.shard_numel + ALIGNMENT)
+        what = f"the reduce-scatter of gradients, bucket {b}"
+        pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
+        self._flights.append(_Flight(bucket, mine, pending))
+
+    def _take(self, bucket: Bucket, member: Member, full: Tensor) -> None:
+        """Copy a gradient to its places in `full` (ranks, ...), which is modified in place."""
+        param, grad = member.param, member.param.grad
+        present = grad is not None
+        member.binding.present = present or (self._frees and self._rounds > 0 and member.binding.present)
+        if grad is None:
+            self._left.pop(id(param), None)
+            return
+        if grad.layout != torch.strided:
+            self.problem = self.problem or ValueError(
+                f"{member.fqn!r} has a sparse gradient: build its embedding with sparse=False"
+            )
+        elif grad.shape == param.shape:
+            flat = grad.detach().reshape(-1)
+            start = member.offset
+            while start < member.end:  # a tensor may reach over the parts of several ranks
+                rank, place = divmod(start, bucket.shard_numel)
+                stop = min(member.end, (rank + 1) * bucket.shard_numel)
+                full[rank, place : place + stop - start].copy_(flat[start - member.offset : stop - member.offset])
+                start = stop
+        if self._frees:
+            param.grad = None
+        else:
+            self._left[id(param)] = (grad, grad._version)
+
+    @torch.no_grad()
+    def _land(self) -> None:
+        flight, sharing = self._flights.popleft(), self._sharing
+        flight.pending.wait()
+        bucket, mine = flight.bucket, flight.mine
+        if sharing.replicate_group is not None:
+            comm.all_reduce(mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout).wait()
+        copies = sharing.ranks * sharing.replicas
+        if copies > 1:
+            mine.div_(copies)  # once, after the sum: the rounding of an average then does not depend on the backend
+        poison = mine[bucket.shard_numel].to(torch.float32)
+        self._poison = poison.clone() if self._poison is None else self._poison.to(poison.device) + poison
+        dtype = bucket.flat.dtype if bucket.master is None else bucket.master.dtype
+        grad = mine[: bucket.shard_numel].to(dtype)
+        if self._frees and self._rounds > 0 and bucket.grad is not None:
+            bucket.grad.add_(grad)  # of an earlier backward pass of the same step
+            for member in bucket.members:
+                if member.piece.grad is None:
+                    member.piece.grad = bucket.piece_of(member, bucket.grad)
+        else:
+            bucket.show_gradient(grad)
+        self._landed(bucket)
+
+    @torch.no_grad()
+    def spread_nonfinite(self) -> bool:
+        """Let a NaN or inf of any rank be seen in the gradients of every rank that holds anything, once per reduction.
+
+        For code outside that decides from its own gradients whether to step, such as torch.amp.GradScaler: to decide otherwise
+        than the other ranks would be a hang. Exact: 0 is added where all gradients are finite.
+
+        Returns:
+            Whether gradients have arrived since the last call.
+        """
+        poison, self._poison = self._poison, None
+        if poison is None:
+            return False
+        if self._sharing.holders is None:
+            return True
+        for bucket in self.buckets:
+            for member in bucket.members:
+                if member.piece.numel() and member.piece.grad is not None:
+                    member.piece.grad[:1].add_(poison.to(member.piece.device))
+                    return True
+        return True
+
+
+def _arrival_hook(reducer: weakref.ref[GradientReducer], b: int, i: int) -> Callable[[Tensor], None]:
+    def hook(_: Tensor) -> None:
+        alive = reducer()
+        if alive is not None:
+            alive._arrive(b, i)
+
+    return hook

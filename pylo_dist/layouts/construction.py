@@ -1,0 +1,165 @@
+"""Building optimizers over DTensors: an error of one rank reaches the ranks that wait for it, and they for one that never comes.
+
+A constructor compares the ranks of a mesh group by group. A rank that fails before (weights that only it lacks, a parameter that
+cannot be served) says so to those that would wait. A rank without a DTensor compares nothing; it learns in its first steps that
+others wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..core.shards import ShardBinding
+from .dtensor import check_domain, domain_of
+from .plain import is_dtensor
+
+LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
+_TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
+Groups = list[list[Any]]
+
+
+class Announced(ABCMeta):
+    """A class whose instances are built on all ranks, or on none."""
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, for `help` and all who ask which arguments there are."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if comm.size(comm.default_group()) == 1:
+            return super().__call__(*args, **kwargs)
+        given = args[0] if args else kwargs.get("params")
+        kept = _kept(given)
+        if args:
+            args = (kept, *args[1:])
+        elif "params" in kwargs:
+            kwargs["params"] = kept
+        with _failures_told(lambda: _groups_of(kept)):
+            return super().__call__(*args, **kwargs)
+
+
+def announced(add_param_group: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+    """`add_param_group` of an optimizer, whose failure on one rank is told to the others."""
+
+    @functools.wraps(add_param_group)
+    def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
+        if comm.size(comm.default_group()) == 1:
+            add_param_group(optimizer, param_group)
+            return
+        group = _kept([param_group])[0]
+        known = [param for other in optimizer.param_groups for param in other["params"]]
+        with _failures_told(lambda: [known + [param for new in _groups_of([group]) for param in new]]):
+            add_param_group(optimizer, group)
+
+    return wrapped
+
+
+def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
+    """Wait for the ranks that hold parts of these parameters, all those of an optimizer of this kind so far.
+
+    Raises:
+        ValueError: what keeps one of them from building the same. CommunicationError: one did not come in time.
+    """
+    sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
+    if not sharded:
+        return
+    try:
+        check_domain(sharded)
+    except ValueError as error:  # no saying who waits
+        for ranks in {domain_of(sharded), tuple(range(comm.size(comm.default_group())))}:
+            comm.decline(ranks, error)
+        setattr(error, _TOLD, True)
+        raise
+    meshes = [param.device_mesh for _, param in sharded]
+    groups = [(mesh.get_group(axis), torch.device(mesh.device_type)) for mesh in meshes[:1] for axis in range(mesh.ndim)]
+    timeout = max(comm.timeout_of(group, device) for group, device in groups)
+    for ranks in _domains([[param for _, param in named]]):
+        entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
+        comm.meet(ranks, f"the construction of {kind}", entries, timeout)
+
+
+def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
+    """Raise ValueError if other ranks wait for this one to build what it has built, but of DTensors.
+
+    Asks the store, no rank: cheap, for the first steps of whole parameters.
+    """
+    if comm.size(comm.default_group()) == 1 or any(map(is_dtensor, bindings)):
+        return
+    waiting = comm.awaited_by()
+    if waiting is None:
+        return
+    who, ranks, theirs = waiting
+    mine = [kind, *([binding.shard.fqn, list(binding.shard.shape)] for binding in bindings.values())]
+    if theirs != mine[: len(theirs)]:
+        return
+    error = ValueError(
+        f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
+        "shard the model alike on all ranks; an optimizer of this rank alone takes process_group=False"
+    )
+    comm.decline(ranks, error)
+    raise error
+
+
+@contextmanager
+def _failures_told(groups: Callable[[], Groups]) -> Iterator[None]:
+    """Around code that meets the ranks of these groups of parameters, one after the other, each time with all groups before."""
+    before = comm.meetings()
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            missed = _domains(groups())[comm.meetings() - before :]
+            for ranks in missed[:1]:
+                comm.decline(ranks, error)
+            setattr(error, _TOLD, True)
+        raise
+
+
+def _domains(groups: Groups) -> list[tuple[int, ...]]:
+    """Whom a constructor meets, in order."""
+    met, so_far = [], []
+    for group in groups:
+        so_far += [("", param) for param in group if is_dtensor(param)]
+        ranks = domain_of(so_far) if so_far else ()
+        if len(ranks) > 1:
+            met.append(ranks)
+    return met
+
+
+def _kept(params: Any) -> Any:
+    """The same parameters or groups, where they could be looked at only once as lists."""
+    if isinstance(params, Iterator):
+        params = list(params)
+    if not isinstance(params, (list, tuple)):
+        return params
+    return type(params)(
+        {**entry, "params": list(entry["params"])}
+        if isinstance(entry, dict) and isinstance(entry.get("params"), Iterator)
+        else entry
+        for entry in params
+    )
+
+
+def _groups_of(params: Any) -> Groups:
+    """The parameters of each group, of whatever a user may give."""
+    if not isinstance(params, Iterable) or isinstance(params, Tensor):
+        return []
+    entries = list(params)
+    if not any(isinstance(entry, dict) for entry in entries):
+        return [[entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries]]
+    return [group for entry in entries if isinstance(entry, dict) for group in _groups_of(_listed(entry.get("params")))]
+
+
+def _listed(params: Any) -> Any:
+    return [params] if isinstance(params, Tensor) else params

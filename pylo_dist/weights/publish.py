@@ -1,0 +1,217 @@
+"""Write learned weights with all that belongs to them: a folder that `load_weights` reads back bit-equal, or a Hub repository."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from .._version import __version__
+from . import hub
+from .load import ARCHITECTURES, CARD_KEY, UNKNOWN, Architecture, MetaNetwork, WeightsError, WeightsLike, load_weights, read_file
+
+CARD_FILE = "README.md"
+FACES = {"small_fc": "AdafacLO", "elo": "ELO", "celo2": "CELO2", "velo": "VeLO"}  # of every architecture, one optimizer
+
+
+def save_weights(
+    folder: str | os.PathLike[str],
+    weights: WeightsLike | MetaNetwork,
+    architecture: str | None = None,
+    *,
+    decays: Mapping[str, Sequence[float]] | None = None,
+    horizon: int | None = None,
+    licence: str | None = None,
+    description: str = "",
+    overwrite: bool = False,
+) -> MetaNetwork:
+    """Write `weights` to `folder`: model.safetensors (float32) and a model card, README.md. Call it on one rank.
+
+    The file's metadata say architecture, decays, digest, source, horizon and licence, so `weights=folder` needs nothing else, and
+    gives the tensors bit for bit, under the same digest. Several parts (VeLO's) become one file.
+
+    Args:
+        weights: all that `weights=` of an optimizer takes, or the `weights` of an optimizer.
+        architecture: "small_fc", "elo", "celo2" or "velo"; needed for tensors that fit two of them (small_fc and elo).
+        decays: e.g. {"momentum_decays": (0.1, 0.2, 0.3)}; instead of those that `weights` come with, name by name.
+        horizon: the longest run of the inner training, in steps; None: as `weights` say.
+        licence: its identifier first, as in "apache-2.0"; None: as `weights` say.
+        description: for the model card.
+        overwrite: replace other weights in `folder`.
+
+    Returns:
+        The weights as read back from `folder`.
+
+    Raises:
+        WeightsError: `weights` cannot be had or do not fit, or `folder` holds other weights.
+    """
+    network = _completed(weights, architecture, decays, horizon, licence)
+    target = Path(folder)
+    file = target / hub.WEIGHTS_FILE
+    if target.exists() and not target.is_dir():
+        raise WeightsError(f"{target} is a file, wanted a folder to write {file.name} to")
+    others = sorted(path.name for path in target.glob("*.safetensors") if path != file)
+    if others:
+        raise WeightsError(f"folder {target} holds {', '.join(others)}, a weights folder holds one such file; name a new folder")
+    if file.exists() and not overwrite and _digest_in(file) != network.digest:
+        raise WeightsError(f"folder {target} holds other weights; name a new folder, or overwrite them (overwrite=True)")
+    card = {
+        "architecture": network.architecture,
+        "decays": {name: list(values) for name, values in network.decays.items()},
+        "digest": network.digest,
+        "name": network.name,
+        "source": network.source,
+        "horizon": network.horizon,
+        "licence": network.licence,
+        "pylo_dist": __version__,
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # a process that is killed while it writes leaves the file from before, or none
+        scratch = target / f".{file.name}.{os.getpid()}"
+        save_file(dict(network.tensors), scratch, {"format": "pt", CARD_KEY: json.dumps(card)})
+        scratch.replace(file)
+        (target / CARD_FILE).write_text(_model_card(network, description), encoding="utf-8")
+    except OSError as error:
+        raise WeightsError(f"folder {target} cannot be written: {error}") from error
+    return load_weights(target, ARCHITECTURES[network.architecture])
+
+
+def push_to_hub(
+    repo_id: str,
+    weights: WeightsLike | MetaNetwork,
+    architecture: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    decays: Mapping[str, Sequence[float]] | None = None,
+    horizon: int | None = None,
+    licence: str | None = None,
+    description: str = "",
+) -> str:
+    """Commit `weights` with their model card to the Hub repository `repo_id`, made when there is none. Call it on one rank.
+
+    Args:
+        repo_id: "org/name".
+        private: for a repository that is made; None: as the organisation's settings say.
+        revision: an existing branch; None: the default branch.
+        token: None: HF_TOKEN, or the one that `hf auth login` stored.
+        commit_message: None: one that names the digest.
+
+    The other arguments are those of `save_weights`.
+
+    Returns:
+        "org/name@commit", which `weights=` takes.
+
+    Raises:
+        WeightsError: `weights` cannot be had or do not fit, or the Hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        network = save_weights(
+            folder, weights, architecture, decays=decays, horizon=horizon, licence=licence, description=description
+        )
+        message = commit_message or f"{network.architecture} weights {network.digest[:12]}"
+        try:
+            commit = hub.upload(repo_id, Path(folder), message=message, private=private, revision=revision, token=token)
+        except hub.HubError as error:
+            raise WeightsError(
+                f"weights could not be pushed to {repo_id!r} ({error}). Ways out: log in with a token that may write there "
+                "(`hf auth login`, HF_TOKEN or token=...); or save_weights to a folder and upload that"
+            ) from error
+    return f"{repo_id}@{commit}"
+
+
+def _completed(
+    weights: WeightsLike | MetaNetwork,
+    architecture: str | None,
+    decays: Mapping[str, Sequence[float]] | None,
+    horizon: int | None,
+    licence: str | None,
+) -> MetaNetwork:
+    """`weights`, loaded, with what the arguments say about them."""
+    network = load_weights(weights, architecture_named(architecture))
+    known = ARCHITECTURES[network.architecture].decays
+    for name, values in (decays or {}).items():
+        if name not in known or len(values) != len(known[name]) or not all(math.isfinite(x) for x in values):
+            wanted = ", ".join(f"{key} ({len(numbers)} finite numbers)" for key, numbers in known.items()) or "no decays"
+            raise WeightsError(f"decays {name!r} = {values!r} do not belong to {network.architecture}: wanted {wanted}")
+    if horizon is not None and horizon < 1:
+        raise WeightsError(f"horizon={horizon}: wanted a number of steps, 1 or more")
+    return replace(
+        network,
+        decays={**network.decays, **{name: tuple(map(float, values)) for name, values in (decays or {}).items()}},
+        horizon=network.horizon if horizon is None else horizon,
+        licence=network.licence if licence is None else licence,
+    )
+
+
+def architecture_named(name: str | None) -> Architecture | None:
+    """The architecture of that name; None stays None. Raises WeightsError for an unknown name."""
+    if name is not None and name not in ARCHITECTURES:
+        raise WeightsError(f"architecture {name!r}: wanted one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name] if name is not None else None
+
+
+def stored_digest(folder: str | os.PathLike[str]) -> str | None:
+    """The digest that `save_weights` wrote into the weights file of `folder`; None where it did not write it."""
+    found = sorted(Path(folder).glob("*.safetensors"))
+    return _digest_in(found[0]) if found else None
+
+
+def _digest_in(file: Path) -> str | None:
+    digest = read_file(file)[1].get("digest")
+    return digest if isinstance(digest, str) else None
+
+
+def _model_card(network: MetaNetwork, description: str) -> str:
+    """README.md for people and, in its first lines, for the Hub."""
+    licence = network.licence.split()[0].lower() if network.licence.strip() else UNKNOWN
+    face = FACES[network.architecture]
+    horizon = f"{network.horizon:,} steps" if network.horizon is not None else UNKNOWN
+    decays = [f"| {name} | {', '.join(map(repr, values))} |" for name, values in network.decays.items()]
+    tensors = [f"| `{name}` | {tuple(tensor.shape)} |" for name, tensor in sorted(network.tensors.items())]
+    steps = ", num_steps=..." if network.architecture == "velo" else ""
+    return "\n".join(
+        [
+            "---",
+            f"license: {licence}",
+            "library_name: pylo_dist",
+            "tags:",
+            "- learned-optimizer",
+            "- pylo_dist",
+            "---",
+            "",
+            f"# Weights of a learned optimizer: {network.architecture}",
+            "",
+            *([description.strip(), ""] if description.strip() else []),
+            "```python",
+            "import pylo_dist",
+            f'optimizer = pylo_dist.{face}(model.parameters(), weights="THIS REPOSITORY OR FOLDER"{steps})',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| architecture | {network.architecture} |",
+            f"| from | {network.source or network.name} |",
+            f"| licence | {network.licence} |",
+            f"| meta-training horizon | {horizon} |",
+            *decays,
+            f"| digest | `{network.digest}` |",
+            "",
+            "The digest is a sha256 over the names, shapes and float32 values of the tensors; loading compares it with the one",
+            "in the metadata of `model.safetensors`, and `python -m pylo_dist weights verify FOLDER` prints it.",
+            "",
+            "| tensor | shape |",
+            "|---|---|",
+            *tensors,
+            "",
+        ]
+    )
