@@ -1,8 +1,10 @@
-"""Checkpoints of a run: where they lie, what they hold beside model and optimizer, when they are made, and the way back in.
+"""Checkpoints of a run: where they lie, what they hold beside model and optimizer, when they are
+made, and the way back in.
 
     OUT/checkpoints/step-00000050    one folder each, of pylo_dist.checkpoint: published complete, with checksums, or not at all
 
-A run needs no random state: its samples are a function of seed, step and global batch, and nothing else is drawn while it trains.
+A run needs no random state: its samples are a function of seed, step and global batch, and nothing
+    else is drawn while it trains.
 """
 
 from __future__ import annotations
@@ -22,15 +24,31 @@ from options import AUTO, Options, WrongInput, flag
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
-# Entries of config.json. With another of these, the numbers of a checkpoint would mean something else:
+# Entries of config.json. With another of these, the numbers of a checkpoint would mean something
+# else:
 FIXED = ("optimizer", "model")
 # With another of these a run is as valid, and no longer the same:
 TOLD = (
-    *("lr", "weight_decay", "max_grad_norm", "num_steps", "warmup", "schedule", "batch_size", "micro_batch_size", "block_size"),
+    *(
+        "lr",
+        "weight_decay",
+        "max_grad_norm",
+        "num_steps",
+        "warmup",
+        "schedule",
+        "batch_size",
+        "micro_batch_size",
+        "block_size",
+    ),
     *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
     *("parallel", "replicas", "tp", "clip", "grad_scale", "order"),
 )
-ADDED = {"clip": "global", "grad_scale": 1.0, "order": "random"}  # what earlier versions did, whose config.json does not say so
+# what earlier versions did, whose config.json does not say so
+ADDED = {
+    "clip": "global",
+    "grad_scale": 1.0,
+    "order": "random",
+}
 
 
 class Stopped(Exception):
@@ -41,7 +59,7 @@ class Unsaved(Exception):
     """A checkpoint could not be written."""
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -58,7 +76,9 @@ def published_in(folder: Path) -> dict[int, Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, or do nothing where there is none. Killed halfway, it leaves nothing under the folder's name."""
+    """Delete a folder, or do nothing where there is none. Killed halfway, it leaves nothing under
+    the folder's name.
+    """
     aside = path.with_name(f".{path.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)  # of a removal that was killed
     if path.is_dir():
@@ -67,7 +87,9 @@ def remove(path: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what killed saves and removals of the run in `folder` have left; no other process may be at work there."""
+    """Delete what killed saves and removals of the run in `folder` have left; no other process may
+    be at work there.
+    """
     for path in (folder / FOLDER).glob(".step-*"):
         shutil.rmtree(path)
 
@@ -77,11 +99,13 @@ def package() -> Any:
     try:
         import pylo_dist.checkpoint
     except ImportError as error:
-        raise WrongInput(f"pylo_dist cannot be imported ({error}); install it: pip install .") from None
+        raise WrongInput(
+            f"pylo_dist cannot be imported ({error}); install it: pip install ."
+        ) from None
     return pylo_dist.checkpoint
 
 
-# ------------------------------------------------------------------------------------------ the way back
+# ------------------------------------------------------------------------------------- the way back
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +136,8 @@ class Start:
         checkpoint = path if is_one else next(reversed(published_in(path).values()), None)
         if checkpoint is None:
             raise WrongInput(
-                f"--resume {path}: no published checkpoint there; name a folder step-... of a run that was started with "
-                "--save-every, or the run's own."
+                f"--resume {path}: no published checkpoint there; name a folder step-... of a run "
+                "that was started with --save-every, or the run's own."
             )
         parent = checkpoint.parent
         source = parent.parent if parent.name == FOLDER else None
@@ -126,11 +150,16 @@ class Start:
 
     def newer(self, step: int) -> list[Path]:
         """Checkpoints of a run continued at `step` that it would come by again."""
-        return [path for n, path in published_in(self.folder).items() if n > step] if self.goes_on else []
+        return (
+            [path for n, path in published_in(self.folder).items() if n > step]
+            if self.goes_on
+            else []
+        )
 
 
 def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[int, int, str]:
-    """The step of the checkpoint, the sequences read until then, and in one line what differs from the run that saved it.
+    """The step of the checkpoint, the sequences read until then, and in one line what differs from
+    the run that saved it.
 
     Changes nothing.
 
@@ -147,33 +176,54 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
         step, saved = int(meta["step"]), {**ADDED, **meta["config"]}
         seen = int(meta.get("sequences", step * saved["batch_size"]))
     except (KeyError, TypeError):
-        raise WrongInput(f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved.") from None
+        raise WrongInput(
+            f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved."
+        ) from None
     for name in FIXED:
         here, there = json.loads(json.dumps(config[name])), saved.get(name)
         if isinstance(here, dict) and isinstance(there, dict):
-            name, here, there = next(((k, here[k], there.get(k)) for k in here if here[k] != there.get(k)), (name, 0, 0))
+            name, here, there = next(
+                ((k, here[k], there.get(k)) for k in here if here[k] != there.get(k)), (name, 0, 0)
+            )
         if here != there:
-            raise WrongInput(f"--resume {checkpoint}: saved with {name} {there}, this run has {here}; pass the same flags.")
-    if config["order"] == saved["order"] == "stream" and config["block_size"] != saved["block_size"]:
+            raise WrongInput(
+                f"--resume {checkpoint}: saved with {name} {there}, this run has {here}; pass the "
+                "same flags."
+            )
+    if (
+        config["order"] == saved["order"] == "stream"
+        and config["block_size"] != saved["block_size"]
+    ):
         raise WrongInput(
-            f"--resume {checkpoint}: its place in --order stream counts sequences of --block-size {saved['block_size']}, this "
-            f"run has {config['block_size']}: tokens would be lost or repeated; pass the same."
+            f"--resume {checkpoint}: its place in --order stream counts sequences of --block-size "
+            f"{saved['block_size']}, this run has {config['block_size']}: tokens would be lost or "
+            "repeated; pass the same."
         )
     if step > options.steps:
-        raise WrongInput(f"--resume {checkpoint}: saved after step {step}, and --steps is {options.steps}; pass more.")
+        raise WrongInput(
+            f"--resume {checkpoint}: saved after step {step}, and --steps is {options.steps}; pass "
+            "more."
+        )
     newer = start.newer(step)
     if newer and not options.overwrite:
         raise WrongInput(
-            f"--resume {checkpoint}: {newer[-1].name} of the same run is newer; resume from that, name another --out, "
-            "or pass --overwrite to drop it."
+            f"--resume {checkpoint}: {newer[-1].name} of the same run is newer; resume from that, "
+            "name another --out, or pass --overwrite to drop it."
         )
-    others = [f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)]
-    others += [f"other {what}" for k, what in (("train_digest", "tokens"), ("versions", "versions")) if config[k] != saved.get(k)]
+    others = [
+        f"{flag(k)} {config[k]} (was {saved.get(k)})" for k in TOLD if config[k] != saved.get(k)
+    ]
+    others += [
+        f"other {what}"
+        for k, what in (("train_digest", "tokens"), ("versions", "versions"))
+        if config[k] != saved.get(k)
+    ]
     return step, seen, ", ".join(others)
 
 
 def load(start: Start, learner: Any) -> None:
-    """Give model and optimizer of `learner` the checkpoint's numbers (both modified in place); call it on all ranks.
+    """Give model and optimizer of `learner` the checkpoint's numbers (both modified in place); call
+    it on all ranks.
 
     Hyperparameters stay those of this run's command line, which may be others.
 
@@ -181,26 +231,40 @@ def load(start: Start, learner: Any) -> None:
         WrongInput: on all ranks; nothing has changed then.
     """
     optimizer = learner.optimizer
-    own = [{key: group[key] for key in optimizer.defaults if key in group} for group in optimizer.param_groups]
+    own = [
+        {key: group[key] for key in optimizer.defaults if key in group}
+        for group in optimizer.param_groups
+    ]
     try:
         package().load(start.checkpoint, learner.states())
     except ValueError as error:
         named = str(start.checkpoint) in str(error)
-        raise WrongInput(f"--resume: {error}" if named else f"--resume {start.checkpoint}: {error}") from None
+        raise WrongInput(
+            f"--resume: {error}" if named else f"--resume {start.checkpoint}: {error}"
+        ) from None
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
 
 
-# ----------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 class Keeper:
     """Saves a run every so many steps, at its end, and when SIGTERM asks it to stop. On every rank.
 
-    As a context it listens for SIGTERM, and for SIGUSR1, which mpirun passes on and does not itself end at.
+    As a context it listens for SIGTERM, and for SIGUSR1, which mpirun passes on and does not itself
+    end at.
     """
 
-    def __init__(self, options: Options, folder: Path, learner: Any, config: Mapping[str, Any], *, is_first: bool) -> None:
+    def __init__(
+        self,
+        options: Options,
+        folder: Path,
+        learner: Any,
+        config: Mapping[str, Any],
+        *,
+        is_first: bool,
+    ) -> None:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
@@ -210,10 +274,17 @@ class Keeper:
             self._drop_old()  # which a run may have been killed in
 
     def __enter__(self) -> Keeper:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before or signal.SIG_DFL)
 
@@ -241,13 +312,20 @@ class Keeper:
             return
         path = path_of(self._folder, step)
         try:
-            package().save(path, self._learner.states(), meta={"step": step, "sequences": sequences, "config": self._config})
+            package().save(
+                path,
+                self._learner.states(),
+                meta={"step": step, "sequences": sequences, "config": self._config},
+            )
         except ValueError as error:
             raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
         if self._is_first:
             self._drop_old()
         if stop and step != last:
-            raise Stopped(f"SIGTERM: stopped after step {step}, saved in {path}; the same command with --resume auto goes on.")
+            raise Stopped(
+                f"SIGTERM: stopped after step {step}, saved in {path}; the same command with "
+                "--resume auto goes on."
+            )
 
 
 def tell(line: str) -> None:

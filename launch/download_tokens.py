@@ -1,9 +1,10 @@
-"""Download token arrays of a Hub data set, one after the other, as files that gpt2.py reads; goes on where it was stopped.
+"""Download token arrays of a Hub data set, one after the other, as files that gpt2.py reads; goes
+on where it was stopped.
 
     python launch/download_tokens.py btherien/edufineweb-tokenized --tokens 10e9 --out tokens
 
-Takes the first training arrays until they hold --tokens, and the first validation array. Exit code 0: all there. 1: the Hub could
-not be asked, one line on stderr. 2: wrong input.
+Takes the first training arrays until they hold --tokens, and the first validation array. Exit code
+0: all there. 1: the Hub could not be asked, one line on stderr. 2: wrong input.
 """
 
 from __future__ import annotations
@@ -41,16 +42,21 @@ def download(repo: str, out: Path, wanted: int) -> str:
             return getattr(huggingface_hub, function)(repo, *args, repo_type="dataset", **named)
         except Exception as error:  # whatever its HTTP client raises
             reason = " ".join(str(error).split())[:200]
-            raise Unreachable(f"{what} of {repo} cannot be had from the Hub ({type(error).__name__}: {reason})") from None
+            raise Unreachable(
+                f"{what} of {repo} cannot be had from the Hub ({type(error).__name__}: {reason})"
+            ) from None
 
     names = ask("the list of files", "list_repo_files")
     assert isinstance(names, list)
     train, val = in_order(names, "train"), in_order(names, "val")
     if not train or not val:
-        raise WrongInput(f"{repo}: no .npy with train and val in their names; name another data set.")
+        raise WrongInput(
+            f"{repo}: no .npy with train and val in their names; name another data set."
+        )
 
     def bring(name: str) -> int:
-        flat = name.replace("/", "-")  # arrays may lie in folders that tell the splits apart, under the same names
+        # arrays may lie in folders that tell the splits apart, under the same names
+        flat = name.replace("/", "-")
         file = f"{Path(flat).stem}.bin"
         if file not in (listed := read_listing(out)) or not (out / file).is_file():
             there = Path(str(ask(name, "hf_hub_download", name, local_dir=out / ".download")))
@@ -68,16 +74,22 @@ def download(repo: str, out: Path, wanted: int) -> str:
             break
         held += bring(name)
     if held < wanted:
-        raise WrongInput(f"{repo} holds {held:,} training tokens, {wanted:,} were wanted; pass fewer.")
+        raise WrongInput(
+            f"{repo} holds {held:,} training tokens, {wanted:,} were wanted; pass fewer."
+        )
     return f"{out}: {held:,} training tokens of {repo}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    parser = OneLineParser(prog="download_tokens.py", allow_abbrev=False, description="Bring tokens of a Hub data set.")
+    parser = OneLineParser(
+        prog="download_tokens.py", allow_abbrev=False, description="Bring tokens of a Hub data set."
+    )
     parser.add_argument("repo", metavar="ORG/NAME")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, required=True, help="for training, at least, e.g. 10e9")
+    parser.add_argument(
+        "--tokens", type=float, required=True, help="for training, at least, e.g. 10e9"
+    )
     try:
         args: argparse.Namespace = parser.parse_args(argv)
         print(download(args.repo, args.out, int(args.tokens)))

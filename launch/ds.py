@@ -1,4 +1,6 @@
-"""gpt2.py under DeepSpeed: `--deepspeed FILE`. The JSON says how to shard, the flags say what to train."""
+"""gpt2.py under DeepSpeed: `--deepspeed FILE`. The JSON says how to shard, the flags say what to
+train.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,31 @@ def read(path: Path) -> dict[str, Any]:
         raise WrongInput(f"--deepspeed {path}: wanted a JSON object.")
     for key, flags in FLAGS.items():
         if key in config:
-            raise WrongInput(f'--deepspeed {path} holds "{key}", which follows from {flags}; drop it there.')
+            raise WrongInput(
+                f'--deepspeed {path} holds "{key}", which follows from {flags}; drop it there.'
+            )
     return config
 
 
 def package() -> Any:
-    """DeepSpeed, which compiles nothing. Raises WrongInput where it or pylo_dist is missing or too old."""
+    """DeepSpeed, which compiles nothing. Raises WrongInput where it or pylo_dist is missing or too
+    old.
+    """
     try:
         import deepspeed
         import deepspeed.ops
 
         import pylo_dist.deepspeed  # noqa: F401
     except ImportError as error:
-        raise WrongInput(f"--deepspeed: {error}; install it: launch/setup.sh launch,deepspeed") from None
-    # found compatible, this operator would be built at the first run, and a build that was killed blocks all later ones
+        raise WrongInput(
+            f"--deepspeed: {error}; install it: launch/setup.sh launch,deepspeed"
+        ) from None
+    # found compatible, this operator would be built at the first run, and a build that was killed
+    # blocks all later ones
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls, by the thousand
+    # names it calls, by the thousand
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
@@ -73,7 +83,8 @@ class DeepSpeedLearner:
         if not dist.is_initialized():  # DeepSpeed wants a process group, also of one
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if place.device.type == "cuda":
-            os.environ["LOCAL_RANK"] = str(place.device.index)  # from which DeepSpeed takes its device
+            # from which DeepSpeed takes its device
+            os.environ["LOCAL_RANK"] = str(place.device.index)
         os.environ.setdefault("LOCAL_RANK", "0")
         model = build(options.config(), options.seed).to(place.device)
         arguments = options.learned_arguments()
@@ -89,7 +100,9 @@ class DeepSpeedLearner:
             "steps_per_print": None,
         }
         try:
-            self.engine, *_ = pylo_dist.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+            self.engine, *_ = pylo_dist.deepspeed.initialize(
+                model=model, model_parameters=model.parameters(), config=config
+            )
         except ValueError as error:  # on all ranks
             raise WrongInput(f"--deepspeed {options.deepspeed}: {error}") from None
         self.model: GPT = self.engine.module
@@ -117,7 +130,9 @@ class DeepSpeedLearner:
             self.engine.step()  # DeepSpeed counts micro-batches by it
 
     def step(self, loss: Tensor) -> None:
-        """Update the parameters; the engine has seen the loss. Raises FloatingPointError for gradients that are no numbers."""
+        """Update the parameters; the engine has seen the loss. Raises FloatingPointError for
+        gradients that are no numbers.
+        """
         self._micro = 0
         try:
             self.engine.step()

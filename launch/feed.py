@@ -16,22 +16,34 @@ AHEAD = 2  # steps
 
 
 class Feed:
-    """The windows of each step in turn, in micro-batches. A context: its thread ends with the block.
+    """The windows of each step in turn, in micro-batches. A context: its thread ends with the
+    block.
 
     Raises from `next` what reading raised, such as the ValueError that names a damaged file.
     """
 
-    def __init__(self, tokens: Tokens, places: Callable[[int], Windows], rows: Sequence[slice], steps: range) -> None:
-        """`places`: of the global batch of a step; `rows`: this rank's part of it, one slice per micro-batch."""
+    def __init__(
+        self, tokens: Tokens, places: Callable[[int], Windows], rows: Sequence[slice], steps: range
+    ) -> None:
+        """`places`: of the global batch of a step; `rows`: this rank's part of it, one slice per
+        micro-batch.
+        """
         self._read: queue.Queue[list[Windows] | Exception] = queue.Queue(AHEAD)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(tokens, places, rows, steps), name="feed", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(tokens, places, rows, steps), name="feed", daemon=True
+        )
 
     def __enter__(self) -> Feed:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._over.set()
         while self._thread.is_alive():  # it may wait for room in the queue
             self.drop()
@@ -52,7 +64,9 @@ class Feed:
             except queue.Empty:
                 return
 
-    def _work(self, tokens: Tokens, places: Callable[[int], Windows], rows: Sequence[slice], steps: range) -> None:
+    def _work(
+        self, tokens: Tokens, places: Callable[[int], Windows], rows: Sequence[slice], steps: range
+    ) -> None:
         for step in steps:
             if self._over.is_set():
                 return

@@ -1,9 +1,12 @@
-"""Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under torchrun, mpirun or srun.
+"""Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under
+torchrun, mpirun or srun.
 
-Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: ended by SIGTERM, as without --save-every, with which
-the run has been saved. 1: anything else. Of 2, 3 and 143 one line on rank 0's stderr and the code on every rank; what goes wrong
-before the ranks have met is said by one rank of each machine, and by each whose environment is refused. The code is also written
-into the file that EXIT_CODE_FILE names, where it is set, since torchrun ends with 1 whatever its ranks end with.
+Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: ended by SIGTERM, as
+without --save-every, with which the run has been saved. 1: anything else. Of 2, 3 and 143 one line
+on rank 0's stderr and the code on every rank; what goes wrong before the ranks have met is said by
+one rank of each machine, and by each whose environment is refused. The code is also written into
+the file that EXIT_CODE_FILE names, where it is set, since torchrun ends with 1 whatever its ranks
+end with.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ import recipe
 import torch
 import torch.distributed as dist
 
-# Imported before there is a process group: its default arguments hold the group that exists at its first import,
-# which optimizers cause. A group held so outlives leave(), and its threads now and then abort the process at exit.
+# Imported before there is a process group: its default arguments hold the group that exists at its
+# first import, which optimizers cause. A group held so outlives leave(), and its threads now and
+# then abort the process at exit.
 import torch.distributed.nn.functional
 from checkpoints import Keeper, Start, Stopped, Unsaved, check, load, package, remove, tell
 from data import BatchPlan, Tokens, builtin_text
@@ -43,7 +47,17 @@ from model import GPT, build
 from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
 from parallel import accumulation, data_rank, data_ranks, spread, whole_model
 from torch import Tensor
-from watch import DONE, Row, Watch, check_folder, is_leftover, open_folder, plot, rows_until, summary
+from watch import (
+    DONE,
+    Row,
+    Watch,
+    check_folder,
+    is_leftover,
+    open_folder,
+    plot,
+    rows_until,
+    summary,
+)
 
 TRAIN, VALIDATION = 0, 1  # streams of samples
 T = TypeVar("T")
@@ -71,10 +85,12 @@ class Place:
         if not has_cuda:
             raise WrongInput("--device cuda, but PyTorch sees no CUDA device; use --device cpu.")
         count = torch.cuda.device_count()
-        own = count == 1 and found.launcher not in environment.SHARING  # each rank may see another, as by srun --gpus-per-task=1
+        # each rank may see another, as by srun --gpus-per-task=1
+        own = count == 1 and found.launcher not in environment.SHARING
         if found.local_size is not None and found.local_size > count and not own:
             raise WrongInput(
-                f"{found.local_size} ranks on a machine with {count} CUDA device(s); start {count} there, or use --device cpu."
+                f"{found.local_size} ranks on a machine with {count} CUDA device(s); start {count} "
+                "there, or use --device cpu."
             )
         index = found.rank if found.local_rank is None else found.local_rank
         return cls(found.rank, found.world_size, torch.device("cuda", index % count))
@@ -90,11 +106,14 @@ class Place:
     def leave(self) -> None:
         """Part from the other ranks, once nothing of the run is held by name any more."""
         if self.world_size > 1:
-            gc.collect()  # a hook and its optimizer hold each other, and so the group, see the imports
+            # a hook and its optimizer hold each other, and so the group, see the imports
+            gc.collect()
             dist.destroy_process_group()
 
     def together(self, work: Callable[[], T]) -> T:
-        """`work()` of this rank, which calls no collective. A ValueError on any rank is WrongInput on all."""
+        """`work()` of this rank, which calls no collective. A ValueError on any rank is WrongInput
+        on all.
+        """
         problem, result = None, None
         try:
             result = work()
@@ -124,7 +143,10 @@ class Place:
             for rank, theirs in enumerate(found):
                 for name, value in theirs.items():
                     if value != found[0][name]:
-                        raise WrongInput(f"{name} of rank {rank}: {value}, of rank 0: {found[0][name]}; all ranks need the same.")
+                        raise WrongInput(
+                            f"{name} of rank {rank}: {value}, of rank 0: {found[0][name]}; all "
+                            "ranks need the same."
+                        )
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the ranks (`value` is modified in place)."""
@@ -165,7 +187,9 @@ def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
     # Rank 0 reads it for all: other machines may carry another Python.
     texts = place.from_first(builtin_text)
     names = ("built-in training text", "built-in validation text")
-    tokens = [Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts, strict=True)]
+    tokens = [
+        Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts, strict=True)
+    ]
     return tokens[0], tokens[1] if options.eval_every else None
 
 
@@ -176,7 +200,9 @@ def open_files(options: Options, sizes: dict[str, int]) -> tuple[Tokens, Tokens 
     if not options.eval_every:
         return train, None
     if options.val_data is None and not options.data.is_dir():
-        raise WrongInput(f"--data {options.data} is one file; pass --val-data FILE too, or --eval-every 0.")
+        raise WrongInput(
+            f"--data {options.data} is one file; pass --val-data FILE too, or --eval-every 0."
+        )
     return train, Tokens.from_path(options.val_data or options.data, "val", **sizes)
 
 
@@ -199,8 +225,9 @@ class Learner:
             arguments = options.learned_arguments()
             if options.optimizer == "mulo":
                 arguments["width_mults"] = {}  # the model's, once there is one
-            # Tried on one number first: a rank that failed among the collectives of a sharded optimizer would
-            # leave the others waiting. Rank 0 before the rest: they find in the cache what it downloads.
+            # Tried on one number first: a rank that failed among the collectives of a sharded
+            # optimizer would leave the others waiting. Rank 0 before the rest: they find in the
+            # cache what it downloads.
             place.together(lambda: try_out(optimizer_class, arguments) if place.rank == 0 else None)
             self.weights = place.together(lambda: try_out(optimizer_class, arguments))
         self.model: GPT = build(options.config(), options.seed).to(place.device)
@@ -211,22 +238,36 @@ class Learner:
             if learned:
                 return named
             return [  # decay pulls on matrices only, as is usual for GPT-2
-                {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": options.decay()},
+                {
+                    "params": [(n, p) for n, p in named if p.ndim >= 2],
+                    "weight_decay": options.decay(),
+                },
                 {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
             ]
 
         called: Any = self.model
         if sharded:
             called, self.optimizer = spread(
-                self.model, optimizer_class, arguments, grouped, options, place.device, place.world_size
+                self.model,
+                optimizer_class,
+                arguments,
+                grouped,
+                options,
+                place.device,
+                place.world_size,
             )
         else:
-            self.optimizer = optimizer_class(grouped(list(self.model.named_parameters())), **arguments)
+            self.optimizer = optimizer_class(
+                grouped(list(self.model.named_parameters())), **arguments
+            )
         if options.max_grad_norm is not None and not learned:  # a learned optimizer clips by itself
             inner = getattr(self.optimizer, "inner", self.optimizer)
             clip = package.clip_grad_norm_ if sharded else clip_all
 
-            def before_step(*_: Any) -> None:  # a hook that returns something replaces the step's arguments
+            # a hook that returns something replaces the step's arguments
+            def before_step(
+                *_: Any,
+            ) -> None:
                 clip(inner, options.max_grad_norm)
 
             inner.register_step_pre_hook(before_step)
@@ -235,7 +276,9 @@ class Learner:
         self._autocast = options.dtype == "bfloat16"
         self._device = place.device
         self._grad_scale = options.grad_scale
-        self._keeps_gradients_here = accumulation(called, self.optimizer) if sharded else nullcontext
+        self._keeps_gradients_here = (
+            accumulation(called, self.optimizer) if sharded else nullcontext
+        )
 
     def loss(self, windows: np.ndarray) -> Tensor:
         """Mean loss of windows (n, tokens + 1)."""
@@ -272,7 +315,8 @@ class Learner:
         """
         try:
             if self._learned:
-                self.optimizer.step(loss=loss)  # velo reads it, and averages it over the ranks by itself
+                # velo reads it, and averages it over the ranks by itself
+                self.optimizer.step(loss=loss)
             else:
                 self.optimizer.step()
         except self._nonfinite as error:
@@ -281,8 +325,12 @@ class Learner:
 
 
 def clip_all(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Scale the gradients of `optimizer` (modified in place) to a global norm of at most `max_norm`."""
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    """Scale the gradients of `optimizer` (modified in place) to a global norm of at most
+    `max_norm`.
+    """
+    torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], max_norm
+    )
 
 
 def import_package() -> Any:
@@ -290,13 +338,18 @@ def import_package() -> Any:
     try:
         import pylo_dist
     except ImportError as error:
-        raise WrongInput(f"pylo_dist cannot be imported ({error}); install it: pip install .") from None
+        raise WrongInput(
+            f"pylo_dist cannot be imported ({error}); install it: pip install ."
+        ) from None
     return pylo_dist
 
 
 def try_out(optimizer_class: Any, arguments: dict[str, Any]) -> dict[str, str]:
-    """Name and hash of the weights. Raises ValueError for arguments or weights that the optimizer refuses."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error says what its warnings do
+    """Name and hash of the weights. Raises ValueError for arguments or weights that the optimizer
+    refuses.
+    """
+    # the error says what its warnings do
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     weights = optimizer_class([torch.zeros(1, requires_grad=True)], **arguments).weights
     return {"name": weights.name, "hash": weights.digest}
 
@@ -324,10 +377,14 @@ def train(
 
     def places(step: int) -> np.ndarray:
         if options.order == "stream":
-            return train_data.in_order(seen + (step - steps.start) * plan.global_batch, plan.global_batch)
+            return train_data.in_order(
+                seen + (step - steps.start) * plan.global_batch, plan.global_batch
+            )
         return train_data.windows(options.seed, TRAIN, step, plan.global_batch)
 
-    with Feed(train_data, places, plan.rows(data_rank(options, place.rank, place.world_size)), steps) as feed:
+    with Feed(
+        train_data, places, plan.rows(data_rank(options, place.rank, place.world_size)), steps
+    ) as feed:
         for step in steps:
             lr = options.lr_at(step)
             for group in learner.optimizer.param_groups:
@@ -354,7 +411,10 @@ def train(
             step_ms, optimizer_ms = clock.ms(start, end), clock.ms(before, end)
             mean_loss, stop = told.tolist()
             if not math.isfinite(mean_loss):
-                raise Diverged(f"the loss is {mean_loss} at step {step}; lower --lr or clip: --max-grad-norm 1.")
+                raise Diverged(
+                    f"the loss is {mean_loss} at step {step}; lower --lr or clip: --max-grad-norm "
+                    "1."
+                )
             val_loss = None
             if val_data is not None and (step % options.eval_every == 0 or step == options.steps):
                 with named(place, step, "the validation"):
@@ -364,22 +424,34 @@ def train(
                 watch.add(Row(step, mean_loss, val_loss, tokens_per_s, step_ms, optimizer_ms, lr))
             if keeper is not None:
                 with named(place, step, "the checkpoint"):
-                    keeper.after(step, sequences=seen + (step - done) * plan.global_batch, stop=stop > 0)
+                    keeper.after(
+                        step, sequences=seen + (step - done) * plan.global_batch, stop=stop > 0
+                    )
 
 
 @contextmanager
 def named(place: Place, step: int, what: str) -> Iterator[None]:
-    """An error, such as of a rank that has lost another or of one whose token file is damaged, says where this rank was."""
+    """An error, such as of a rank that has lost another or of one whose token file is damaged, says
+    where this rank was.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
         if isinstance(error, Diverged):
             raise
-        raise RuntimeError(f"rank {place.rank} of {place.world_size} at step {step}, in {what}: {error}") from error
+        raise RuntimeError(
+            f"rank {place.rank} of {place.world_size} at step {step}, in {what}: {error}"
+        ) from error
 
 
 @torch.no_grad()
-def evaluate(learner: Learner | DeepSpeedLearner, data: Tokens, options: Options, place: Place, plan: BatchPlan) -> float:
+def evaluate(
+    learner: Learner | DeepSpeedLearner,
+    data: Tokens,
+    options: Options,
+    place: Place,
+    plan: BatchPlan,
+) -> float:
     """The mean loss over `--eval-batches` global batches, the same ones every time."""
     total = torch.zeros((), device=place.device)
     for i in range(options.eval_batches):
@@ -398,7 +470,10 @@ def describe(
     argv: Sequence[str],
 ) -> dict[str, Any]:
     """What config.json holds: the flags with their defaults filled in, and what they met."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(options).items()}
+    flags = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
     pylo_dist = sys.modules.get("pylo_dist")
     return flags | {
         "command": list(argv),
@@ -428,7 +503,9 @@ def describe(
     }
 
 
-def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]) -> None:
+def finish(
+    model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]
+) -> None:
     """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
     unit = options.unit()
     title = f"GPT-2 {options.preset}, {options.optimizer}"
@@ -440,11 +517,17 @@ def finish(model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: 
         sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
         (watch.folder / "sample.txt").write_text(sample)
     more_ranks = command_for_more_ranks(config["command"], plan)
-    print(summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample))
+    print(
+        summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample)
+    )
 
 
-def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment) -> None:
-    """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped during it."""
+def run(
+    argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment
+) -> None:
+    """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped
+    during it.
+    """
     is_first = place.rank == 0
     place.agree(options.shared())
     if options.save_every:
@@ -452,8 +535,11 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, fo
     start = place.from_first(lambda: Start.find(options))
     folder, resumes = start.folder, start.checkpoint is not None
     if not resumes:
-        # What a run left that was killed before its first checkpoint is not in the way of one that restarts by itself.
-        overwrite = options.overwrite or (options.resume is not None and place.from_first(lambda: is_leftover(folder)))
+        # What a run left that was killed before its first checkpoint is not in the way of one that
+        # restarts by itself.
+        overwrite = options.overwrite or (
+            options.resume is not None and place.from_first(lambda: is_leftover(folder))
+        )
         place.together(lambda: open_folder(folder, overwrite=overwrite) if is_first else None)
     data = open_data(options, place)
     learner: Learner | DeepSpeedLearner
@@ -470,7 +556,9 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, fo
     report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
     if watch is not None and report is not None:
         (folder / "optimizer.txt").write_text(f"{report}\n")
-    keeper = Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
+    keeper = (
+        Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
+    )
     try:
         with keeper or nullcontext():
             train(learner, data, options, place, plan, watch, done=done, seen=seen, keeper=keeper)
@@ -485,9 +573,14 @@ def run(argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, fo
 
 
 def resume(
-    start: Start, learner: Learner | DeepSpeedLearner, config: dict[str, Any], options: Options, place: Place
+    start: Start,
+    learner: Learner | DeepSpeedLearner,
+    config: dict[str, Any],
+    options: Options,
+    place: Place,
 ) -> tuple[int, int, list[Row]]:
-    """Bring `learner` to where the checkpoint was (modified in place): steps done, sequences read, and the rows on rank 0.
+    """Bring `learner` to where the checkpoint was (modified in place): steps done, sequences read,
+    and the rows on rank 0.
 
     Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
     """
@@ -495,15 +588,25 @@ def resume(
     is_first = place.rank == 0
     opens = is_first and not start.goes_on  # a folder of its own; the run that goes on has one
     rows = rows_until(start.source, step) if is_first and start.source is not None else []
-    place.together(lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None)
+    place.together(
+        lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None
+    )
     load(start, learner)
-    place.together(lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None)
+    place.together(
+        lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None
+    )
     if is_first:
         for path in start.newer(step):
             remove(path)
-        tell(f"goes on after step {step} from {start.checkpoint}" + (f", with {others}" if others else "") + ".")
+        tell(
+            f"goes on after step {step} from {start.checkpoint}"
+            + (f", with {others}" if others else "")
+            + "."
+        )
         if len(rows) < step:
-            tell(f"metrics.jsonl of that run holds {len(rows)} of {step} steps; the others are lost.")
+            tell(
+                f"metrics.jsonl of that run holds {len(rows)} of {step} steps; the others are lost."
+            )
     config["resumed_from"] = {"checkpoint": str(start.checkpoint), "step": step}
     return step, seen, rows
 
@@ -545,7 +648,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if place.world_size == 1:
             raise
-        # Of the others some may be gone: neither wait for them, nor leave a group behind that can abort this process.
+        # Of the others some may be gone: neither wait for them, nor leave a group behind that can
+        # abort this process.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -554,7 +658,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(error: Exception, code: int, *, rank: str = "0", aloud: bool = True) -> int:
-    """One line that names a rank other than 0, where `aloud`; the code, for a launcher's caller too."""
+    """One line that names a rank other than 0, where `aloud`; the code, for a launcher's caller
+    too.
+    """
     if aloud:
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"gpt2.py: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -570,5 +676,6 @@ if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the process.
+    # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now
+    # and then abort the process.
     os._exit(exit_code)

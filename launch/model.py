@@ -69,7 +69,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The output layer is the token embedding itself, so the tie is one parameter, not two names."""
+    """GPT-2. The output layer is the token embedding itself, so the tie is one parameter, not two
+    names.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -83,15 +85,21 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def width_mults(self) -> dict[str, float]:
-        """By full name what muP divides the learning rate of a parameter by: `width_mult` for hidden matrices, else 1."""
+        """By full name what muP divides the learning rate of a parameter by: `width_mult` for
+        hidden matrices, else 1.
+        """
         width_mult = self.config.width_mult
-        return {name: width_mult if is_hidden_matrix(name, p) else 1.0 for name, p in self.named_parameters()}
+        return {
+            name: width_mult if is_hidden_matrix(name, p) else 1.0
+            for name, p in self.named_parameters()
+        }
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Fill every parameter (modified in place) from `seed` alone."""
         generator = torch.Generator().manual_seed(seed)
-        # Each layer adds to the residual stream twice; this keeps its variance from growing with depth.
+        # Each layer adds to the residual stream twice; this keeps its variance from growing with
+        # depth.
         hidden_std = self.config.init_std / math.sqrt(self.config.width_mult)
         residual_std = hidden_std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
@@ -100,15 +108,24 @@ class GPT(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)  # LayerNorm
             elif is_hidden_matrix(name, parameter):
-                parameter.normal_(0.0, residual_std if name.endswith("proj.weight") else hidden_std, generator=generator)
+                parameter.normal_(
+                    0.0,
+                    residual_std if name.endswith("proj.weight") else hidden_std,
+                    generator=generator,
+                )
             else:
                 parameter.normal_(0.0, self.config.init_std, generator=generator)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) of `idx` (B, T), and with `targets` (B, T) the mean loss in nats per token."""
+        """Logits (B, T, V) of `idx` (B, T), and with `targets` (B, T) the mean loss in nats per
+        token.
+        """
         length = idx.shape[1]
         if length > self.config.block_size:
-            raise ValueError(f"a sequence of {length} tokens came; the model holds {self.config.block_size}. Cut it.")
+            raise ValueError(
+                f"a sequence of {length} tokens came; the model holds {self.config.block_size}. "
+                "Cut it."
+            )
         x = self.tokens(idx) + self.positions(torch.arange(length, device=idx.device))
         for block in self.blocks:
             x = block(x)
@@ -119,7 +136,9 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, num_tokens: int, *, seed: int, temperature: float = 0.8) -> Tensor:
+    def generate(
+        self, idx: Tensor, num_tokens: int, *, seed: int, temperature: float = 0.8
+    ) -> Tensor:
         """Continue `idx` (B, T) by `num_tokens`, drawn at `temperature`: (B, T + num_tokens)."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(num_tokens):

@@ -1,4 +1,6 @@
-"""Layouts of a run (`--parallel`): which ranks read other data, and how model and optimizer lie on the ranks."""
+"""Layouts of a run (`--parallel`): which ranks read other data, and how model and optimizer lie on
+the ranks.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,21 @@ def tensor_ranks(options: Options, world_size: int) -> int:
 
 
 def data_ranks(options: Options, world_size: int) -> int:
-    """How many ranks, or groups of ranks, read data of their own. Raises WrongInput for a mesh that does not fit."""
+    """How many ranks, or groups of ranks, read data of their own. Raises WrongInput for a mesh that
+    does not fit.
+    """
     if options.parallel == "hsdp" and world_size % copies(options, world_size):
-        raise WrongInput(f"--replicas {options.replicas} does not divide {world_size} ranks; choose a divisor.")
+        raise WrongInput(
+            f"--replicas {options.replicas} does not divide {world_size} ranks; choose a divisor."
+        )
     ranks = tensor_ranks(options, world_size)
     if world_size % ranks:
         raise WrongInput(f"--tp {ranks} does not divide {world_size} ranks; choose a divisor.")
     if options.config().n_head % ranks:
-        raise WrongInput(f"--tp {ranks} does not divide the {options.config().n_head} heads; choose a divisor, or --n-head.")
+        raise WrongInput(
+            f"--tp {ranks} does not divide the {options.config().n_head} heads; choose a divisor, "
+            "or --n-head."
+        )
     return world_size // ranks
 
 
@@ -42,9 +51,16 @@ def copies(options: Options, world_size: int) -> int:
 
 
 def spread(
-    model: GPT, optimizer_class: Any, arguments: dict[str, Any], grouped: Any, options: Options, device: torch.device, world: int
+    model: GPT,
+    optimizer_class: Any,
+    arguments: dict[str, Any],
+    grouped: Any,
+    options: Options,
+    device: torch.device,
+    world: int,
 ) -> tuple[nn.Module, Any]:
-    """Lay `model` (modified in place) and a new optimizer on the ranks: what is called in its place, and the optimizer.
+    """Lay `model` (modified in place) and a new optimizer on the ranks: what is called in its
+    place, and the optimizer.
 
     Args:
         grouped: makes what the optimizer takes of named parameters.
@@ -63,10 +79,15 @@ def spread(
     try:
         if kind in ("zero1", "zero2"):
             parameters = grouped(list(model.named_parameters()))
-            whole = parameters if isinstance(parameters[0], dict) else model  # of a module, parameters arrive during forward
-            return model, pylo_dist.ZeroOptimizer(whole, optimizer_class, stage=int(kind[-1]), **arguments)
+            # of a module, parameters arrive during forward
+            whole = parameters if isinstance(parameters[0], dict) else model
+            return model, pylo_dist.ZeroOptimizer(
+                whole, optimizer_class, stage=int(kind[-1]), **arguments
+            )
         if kind == "ddp":
-            called = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on == "cuda" else None)
+            called = nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if on == "cuda" else None
+            )
             return called, make(model.named_parameters())
         if kind == "fsdp2":
             return pylo_dist.shard(model, make, mesh=init_device_mesh(on, (world,)), wrap=Block)
@@ -85,9 +106,11 @@ def spread(
 
 
 def accumulation(called: nn.Module, optimizer: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """What a forward and backward pass run in whose gradients stay on their rank, as another micro-batch follows.
+    """What a forward and backward pass run in whose gradients stay on their rank, as another
+    micro-batch follows.
 
-    FSDP2 then holds whole gradients, as ZeRO-1 does. ZeRO-2 sends those of each micro-batch, to free them.
+    FSDP2 then holds whole gradients, as ZeRO-1 does. ZeRO-2 sends those of each micro-batch, to
+    free them.
     """
     if isinstance(called, nn.parallel.DistributedDataParallel):
         return called.no_sync
@@ -110,7 +133,11 @@ def accumulation(called: nn.Module, optimizer: Any) -> Callable[[], AbstractCont
 
 def cut_matrices(model: GPT, mesh: Any, ranks: int) -> None:
     """Tensor parallelism over whole heads and over the MLPs (`model` is modified in place)."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     for block in model.blocks:
         plan: dict[str, Any] = {"mlp.fc": ColwiseParallel(), "mlp.proj": RowwiseParallel()}
@@ -128,5 +155,7 @@ def whole_model(model: GPT, options: Options, device: torch.device) -> GPT:
     if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         return model
     copy = build(options.config(), options.seed)
-    copy.load_state_dict({k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in state.items()})
+    copy.load_state_dict(
+        {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in state.items()}
+    )
     return copy.to(device)

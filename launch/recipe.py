@@ -1,6 +1,8 @@
-"""Recipes: flags of gpt2.py in a YAML file, with what the run costs. Flags on the command line win; `none` there takes one back.
+"""Recipes: flags of gpt2.py in a YAML file, with what the run costs. Flags on the command line win;
+`none` there takes one back.
 
-Values are read as they are written, without YAML's own ideas of numbers, in which 010 is 8 and 1:30 is 90.
+Values are read as they are written, without YAML's own ideas of numbers, in which 010 is 8 and 1:30
+is 90.
 
 about: one line
 cost: what a run of it takes, where that has been measured
@@ -29,7 +31,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.load(path.read_text(), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"--recipe {path} cannot be read: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(found, dict):
         raise ValueError(f"--recipe {path}: a mapping with {', '.join(KEYS)} was wanted.")
     known(path, found, KEYS)
@@ -42,7 +46,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The words of a command line that the recipe in `path` stands for. Raises ValueError naming the file."""
+    """The words of a command line that the recipe in `path` stands for. Raises ValueError naming
+    the file.
+    """
     flags, defaults = read(path)["flags"], vars(parser.parse_args([]))
     known(path, flags, [name for name in defaults if name != "recipe"])
     found: list[str] = []
@@ -55,7 +61,10 @@ def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         elif isinstance(value, str) and value not in ("", "null", "~"):
             found.append(f"--{name}={value}")
         else:
-            raise ValueError(f"--recipe {path}: {key} is {value!r}; a number or a text was wanted. Leave it out for the default.")
+            raise ValueError(
+                f"--recipe {path}: {key} is {value!r}; a number or a text was wanted. Leave it out "
+                "for the default."
+            )
     try:
         parser.parse_args(found)
     except ValueError as error:

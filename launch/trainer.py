@@ -1,8 +1,11 @@
-"""A tiny GPT-2 with the Trainer of transformers and a DeepSpeed JSON that names a learned optimizer.
+"""A tiny GPT-2 with the Trainer of transformers and a DeepSpeed JSON that names a learned
+optimizer.
 
-    torchrun --nproc_per_node=2 launch/trainer.py --deepspeed launch/deepspeed/trainer.json --steps 20
+    torchrun --nproc_per_node=2 launch/trainer.py --deepspeed launch/deepspeed/trainer.json --steps
+    20
 
-The one line that a script of yours needs is `import pylo_dist.deepspeed`: it makes the JSON's "type" known.
+The one line that a script of yours needs is `import pylo_dist.deepspeed`: it makes the JSON's
+"type" known.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class Watch(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             held = kwargs["optimizer"]
-            while not isinstance(held, pylo_dist.deepspeed.DeepSpeedOptimizer):  # under the wrappers of accelerate and DeepSpeed
+            # under the wrappers of accelerate and DeepSpeed
+            while not isinstance(held, pylo_dist.deepspeed.DeepSpeedOptimizer):
                 held = held.optimizer
             print(held.report(), flush=True)
 
@@ -52,7 +56,9 @@ def main() -> None:
     parser.add_argument("--deepspeed", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="runs/trainer")
-    parser.add_argument("--local_rank", type=int, help="of DeepSpeed's launcher; in the environment too")
+    parser.add_argument(
+        "--local_rank", type=int, help="of DeepSpeed's launcher; in the environment too"
+    )
     given = parser.parse_args()
     # no operator of DeepSpeed is compiled at the start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -62,7 +68,8 @@ def main() -> None:
     arguments = transformers.TrainingArguments(
         output_dir=given.out,
         deepspeed=given.deepspeed,
-        learning_rate=1.0,  # "auto" in the JSON; the default of transformers, 5e-5, is meant for AdamW
+        # "auto" in the JSON; the default of transformers, 5e-5, is meant for AdamW
+        learning_rate=1.0,
         max_steps=given.steps,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -75,12 +82,19 @@ def main() -> None:
     config = transformers.GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(config)
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Bytes(builtin_text()[0][:200_000], 64), callbacks=[Watch()]
+        model=model,
+        args=arguments,
+        train_dataset=Bytes(builtin_text()[0][:200_000], 64),
+        callbacks=[Watch()],
     )
     trainer.train()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the process
+    os._exit(
+        0
+        # DeepSpeed's modules hold process groups to the end, whose threads then now and then abort
+        # the process
+    )
 
 
 if __name__ == "__main__":

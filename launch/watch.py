@@ -1,4 +1,6 @@
-"""What a person sees of a run: progress, metrics.jsonl, loss.png, loggers, the summary. Rank 0 only."""
+"""What a person sees of a run: progress, metrics.jsonl, loss.png, loggers, the summary. Rank 0
+only.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Logger = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training step. Times in milliseconds; the loss is the global batch's mean before the update."""
+    """One training step. Times in milliseconds; the loss is the global batch's mean before the
+    update.
+    """
 
     step: int
     loss: float
@@ -51,7 +55,8 @@ class Row:
 
 
 def rows_until(folder: Path, step: int) -> list[Row]:
-    """Of the run in `folder` the rows up to `step`, the last of each step. No file, no rows; what is no row is left out.
+    """Of the run in `folder` the rows up to `step`, the last of each step. No file, no rows; what
+    is no row is left out.
 
     A process that was killed may leave half a line, and rows of steps that no checkpoint has seen.
     """
@@ -66,7 +71,9 @@ def rows_until(folder: Path, step: int) -> list[Row]:
 
 
 def is_leftover(folder: Path) -> bool:
-    """Whether all that lies in `folder` is what a run writes, as where one was killed before its first checkpoint."""
+    """Whether all that lies in `folder` is what a run writes, as where one was killed before its
+    first checkpoint.
+    """
     ours = {*WRITTEN, f"{METRICS}.part", FOLDER, f".{FOLDER}.removed", "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
@@ -85,7 +92,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def open_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make `folder`, or empty it of an earlier run's files and checkpoints. Raises WrongInput for a folder in use."""
+    """Make `folder`, or empty it of an earlier run's files and checkpoints. Raises WrongInput for a
+    folder in use.
+    """
     check_folder(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,22 +102,32 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise WrongInput(f"--out {folder} cannot be written ({error.strerror}); choose another folder.") from None
+        raise WrongInput(
+            f"--out {folder} cannot be written ({error.strerror}); choose another folder."
+        ) from None
 
 
 class Watch:
     """Shows and records rows as they come."""
 
     def __init__(
-        self, options: Options, folder: Path, config: Mapping[str, Any], earlier: Sequence[Row] = (), said: Sequence[str] = ()
+        self,
+        options: Options,
+        folder: Path,
+        config: Mapping[str, Any],
+        earlier: Sequence[Row] = (),
+        said: Sequence[str] = (),
     ) -> None:
         """Begin with the lines `said`.
 
-        `earlier`: the rows before this run, where it goes on from a checkpoint; metrics.jsonl then holds these alone.
+        `earlier`: the rows before this run, where it goes on from a checkpoint; metrics.jsonl then
+            holds these alone.
         """
         self.rows: list[Row] = list(earlier)
         self.folder = folder
-        self._val_loss = next((row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None)
+        self._val_loss = next(
+            (row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None
+        )
         done = self.rows[-1].step if self.rows else 0
         (folder / DONE).unlink(missing_ok=True)
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
@@ -122,7 +141,11 @@ class Watch:
         for line in said:
             tell(line)
         # On a terminal tqdm redraws one line; elsewhere a plain line now and then reads better.
-        self._bar = tqdm(total=options.steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=options.steps, initial=done, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -134,14 +157,18 @@ class Watch:
         if self._bar is not None:
             self._bar.set_postfix_str(self._line(row), refresh=False)
             self._bar.update()
-        elif row.step % self._plain_every == 0 or row.step in (1, self._steps) or row.val_loss is not None:
+        elif (
+            row.step % self._plain_every == 0
+            or row.step in (1, self._steps)
+            or row.val_loss is not None
+        ):
             print(f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True)
 
     def _line(self, row: Row) -> str:
         val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
         return (
-            f"loss {row.loss:.4f}{val}  {row.tokens_per_s:,.0f} tokens/s  {row.step_ms:.0f} ms/step  "
-            f"optimizer {row.optimizer_ms / row.step_ms:.0%}"
+            f"loss {row.loss:.4f}{val}  {row.tokens_per_s:,.0f} tokens/s  {row.step_ms:.0f} "
+            f"ms/step  optimizer {row.optimizer_ms / row.step_ms:.0%}"
         )
 
     def close(self) -> None:
@@ -155,7 +182,9 @@ class Watch:
 def _open_loggers(
     options: Options, folder: Path, config: Mapping[str, Any], done: int
 ) -> tuple[list[Logger], list[Callable[[], None]]]:
-    """Functions that record a row elsewhere, and those that end it. `done`: steps before this run; later ones are dropped."""
+    """Functions that record a row elsewhere, and those that end it. `done`: steps before this run;
+    later ones are dropped.
+    """
     loggers: list[Logger] = []
     closers: list[Callable[[], None]] = []
     if options.tensorboard:
@@ -181,7 +210,9 @@ def _open_loggers(
             run = wandb.init(project="pylo_dist", dir=folder, config=dict(config))
         except Exception as error:  # wandb has many, and each means the same here
             reason = " ".join(str(error).split())
-            raise WrongInput(f"--wandb cannot start ({reason}); run wandb login or drop the flag.") from None
+            raise WrongInput(
+                f"--wandb cannot start ({reason}); run wandb login or drop the flag."
+            ) from None
         loggers.append(lambda values: run.log(values, step=int(values["step"])))
         closers.append(run.finish)
     return loggers, closers
@@ -195,7 +226,9 @@ def plot(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([row.step for row in rows], [row.loss for row in rows], lw=1, alpha=0.7, label="train")
+    axes.plot(
+        [row.step for row in rows], [row.loss for row in rows], lw=1, alpha=0.7, label="train"
+    )
     measured = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
     if measured:
         axes.plot(*zip(*measured, strict=True), "o-", ms=3, label="validation")
@@ -219,19 +252,25 @@ def summary(
     last = rows[-1]
     tail = [row.loss for row in rows[-10:]]
     val = [row.val_loss for row in rows if row.val_loss is not None]
-    step_ms = statistics.median(row.step_ms for row in rows)  # the median leaves the slow first steps out
+    # the median leaves the slow first steps out
+    step_ms = statistics.median(row.step_ms for row in rows)
     optimizer_ms = statistics.median(row.optimizer_ms for row in rows)
     tokens = statistics.median(row.tokens_per_s for row in rows)
     weights = config["weights"]
     used = "" if weights is None else f", weights {weights['name']} ({weights['hash'][:12]})"
     lines = [
         "",
-        f"{config['preset']}, {config['num_parameters']:,} parameters, {last.step} steps, {config['world_size']} rank(s)",
+        f"{config['preset']}, {config['num_parameters']:,} parameters, {last.step} steps, "
+        f"{config['world_size']} rank(s)",
         f"  optimizer   {config['optimizer']}, lr {config['lr']:g}{used}",
-        f"  train loss  {sum(tail) / len(tail):.4f} nats per {unit} (mean of the last {len(tail)} steps)",
-        f"  validation  {f'{val[-1]:.4f} nats per {unit}' if val else 'not measured (--eval-every 0)'}",
-        f"  speed       {tokens:,.0f} tokens/s, {step_ms:.1f} ms per step (optimizer {optimizer_ms:.1f})",
-        f"  files       {folder}: {', '.join(name for name in WRITTEN if (folder / name).exists())}",
+        f"  train loss  {sum(tail) / len(tail):.4f} nats per {unit} (mean of the last {len(tail)} "
+        "steps)",
+        "  validation  "
+        f"{f'{val[-1]:.4f} nats per {unit}' if val else 'not measured (--eval-every 0)'}",
+        f"  speed       {tokens:,.0f} tokens/s, {step_ms:.1f} ms per step (optimizer "
+        f"{optimizer_ms:.1f})",
+        f"  files       {folder}: "
+        f"{', '.join(name for name in WRITTEN if (folder / name).exists())}",
         f"  more ranks  {more_ranks}",
     ]
     if sample is not None:

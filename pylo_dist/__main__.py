@@ -33,11 +33,21 @@ DONE, OTHER, WRONG_INPUT = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit code: 0 done, 2 wrong input, 1 otherwise. Errors are one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pylo_dist", description="Learned optimizers for sharded training.")
+    """Run one command; gives the exit code: 0 done, 2 wrong input, 1 otherwise. Errors are one line
+    on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pylo_dist", description="Learned optimizers for sharded training."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    doctor = commands.add_parser("doctor", help="versions, what was built, and which path each device takes")
-    doctor.add_argument("--require", choices=("cpu", "cuda"), help="exit code 1 where there are no compiled kernels for it")
+    doctor = commands.add_parser(
+        "doctor", help="versions, what was built, and which path each device takes"
+    )
+    doctor.add_argument(
+        "--require",
+        choices=("cpu", "cuda"),
+        help="exit code 1 where there are no compiled kernels for it",
+    )
     doctor.set_defaults(run=_doctor)
     _add_weights(commands)
     arguments = parser.parse_args(argv)
@@ -50,33 +60,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    weights = commands.add_parser("weights", help="learned weights: what there is, and how to have it without a network")
+    weights = commands.add_parser(
+        "weights", help="learned weights: what there is, and how to have it without a network"
+    )
     actions = weights.add_subparsers(metavar="ACTION", required=True)
 
     listed = actions.add_parser("list", help="all registered names")
     listed.set_defaults(run=_list)
 
     show = actions.add_parser("show", help="what belongs to a name; asks no network")
-    show.add_argument("name", metavar="NAME", help='a registered name, "demo", org/name[@revision], a folder or a file')
-    show.add_argument("--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them")
+    show.add_argument(
+        "name",
+        metavar="NAME",
+        help='a registered name, "demo", org/name[@revision], a folder or a file',
+    )
+    show.add_argument(
+        "--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them"
+    )
     show.set_defaults(run=_show)
 
     fetch = actions.add_parser("fetch", help="write a folder that loads without a network")
     fetch.add_argument("name", metavar="NAME", help="as for show")
     fetch.add_argument("--to", metavar="FOLDER", required=True)
-    fetch.add_argument("--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them")
+    fetch.add_argument(
+        "--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them"
+    )
     fetch.add_argument("--overwrite", action="store_true", help="replace other weights in FOLDER")
     fetch.set_defaults(run=_fetch)
 
-    verify = actions.add_parser("verify", help="compare a folder's tensors with the digest that was written with them")
+    verify = actions.add_parser(
+        "verify", help="compare a folder's tensors with the digest that was written with them"
+    )
     verify.add_argument("folder", metavar="FOLDER")
     verify.set_defaults(run=_verify)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    print(f"pylo_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"pylo_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}"
+    )
     for i in range(torch.cuda.device_count()):
-        print(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        print(
+            f"cuda:{i}: {torch.cuda.get_device_name(i)}, "
+            f"sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        )
     for line in compiled.paths():
         print(line)
     if arguments.require is not None and (reason := compiled.library(arguments.require)):
@@ -99,7 +127,9 @@ def _list(arguments: argparse.Namespace) -> int:
         rows.append((name, entry.architecture, _horizon(entry.horizon), entry.licence, entry.note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        )
     return DONE
 
 
@@ -109,12 +139,21 @@ def _show(arguments: argparse.Namespace) -> int:
     about: MetaNetwork | Registered
     shapes: Mapping[str, Sequence[int | str]]
     try:
-        about = network = load_weights(name, architecture_named(arguments.architecture), local_only=True)
-        digest, shapes = network.digest, {key: tuple(tensor.shape) for key, tensor in network.tensors.items()}
+        about = network = load_weights(
+            name, architecture_named(arguments.architecture), local_only=True
+        )
+        digest, shapes = (
+            network.digest,
+            {key: tuple(tensor.shape) for key, tensor in network.tensors.items()},
+        )
     except WeightsError as error:
         if entry is None or not isinstance(error.__cause__, HubError):
             raise
-        about, digest, shapes = entry, f"not known here: {_one_line(error)}", ARCHITECTURES[entry.architecture].shapes
+        about, digest, shapes = (
+            entry,
+            f"not known here: {_one_line(error)}",
+            ARCHITECTURES[entry.architecture].shapes,
+        )
     print(f"name: {name}")
     if entry is not None:
         print(f"note: {entry.note}")
@@ -132,19 +171,28 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    network = save_weights(arguments.to, arguments.name, arguments.architecture, overwrite=arguments.overwrite)
-    print(f"{arguments.to}: {network.architecture} weights from {network.source}, digest {network.digest}")
+    network = save_weights(
+        arguments.to, arguments.name, arguments.architecture, overwrite=arguments.overwrite
+    )
+    print(
+        f"{arguments.to}: {network.architecture} weights from {network.source}, digest "
+        f"{network.digest}"
+    )
     return DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if not Path(arguments.folder).is_dir():
-        raise WeightsError(f"{arguments.folder} is no folder; wanted one that `python -m pylo_dist weights fetch` wrote")
+        raise WeightsError(
+            f"{arguments.folder} is no folder; wanted one that `python -m pylo_dist weights fetch` "
+            "wrote"
+        )
     network = load_weights(arguments.folder)  # compares, and says what differs
     if stored_digest(arguments.folder) is None:
         raise WeightsError(
-            f"folder {arguments.folder} holds {network.architecture} weights, digest {network.digest}, and none to compare it "
-            "with: write it with `python -m pylo_dist weights fetch` or pylo_dist.save_weights"
+            f"folder {arguments.folder} holds {network.architecture} weights, digest "
+            f"{network.digest}, and none to compare it with: write it with `python -m pylo_dist "
+            "weights fetch` or pylo_dist.save_weights"
         )
     print(f"{arguments.folder}: {network.architecture} weights, digest {network.digest} as written")
     return DONE

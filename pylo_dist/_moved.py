@@ -1,6 +1,7 @@
-"""Old module paths and names, for one version: what moved where. Nothing in the package imports this but `__init__`.
+"""Old module paths and names, for one version: what moved where. Nothing in the package imports
+this but `__init__`.
 
-    from pylo_dist.reference import commit      # still works, and warns: pylo_dist.maths.reference
+from pylo_dist.reference import commit      # still works, and warns: pylo_dist.maths.reference
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "shards": ("core.shards",),
+    "shards": ("core.shards", "core.pieces"),
     "state": ("core.state",),
-    "optim.base": ("core.rule",),
+    "optim.base": ("core.rule", "core.requests"),
     "reference": ("maths.reference",),
     "ops": ("maths.compiled",),
     "optim.factored": ("maths.factored",),
@@ -56,16 +57,23 @@ class _Moved(ModuleType):
                 module = importlib.import_module(target)
                 if hasattr(module, name):
                     return getattr(module, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; it moved to {' and '.join(self._targets)}")
+        raise AttributeError(
+            f"module {self.__name__!r} has no attribute {name!r}; it moved to "
+            f"{' and '.join(self._targets)}"
+        )
 
     def __dir__(self) -> list[str]:
-        return sorted({name for target in self._targets for name in dir(importlib.import_module(target))})
+        return sorted(
+            {name for target in self._targets for name in dir(importlib.import_module(target))}
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the old names of modules."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         package, _, old = fullname.partition(".")
         if package != __package__ or old not in MODULES:
             return None
@@ -75,7 +83,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         targets = [f"{__package__}.{new}" for new in MODULES[spec.name.partition(".")[2]]]
         # of whoever imports it: the frames between are importlib's, which warnings pass over
         warnings.warn(
-            f"{spec.name} is {' and '.join(targets)} now; the old path goes with the next version", DeprecationWarning, stacklevel=2
+            f"{spec.name} is {' and '.join(targets)} now; the old path goes with the next version",
+            DeprecationWarning,
+            stacklevel=2,
         )
         return _Moved(spec.name, targets)
 

@@ -1,7 +1,8 @@
-"""Virtual ranks: run any learned optimizer on arbitrarily cut tensors in one process, and compare layouts.
+"""Virtual ranks: run any learned optimizer on arbitrarily cut tensors in one process, and compare
+layouts.
 
-Because rules know no mesh, each virtual rank is an ordinary optimizer over its own pieces; this module advances them in lock step
-and adds by hand what a process group would add.
+Because rules know no mesh, each virtual rank is an ordinary optimizer over its own pieces; this
+module advances them in lock step and adds by hand what a process group would add.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .comm import Collective
-from .core.rule import Transfer
-from .core.shards import TensorShard, bind_shard
+from .core.pieces import bind_shard
+from .core.requests import Transfer
+from .core.shards import TensorShard
 from .optimizer import LearnedOptimizer
 
 Cut = Union[int, Sequence[int], Sequence[TensorShard]]
@@ -65,17 +67,23 @@ def run_virtual(
 
     Args:
         params: initial global tensors by fqn (not modified).
-        cuts: number of ranks (even flat intervals); or per fqn that number, the flat cut points between the ranks (repeated
-            points make empty shards), or one `TensorShard` per rank. All must name the same number of ranks.
-        grads: per step the global gradients, already averaged; None or a missing fqn: no rank has one.
+        cuts: number of ranks (even flat intervals); or per fqn that number, the flat cut points
+            between the ranks (repeated points make empty shards), or one `TensorShard` per rank.
+            All must name the same number of ranks.
+        grads: per step the global gradients, already averaged; None or a missing fqn: no rank has
+            one.
         losses: per step the training loss, for rules that read it.
         **kwargs: for `optimizer_class`.
 
     Raises:
         ValueError: cuts that do not tile a tensor exactly once.
-        AssertionError: ranks that ask for different reductions (a hang on real ranks), or replicated state whose bits differ.
+        AssertionError: ranks that ask for different reductions (a hang on real ranks), or
+            replicated state whose bits differ.
     """
-    shards = {fqn: _shards(fqn, tuple(p.shape), cuts if isinstance(cuts, int) else cuts[fqn]) for fqn, p in params.items()}
+    shards = {
+        fqn: _shards(fqn, tuple(p.shape), cuts if isinstance(cuts, int) else cuts[fqn])
+        for fqn, p in params.items()
+    }
     counts = {fqn: len(pieces) for fqn, pieces in shards.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"all tensors must be cut over the same number of ranks, got {counts}")
@@ -84,10 +92,14 @@ def run_virtual(
     for rank in range(group.ranks):
         pieces = {}
         for fqn, p in params.items():
-            pieces[fqn] = torch.nn.Parameter(p.detach().reshape(-1)[shards[fqn][rank].indices().to(p.device)])
+            pieces[fqn] = torch.nn.Parameter(
+                p.detach().reshape(-1)[shards[fqn][rank].indices().to(p.device)]
+            )
             bind_shard(pieces[fqn], shards[fqn], rank, group)
         locals_.append(pieces)
-    run = VirtualRun({}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_])  # type: ignore[arg-type]
+    run = VirtualRun(
+        {}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_]
+    )  # type: ignore[arg-type]
     for t, step_grads in enumerate(grads):
         for optimizer in run.optimizers:
             if losses is not None:
@@ -101,19 +113,29 @@ def run_virtual(
         run.reductions.append(reductions)
         run.exchanges.append(exchanges)
         run.history.append(
-            {fqn: _join([pieces[fqn].detach() for pieces in locals_], shards[fqn], (), p.shape) for fqn, p in params.items()}
+            {
+                fqn: _join([pieces[fqn].detach() for pieces in locals_], shards[fqn], (), p.shape)
+                for fqn, p in params.items()
+            }
         )
     run.params = run.history[-1] if run.history else {fqn: p.clone() for fqn, p in params.items()}
     for fqn, p in params.items():
         fields = run.optimizers[0].state_fields(locals_[0][fqn])
-        states = [optimizer.state[pieces[fqn]] for optimizer, pieces in zip(run.optimizers, locals_, strict=True)]
+        states = [
+            optimizer.state[pieces[fqn]]
+            for optimizer, pieces in zip(run.optimizers, locals_, strict=True)
+        ]
         run.state[fqn] = {}
         for name, f in fields.items():
             copies = [state[name] for state in states]
             if f.replicated is None:
-                run.state[fqn][name] = _join([f.flat(c) for c in copies], shards[fqn], f.copies, p.shape)
+                run.state[fqn][name] = _join(
+                    [f.flat(c) for c in copies], shards[fqn], f.copies, p.shape
+                )
                 continue
-            assert all(torch.equal(c, copies[0]) for c in copies), f"{name} of {fqn} differs between ranks"
+            assert all(torch.equal(c, copies[0]) for c in copies), (
+                f"{name} of {fqn} differs between ranks"
+            )
             run.state[fqn][name] = copies[0].clone()
     return run
 
@@ -146,9 +168,15 @@ def _step(ranks: Sequence[Iterator[list[Collective]]]) -> tuple[int, int]:
         requests = [next(rank, None) for rank in ranks]
         if all(request is None for request in requests):
             return reductions, exchanges
-        asked = [None if request is None else [_signature(c) for c in request] for request in requests]
-        assert all(a == asked[0] for a in asked), f"the ranks ask for different collectives, which would hang: {asked}"
-        for collectives in zip(*(request for request in requests if request is not None), strict=True):
+        asked = [
+            None if request is None else [_signature(c) for c in request] for request in requests
+        ]
+        assert all(a == asked[0] for a in asked), (
+            f"the ranks ask for different collectives, which would hang: {asked}"
+        )
+        for collectives in zip(
+            *(request for request in requests if request is not None), strict=True
+        ):
             transfers = [c for c in collectives if isinstance(c, Transfer)]
             buffers = [c[1] for c in collectives if not isinstance(c, Transfer)]
             if buffers:
@@ -167,7 +195,12 @@ def _signature(collective: Collective) -> object:
     return "exchange" if isinstance(collective, Transfer) else tuple(collective[1].shape)
 
 
-def _join(pieces: Sequence[Tensor], shards: Sequence[TensorShard], copies: tuple[int, ...], shape: torch.Size) -> Tensor:
+def _join(
+    pieces: Sequence[Tensor],
+    shards: Sequence[TensorShard],
+    copies: tuple[int, ...],
+    shape: torch.Size,
+) -> Tensor:
     """Local (*copies, N) pieces as one (*copies, *shape) tensor."""
     whole = pieces[0].new_empty((*copies, math.prod(shape)))
     for piece, shard in zip(pieces, shards, strict=True):
@@ -183,13 +216,15 @@ def layout_error(
 ) -> dict[str, float]:
     """How far two layouts are apart, per tensor, in units of the layout tolerance (1 is the limit).
 
-    The tolerance: no element differs by more than 4 units in its last place or 1e-5 (float32; 1e-12 in float64) of the tensor's
-    largest one-step change, whichever is larger. Elementwise arithmetic is the same in every layout; what differs is the order of
-    the float64 sums and the rounding of matrix products over few rows.
+    The tolerance: no element differs by more than 4 units in its last place or 1e-5 (float32; 1e-12
+    in float64) of the tensor's largest one-step change, whichever is larger. Elementwise arithmetic
+    is the same in every layout; what differs is the order of the float64 sums and the rounding of
+    matrix products over few rows.
 
     Args:
         largest_change: per tensor, the largest absolute change of an element in one step, 0-d.
-        share: of the largest change, instead of 1e-5 or 1e-12. Newton-Schulz amplifies the last bits of its input: 5e-5.
+        share: of the largest change, instead of 1e-5 or 1e-12. Newton-Schulz amplifies the last
+            bits of its input: 5e-5.
     """
     errors = {}
     for fqn, tensor in wanted.items():
@@ -199,13 +234,19 @@ def layout_error(
         ulp = torch.nextafter(tensor.abs(), torch.full_like(tensor, math.inf)) - tensor.abs()
         limit = torch.maximum(4.0 * ulp, of_change * largest_change[fqn].to(tensor.dtype))
         error = ((got[fqn] - tensor).abs() / limit).max()
-        errors[fqn] = float(error) if bool(error.isfinite()) else math.inf  # NaN would pass any comparison
+        # NaN would pass any comparison
+        errors[fqn] = float(error) if bool(error.isfinite()) else math.inf
     return errors
 
 
 def largest_changes(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The largest absolute change of an element between two entries of a history, per tensor."""
     return {
-        fqn: torch.stack([(b[fqn] - a[fqn]).abs().max() if a[fqn].numel() else a[fqn].sum() for a, b in pairwise(history)]).max()
+        fqn: torch.stack(
+            [
+                (b[fqn] - a[fqn]).abs().max() if a[fqn].numel() else a[fqn].sum()
+                for a, b in pairwise(history)
+            ]
+        ).max()
         for fqn in history[0]
     }

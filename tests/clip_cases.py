@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import pylo_dist
-from pylo_dist.core.shards import bound_shard
+from pylo_dist.core.pieces import bound_shard
 
 Results = dict[str, Any]
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.core.shards import bound_shard
+from pylo_dist.core.pieces import bound_shard
 from pylo_dist.weights import SMALL_FC
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element.

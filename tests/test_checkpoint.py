@@ -44,7 +44,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import pylo_dist
 from pylo_dist import checkpoint
-from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from pylo_dist.core.pieces import PieceParameter, bind_shard
+from pylo_dist.core.shards import TensorShard
 
 DTENSORS = (("fsdp2", 3), ("hsdp", 4))  # in the suite
 TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))  # for every source; in the suite, others are sampled

@@ -14,7 +14,8 @@ from test_kernels import SETTINGS, in_float64, relative, run
 from test_rules import BUILD
 
 import pylo_dist
-from pylo_dist.core.shards import TensorShard, bind_shard
+from pylo_dist.core.pieces import bind_shard
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 

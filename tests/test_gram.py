@@ -10,7 +10,8 @@ from golden_cases import celo2_weights, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist.core.shards import ShardedParam, TensorShard
+from pylo_dist.core.pieces import ShardedParam
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled, gram, orthogonal
 from pylo_dist.maths.owners import OwnedMatrices
 from pylo_dist.maths.reference import newton_schulz

@@ -446,7 +446,7 @@ def test_float64_and_foreign_networks_take_the_pytorch_path() -> None:
         param.grad = torch.randn_like(param)
         optimizer.step(torch.tensor(1.0))
         batch = optimizer._ready().work[0][1]
-        assert (batch.kept["kernels"] is not None) == served
+        assert (batch.cache["kernels"] is not None) == served
 
 
 def test_doctor_says_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:

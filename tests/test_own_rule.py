@@ -20,7 +20,8 @@ from test_virtual_ranks import golden_problem, random_shards
 from torch import Tensor
 
 import pylo_dist
-from pylo_dist.core.rule import Batch, LearnedRule, Request
+from pylo_dist.core.requests import Request
+from pylo_dist.core.rule import Batch, LearnedRule
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.core.state import StateField
 from pylo_dist.maths.reference import commit, gradient_sums, move
@@ -47,30 +48,30 @@ class CompassRule(LearnedRule):
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         a = batch.new_sum("A", lambda item: 1, audited=True)
-        for i, item in batch.moving():
+        for i, item in batch.candidates():
             gradient_sums(item.param.grad, item.param.shard, None, a.vectors[i][:0], a.audits[i])
             a.vectors[i] += item.param.value.double().square().sum()
         yield a
         b = batch.new_sum("B", lambda item: 3)
-        for i, item in batch.moving():
+        for i, item in batch.candidates():
             momentum = item.state["momentum"]
             g = item.param.grad.to(momentum.dtype) * batch.scale[i].to(momentum.dtype)
-            commit(momentum, 0.9 * momentum + 0.1 * g, batch.keep[i])
+            commit(momentum, 0.9 * momentum + 0.1 * g, batch.moves[i])
             g, m = g.double(), momentum.double()
             b.vectors[i] += torch.stack([m @ m, m @ g, g @ g])
         yield b
-        if "w" not in batch.kept:
-            batch.kept["w"] = {name: w.to(batch.device, torch.float64) for name, w in self.network.tensors.items()}
-        w = batch.kept["w"]
-        for i, item in batch.moving():
+        if "w" not in batch.cache:
+            batch.cache["w"] = {name: w.to(batch.device, torch.float64) for name, w in self.network.tensors.items()}
+        w = batch.cache["w"]
+        for i, item in batch.candidates():
             momentum, cosine, n = item.state["momentum"], item.state["cosine"], item.param.shard.global_numel
             batch.param_squares[i], (mm, mg, gg) = a.vectors[i][0], b.vectors[i]
-            commit(cosine, 0.9 * cosine + 0.1 * mg / (mm * gg).sqrt().clamp_min(1e-30), batch.keep[i])
+            commit(cosine, 0.9 * cosine + 0.1 * mg / (mm * gg).sqrt().clamp_min(1e-30), batch.moves[i])
             p_norm, m_norm = (a.vectors[i] / n).sqrt().clamp_min(1e-3), (mm[None] / n).sqrt().clamp_min(1e-12)
             hidden = torch.tanh(w["in.weight"] @ torch.cat([p_norm.log(), m_norm.log(), cosine.double()]) + w["in.bias"])
             size = item.hyper["lr"] * p_norm * (w["out.weight"] @ hidden).exp() / m_norm
             old = item.param.value.to(momentum.dtype, copy=True)
-            move(item.param.value, old, old - size.to(old.dtype) * momentum, batch.keep[i], batch.update_squares[i])
+            move(item.param.value, old, old - size.to(old.dtype) * momentum, batch.moves[i], batch.update_squares[i])
 
 
 TINY = Architecture("compass", {"in.weight": (4, 3), "in.bias": (4,), "out.weight": (1, 4)}, decays={})

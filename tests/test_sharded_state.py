@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import pylo_dist
 from pylo_dist import checkpoint
-from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from pylo_dist.core.pieces import PieceParameter, bind_shard
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.optimizer.sharded_state import ShardedState, copy_elements
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pylo_dist.core.shards import Box, ShardBinding, TensorShard, bind_shard, bound_shard, drop_dim, factored_dims
+from pylo_dist.core.pieces import ShardBinding, bind_shard, bound_shard
+from pylo_dist.core.shards import Box, TensorShard, drop_dim, factored_dims
 
 SHAPES = [(), (1,), (5,), (3, 4), (1, 9), (4, 1), (2, 3, 4), (2, 1, 3, 2), (2, 2, 2, 2, 2)]
 

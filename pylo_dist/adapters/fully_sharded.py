@@ -1,4 +1,6 @@
-"""`shard`: a model and its optimizer on FSDP2 in one call. Shards the model (in place); initialises one on the meta device."""
+"""`shard`: a model and its optimizer on FSDP2 in one call. Shards the model (in place); initialises
+one on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -28,32 +30,38 @@ def shard(
     reshard_after_forward: bool | int = True,
     **optimizer_kwargs: Any,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Shard a model over ranks with `torch.distributed.fsdp.fully_shard` and build its optimizer. Collective.
+    """Shard a model over ranks with `torch.distributed.fsdp.fully_shard` and build its optimizer.
+    Collective.
 
-    Every transformer block is a unit that is gathered and freed as a whole, the rest of the model one more. A tied parameter
-    stays in one unit. Rank 0's parameters and buffers are given to all ranks first, as DDP does. Parameters that FSDP2 cannot cut
-    (0-dim or empty) stay whole; the learned optimizer averages their gradients. A model on the meta device is initialised module
-    by module after sharding, with the numbers that one process with rank 0's random state would draw.
+    Every transformer block is a unit that is gathered and freed as a whole, the rest of the model
+    one more. A tied parameter stays in one unit. Rank 0's parameters and buffers are given to all
+    ranks first, as DDP does. Parameters that FSDP2 cannot cut (0-dim or empty) stay whole; the
+    learned optimizer averages their gradients. A model on the meta device is initialised module by
+    module after sharding, with the numbers that one process with rank 0's random state would draw.
 
     Args:
-        model: modified in place. Tensor parallelism (`parallelize_module`) comes before, activation checkpointing too.
-        optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on DTensors; or a callable that takes named
-            parameters and `optimizer_kwargs`. Frozen parameters are left out.
-        mesh: 1-D: sharded over it; 2-D with named dimensions: copies along the first, sharded along the second (HSDP). None: all
-            ranks.
-        wrap: which modules are units: classes, or a callable that is asked of each module. None: the classes that a Hugging Face
-            model names in `_no_split_modules`, else the entries of each outermost ModuleList or ModuleDict whose entries are of
-            one class and consist of several modules.
-        mixed_precision: None; a dtype to compute in, parameters and gradient averages staying float32; or a
-            `MixedPrecisionPolicy`.
-        reshard_after_forward: False keeps blocks gathered until their backward; an int: how many ranks share them meanwhile.
+        model: modified in place. Tensor parallelism (`parallelize_module`) comes before, activation
+        checkpointing too. optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on
+        DTensors; or a callable that takes named parameters and `optimizer_kwargs`. Frozen
+        parameters are left out.
+        mesh: 1-D: sharded over it; 2-D with named dimensions: copies along the first, sharded along
+            the second (HSDP). None: all ranks.
+        wrap: which modules are units: classes, or a callable that is asked of each module. None:
+            the classes that a Hugging Face model names in `_no_split_modules`, else the entries of
+            each outermost ModuleList or ModuleDict whose entries are of one class and consist of
+            several modules.
+        mixed_precision: None; a dtype to compute in, parameters and gradient averages staying
+            float32; or a `MixedPrecisionPolicy`.
+        reshard_after_forward: False keeps blocks gathered until their backward; an int: how many
+            ranks share them meanwhile.
         **optimizer_kwargs: for `optimizer_class`.
 
     Returns:
         (model, optimizer).
 
     Raises:
-        ValueError: what cannot be sharded, by name, before the model is changed; what the optimizer refuses, after that.
+        ValueError: what cannot be sharded, by name, before the model is changed; what the optimizer
+            refuses, after that.
 
     Example::
 
@@ -64,9 +72,16 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
 
     if comm.default_group() is None:
-        raise ValueError("torch.distributed is not initialised: start the ranks with torchrun, then call init_process_group()")
+        raise ValueError(
+            "torch.distributed is not initialised: start the ranks with torchrun, then call "
+            "init_process_group()"
+        )
     named = list(model.named_parameters())
-    group = comm.default_group() if mesh is None else comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
+    group = (
+        comm.default_group()
+        if mesh is None
+        else comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
+    )
 
     def prepare() -> tuple[list[nn.Module], list[tuple[str, nn.Module]], dict[str, Any]]:
         _check_model(model, named, mesh, fsdp.FSDPModule)
@@ -74,14 +89,20 @@ def shard(
             _check_mesh(mesh)
         kwargs = optimizer_kwargs
         if isinstance(optimizer_class, type) and issubclass(optimizer_class, LearnedOptimizer):
-            kwargs = optimizer_class.before_sharding([(fqn, param) for fqn, param in named if param.requires_grad], kwargs)
+            kwargs = optimizer_class.before_sharding(
+                [(fqn, param) for fqn, param in named if param.requires_grad], kwargs
+            )
         return units_of(model, wrap), _meta_modules(model), kwargs
 
     units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
     if mesh is None:
-        mesh = init_device_mesh(comm.device_type(), (comm.size(comm.default_group()),), mesh_dim_names=("dp",))
+        mesh = init_device_mesh(
+            comm.device_type(), (comm.size(comm.default_group()),), mesh_dim_names=("dp",)
+        )
     if mixed_precision is not None and isinstance(mixed_precision, torch.dtype):
-        mixed_precision = fsdp.MixedPrecisionPolicy(param_dtype=mixed_precision, reduce_dtype=torch.float32)
+        mixed_precision = fsdp.MixedPrecisionPolicy(
+            param_dtype=mixed_precision, reduce_dtype=torch.float32
+        )
     device = torch.device(mesh.device_type)
     ignored = {param for _, param in named if param.dim() == 0 or param.numel() == 0}
     whole = ignored | set(model.buffers())
@@ -98,12 +119,19 @@ def shard(
         options["mp_policy"] = mixed_precision
     for unit in units:
         fsdp.fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
-    # the parameters of the root are wanted again as soon as backward begins: FSDP2's own default keeps them
-    fsdp.fully_shard(model, reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward, **options)
+    # the parameters of the root are wanted again as soon as backward begins: FSDP2's own default
+    # keeps them
+    fsdp.fully_shard(
+        model,
+        reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward,
+        **options,
+    )
     if on_meta:
         model.to_empty(device=device)
         _initialise(on_meta, device, group)
-    return model, optimizer_class([(fqn, p) for fqn, p in model.named_parameters() if p.requires_grad], **optimizer_kwargs)
+    return model, optimizer_class(
+        [(fqn, p) for fqn, p in model.named_parameters() if p.requires_grad], **optimizer_kwargs
+    )
 
 
 def units_of(model: nn.Module, wrap: Wrap = None) -> list[nn.Module]:
@@ -113,11 +141,15 @@ def units_of(model: nn.Module, wrap: Wrap = None) -> list[nn.Module]:
         owners: dict[nn.Parameter, set[nn.Module]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             path = name.split(".") if name else []
-            chain = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), 0, -1)]
+            chain = [
+                model.get_submodule(".".join(path[:depth])) for depth in range(len(path), 0, -1)
+            ]
             owner = next((m for m in chain if m in chosen), model)
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, set()).add(owner)
-        torn = {unit for several in owners.values() if len(several) > 1 for unit in several} - {model}
+        torn = {unit for several in owners.values() if len(several) > 1 for unit in several} - {
+            model
+        }
         if not torn:
             break
         chosen -= torn
@@ -133,7 +165,9 @@ def _chosen(model: nn.Module, wrap: Wrap) -> Iterator[nn.Module]:
     if isinstance(wrap, type) or not callable(wrap):
         classes = (wrap,) if isinstance(wrap, type) else tuple(wrap)
         found = [module for module in model.modules() if isinstance(module, classes)]
-        missing = [c.__name__ for c in classes if not any(isinstance(module, c) for module in found)]
+        missing = [
+            c.__name__ for c in classes if not any(isinstance(module, c) for module in found)
+        ]
         if missing:
             raise ValueError(f"wrap names {', '.join(missing)}, of which the model has no module")
         yield from found
@@ -142,20 +176,33 @@ def _chosen(model: nn.Module, wrap: Wrap) -> Iterator[nn.Module]:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Entries of outermost lists of modules that are all alike and large enough to be worth a collective."""
+    """Entries of outermost lists of modules that are all alike and large enough to be worth a
+    collective.
+    """
     for child in module.children():
-        entries = list(child.children()) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else []
-        if len({type(entry) for entry in entries}) == 1 and all(_is_composite(entry) for entry in entries):
+        entries = (
+            list(child.children()) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else []
+        )
+        if len({type(entry) for entry in entries}) == 1 and all(
+            _is_composite(entry) for entry in entries
+        ):
             yield from entries
         else:
             yield from _blocks(child)
 
 
 def _is_composite(module: nn.Module) -> bool:
-    return sum(1 for part in module.modules() if next(part.parameters(recurse=False), None) is not None) > 1
+    return (
+        sum(
+            1 for part in module.modules() if next(part.parameters(recurse=False), None) is not None
+        )
+        > 1
+    )
 
 
-def _check_model(model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], mesh: Any, fsdp2: type) -> None:
+def _check_model(
+    model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], mesh: Any, fsdp2: type
+) -> None:
     for name, module in model.named_modules():
         where = repr(name) if name else "the model"
         if isinstance(module, fsdp2):
@@ -164,7 +211,10 @@ def _check_model(model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], me
                 "optimizer_class(model.named_parameters(), ...)"
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "DistributedDataParallel"):
-            raise ValueError(f"{where} is wrapped in {type(module).__name__}: give pylo_dist.shard the model without it")
+            raise ValueError(
+                f"{where} is wrapped in {type(module).__name__}: give pylo_dist.shard the model "
+                "without it"
+            )
     for fqn, param in named:
         if not param.is_meta and param.requires_grad:
             check_param(fqn, param)
@@ -180,16 +230,21 @@ def _check_model(model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], me
 def _check_mesh(mesh: Any) -> None:
     if mesh.ndim not in (1, 2):
         raise ValueError(
-            f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: wanted 1 (sharded) or 2 (copies, sharded); of a larger "
-            'mesh pass the data-parallel part, such as mesh["dp_replicate", "dp_shard"]'
+            f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}: wanted 1 (sharded) or 2 "
+            "(copies, sharded); of a larger mesh pass the data-parallel part, such as "
+            'mesh["dp_replicate", "dp_shard"]'
         )
     if mesh.ndim == 2 and mesh.mesh_dim_names is None:
-        raise ValueError('a 2-D mesh needs names: init_device_mesh(..., mesh_dim_names=("replicate", "shard"))')
-    parallel = [name for name in mesh.mesh_dim_names or () if name.lower() in (*TENSOR_PARALLEL, "pp")]
+        raise ValueError(
+            'a 2-D mesh needs names: init_device_mesh(..., mesh_dim_names=("replicate", "shard"))'
+        )
+    parallel = [
+        name for name in mesh.mesh_dim_names or () if name.lower() in (*TENSOR_PARALLEL, "pp")
+    ]
     if parallel:
         raise ValueError(
-            f"the mesh has the dimension {parallel[0]!r}: pylo_dist.shard takes the data-parallel part of a mesh, such as "
-            'mesh["dp"]; apply parallelize_module first'
+            f"the mesh has the dimension {parallel[0]!r}: pylo_dist.shard takes the data-parallel "
+            'part of a mesh, such as mesh["dp"]; apply parallelize_module first'
         )
 
 
@@ -204,7 +259,9 @@ def _give_to_all(tensor: Tensor, device: torch.device, group: Any) -> None:
 
 
 def _meta_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules with tensors on the meta device. Raises ValueError for one that cannot be initialised."""
+    """The modules with tensors on the meta device. Raises ValueError for one that cannot be
+    initialised.
+    """
     found = []
     for name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -213,8 +270,9 @@ def _meta_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         if not callable(getattr(module, "reset_parameters", None)):
             raise ValueError(
-                f"{f'{name}.{on_meta[0]}' if name else on_meta[0]!r} is on the meta device, and {type(module).__name__} has no "
-                "reset_parameters() to initialise it: add one, or build the model on a real device"
+                f"{f'{name}.{on_meta[0]}' if name else on_meta[0]!r} is on the meta device, and "
+                f"{type(module).__name__} has no reset_parameters() to initialise it: add one, or "
+                "build the model on a real device"
             )
         found.append((name, module))
     return found
@@ -222,7 +280,9 @@ def _meta_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device, group: Any) -> None:
-    """Draw the parameters of these modules as one process would, one module at a time whole, and keep this rank's part."""
+    """Draw the parameters of these modules as one process would, one module at a time whole, and
+    keep this rank's part.
+    """
     done: dict[int, bool] = {}
     names: dict[int, str] = {}
     with _random_state_of_first_rank(device, group):
@@ -233,7 +293,9 @@ def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device, 
                 full = torch.full(param.shape, float("nan"), dtype=param.dtype, device=device)
                 drawn[key] = nn.Parameter(full, requires_grad=param.requires_grad)
                 module._parameters[key] = drawn[key]
-            buffers = [(key, b) for key, b in module.named_buffers(recurse=False) if b.is_floating_point()]
+            buffers = [
+                (key, b) for key, b in module.named_buffers(recurse=False) if b.is_floating_point()
+            ]
             for _, buffer in buffers:
                 buffer.fill_(float("nan"))
             try:
@@ -243,7 +305,11 @@ def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device, 
             for key, param in sharded.items():
                 names.setdefault(id(param), f"{name}.{key}" if name else key)
                 if not bool(drawn[key].isnan().any()):
-                    own = shard_of(key, param) if is_dtensor(param) else TensorShard.whole(key, tuple(param.shape))
+                    own = (
+                        shard_of(key, param)
+                        if is_dtensor(param)
+                        else TensorShard.whole(key, tuple(param.shape))
+                    )
                     local = local_tensor(param)
                     local.copy_(own.take(drawn[key]).view(local.shape))
                     done[id(param)] = True
@@ -252,13 +318,17 @@ def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device, 
                 done[id(buffer)] = not bool(buffer.isnan().any())
     left = [fqn for key, fqn in names.items() if not done.get(key)]
     if left:
-        raise ValueError(f"reset_parameters() left {left[0]!r} without values: build the model on a real device")
+        raise ValueError(
+            f"reset_parameters() left {left[0]!r} without values: build the model on a real device"
+        )
 
 
 @contextmanager
 def _random_state_of_first_rank(device: torch.device, group: Any) -> Iterator[None]:
     """Every rank draws what the first would; afterwards each goes on from where it was."""
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+    with torch.random.fork_rng(
+        devices=[torch.cuda.current_device()] if device.type == "cuda" else []
+    ):
         state = torch.get_rng_state()
         _give_to_all(state, device, group)
         torch.set_rng_state(state)

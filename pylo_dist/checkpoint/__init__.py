@@ -11,4 +11,13 @@ from .folder import (
     verify,
 )
 
-__all__ = ["FORMAT", "MANIFEST", "CheckpointError", "load", "published", "read_meta", "save", "verify"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "CheckpointError",
+    "load",
+    "published",
+    "read_meta",
+    "save",
+    "verify",
+]

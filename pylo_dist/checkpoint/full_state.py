@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import comm
-from ..core.shards import ShardBinding, bound_shard
+from ..core.pieces import ShardBinding, bound_shard
 from ..layouts.plain import is_dtensor
 from ..optimizer.sharded_state import ShardedState
 
 
 def full_state_dict(optimizer: torch.optim.Optimizer, *, rank0_only: bool = True) -> dict[str, Any]:
-    """The state dict with whole tensors in host memory, e.g. for torch.save. All ranks that share the parameters call it alike.
+    """The state dict with whole tensors in host memory, e.g. for torch.save. All ranks that share
+    the parameters call it alike.
 
-    `load_state_dict` of any layout takes it, and `torch.load(..., weights_only=True)` reads it back. Memory on the way: one
-    state tensor at a time on the device.
+    `load_state_dict` of any layout takes it, and `torch.load(..., weights_only=True)` reads it
+    back. Memory on the way: one state tensor at a time on the device.
 
     Args:
         rank0_only: give it to rank 0 only, and {} to the others.
@@ -27,14 +28,18 @@ def full_state_dict(optimizer: torch.optim.Optimizer, *, rank0_only: bool = True
     return _gathered(optimizer.state_dict(), optimizer, rank0_only, cpu=True)
 
 
-def get_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, *, options: Any = None) -> dict[str, Any]:
-    """torch.distributed.checkpoint.state_dict's function of this name, which also gathers what ZeroOptimizer has sharded.
+def get_optimizer_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, options: Any = None
+) -> dict[str, Any]:
+    """torch.distributed.checkpoint.state_dict's function of this name, which also gathers what
+    ZeroOptimizer has sharded.
 
-    Without `full_state_dict` torch's own does as well, and its set_optimizer_state_dict serves every layout.
+    Without `full_state_dict` torch's own does as well, and its set_optimizer_state_dict serves
+    every layout.
 
     Args:
-        options: a StateDictOptions. With `full_state_dict` tensors are whole on every rank; with `cpu_offload` too, on rank 0
-            only and {} elsewhere, as in torch.
+        options: a StateDictOptions. With `full_state_dict` tensors are whole on every rank; with
+            `cpu_offload` too, on rank 0 only and {} elsewhere, as in torch.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as get
@@ -42,7 +47,9 @@ def get_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer,
     options = options or StateDictOptions()
     if not (options.full_state_dict and _bindings(optimizer)):
         return get(model, optimizer, options=options)
-    state = get(model, optimizer, options=replace(options, full_state_dict=False, cpu_offload=False))
+    state = get(
+        model, optimizer, options=replace(options, full_state_dict=False, cpu_offload=False)
+    )
     return _gathered(state, optimizer, options.cpu_offload, options.cpu_offload)
 
 
@@ -53,7 +60,9 @@ def _bindings(optimizer: torch.optim.Optimizer) -> dict[str, ShardBinding]:
 
 
 @torch.no_grad()
-def _gathered(tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only: bool, cpu: bool) -> dict[str, Any]:
+def _gathered(
+    tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only: bool, cpu: bool
+) -> dict[str, Any]:
     bindings = _bindings(optimizer)
     keep = not (rank0_only and comm.rank(comm.default_group()))
 
@@ -79,10 +88,16 @@ def _whole_tensor(state: ShardedState, binding: ShardBinding, keep: bool) -> Ten
     result = state.local.new_empty(state.shape) if keep else None
     for source, peer in enumerate(binding.peers or (binding.shard,)):
         if peer.numel:
-            piece = state.local if source == binding.rank else state.local.new_empty((*state.copies, peer.numel))
+            piece = (
+                state.local
+                if source == binding.rank
+                else state.local.new_empty((*state.copies, peer.numel))
+            )
             if binding.group is not None:
                 comm.broadcast(piece, source, binding.group)
             if result is not None:
                 for offsets, view in ShardedState(piece, state.copies, peer).parts():
-                    result[tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))] = view
+                    result[
+                        tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))
+                    ] = view
     return result

@@ -1,4 +1,6 @@
-"""The only module that calls torch.distributed collectives. Touches the buffers it is handed and nothing else."""
+"""The only module that calls torch.distributed collectives. Touches the buffers it is handed and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.rule import Transfer
+from ..core.requests import Transfer
 
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -25,7 +27,8 @@ GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
 
 T = TypeVar("T")
-Reduction = tuple[Any, Tensor]  # a process group and the buffer to be added over its ranks, in place
+# a process group and the buffer to be added over its ranks, in place
+Reduction = tuple[Any, Tensor]
 Collective = Union[Reduction, Transfer]
 
 
@@ -49,17 +52,22 @@ def ranks_of(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}  # by ranks: the world it was made in, and the group
+# by ranks: the world it was made in, and the group
+_MADE: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
 def _counted(what: str, ranks: tuple[int, ...], more: int) -> int:
-    """How often this rank did `what` with these, `more` times now. Counted by the store: ranks of a later world are others."""
+    """How often this rank did `what` with these, `more` times now. Counted by the store: ranks of a
+    later world are others.
+    """
     store = dist.distributed_c10d._get_default_store()
     return int(store.add(f"pylo_dist/{what}/{_digest(ranks)}/{dist.get_rank()}", more))
 
 
 def group_over(ranks: tuple[int, ...]) -> Any:
-    """A process group over these ranks (rising). The first call for them is collective over them alone."""
+    """A process group over these ranks (rising). The first call for them is collective over them
+    alone.
+    """
     world = default_group()
     if len(ranks) == size(world):
         return world
@@ -77,7 +85,8 @@ def group_over(ranks: tuple[int, ...]) -> Any:
 def _named(name: str) -> Iterator[None]:
     """The name of a group that is made inside, alike on its ranks.
 
-    torch makes one of the number of groups that this rank is in; where the numbers of two ranks differ, they never meet.
+    torch makes one of the number of groups that this rank is in; where the numbers of two ranks
+    differ, they never meet.
     """
     module: Any = dist.distributed_c10d
     original = getattr(module, "_hash_ranks_to_str", None)
@@ -98,7 +107,11 @@ def _digest(content: Any) -> str:
 
 def device_type() -> str:
     """Where the world's ranks reduce: "cuda" if they can there, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda")) else "cpu"
+    return (
+        "cuda"
+        if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda"))
+        else "cpu"
+    )
 
 
 def can_reduce(group: Any, device: torch.device) -> bool:
@@ -107,7 +120,9 @@ def can_reduce(group: Any, device: torch.device) -> bool:
 
 
 class CommunicationError(RuntimeError):
-    """Other ranks did not take part in a collective: they died, hang, or went another way. The process group is unusable then."""
+    """Other ranks did not take part in a collective: they died, hang, or went another way. The
+    process group is unusable then.
+    """
 
 
 class Pending:
@@ -117,16 +132,21 @@ class Pending:
         work: what torch.distributed returned, or None if it is done.
         what: its name, for errors.
         keep: tensors it reads or writes; they live as long as it.
-        timeout: seconds to wait at most, for tensors in host memory; None, and on GPUs: what the process group has.
+        timeout: seconds to wait at most, for tensors in host memory; None, and on GPUs: what the
+            process group has.
     """
 
-    def __init__(self, work: Any, what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> None:
+    def __init__(
+        self, work: Any, what: str, group: Any, keep: Sequence[Tensor], timeout: float | None
+    ) -> None:
         self._work, self._what, self._group, self._keep = work, what, group, keep
         self._error: CommunicationError | None = None
         self._timeout = timeout if keep and keep[0].device.type == "cpu" else None
 
     def wait(self) -> None:
-        """Until the result is there; on a GPU, for work queued from here on. Raises CommunicationError."""
+        """Until the result is there; on a GPU, for work queued from here on. Raises
+        CommunicationError.
+        """
         if self._error is not None:
             raise self._error
         work, self._work = self._work, None
@@ -134,7 +154,9 @@ class Pending:
             return
         try:
             with _or_lost(self._what, self._group):
-                work.wait() if self._timeout is None else work.wait(timeout=timedelta(seconds=self._timeout))
+                work.wait() if self._timeout is None else work.wait(
+                    timeout=timedelta(seconds=self._timeout)
+                )
         except CommunicationError as error:
             self._error = error
             raise
@@ -142,7 +164,8 @@ class Pending:
 
 
 def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> Any:
-    """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the phases end.
+    """Drive an engine: carry out the collectives of a phase, those of all groups at once, until the
+    phases end.
 
     Returns:
         What the phases, a generator, return.
@@ -174,38 +197,67 @@ def _start(collective: Collective, what: str, timeout: float | None) -> Pending:
 def _or_lost(what: str, group: Any) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # a group that has lost a rank refuses further work, too
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:
+        # a group that has lost a rank refuses further work, too
         raise _lost(what, group, error) from error
 
 
-def _call(start: Callable[[], Any], what: str, group: Any, keep: Sequence[Tensor], timeout: float | None) -> Pending:
+def _call(
+    start: Callable[[], Any], what: str, group: Any, keep: Sequence[Tensor], timeout: float | None
+) -> Pending:
     with _or_lost(what, group):
         return Pending(start(), what, group, keep, timeout)
 
 
 def all_reduce(buffer: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
     """Start adding `buffer` over the ranks (modified in place)."""
-    return _call(lambda: dist.all_reduce(buffer, group=group, async_op=True), what, group, [buffer], timeout)
+    return _call(
+        lambda: dist.all_reduce(buffer, group=group, async_op=True), what, group, [buffer], timeout
+    )
 
 
-def reduce_scatter(shard: Tensor, full: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
+def reduce_scatter(
+    shard: Tensor, full: Tensor, group: Any, what: str, timeout: float | None = None
+) -> Pending:
     """Start shard <- sum over ranks of this rank's part of `full` (`shard` is modified in place).
 
     Args:
         shard: (numel,), full: (ranks * numel,).
     """
-    return _call(lambda: _reduce_scatter(shard, full, group=group, async_op=True), what, group, [shard, full], timeout)
+    return _call(
+        lambda: _reduce_scatter(shard, full, group=group, async_op=True),
+        what,
+        group,
+        [shard, full],
+        timeout,
+    )
 
 
-def all_gather(full: Tensor, shard: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
-    """Start full <- the shards of all ranks, in rank order (`full` is modified in place; `shard` may be a view of it)."""
-    return _call(lambda: _all_gather(full, shard, group=group, async_op=True), what, group, [full, shard], timeout)
+def all_gather(
+    full: Tensor, shard: Tensor, group: Any, what: str, timeout: float | None = None
+) -> Pending:
+    """Start full <- the shards of all ranks, in rank order (`full` is modified in place; `shard`
+    may be a view of it).
+    """
+    return _call(
+        lambda: _all_gather(full, shard, group=group, async_op=True),
+        what,
+        group,
+        [full, shard],
+        timeout,
+    )
 
 
 def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
-    """Tell the other survivors through the store that this rank has given up, and name those that say nothing."""
+    """Tell the other survivors through the store that this rank has given up, and name those that
+    say nothing.
+    """
     mine, ranks = dist.get_rank(), ranks_of(group)
-    silent: list[int] = []  # whoever lost a peer too says so; one that died or went another way does not
+    # whoever lost a peer too says so; one that died or went another way does not
+    silent: list[int] = []
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"pylo_dist/gave_up/{mine}", what)
@@ -216,9 +268,16 @@ def _lost(what: str, group: Any, error: Exception) -> CommunicationError:
             time.sleep(0.05)
     except Exception:  # the store may have died with its rank; what is known is said all the same
         pass
-    who = f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the same" if silent else ""
+    who = (
+        f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the "
+        "same"
+        if silent
+        else ""
+    )
     cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CommunicationError(f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip())
+    return CommunicationError(
+        f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip()
+    )
 
 
 _MET = "met"  # the outcome of a meeting, or who gave it up and why
@@ -241,7 +300,9 @@ def _next_meeting(ranks: tuple[int, ...]) -> str:
 
 
 def timeout_of(group: Any, device: torch.device) -> float:
-    """Seconds that the ranks of `group` wait for each other; the store's where the backend does not say."""
+    """Seconds that the ranks of `group` wait for each other; the store's where the backend does not
+    say.
+    """
     try:
         return float(group._get_backend(device).options._timeout.total_seconds())
     except (AttributeError, RuntimeError):
@@ -249,7 +310,8 @@ def timeout_of(group: Any, device: torch.device) -> float:
 
 
 def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) -> None:
-    """Wait until all these ranks are here, before collectives that a rank with an error of its own would never come to.
+    """Wait until all these ranks are here, before collectives that a rank with an error of its own
+    would never come to.
 
     Through the store: no process group is left out of step by whoever does not come.
 
@@ -259,9 +321,14 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
         timeout: seconds to wait for the last one.
 
     Raises:
-        ValueError: what another rank has declined with. CommunicationError: one did not come in time, on all who come at all.
+        ValueError: what another rank has declined with. CommunicationError: one did not come in
+            time, on all who come at all.
     """
-    store, place, mine = dist.distributed_c10d._get_default_store(), _next_meeting(ranks), dist.get_rank()
+    store, place, mine = (
+        dist.distributed_c10d._get_default_store(),
+        _next_meeting(ranks),
+        dist.get_rank(),
+    )
     start, pause, told = time.monotonic(), 0.001, False
     store.set(f"{place}/here/{mine}", "")
     arrived = store.add(f"{place}/arrived", 1)
@@ -278,7 +345,8 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
                 told = True
                 for rank in late:
                     store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
-        if outcome or store.check([f"{place}/outcome"]):  # the first one holds for all, or one of them went on alone
+        # the first one holds for all, or one of them went on alone
+        if outcome or store.check([f"{place}/outcome"]):
             outcome = store.compare_set(f"{place}/outcome", "", outcome).decode()
             if outcome == _MET:
                 return
@@ -295,22 +363,28 @@ def decline(ranks: tuple[int, ...], problem: Exception) -> None:
 
 
 def awaited_by() -> tuple[int, tuple[int, ...], list[Any]] | None:
-    """A rank that waits for this one, the ranks that meet there, and its entries; None if nobody does."""
+    """A rank that waits for this one, the ranks that meet there, and its entries; None if nobody
+    does.
+    """
     store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
     if not store.check([f"pylo_dist/awaited/{mine}"]):
         return None
     rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
     place = _place(tuple(ranks), _counted("met", tuple(ranks), 0) + 1)
-    return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None  # else this one came meanwhile
+    # else this one came meanwhile
+    return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None
 
 
 def check_equal(what: str, entries: list[Any], group: Any, device: torch.device) -> None:
-    """Raise ValueError on every rank if the JSON-able `entries` differ between ranks, naming the first that does.
+    """Raise ValueError on every rank if the JSON-able `entries` differ between ranks, naming the
+    first that does.
 
     Called where a disagreement would later be a hang.
     """
     digest = hashlib.sha256(json.dumps(entries).encode()).digest()[:8]
-    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
+    mine = torch.tensor(
+        [int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device
+    )
     all_digests = mine.new_empty(size(group))
     all_gather(all_digests, mine, group, f"a comparison of every {what}").wait()
     if bool((all_digests == all_digests[0]).all()):
@@ -322,15 +396,20 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
             there = theirs[place] if place < len(theirs) else "nothing"
             if here != there:
                 raise ValueError(
-                    f"the ranks disagree on {what} number {place}: rank 0 has {here}, rank {other} has {there}; "
-                    "build the same model and optimizer on every rank"
+                    f"the ranks disagree on {what} number {place}: rank 0 has {here}, rank {other} "
+                    f"has {there}; build the same model and optimizer on every rank"
                 )
 
 
 class PeerError(RuntimeError):
-    """Another rank could not do its part; what it could not do is in its own error. Nothing was changed."""
+    """Another rank could not do its part; what it could not do is in its own error. Nothing was
+    changed.
+    """
 
-    def __init__(self, message: str = "another rank could not take this step, see its error; nothing was changed") -> None:
+    def __init__(
+        self,
+        message: str = "another rank could not take this step, see its error; nothing was changed",
+    ) -> None:
         super().__init__(message)
 
 
@@ -338,7 +417,8 @@ def union(group: Any, replicate_group: Any) -> Any:
     """The process group of all ranks of all replicas; every rank of them must call it.
 
     Raises:
-        ValueError: the two groups do not form a grid, in which a replicate group holds the same place of every group.
+        ValueError: the two groups do not form a grid, in which a replicate group holds the same
+            place of every group.
     """
     place, mine = rank(group), ranks_of(group)
     columns = gather_objects((place, mine), replicate_group)
@@ -346,8 +426,9 @@ def union(group: Any, replicate_group: Any) -> Any:
     sizes = {(column_place, len(ranks)) for column_place, ranks in columns}
     if sizes != {(place, len(mine))} or len(set(members)) != len(members):
         raise ValueError(
-            f"process_group and replicate_group do not form a grid: seen from rank {dist.get_rank()} the replicas are {columns}; "
-            "wanted groups of equal size without a common rank, and the same place in each"
+            "process_group and replicate_group do not form a grid: seen from rank "
+            f"{dist.get_rank()} the replicas are {columns}; wanted groups of equal size without a "
+            "common rank, and the same place in each"
         )
     return group_over(tuple(members))
 
@@ -385,12 +466,18 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     return gathered
 
 
-def raise_together(problem: Exception | None, group: Any, error: type[Exception] = PeerError) -> None:
-    """Raise `problem` on this rank, and its text as an `error` on the ranks of `group` that have none of their own.
+def raise_together(
+    problem: Exception | None, group: Any, error: type[Exception] = PeerError
+) -> None:
+    """Raise `problem` on this rank, and its text as an `error` on the ranks of `group` that have
+    none of their own.
 
-    Every rank calls it, with None where all is well: called where an error of one rank would leave the others waiting.
+    Every rank calls it, with None where all is well: called where an error of one rank would leave
+        the others waiting.
     """
-    texts = gather_objects(None if problem is None else str(problem) or type(problem).__name__, group)
+    texts = gather_objects(
+        None if problem is None else str(problem) or type(problem).__name__, group
+    )
     if problem is not None:
         raise problem
     for other, text in enumerate(texts):
@@ -399,7 +486,9 @@ def raise_together(problem: Exception | None, group: Any, error: type[Exception]
 
 
 def together(work: Callable[[], T], group: Any, error: type[Exception] = PeerError) -> T:
-    """`work()` of this rank, which calls no collective; what it raises on one rank is raised on all, see `raise_together`."""
+    """`work()` of this rank, which calls no collective; what it raises on one rank is raised on
+    all, see `raise_together`.
+    """
     problem: Exception | None = None
     result: Any = None
     try:

@@ -1,8 +1,10 @@
-"""What a learned rule is: items, batches, and the sums a rule may ask for. Writes nothing but those sums.
+"""What a learned rule is, and the items and batches it works on. Writes nothing but what its batch
+remembers.
 
-A rule is a generator. It reads like its paper and yields a `Sum` wherever it needs a quantity of the whole tensor; the engine
-adds the request over the ranks that share each tensor and resumes it. A rule knows no mesh and never reads a value back to
-the host, so that the same code runs sharded, unsharded and on virtual ranks.
+A rule is a generator. It reads like its paper and yields a `Sum` wherever it needs a quantity of
+the whole tensor; the engine adds the request over the ranks that share each tensor and resumes it.
+A rule knows no mesh and never reads a value back to the host, so that the same code runs sharded,
+unsharded and on virtual ranks.
 """
 
 from __future__ import annotations
@@ -11,17 +13,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .shards import Shape, ShardBinding, ShardedParam, TensorShard
+from .pieces import ShardBinding, ShardedParam
+from .requests import Request, Sum
+from .shards import Shape, TensorShard
 from .state import StateField
-
-# Slots of the gradient audit, which every item has at the front of the first Sum of a step.
-PRESENT, NONFINITE, SQUARES, UPDATE, FAILED = range(5)
-AUDIT_SLOTS = 5
 
 
 @dataclass(slots=True)
@@ -31,7 +31,8 @@ class Item:
     Attributes:
         param: the sharded parameter, renewed by the adapter before every step.
         state: state tensors flattened to (*copies, elements), written in place by the rule.
-        hyper: the parameter group (lr, weight_decay, ..., `step` = steps taken before this one, int64 0-d).
+        hyper: the parameter group (lr, weight_decay, ..., `step` = steps taken before this one,
+            int64 0-d).
         dims: the factored dimensions (d1, d0) of the global shape, or None.
     """
 
@@ -42,183 +43,115 @@ class Item:
 
 
 @dataclass(slots=True)
-class Packed:
-    """The sums of all `members` (items of a batch) that the same ranks share: added over `group`, divided by `replicas`."""
-
-    group: Any
-    replicas: int
-    buffer: Tensor
-    members: list[int]
-
-
-class Sum:
-    """A request: add `vectors` over the ranks that share each item's tensor (in place).
-
-    `vectors[i]` is a float64 vector of the asked length for item i of the batch; `audits[i]` the (AUDIT_SLOTS,) gradient audit
-    if this is the first request of a step. All are views of one packed buffer per process group (`buffers`), audits in front,
-    so that one small all-reduce per group serves any number of tensors.
-    """
-
-    __slots__ = ("_places", "audits", "buffers", "vectors")
-
-    def __init__(self, items: Sequence[Item], lengths: Sequence[int], device: torch.device, audited: bool) -> None:
-        holders = {_sharers(item): item.param.holders for item in items}
-        self.vectors: list[Tensor] = [torch.empty(0)] * len(items)
-        self.audits: list[Tensor] = [torch.empty(0)] * len(items)
-        self.buffers: list[Packed] = []
-        self._places: dict[tuple[tuple[int, ...] | range, int, int], Tensor] = {}
-        for key, group in holders.items():
-            members = [i for i, item in enumerate(items) if _sharers(item) == key]
-            front = AUDIT_SLOTS * len(members) if audited else 0
-            buffer = torch.zeros(front + sum(lengths[i] for i in members), dtype=torch.float64, device=device)
-            self.buffers.append(Packed(group, key[1], buffer, members))
-            for place, i in enumerate(members):
-                if audited:
-                    self.audits[i] = buffer[place * AUDIT_SLOTS : (place + 1) * AUDIT_SLOTS]
-                self.vectors[i] = buffer[front : front + lengths[i]]
-                front += lengths[i]
-
-    def audit_table(self) -> Tensor:
-        """The audits of all items, (items, AUDIT_SLOTS); of a single buffer a view."""
-        if len(self.buffers) == 1:
-            return self.buffers[0].buffer[: AUDIT_SLOTS * len(self.audits)].view(-1, AUDIT_SLOTS)
-        return torch.stack(self.audits)
-
-    def heads(self, count: int) -> Tensor:
-        """The first `count` numbers of every vector, float64 (items, count)."""
-        return self.slices(range(len(self.vectors)), 0, count)
-
-    def slices(self, items: tuple[int, ...] | range, first: int, count: int) -> Tensor:
-        """`count` numbers of the vectors of these items, from number `first` on, float64 (number of these items, count)."""
-        flat = self.buffers[0].buffer if len(self.buffers) == 1 else torch.cat([packed.buffer for packed in self.buffers])
-        key = (items, first, count)
-        if key not in self._places:
-            begins, begin = [0] * len(self.vectors), first
-            for packed in self.buffers:
-                for i in packed.members:
-                    begins[i] = begin + int(self.vectors[i].storage_offset())
-                begin += packed.buffer.numel()
-            places = torch.tensor([begins[i] for i in items]).view(-1, 1) + torch.arange(count)
-            self._places[key] = places.flatten().to(flat.device)
-        return flat.index_select(0, self._places[key]).view(len(items), count)
-
-    def zero_(self) -> Sum:
-        for packed in self.buffers:
-            packed.buffer.zero_()
-        return self
-
-
-def _sharers(item: Item) -> tuple[int, int]:
-    return id(item.param.holders), item.param.replicas
-
-
-@dataclass(slots=True)
-class Transfer:
-    """What a rank sends to and receives from every rank of a process group, 1-D, in rank order (`receive` is written)."""
-
-    group: Any
-    send: Tensor
-    send_counts: list[int]
-    receive: Tensor
-    receive_counts: list[int]
-
-
-@dataclass(slots=True)
-class Exchange:
-    """A request: carry out these transfers, one per process group. The counts must follow from shards and shapes alone."""
-
-    transfers: list[Transfer]
-
-
-Request = Union[Sum, Exchange]
-
-
-@dataclass(slots=True)
 class Batch:
-    """All parameters that one rule drives, over all parameter groups and process groups of an optimizer, on one device.
+    """All parameters that one rule drives, over all parameter groups and process groups of an
+    optimizer, on one device.
 
     Attributes:
         items: every parameter, also those without a gradient, in the same order on every rank.
         groups: all parameter groups of the optimizer, also those without an item.
-        keep: bool (items,), which tensors move in this step; set by the engine after the first Sum.
-        scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after the first Sum.
+        moves: bool (items,), which tensors move in this step; set by the engine after the first
+            Sum.
+        scale: float64 (items,), what clipping multiplies each gradient by; set by the engine after
+            the first Sum.
         clips: whether any item can be clipped at all; decided from the parameter groups.
-        allows_nonfinite: whether gradients with NaN or inf are let through; set by the engine at construction.
-        kept: what a rule works out once, for as long as the items are the same.
+        allows_nonfinite: whether gradients with NaN or inf are let through; set by the engine at
+            construction.
+        cache: what the rule works out once, for as long as the items are the same; its names are
+            the rule's own.
         figures: what else the rule tells `stats()`, by name, (items,) each.
-        gathered: items whose gradients are in the first Sum already, see `FactoredRule.gradient_pass`.
-        go: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks what belongs to no single tensor.
-        loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it; set with `go`.
-        param_squares, update_squares: float64 (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor
-            (before the step), and the sum of (p_new - p)^2 over the local elements.
+        summed: items whose gradients are in the first Sum already, see
+            `FactoredRule.gradient_pass`.
+        taken: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks
+        what belongs to no single tensor. loss: float64 0-d, the loss of this step averaged over the
+        ranks, for rules that need it; set with `taken`. param_squares, update_squares: float64
+        (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor (before
+        the step), and the sum of (p_new - p)^2 over the local elements.
     """
 
     items: list[Item]
     groups: list[dict[str, Any]]
     device: torch.device
-    keep: Tensor
+    moves: Tensor
     scale: Tensor
     param_squares: Tensor
     update_squares: Tensor
     clips: bool = False
-    go: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
+    taken: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     allows_nonfinite: bool = False
-    kept: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
-    gathered: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)
     _sums: dict[str, Sum] = field(default_factory=dict)
+    # of `on_device`, by name
+    _tables: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
+    # of `numbers`, by name
+    _numbers: dict[str, tuple[list[float], Tensor]] = field(default_factory=dict)
+    # tables that CUDA graphs read at every replay
+    _held: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, items: list[Item], groups: list[dict[str, Any]], device: torch.device) -> Batch:
         def vector(value: float) -> Tensor:
             return torch.full((len(items),), value, dtype=torch.float64, device=device)
 
-        keep = torch.ones(len(items), dtype=torch.bool, device=device)
-        return cls(items, groups, device, keep, vector(1.0), vector(0.0), vector(0.0))
+        moves = torch.ones(len(items), dtype=torch.bool, device=device)
+        return cls(items, groups, device, moves, vector(1.0), vector(0.0), vector(0.0))
 
     def on_device(self, name: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        """`values` on this device, copied there only when they are others than last time, and then without waiting for it.
+        """`values` on this device, copied there only when they are others than last time, and then
+        without waiting for it.
 
-        Raises ValueError for others in the capture of a CUDA graph, which would copy from host memory at every replay.
+        Raises ValueError for others in the capture of a CUDA graph, which would copy from host
+        memory at every replay.
         """
-        kept, capturing = self.kept.get(name), is_capturing(self.device)
-        if kept is None or kept[0] != values:
+        table, capturing = self._tables.get(name), is_capturing(self.device)
+        if table is None or table[0] != values:
             if capturing:
                 raise ValueError(
-                    f"{name!r} is other than in the step before this CUDA graph's capture (a parameter without a gradient? other "
-                    "limits or groups?): take one step like the captured one first"
+                    f"{name!r} is other than in the step before this CUDA graph's capture (a "
+                    "parameter without a gradient? other limits or groups?): take one step like "
+                    "the captured one first"
                 )
             host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-            kept = self.kept[name] = (values, host.to(self.device, non_blocking=True))
+            table = self._tables[name] = (values, host.to(self.device, non_blocking=True))
         if capturing:  # replays read it wherever the next values lie
-            self.kept.setdefault("held by graphs", []).append(kept[1])
-        tensor: Tensor = kept[1]
-        return tensor
+            self._held.append(table[1])
+        return table[1]
 
     def hypers(self) -> tuple[list[dict[str, Any]], Tensor]:
-        """The parameter groups that have items, and which of them each item belongs to, int64 (items,)."""
+        """The parameter groups that have items, and which of them each item belongs to, int64
+        (items,).
+        """
         groups = {id(item.hyper): item.hyper for item in self.items}
         place = {key: i for i, key in enumerate(groups)}
-        return list(groups.values()), self.on_device("hypers", tuple(place[id(item.hyper)] for item in self.items), torch.int64)
+        return list(groups.values()), self.on_device(
+            "engine: groups", tuple(place[id(item.hyper)] for item in self.items), torch.int64
+        )
 
-    def numbers(self, name: str, numbers_of: Callable[[dict[str, Any]], Sequence[float | Tensor]]) -> Tensor:
+    def numbers(
+        self, name: str, numbers_of: Callable[[dict[str, Any]], Sequence[float | Tensor]]
+    ) -> Tensor:
         """Numbers of every item's parameter group, float64 (items, numbers).
 
-        What the host knows is written by kernels that hold the number, so that a schedule costs no copy and no wait. A CUDA graph
-        keeps such numbers as they were in its capture; it follows those that are tensors on the device.
+        What the host knows is written by kernels that hold the number, so that a schedule costs no
+        copy and no wait. A CUDA graph keeps such numbers as they were in its capture; it follows
+        those that are tensors on the device.
         """
         groups, group_of = self.hypers()
         rows = [[_known(x, self.device) for x in numbers_of(group)] for group in groups]
         width = len(rows[0])
-        known: list[float]
-        known, table = self.kept.get(name, ([], None))
-        if table is None or is_capturing(self.device):
+        if name in self._numbers and not is_capturing(self.device):
+            known, table = self._numbers[name]
+        else:
             table = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
             known = [0.0] * table.numel()
             if not is_capturing(self.device):
-                self.kept[name] = (known, table)
-        for k, (x, at) in enumerate(zip((x for row in rows for x in row), table.view(-1).unbind(), strict=True)):
+                self._numbers[name] = (known, table)
+        for k, (x, at) in enumerate(
+            zip((x for row in rows for x in row), table.view(-1).unbind(), strict=True)
+        ):
             if isinstance(x, Tensor):
                 at.copy_(x)
                 known[k] = math.nan
@@ -229,17 +162,21 @@ class Batch:
         return chosen
 
     def new_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
-        """The zeroed request of this phase; `length` must follow from global shapes alone. Its memory is kept over steps."""
-        return self.kept_sum(phase, length, audited).zero_()
+        """The zeroed request of this phase; `length` must follow from global shapes alone. Its
+        memory is kept over steps.
+        """
+        return self.reused_sum(phase, length, audited).zero_()
 
-    def kept_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
+    def reused_sum(self, phase: str, length: Callable[[Item], int], audited: bool = False) -> Sum:
         """As `new_sum`, with what is in it."""
         if phase not in self._sums:
             lengths = [length(item) for item in self.items]
-            self._sums[phase] = Sum(self.items, lengths, self.device, audited)
+            self._sums[phase] = Sum(
+                [item.param for item in self.items], lengths, self.device, audited
+            )
         return self._sums[phase]
 
-    def moving(self) -> Iterator[tuple[int, Item]]:
+    def candidates(self) -> Iterator[tuple[int, Item]]:
         """Items that may change in this step: all but the unshared ones without a gradient."""
         for i, item in enumerate(self.items):
             if item.param.present or item.param.holders is not None:
@@ -261,9 +198,11 @@ class LearnedRule(ABC):
 
     Attributes:
         name: for reports.
-        needs_loss: whether `batch.loss` is read. Such a rule couples all tensors of an optimizer, which share one device then.
-        clip_eps: added to the norm that clipping divides by; torch.nn.utils.clip_grad_norm_'s.
-        replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest number.
+        needs_loss: whether `batch.loss` is read. Such a rule couples all tensors of an optimizer,
+        which share one device then. clip_eps: added to the norm that clipping divides by;
+        torch.nn.utils.clip_grad_norm_'s.
+        replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest
+            number.
     """
 
     name: str
@@ -274,13 +213,15 @@ class LearnedRule(ABC):
     def group_state(self) -> dict[str, Tensor]:
         """Initial values of what belongs to the run and not to a parameter.
 
-        Every parameter group holds a copy, so that it is part of the state dict; the rule writes all copies alike
-        (`group[name]` of all `batch.groups`, modified in place).
+        Every parameter group holds a copy, so that it is part of the state dict; the rule writes
+        all copies alike (`group[name]` of all `batch.groups`, modified in place).
         """
         return {}
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
-        """The factored dimensions (d1, d0) of a global shape, or None for a rule without row and column factors."""
+        """The factored dimensions (d1, d0) of a global shape, or None for a rule without row and
+        column factors.
+        """
         return None
 
     @abstractmethod
@@ -295,6 +236,7 @@ class LearnedRule(ABC):
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         """One step on the batch (its values and states are modified in place).
 
-        The first request must carry the gradient audits (`new_sum(..., audited=True)`); no value or state may be written before
-        it has been answered, since `batch.keep` and `batch.scale` are known only then.
+        The first request must carry the gradient audits (`new_sum(..., audited=True)`); no value or
+        state may be written before it has been answered, since `batch.moves` and `batch.scale` are
+        known only then.
         """

@@ -1,14 +1,15 @@
-"""Geometry of sharded tensors: where a rank's local elements lie in the global tensor. Touches no tensor's values.
+"""Geometry of sharded tensors: where a rank's local elements lie in the global tensor. Touches no
+tensor's values.
 
-Legend: N local elements, `fqn` the full parameter name, `dim` a tensor dimension, C order throughout.
+Legend: N local elements, `fqn` the full parameter name, `dim` a tensor dimension, C order
+    throughout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +18,26 @@ Shape = tuple[int, ...]
 
 
 def factored_dims(shape: Shape, tie_break: str = "as_given") -> tuple[int, int] | None:
-    """The two factored dimensions (d1, d0) of a GLOBAL shape: d0 the largest, d1 the second largest; None below two dims.
+    """The two factored dimensions (d1, d0) of a GLOBAL shape: d0 the largest, d1 the second
+    largest; None below two dims.
 
-    Among equal sizes the higher dimension sorts last, so a square matrix gives (0, 1). The reference's `_factored_dims`
-    (google/learned_optimization, learned_opts/adafac_mlp_lopt.py through optimizers/adafactor) sorts unstably on some
-    machines; this is its stable rule.
+    Among equal sizes the higher dimension sorts last, so a square matrix gives (0, 1). The
+    reference's `_factored_dims` (google/learned_optimization, learned_opts/adafac_mlp_lopt.py
+    through optimizers/adafactor) sorts unstably on some machines; this is its stable rule.
 
-    `tie_break="torch"` is PyLO's rule for VeLO, which swaps the two where they are equally long (but not for the first two of
-    four, a convolution's channels): for a square matrix stored (out, in) it is the reference's rule for the same matrix as
-    (in, out).
+    `tie_break="torch"` is PyLO's rule for VeLO, which swaps the two where they are equally long
+    (but not for the first two of four, a convolution's channels): for a square matrix stored (out,
+    in) it is the reference's rule for the same matrix as (in, out).
     """
     if len(shape) < 2:
         return None
     ascending = sorted(range(len(shape)), key=lambda dim: shape[dim])
     d1, d0 = ascending[-2:]
-    if tie_break == "torch" and shape[d1] == shape[d0] and not (len(shape) == 4 and (d1, d0) == (0, 1)):
+    if (
+        tie_break == "torch"
+        and shape[d1] == shape[d0]
+        and not (len(shape) == 4 and (d1, d0) == (0, 1))
+    ):
         return d0, d1
     return d1, d0
 
@@ -45,8 +51,8 @@ def drop_dim(shape: Shape, dim: int) -> Shape:
 class Box:
     """A rectangular block of the global tensor and where a shard keeps it.
 
-    The block spans `offsets[d] .. offsets[d] + sizes[d]` in every dimension d; its elements lie in the shard's 1-D local
-    tensor at `local_offset`, with `local_strides` per dimension.
+    The block spans `offsets[d] .. offsets[d] + sizes[d]` in every dimension d; its elements lie in
+    the shard's 1-D local tensor at `local_offset`, with `local_strides` per dimension.
     """
 
     offsets: Shape
@@ -73,7 +79,8 @@ class Box:
         )
 
     def window(self, factor: Tensor, dropped: int) -> Tensor:
-        """The part of a replicated factor (..., *shape without `dropped`) that this block needs, ready to broadcast.
+        """The part of a replicated factor (..., *shape without `dropped`) that this block needs,
+        ready to broadcast.
 
         Returns (..., *sizes) with size 1 in place of dimension `dropped`.
         """
@@ -107,9 +114,9 @@ class Box:
 class TensorShard:
     """Which elements of a global tensor a rank holds, as four integers.
 
-    Local element i is element `start + (i // run) * pitch + i % run` of the C-order global tensor of shape `shape`. A flat
-    interval (ZeRO, FSDP, `Shard(0)`) has run = pitch = numel; `Shard(k)`, also cut again on dimension 0, is rows of a pitched
-    box; an empty shard has run = pitch = 1.
+    Local element i is element `start + (i // run) * pitch + i % run` of the C-order global tensor
+    of shape `shape`. A flat interval (ZeRO, FSDP, `Shard(0)`) has run = pitch = numel; `Shard(k)`,
+    also cut again on dimension 0, is rows of a pitched box; an empty shard has run = pitch = 1.
 
     Raises:
         ValueError: the integers do not describe elements of `shape`.
@@ -126,15 +133,25 @@ class TensorShard:
         total = math.prod(self.shape)
         if self.numel == 0:
             if (self.run, self.pitch) != (1, 1) or not 0 <= self.start <= total:
-                raise self._invalid("an empty shard has run = pitch = 1 and 0 <= start <= the global numel")
+                raise self._invalid(
+                    "an empty shard has run = pitch = 1 and 0 <= start <= the global numel"
+                )
             return
-        if self.numel < 0 or self.start < 0 or self.run < 1 or self.pitch < self.run or self.run > self.numel:
+        if (
+            self.numel < 0
+            or self.start < 0
+            or self.run < 1
+            or self.pitch < self.run
+            or self.run > self.numel
+        ):
             raise self._invalid("wanted start >= 0, numel >= 0 and 1 <= run <= min(pitch, numel)")
         if self.run == self.numel and self.pitch != self.run:
             raise self._invalid("a single run is an interval: give it run = pitch = numel")
         if self.run < self.numel:
             if self.pitch not in [math.prod(self.shape[dim:]) for dim in range(len(self.shape))]:
-                raise self._invalid("the pitch must be the size of some trailing dimensions of the shape")
+                raise self._invalid(
+                    "the pitch must be the size of some trailing dimensions of the shape"
+                )
             if self.start % self.pitch + self.run > self.pitch:
                 raise self._invalid("a run may not cross a multiple of the pitch")
         last = self.numel - 1
@@ -143,8 +160,8 @@ class TensorShard:
 
     def _invalid(self, why: str) -> ValueError:
         return ValueError(
-            f"{self.fqn!r}: shard (start={self.start}, numel={self.numel}, run={self.run}, pitch={self.pitch}) of shape "
-            f"{tuple(self.shape)} is not valid: {why}"
+            f"{self.fqn!r}: shard (start={self.start}, numel={self.numel}, run={self.run}, "
+            f"pitch={self.pitch}) of shape {tuple(self.shape)} is not valid: {why}"
         )
 
     @classmethod
@@ -159,19 +176,36 @@ class TensorShard:
         return cls.interval(fqn, shape, 0, math.prod(shape))
 
     @classmethod
-    def block(cls, fqn: str, shape: Shape, dim: int, first: int, stop: int, rows: tuple[int, int] | None = None) -> TensorShard:
-        """Indices `first .. stop` of dimension `dim` (`Shard(dim)`), and of these only `rows` of dimension 0 if given."""
+    def block(
+        cls,
+        fqn: str,
+        shape: Shape,
+        dim: int,
+        first: int,
+        stop: int,
+        rows: tuple[int, int] | None = None,
+    ) -> TensorShard:
+        """Indices `first .. stop` of dimension `dim` (`Shard(dim)`), and of these only `rows` of
+        dimension 0 if given.
+        """
         if rows is not None and dim == 0:
-            raise ValueError(f"{fqn!r} is cut twice on dimension 0; one cut per dimension can be expressed")
+            raise ValueError(
+                f"{fqn!r} is cut twice on dimension 0; one cut per dimension can be expressed"
+            )
         if not 0 <= dim < len(shape):
             raise ValueError(f"{fqn!r}: dimension {dim} of shape {tuple(shape)} does not exist")
         for of, (begin, end) in ((dim, (first, stop)), (0, rows or (0, shape[0]))):
             if begin < end and not 0 <= begin <= end <= shape[of]:
-                raise ValueError(f"{fqn!r}: indices {begin} .. {end} of dimension {of} are not in shape {tuple(shape)}")
+                raise ValueError(
+                    f"{fqn!r}: indices {begin} .. {end} of dimension {of} are not in shape "
+                    f"{tuple(shape)}"
+                )
         inner = math.prod(shape[dim + 1 :])
         pitch, run = shape[dim] * inner, (stop - first) * inner
         repeats = math.prod(shape[1:dim])  # runs per index of dimension 0
-        low, high = (0, math.prod(shape[:dim])) if rows is None else (rows[0] * repeats, rows[1] * repeats)
+        low, high = (
+            (0, math.prod(shape[:dim])) if rows is None else (rows[0] * repeats, rows[1] * repeats)
+        )
         if run <= 0 or high <= low:
             return cls.interval(fqn, shape, 0, 0)
         if run == pitch or high - low == 1:
@@ -188,21 +222,29 @@ class TensorShard:
         return self.numel == self.global_numel
 
     def boxes(self) -> tuple[Box, ...]:
-        """The rectangular blocks that tile this shard; an interval of an n-D tensor needs at most 2 n - 1."""
+        """The rectangular blocks that tile this shard; an interval of an n-D tensor needs at most 2
+        n - 1.
+        """
         if self.numel == 0:
             return ()
         if self.run == self.numel:
             return tuple(_interval_boxes(self.shape, self.start, self.start + self.numel))
-        outer_dims = next(dim for dim in range(len(self.shape)) if math.prod(self.shape[dim:]) == self.pitch)
+        outer_dims = next(
+            dim for dim in range(len(self.shape)) if math.prod(self.shape[dim:]) == self.pitch
+        )
         outer, inner = self.shape[:outer_dims], self.shape[outer_dims:]
         row, column = divmod(self.start, self.pitch)
         full_runs, rest = divmod(self.numel, self.run)
         boxes = self._run_boxes(outer, inner, row, full_runs, column, self.run, 0)
         if rest:
-            boxes += self._run_boxes(outer, inner, row + full_runs, 1, column, rest, full_runs * self.run)
+            boxes += self._run_boxes(
+                outer, inner, row + full_runs, 1, column, rest, full_runs * self.run
+            )
         return tuple(boxes)
 
-    def _run_boxes(self, outer: Shape, inner: Shape, row: int, rows: int, column: int, columns: int, local: int) -> list[Box]:
+    def _run_boxes(
+        self, outer: Shape, inner: Shape, row: int, rows: int, column: int, columns: int, local: int
+    ) -> list[Box]:
         return [
             Box(
                 above.offsets + below.offsets,
@@ -222,14 +264,20 @@ class TensorShard:
         return local
 
     def put(self, local: Tensor, whole: Tensor) -> None:
-        """Write local elements (N,) to their places in the global tensor (`whole` is modified in place)."""
+        """Write local elements (N,) to their places in the global tensor (`whole` is modified in
+        place).
+        """
         for box in self.boxes():
             whole[box.slices] = box.view(local)
 
     def indices(self) -> Tensor:
         """Global C-order index of every local element, int64 (N,)."""
         local = torch.arange(self.numel)
-        return self.start + torch.div(local, self.run, rounding_mode="floor") * self.pitch + local % self.run
+        return (
+            self.start
+            + torch.div(local, self.run, rounding_mode="floor") * self.pitch
+            + local % self.run
+        )
 
 
 def _contiguous_strides(sizes: Shape) -> Shape:
@@ -237,7 +285,9 @@ def _contiguous_strides(sizes: Shape) -> Shape:
 
 
 def _interval_boxes(shape: Shape, start: int, stop: int) -> list[Box]:
-    """Blocks that tile the C-order elements start .. stop, contiguous in local memory one after the other."""
+    """Blocks that tile the C-order elements start .. stop, contiguous in local memory one after the
+    other.
+    """
     boxes: list[Box] = []
 
     def add(offsets: Shape, shape: Shape, start: int, stop: int, local: int) -> None:
@@ -258,101 +308,12 @@ def _interval_boxes(shape: Shape, start: int, stop: int) -> list[Box]:
         if rows_to > rows_from:
             sizes = (*lead, rows_to - rows_from, *shape[1:])
             zeros = (0,) * (len(shape) - 1)
-            boxes.append(Box((*offsets, rows_from, *zeros), sizes, local + head, _contiguous_strides(sizes)))
+            boxes.append(
+                Box((*offsets, rows_from, *zeros), sizes, local + head, _contiguous_strides(sizes))
+            )
         tail = stop - rows_to * inner
         if tail:
             add((*offsets, rows_to), shape[1:], 0, tail, local + stop - start - tail)
 
     add((), tuple(shape), start, stop, 0)
     return boxes
-
-
-@dataclass(slots=True)
-class ShardedParam:
-    """One parameter as a rule sees it, owned by its adapter.
-
-    Attributes:
-        shard: where the local elements lie.
-        value: local elements (N,), written in place by the rule.
-        grad: local gradient (N,); None only where `present` is False and `group` is None.
-        present: whether this rank's backward produced a gradient; a tensor moves when that holds on any rank of its group, and
-            ranks without one then contribute zeros.
-        group: the process group whose ranks tile the tensor exactly once; None when this rank holds all of it.
-        peers: the shards of all ranks of `group`, in rank order, and `rank` this one's place; () and 0 without a group.
-        holders: the process group over which sums are added: `group`, or where there are replicas the ranks of all of them
-            together, so that every copy of a replicated sum has the same bits; None: nobody else.
-        replicas: how often the ranks of `holders` hold every element; sums are divided by it.
-    """
-
-    shard: TensorShard
-    value: Tensor
-    grad: Tensor | None
-    present: bool
-    group: Any = None
-    peers: Sequence[TensorShard] = ()
-    rank: int = 0
-    holders: Any = None
-    replicas: int = 1
-
-
-@dataclass(slots=True)
-class ShardBinding:
-    """Says that a local parameter is the piece `shard` of a larger tensor, and who has the others; fields as in `ShardedParam`.
-
-    `present` is set by the adapter before each step; `unreduced` says that nobody averages its gradients over the holders.
-    """
-
-    shard: TensorShard
-    group: Any
-    peers: Sequence[TensorShard] = ()
-    rank: int = 0
-    present: bool = True
-    holders: Any = None
-    replicas: int = 1
-    unreduced: bool = False
-
-    def __post_init__(self) -> None:
-        if self.holders is None:
-            self.holders = self.group
-
-
-class PieceParameter(torch.nn.Parameter):
-    """The local 1-D piece of a model's parameter `whole`, equal to it as a key.
-
-    So code that looks a model's parameters up among those of an optimizer finds the pieces, above all torch's
-    `get_optimizer_state_dict` and `set_optimizer_state_dict`. Compared with anything else it is an ordinary tensor.
-    """
-
-    whole: Tensor
-
-    @staticmethod
-    def __new__(cls, local: Tensor, whole: Tensor) -> PieceParameter:
-        piece: PieceParameter = super().__new__(cls, local)
-        piece.whole = whole
-        return piece
-
-    def __hash__(self) -> int:
-        return hash(self.whole)
-
-    def __eq__(self, other: object) -> Any:
-        return other is self or other is self.whole or super().__eq__(other)
-
-
-_BINDING = "_pylo_dist_shard"
-
-
-def bind_shard(
-    param: Tensor, peers: Sequence[TensorShard], rank: int, group: Any, holders: Any = None, replicas: int = 1
-) -> ShardBinding:
-    """Mark the 1-D tensor `param` as the piece `peers[rank]`, so that an optimizer built on it knows its layout."""
-    shard = peers[rank]
-    if tuple(param.shape) != (shard.numel,):
-        raise ValueError(f"{shard.fqn!r}: local tensor has shape {tuple(param.shape)}, its shard {shard.numel} elements")
-    binding = ShardBinding(shard, group, peers, rank, holders=holders, replicas=replicas)
-    setattr(param, _BINDING, binding)
-    return binding
-
-
-def bound_shard(param: Tensor) -> ShardBinding | None:
-    """The binding of a local piece, or None for an ordinary parameter."""
-    return getattr(param, _BINDING, None)

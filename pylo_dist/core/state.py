@@ -18,8 +18,9 @@ class StateField:
     Attributes:
         copies: leading dimensions, e.g. (3,) for one slice per decay.
         initial: values a replicated state starts from; None: zeros.
-        replicated: None for element state, which has the parameter's own shape and is sharded as it is; else the shape that
-            follows `copies` of a tensor which every rank holds whole (the row and column factors).
+        replicated: None for element state, which has the parameter's own shape and is sharded as it
+            is; else the shape that follows `copies` of a tensor which every rank holds whole (the
+            row and column factors).
     """
 
     copies: Shape = ()
@@ -42,15 +43,21 @@ class StateField:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64 parameters: the dtype of all state and arithmetic of a parameter."""
+    """float32, or float64 for float64 parameters: the dtype of all state and arithmetic of a
+    parameter.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allocate_state(fields: dict[str, StateField], shard: TensorShard, param: Tensor) -> dict[str, Tensor]:
+def allocate_state(
+    fields: dict[str, StateField], shard: TensorShard, param: Tensor
+) -> dict[str, Tensor]:
     """New state for one parameter, on its device, in `state_dtype`."""
     state = {}
     for name, f in fields.items():
-        state[name] = torch.zeros(f.local_shape(shard), dtype=state_dtype(param.dtype), device=param.device)
+        state[name] = torch.zeros(
+            f.local_shape(shard), dtype=state_dtype(param.dtype), device=param.device
+        )
         if f.initial is not None:
             state[name].copy_(f.initial)
     return state

@@ -1,1 +1,3 @@
-"""Where the elements of parameters lie that somebody else has sharded, or nobody: below every optimizer."""
+"""Where the elements of parameters lie that somebody else has sharded, or nobody: below every
+optimizer.
+"""

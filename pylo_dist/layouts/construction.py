@@ -1,8 +1,9 @@
-"""Building optimizers over DTensors: an error of one rank reaches the ranks that wait for it, and they for one that never comes.
+"""Building optimizers over DTensors: an error of one rank reaches the ranks that wait for it, and
+they for one that never comes.
 
-A constructor compares the ranks of a mesh group by group. A rank that fails before (weights that only it lacks, a parameter that
-cannot be served) says so to those that would wait. A rank without a DTensor compares nothing; it learns in its first steps that
-others wait for it.
+A constructor compares the ranks of a mesh group by group. A rank that fails before (weights that
+only it lacks, a parameter that cannot be served) says so to those that would wait. A rank without a
+DTensor compares nothing; it learns in its first steps that others wait for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..core.shards import ShardBinding
+from ..core.pieces import ShardBinding
 from .dtensor import check_domain, domain_of
 from .plain import is_dtensor
 
@@ -49,7 +50,9 @@ class Announced(ABCMeta):
             return super().__call__(*args, **kwargs)
 
 
-def announced(add_param_group: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+def announced(
+    add_param_group: Callable[[Any, dict[str, Any]], None],
+) -> Callable[[Any, dict[str, Any]], None]:
     """`add_param_group` of an optimizer, whose failure on one rank is told to the others."""
 
     @functools.wraps(add_param_group)
@@ -59,17 +62,21 @@ def announced(add_param_group: Callable[[Any, dict[str, Any]], None]) -> Callabl
             return
         group = _kept([param_group])[0]
         known = [param for other in optimizer.param_groups for param in other["params"]]
-        with _failures_told(lambda: [known + [param for new in _groups_of([group]) for param in new]]):
+        with _failures_told(
+            lambda: [known + [param for new in _groups_of([group]) for param in new]]
+        ):
             add_param_group(optimizer, group)
 
     return wrapped
 
 
 def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
-    """Wait for the ranks that hold parts of these parameters, all those of an optimizer of this kind so far.
+    """Wait for the ranks that hold parts of these parameters, all those of an optimizer of this
+    kind so far.
 
     Raises:
-        ValueError: what keeps one of them from building the same. CommunicationError: one did not come in time.
+        ValueError: what keeps one of them from building the same. CommunicationError: one did not
+            come in time.
     """
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
     if not sharded:
@@ -82,7 +89,11 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
         setattr(error, _TOLD, True)
         raise
     meshes = [param.device_mesh for _, param in sharded]
-    groups = [(mesh.get_group(axis), torch.device(mesh.device_type)) for mesh in meshes[:1] for axis in range(mesh.ndim)]
+    groups = [
+        (mesh.get_group(axis), torch.device(mesh.device_type))
+        for mesh in meshes[:1]
+        for axis in range(mesh.ndim)
+    ]
     timeout = max(comm.timeout_of(group, device) for group, device in groups)
     for ranks in _domains([[param for _, param in named]]):
         entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
@@ -90,7 +101,8 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
 
 
 def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
-    """Raise ValueError if other ranks wait for this one to build what it has built, but of DTensors.
+    """Raise ValueError if other ranks wait for this one to build what it has built, but of
+    DTensors.
 
     Asks the store, no rank: cheap, for the first steps of whole parameters.
     """
@@ -100,12 +112,16 @@ def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
     if waiting is None:
         return
     who, ranks, theirs = waiting
-    mine = [kind, *([binding.shard.fqn, list(binding.shard.shape)] for binding in bindings.values())]
+    mine = [
+        kind,
+        *([binding.shard.fqn, list(binding.shard.shape)] for binding in bindings.values()),
+    ]
     if theirs != mine[: len(theirs)]:
         return
     error = ValueError(
-        f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the same {kind} they are DTensors: "
-        "shard the model alike on all ranks; an optimizer of this rank alone takes process_group=False"
+        f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the "
+        f"same {kind} they are DTensors: shard the model alike on all ranks; an optimizer of this "
+        "rank alone takes process_group=False"
     )
     comm.decline(ranks, error)
     raise error
@@ -113,7 +129,9 @@ def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
 
 @contextmanager
 def _failures_told(groups: Callable[[], Groups]) -> Iterator[None]:
-    """Around code that meets the ranks of these groups of parameters, one after the other, each time with all groups before."""
+    """Around code that meets the ranks of these groups of parameters, one after the other, each
+    time with all groups before.
+    """
     before = comm.meetings()
     try:
         yield
@@ -157,8 +175,18 @@ def _groups_of(params: Any) -> Groups:
         return []
     entries = list(params)
     if not any(isinstance(entry, dict) for entry in entries):
-        return [[entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries]]
-    return [group for entry in entries if isinstance(entry, dict) for group in _groups_of(_listed(entry.get("params")))]
+        return [
+            [
+                entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+                for entry in entries
+            ]
+        ]
+    return [
+        group
+        for entry in entries
+        if isinstance(entry, dict)
+        for group in _groups_of(_listed(entry.get("params")))
+    ]
 
 
 def _listed(params: Any) -> Any:

@@ -1,9 +1,10 @@
-"""DTensor parameters (FSDP2, HSDP, tensor parallel and what they combine to): where their local elements lie. Reads parameters,
-placements and meshes.
+"""DTensor parameters (FSDP2, HSDP, tensor parallel and what they combine to): where their local
+elements lie. Reads parameters, placements and meshes.
 
-Legend: the *domain* of an optimizer is the largest set of ranks that any of its parameters is spread over. A parameter on fewer
-ranks (a norm beside tensor-parallel matrices lives on the data-parallel ranks of its own column) has a copy on each other column:
-its sums go over the whole domain, so that all copies stay the same to the bit.
+Legend: the *domain* of an optimizer is the largest set of ranks that any of its parameters is
+spread over. A parameter on fewer ranks (a norm beside tensor-parallel matrices lives on the
+data-parallel ranks of its own column) has a copy on each other column: its sums go over the whole
+domain, so that all copies stay the same to the bit.
 """
 
 from __future__ import annotations
@@ -20,33 +21,41 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..core.shards import ShardBinding, TensorShard
+from ..core.pieces import ShardBinding
+from ..core.shards import TensorShard
 from . import plain
 from .plain import is_dtensor
 
-# Names of mesh dimensions: every rank has other experts; every rank computes the same but for its part of each product.
+# Names of mesh dimensions: every rank has other experts; every rank computes the same but for its
+# part of each product.
 TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
-def describe_all(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()) -> list[ShardBinding]:
-    """Where the elements of each parameter lie, and with whom they are shared. The parameters are all those of one optimizer.
+def describe_all(
+    named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()
+) -> list[ShardBinding]:
+    """Where the elements of each parameter lie, and with whom they are shared. The parameters are
+    all those of one optimizer.
 
-    With a DTensor among them this is collective over their domain: its ranks compare what they have, and make the process groups
-    that are missing.
+    With a DTensor among them this is collective over their domain: its ranks compare what they
+    have, and make the process groups that are missing.
 
     Args:
         settings: what else must be the same on all ranks.
 
     Raises:
-        ValueError: a layout that cannot be served, or ranks that disagree; on all ranks of the domain, by name.
+        ValueError: a layout that cannot be served, or ranks that disagree; on all ranks of the
+            domain, by name.
     """
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
     if not sharded:
         return [plain.describe(fqn, param) for fqn, param in named]
     domain = domain_of(sharded)
     if len(domain) == 1:
-        return [ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None) for fqn, param in named]
+        return [
+            ShardBinding(TensorShard.whole(fqn, tuple(param.shape)), None) for fqn, param in named
+        ]
     mesh = max((param.device_mesh for _, param in sharded), key=lambda mesh: mesh.size())
     holders = _group_of(domain, [mesh])
     problem: ValueError | None = None
@@ -64,14 +73,18 @@ def describe_all(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ())
     if problem is not None:
         raise problem
     alike = all(_is_tensor_parallel(param.device_mesh) for _, param in sharded)
-    bindings = [_bind(fqn, param, holders, len(domain), unreduced=not alike) for fqn, param in named]
+    bindings = [
+        _bind(fqn, param, holders, len(domain), unreduced=not alike) for fqn, param in named
+    ]
     _check_copies(bindings, [param for _, param in named], holders)
     return bindings
 
 
 def domain_of(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
     """The ranks of all meshes together."""
-    return tuple(sorted({rank for _, param in sharded for rank in param.device_mesh.mesh.flatten().tolist()}))
+    return tuple(
+        sorted({rank for _, param in sharded for rank in param.device_mesh.mesh.flatten().tolist()})
+    )
 
 
 def check_domain(sharded: Sequence[tuple[str, Any]]) -> None:
@@ -81,8 +94,9 @@ def check_domain(sharded: Sequence[tuple[str, Any]]) -> None:
     for fqn, own in ranks.items():
         if not own <= ranks[largest]:
             raise ValueError(
-                f"{fqn!r} lies on the ranks {sorted(own)}, {largest!r} on {sorted(ranks[largest])}: neither holds the other; "
-                "shard the whole model over one mesh (fully_shard on all of it), or give each part an optimizer of its own"
+                f"{fqn!r} lies on the ranks {sorted(own)}, {largest!r} on "
+                f"{sorted(ranks[largest])}: neither holds the other; shard the whole model over "
+                "one mesh (fully_shard on all of it), or give each part an optimizer of its own"
             )
 
 
@@ -94,11 +108,15 @@ def _check(fqn: str, param: Any, holders: Any) -> None:
     experts = [name for name in mesh.mesh_dim_names or () if EXPERTS.search(name)]
     if experts:
         raise ValueError(
-            f"{fqn!r} lies on the mesh dimension {experts[0]!r}, which looks like expert parallelism: that is not supported; "
-            "give expert parameters an optimizer of their own, such as torch.optim.AdamW"
+            f"{fqn!r} lies on the mesh dimension {experts[0]!r}, which looks like expert "
+            "parallelism: that is not supported; give expert parameters an optimizer of their "
+            "own, such as torch.optim.AdamW"
         )
     if mesh.get_coordinate() is None:
-        raise ValueError(f"{fqn!r} lies on a mesh without this rank; build its optimizer on the ranks of its mesh only")
+        raise ValueError(
+            f"{fqn!r} lies on a mesh without this rank; build its optimizer on the ranks of its "
+            "mesh only"
+        )
     if not comm.can_reduce(holders, param.device):
         raise ValueError(
             f"{fqn!r} is offloaded to {param.device}, where its process group cannot reduce; call "
@@ -107,8 +125,9 @@ def _check(fqn: str, param: Any, holders: Any) -> None:
     local, shard = plain.local_tensor(param), _shard_at(fqn, param, mesh.get_coordinate())
     if local.numel() != shard.numel:
         raise ValueError(
-            f"{fqn!r} with placements {tuple(param.placements)} holds {tuple(local.shape)} elements here, wanted {shard.numel}; "
-            "only the even-by-chunks layouts of fully_shard and parallelize_module are supported"
+            f"{fqn!r} with placements {tuple(param.placements)} holds {tuple(local.shape)} "
+            f"elements here, wanted {shard.numel}; only the even-by-chunks layouts of fully_shard "
+            "and parallelize_module are supported"
         )
 
 
@@ -117,30 +136,44 @@ def _spec(fqn: str, param: Any) -> list[object]:
     spec: list[object] = [fqn, list(param.shape), str(param.dtype), bool(param.requires_grad)]
     if is_dtensor(param):
         mesh = param.device_mesh
-        spec += [list(mesh.shape), list(mesh.mesh_dim_names or ()), list(map(str, param.placements))]
+        spec += [
+            list(mesh.shape),
+            list(mesh.mesh_dim_names or ()),
+            list(map(str, param.placements)),
+        ]
     return spec
 
 
 def _is_tensor_parallel(mesh: Any) -> bool:
-    """Whether all ranks of the mesh see the same data, so that they have the same gradients of what is whole."""
+    """Whether all ranks of the mesh see the same data, so that they have the same gradients of what
+    is whole.
+    """
     return mesh.ndim == 1 and (mesh.mesh_dim_names or ("",))[0].lower() in TENSOR_PARALLEL
 
 
 def _bind(fqn: str, param: Any, holders: Any, num_holders: int, unreduced: bool) -> ShardBinding:
-    """Where a parameter lies; `unreduced`: whole ones have another gradient on every rank (`fully_shard`'s ignored_params)."""
+    """Where a parameter lies; `unreduced`: whole ones have another gradient on every rank
+    (`fully_shard`'s ignored_params).
+    """
     if not is_dtensor(param):
         whole = TensorShard.whole(fqn, tuple(param.shape))
         return ShardBinding(whole, None, holders=holders, replicas=num_holders, unreduced=unreduced)
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
-    cut = [axis for axis, placement in enumerate(param.placements) if _cuts(placement) and mesh.size(axis) > 1]
+    cut = [
+        axis
+        for axis, placement in enumerate(param.placements)
+        if _cuts(placement) and mesh.size(axis) > 1
+    ]
     own = _shard_at(fqn, param, coordinate)
     if not cut:
         return ShardBinding(own, None, holders=holders, replicas=num_holders)
     index = tuple(slice(None) if axis in cut else coordinate[axis] for axis in range(mesh.ndim))
     ranks = mesh.mesh[index].flatten().tolist()
     by_rank = {}
-    for rank, place in zip(ranks, itertools.product(*(range(mesh.size(axis)) for axis in cut)), strict=True):
+    for rank, place in zip(
+        ranks, itertools.product(*(range(mesh.size(axis)) for axis in cut)), strict=True
+    ):
         there = list(coordinate)
         for axis, position in zip(cut, place, strict=True):
             there[axis] = position
@@ -148,26 +181,42 @@ def _bind(fqn: str, param: Any, holders: Any, num_holders: int, unreduced: bool)
     assert sum(shard.numel for shard in by_rank.values()) == own.global_numel, fqn
     group = _group_of(tuple(sorted(ranks)), [mesh])
     peers = tuple(by_rank[rank] for rank in comm.ranks_of(group))
-    return ShardBinding(own, group, peers, comm.rank(group), holders=holders, replicas=num_holders // len(ranks))
+    return ShardBinding(
+        own, group, peers, comm.rank(group), holders=holders, replicas=num_holders // len(ranks)
+    )
 
 
 @torch.no_grad()
 def _check_copies(bindings: Sequence[ShardBinding], params: Sequence[Tensor], holders: Any) -> None:
-    """Raise ValueError, on all ranks, where ranks hold copies of the same elements that are not the same."""
-    copied = [(binding.shard, plain.local_tensor(p)) for binding, p in zip(bindings, params, strict=True) if binding.replicas > 1]
+    """Raise ValueError, on all ranks, where ranks hold copies of the same elements that are not the
+    same.
+    """
+    copied = [
+        (binding.shard, plain.local_tensor(p))
+        for binding, p in zip(bindings, params, strict=True)
+        if binding.replicas > 1
+    ]
     if not copied:
         return
-    squares = torch.stack([torch.linalg.vector_norm(local, dtype=torch.float64).cpu() for _, local in copied]).tolist()
+    squares = torch.stack(
+        [torch.linalg.vector_norm(local, dtype=torch.float64).cpu() for _, local in copied]
+    ).tolist()
     sums = torch.stack([local.sum(dtype=torch.float64).cpu() for _, local in copied]).tolist()
-    mine = [(shard.start, shard.numel, shard.run, repr((a, b))) for (shard, _), a, b in zip(copied, squares, sums, strict=True)]
+    mine = [
+        (shard.start, shard.numel, shard.run, repr((a, b)))
+        for (shard, _), a, b in zip(copied, squares, sums, strict=True)
+    ]
     seen: dict[tuple[Any, ...], tuple[int, str]] = {}
-    for rank, theirs in zip(comm.ranks_of(holders), comm.gather_objects(mine, holders), strict=True):
+    for rank, theirs in zip(
+        comm.ranks_of(holders), comm.gather_objects(mine, holders), strict=True
+    ):
         for i, (*place, values) in enumerate(theirs):
             other, wanted = seen.setdefault((i, *place), (rank, values))
             if values != wanted:
                 raise ValueError(
-                    f"{copied[i][0].fqn!r} differs between the ranks {other} and {rank}, which hold copies of it: give all ranks "
-                    "the same parameters before sharding (one seed, or a broadcast; pylo_dist.shard sees to it)"
+                    f"{copied[i][0].fqn!r} differs between the ranks {other} and {rank}, which "
+                    "hold copies of it: give all ranks the same parameters before sharding (one "
+                    "seed, or a broadcast; pylo_dist.shard sees to it)"
                 )
 
 
@@ -193,12 +242,14 @@ def _shard_at(fqn: str, param: Any, coordinate: Sequence[int]) -> TensorShard:
     for dim in range(len(shape)):
         axes = _order_of_cuts(fqn, param, dim)
         if axes:
-            bounds[dim] = _nested_chunks(shape[dim], [(param.device_mesh.size(axis), coordinate[axis]) for axis in axes])
+            bounds[dim] = _nested_chunks(
+                shape[dim], [(param.device_mesh.size(axis), coordinate[axis]) for axis in axes]
+            )
     inner = [dim for dim in bounds if dim > 0]
     if len(inner) > 1:
         raise ValueError(
-            f"{fqn!r} of shape {shape} is cut on dimensions {inner}: dimension 0 and one more can be cut; change the "
-            "shard_placement_fn or the tensor-parallel style of it"
+            f"{fqn!r} of shape {shape} is cut on dimensions {inner}: dimension 0 and one more can "
+            "be cut; change the shard_placement_fn or the tensor-parallel style of it"
         )
     if inner:
         return TensorShard.block(fqn, shape, inner[0], *bounds[inner[0]], rows=bounds.get(0))
@@ -213,24 +264,34 @@ def _order_of_cuts(fqn: str, param: Any, dim: int) -> list[int]:
     axes = []
     for axis, placement in enumerate(param.placements):
         if placement.is_partial():
-            raise ValueError(f"{fqn!r} has placements {tuple(param.placements)}: a parameter cannot be Partial")
+            raise ValueError(
+                f"{fqn!r} has placements {tuple(param.placements)}: a parameter cannot be Partial"
+            )
         if _cuts(placement) and placement.dim == dim and param.device_mesh.size(axis) > 1:
             axes.append(axis)
     factors = {axis: getattr(param.placements[axis], "split_factor", 1) for axis in axes}
     strided = [axis for axis in axes if factors[axis] > 1]
     if not strided:
         return axes
-    # _StridedShard(dim, split_factor=n): the dimension had been cut into n by the axis to the right before
-    if len(axes) == 2 and strided == axes[:1] and factors[axes[0]] == param.device_mesh.size(axes[1]):
+    # _StridedShard(dim, split_factor=n): the dimension had been cut into n by the axis to the right
+    # before
+    if (
+        len(axes) == 2
+        and strided == axes[:1]
+        and factors[axes[0]] == param.device_mesh.size(axes[1])
+    ):
         return [axes[1], axes[0]]
     raise ValueError(
-        f"{fqn!r} with placements {tuple(param.placements)} is cut in strides on dimension {dim}; what can be expressed is one "
-        "cut of fully_shard over one cut of tensor parallelism: shard this dimension over fewer mesh axes"
+        f"{fqn!r} with placements {tuple(param.placements)} is cut in strides on dimension {dim}; "
+        "what can be expressed is one cut of fully_shard over one cut of tensor parallelism: "
+        "shard this dimension over fewer mesh axes"
     )
 
 
 def _nested_chunks(size: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """First and last + 1 of the indices left by cutting 0 .. size into chunks, again and again: (number of chunks, which one)."""
+    """First and last + 1 of the indices left by cutting 0 .. size into chunks, again and again:
+    (number of chunks, which one).
+    """
     first, stop = 0, size
     for count, index in cuts:
         chunk = -(-(stop - first) // count)
@@ -242,7 +303,8 @@ def wrap_like(param: Any, local: Tensor, copies: int) -> Tensor:
     """State of a DTensor parameter as a DTensor that lies as the parameter does.
 
     Args:
-        local: (*lead, N) or (*lead, *local shape of the parameter), with `copies` leading dimensions.
+        local: (*lead, N) or (*lead, *local shape of the parameter), with `copies` leading
+            dimensions.
     """
     from torch.distributed.tensor import DTensor
 
@@ -252,7 +314,9 @@ def wrap_like(param: Any, local: Tensor, copies: int) -> Tensor:
     placements = [_moved(placement, copies) for placement in param.placements]
     local = local.view(*lead, *plain.local_tensor(param).shape)
     size = torch.Size(shape)
-    return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=size, stride=stride)
+    return DTensor.from_local(
+        local, param.device_mesh, placements, run_check=False, shape=size, stride=stride
+    )
 
 
 def _cuts(placement: Any) -> bool:
@@ -271,7 +335,8 @@ def _moved(placement: Any, dims: int) -> Any:
 
 
 def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
-    """What is wrong if `fully_shard` put others in the place of these parameters, which no backward reaches any more.
+    """What is wrong if `fully_shard` put others in the place of these parameters, which no backward
+    reaches any more.
 
     Looks through all objects of the process: ask only where no parameter has a gradient.
     """
@@ -280,12 +345,16 @@ def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
     if kind is None or not named:
         return None
     mine = {id(param) for _, param in named}
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]  # a proxy would answer isinstance
+    # a proxy would answer isinstance
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
     theirs = [param for module in modules for param in module.parameters()]
     shapes = {tuple(param.shape) for param in theirs}
-    if any(id(param) in mine for param in theirs) or not all(tuple(param.shape) in shapes for _, param in named):
+    if any(id(param) in mine for param in theirs) or not all(
+        tuple(param.shape) in shapes for _, param in named
+    ):
         return None
     return ValueError(
-        f"{named[0][0]!r} and all other parameters have no gradient: the model was given to fully_shard after this optimizer was "
-        "built, and has other parameters now; build the optimizer after fully_shard (or use pylo_dist.shard, which does both)"
+        f"{named[0][0]!r} and all other parameters have no gradient: the model was given to "
+        "fully_shard after this optimizer was built, and has other parameters now; build the "
+        "optimizer after fully_shard (or use pylo_dist.shard, which does both)"
     )

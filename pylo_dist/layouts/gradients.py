@@ -1,9 +1,10 @@
-"""Gradients that do not lie as their parameters do, packed: whole ones that nobody averaged, and summands beside DTensors. Reads
-gradients; writes none.
+"""Gradients that do not lie as their parameters do, packed: whole ones that nobody averaged, and
+summands beside DTensors. Reads gradients; writes none.
 
-Whole parameters beside DTensors (`ignored_params` of fully_shard) have a gradient per rank, of which the mean is wanted. Under
-sequence parallelism each rank has seen a part of the sequence, and the gradient of a norm is a `Partial` DTensor: the sum over
-the ranks is wanted. Both leave in one buffer per process group, however many tensors there are.
+Whole parameters beside DTensors (`ignored_params` of fully_shard) have a gradient per rank, of
+which the mean is wanted. Under sequence parallelism each rank has seen a part of the sequence, and
+the gradient of a norm is a `Partial` DTensor: the sum over the ranks is wanted. Both leave in one
+buffer per process group, however many tensors there are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Collective, Reduction
-from ..core.shards import ShardBinding
+from ..core.pieces import ShardBinding
 from .plain import is_dtensor, local_tensor
 
 Bound = Sequence[tuple[ShardBinding, Tensor]]
@@ -39,14 +40,17 @@ class Settled:
 
 
 def settle(bound: Bound) -> Generator[list[Collective], None, Settled]:
-    """Mean gradients of whole parameters over their holders, and the sums of partial ones. Yields the reductions it needs.
+    """Mean gradients of whole parameters over their holders, and the sums of partial ones. Yields
+    the reductions it needs.
 
-    The mean is taken in float64, where that of equal numbers is the number itself: averaging twice changes nothing.
-    None counts as zeros, and so does a gradient that cannot be used.
+    The mean is taken in float64, where that of equal numbers is the number itself: averaging twice
+    changes nothing. None counts as zeros, and so does a gradient that cannot be used.
     """
     whole = [(binding, param) for binding, param in bound if binding.unreduced]
     partial: dict[int, Any] = {
-        id(p): p.grad for _, p in bound if p.grad is not None and is_dtensor(p.grad) and _axis_to_add(p.grad) is not None
+        id(p): p.grad
+        for _, p in bound
+        if p.grad is not None and is_dtensor(p.grad) and _axis_to_add(p.grad) is not None
     }
     packed = _pack_means(whole)
     more: list[Reduction] = [] if packed is None else [(whole[0][0].holders, packed)]
@@ -56,8 +60,13 @@ def settle(bound: Bound) -> Generator[list[Collective], None, Settled]:
             axis = _axis_to_add(grad)
             if axis is not None:
                 group = grad.device_mesh.get_group(axis)
-                by_group.setdefault((id(group), local_tensor(grad).device), (group, []))[1].append(key)
-        buffers = [(group, _pack([local_tensor(partial[key]) for key in keys])) for group, keys in by_group.values()]
+                by_group.setdefault((id(group), local_tensor(grad).device), (group, []))[1].append(
+                    key
+                )
+        buffers = [
+            (group, _pack([local_tensor(partial[key]) for key in keys]))
+            for group, keys in by_group.values()
+        ]
         if not more and not buffers:
             break
         yield [*more, *buffers]
@@ -69,18 +78,27 @@ def settle(bound: Bound) -> Generator[list[Collective], None, Settled]:
     if packed is None:
         return Settled(sums=partial)
     present, *sums = packed.split([len(whole), *(binding.shard.numel for binding, _ in whole)])
-    means = [(total / binding.replicas).to(param.dtype) for total, (binding, param) in zip(sums, whole, strict=True)]
+    means = [
+        (total / binding.replicas).to(param.dtype)
+        for total, (binding, param) in zip(sums, whole, strict=True)
+    ]
     keys = [id(param) for _, param in whole]
-    return Settled(dict(zip(keys, means, strict=True)), dict(zip(keys, present, strict=True)), partial)
+    return Settled(
+        dict(zip(keys, means, strict=True)), dict(zip(keys, present, strict=True)), partial
+    )
 
 
 def _pack_means(whole: Bound) -> Tensor | None:
-    """float64 (tensors + all their elements,): whether there is a gradient, and the gradients themselves."""
+    """float64 (tensors + all their elements,): whether there is a gradient, and the gradients
+    themselves.
+    """
     if not whole:
         return None
     grads = [param.grad for _, param in whole]
     parts = [
-        grad.reshape(-1) if grad is not None and grad.layout == torch.strided else param.new_zeros(binding.shard.numel)
+        grad.reshape(-1)
+        if grad is not None and grad.layout == torch.strided
+        else param.new_zeros(binding.shard.numel)
         for grad, (binding, param) in zip(grads, whole, strict=True)
     ]
     present = torch.ones(len(whole), dtype=torch.float64, device=parts[0].device)
@@ -105,7 +123,9 @@ def _pack(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _added(grad: Any, total: Tensor) -> Any:
-    """The DTensor behind one reduction: `total` (N,) is the sum over its first axis to add, on all ranks of it."""
+    """The DTensor behind one reduction: `total` (N,) is the sum over its first axis to add, on all
+    ranks of it.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     axis, placements, mesh = _axis_to_add(grad), list(grad.placements), grad.device_mesh
@@ -114,4 +134,6 @@ def _added(grad: Any, total: Tensor) -> Any:
         total = total / mesh.size(axis)
     placements[axis] = Replicate()
     local = total.to(grad.dtype).view(local_tensor(grad).shape)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride())
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
+    )

@@ -1,5 +1,5 @@
-"""Parameters as they are: whole tensors (plain and DDP), and local pieces bound by another adapter. Reads gradients, writes
-parameters back where they could not be viewed as one dimension."""
+"""Parameters as they are: whole tensors (plain and DDP), and local pieces bound by another adapter.
+Reads gradients, writes parameters back where they could not be viewed as one dimension."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.shards import ShardBinding, ShardedParam, TensorShard, bound_shard
+from ..core.pieces import ShardBinding, ShardedParam, bound_shard
+from ..core.shards import TensorShard
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether this is a `torch.distributed.tensor.DTensor`; that module, slow to import, is not asked."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    """Whether this is a `torch.distributed.tensor.DTensor`; that module, slow to import, is not
+    asked.
+    """
+    return (
+        type(tensor) not in _PLAIN
+        and hasattr(tensor, "placements")
+        and hasattr(tensor, "device_mesh")
+    )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -32,20 +39,29 @@ def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
     if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
         raise ValueError(
-            f"{fqn!r} belongs to FullyShardedDataParallel (FSDP1), which is not supported yet: wrap the model with "
-            "torch.distributed.fsdp.fully_shard (see pylo_dist.shard), or use ZeroOptimizer on the unwrapped model"
+            f"{fqn!r} belongs to FullyShardedDataParallel (FSDP1), which is not supported yet: "
+            "wrap the model with torch.distributed.fsdp.fully_shard (see pylo_dist.shard), or use "
+            "ZeroOptimizer on the unwrapped model"
         )
     if param.is_meta:
         raise ValueError(
-            f"{fqn!r} is on the meta device: build the optimizer after the model was sharded and initialised "
-            "(pylo_dist.shard does both)"
+            f"{fqn!r} is on the meta device: build the optimizer after the model was sharded and "
+            "initialised (pylo_dist.shard does both)"
         )
     if param.layout != torch.strided:
-        raise ValueError(f"{fqn!r} has layout {param.layout}; learned optimizers need dense parameters (torch.strided)")
+        raise ValueError(
+            f"{fqn!r} has layout {param.layout}; learned optimizers need dense parameters "
+            "(torch.strided)"
+        )
     if param.is_complex():
-        raise ValueError(f"{fqn!r} is {param.dtype}; learned optimizers need real parameters: optimize torch.view_as_real of it")
+        raise ValueError(
+            f"{fqn!r} is {param.dtype}; learned optimizers need real parameters: optimize "
+            "torch.view_as_real of it"
+        )
     if not param.is_floating_point():
-        raise ValueError(f"{fqn!r} is {param.dtype}; learned optimizers need a floating-point parameter")
+        raise ValueError(
+            f"{fqn!r} is {param.dtype}; learned optimizers need a floating-point parameter"
+        )
 
 
 def describe(fqn: str, param: Tensor) -> ShardBinding:
@@ -60,35 +76,41 @@ def collect(
     before: ShardedParam | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> ShardedParam:
-    """The parameter and its gradient as local 1-D tensors: views where the memory allows, else copies (see `publish`).
+    """The parameter and its gradient as local 1-D tensors: views where the memory allows, else
+    copies (see `publish`).
 
     Args:
         summed: takes the place of a `.grad` that is a DTensor of summands.
-        before: the result of the step before, whose view of the parameter is taken over where it still is one.
+        before: the result of the step before, whose view of the parameter is taken over where it
+            still is one.
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
-        ValueError: a sparse gradient; another shape, precision or device than when the optimizer was built.
+        ValueError: a sparse gradient; another shape, precision or device than when the optimizer
+            was built.
     """
     grad, shard = param.grad if summed is None else summed, binding.shard
     if grad is not None and grad.layout != torch.strided:
         raise ValueError(
-            f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its embedding with sparse=False"
+            f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its "
+            "embedding with sparse=False"
         )
     if tuple(param.shape) != (shard.shape if bound_shard(param) is None else (shard.numel,)):
         raise ValueError(
-            f"{shard.fqn!r} has shape {tuple(param.shape)} now, another than when the optimizer was built: build it after that"
+            f"{shard.fqn!r} has shape {tuple(param.shape)} now, another than when the optimizer "
+            "was built: build it after that"
         )
     for tensor in (state or {}).values():
         if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
             raise ValueError(
-                f"{shard.fqn!r} is {param.dtype} now, and its state {tensor.dtype}: call model.double() or model.float() before "
-                "building the optimizer, or build another one"
+                f"{shard.fqn!r} is {param.dtype} now, and its state {tensor.dtype}: call "
+                "model.double() or model.float() before building the optimizer, or build another "
+                "one"
             )
         if tensor.device != param.device:
             raise ValueError(
-                f"{shard.fqn!r} is on {param.device} now, and its state on {tensor.device}: move the model before building the "
-                "optimizer, or build another one"
+                f"{shard.fqn!r} is on {param.device} now, and its state on {tensor.device}: move "
+                "the model before building the optimizer, or build another one"
             )
         break
     if grad is None:
@@ -120,7 +142,8 @@ def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:
     """As `collect` where this rank has no gradient."""
     sharded = without_gradient(binding, param)
     if binding.holders is not None:
-        sharded.grad = sharded.value.new_zeros(sharded.value.shape)  # other ranks may have one: then it is zero here
+        # other ranks may have one: then it is zero here
+        sharded.grad = sharded.value.new_zeros(sharded.value.shape)
     return sharded
 
 
@@ -134,11 +157,15 @@ def without_gradient(binding: ShardBinding, param: Tensor) -> ShardedParam:
 
 
 def _of(b: ShardBinding, value: Tensor) -> ShardedParam:
-    return ShardedParam(b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas)
+    return ShardedParam(
+        b.shard, value, None, False, b.group, b.peers, b.rank, b.holders, b.replicas
+    )
 
 
 def publish(sharded: ShardedParam, param: Tensor) -> None:
-    """Write the values back into `param` where `collect` had to copy them (`param` is modified in place)."""
+    """Write the values back into `param` where `collect` had to copy them (`param` is modified in
+    place).
+    """
     local = local_tensor(param)
     if not local.is_contiguous():
         local.copy_(sharded.value.view(local.shape))

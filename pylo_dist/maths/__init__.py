@@ -1,1 +1,3 @@
-"""The mathematics that several rules share: plain PyTorch passes, compiled passes, matrices. Knows no mesh."""
+"""The mathematics that several rules share: plain PyTorch passes, compiled passes, matrices. Knows
+no mesh.
+"""

@@ -1,7 +1,9 @@
-"""The Python face of the compiled passes: finds the built libraries and makes the tables they read. Writes what the passes write.
+"""The Python face of the compiled passes: finds the built libraries and makes the tables they read.
+Writes what the passes write.
 
-`Kernels` are the passes over a batch that they serve (`servable`); `reference.py` serves all others. Which tensors an operator
-reads and modifies is in csrc/README.md; the tables (`Item`, `Box`) are those of csrc/include/pylo_dist/geometry.h.
+`Kernels` are the passes over a batch that they serve (`servable`); `reference.py` serves all
+others. Which tensors an operator reads and modifies is in csrc/README.md; the tables (`Item`,
+`Box`) are those of csrc/include/pylo_dist/geometry.h.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.rule import Batch, Item, Sum
+from ..core.requests import Sum
+from ..core.rule import Batch, Item
 from ..core.shards import Box, Shape, drop_dim
 from .reference import NUM_MOMENTS, FeatureSet, Network
 
 MAX_DIMS = 5
-HIDDEN = {(False, 32), (True, 8), (True, 4)}  # (extended features, hidden units) that there are kernels for
+# (extended features, hidden units) that there are kernels for
+HIDDEN = {
+    (False, 32),
+    (True, 8),
+    (True, 4),
+}
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("pylo_dist")
@@ -32,7 +40,9 @@ _enabled = True
 
 @contextmanager
 def use_kernels(enabled: bool) -> Iterator[None]:
-    """Inside, compiled passes are used (where they serve) or not. For tests and benchmarks; alike on all ranks."""
+    """Inside, compiled passes are used (where they serve) or not. For tests and benchmarks; alike
+    on all ranks.
+    """
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -80,13 +90,16 @@ def paths() -> list[str]:
         if reason:
             lines.append(f"{device_type}: plain PyTorch ({reason})")
         elif device_type == "cpu":
-            lines.append(f"cpu: compiled kernels, instruction set {torch.ops.pylo_dist.instruction_set('auto')}")
+            lines.append(
+                "cpu: compiled kernels, instruction set "
+                f"{torch.ops.pylo_dist.instruction_set('auto')}"
+            )
         else:
             lines.append(f"cuda: compiled kernels for {torch.ops.pylo_dist.cuda_architectures()}")
     return lines
 
 
-# -------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _strides(shape: Shape, dropped: int | None) -> list[int]:
@@ -99,12 +112,19 @@ def _strides(shape: Shape, dropped: int | None) -> list[int]:
     return strides
 
 
-def _box_row(i: int, box: Box, shape: Shape, dims: tuple[int, int] | None, lead_dims: int) -> list[int] | None:
+def _box_row(
+    i: int, box: Box, shape: Shape, dims: tuple[int, int] | None, lead_dims: int
+) -> list[int] | None:
     """A block as a row of the table; None if it has too many dims."""
     none = [0] * len(shape)
-    row, col = (none, none) if dims is None else (_strides(shape, dims[1]), _strides(shape, dims[0]))
+    row, col = (
+        (none, none) if dims is None else (_strides(shape, dims[1]), _strides(shape, dims[0]))
+    )
     lead = _strides(shape[:lead_dims], None) + [0] * (len(shape) - lead_dims)
-    at = [sum(o * s for o, s in zip(box.offsets, strides, strict=True)) for strides in (row, col, lead)]
+    at = [
+        sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+        for strides in (row, col, lead)
+    ]
     merged: list[tuple[int, list[int]]] = []  # innermost first
     for dim in reversed(range(len(shape))):
         size, steps = box.sizes[dim], [box.local_strides[dim], row[dim], col[dim], lead[dim]]
@@ -120,11 +140,23 @@ def _box_row(i: int, box: Box, shape: Shape, dims: tuple[int, int] | None, lead_
         return None
     merged += [(1, [0, 0, 0, 0])] * (MAX_DIMS - len(merged))
     merged.reverse()
-    return [i, *(size for size, _ in merged), *(steps[k] for k in range(4) for _, steps in merged), box.local_offset, *at]
+    return [
+        i,
+        *(size for size, _ in merged),
+        *(steps[k] for k in range(4) for _, steps in merged),
+        box.local_offset,
+        *at,
+    ]
 
 
 def _item_row(
-    item: Item, features: FeatureSet, factors_at: int, squares_at: int, a: list[int], b: list[int], boxes: tuple[int, int]
+    item: Item,
+    features: FeatureSet,
+    factors_at: int,
+    squares_at: int,
+    a: list[int],
+    b: list[int],
+    boxes: tuple[int, int],
 ) -> list[int]:
     """A tensor as a row of the table."""
     shape, dims = item.param.shard.shape, item.dims if "row" in item.state else None
@@ -134,9 +166,19 @@ def _item_row(
     if dims is not None:
         d1, d0 = dims
         row_shape, d1_in_row = drop_dim(shape, d0), d1 - (d0 < d1)
-        rows, cols, size_d0, size_d1 = math.prod(row_shape), math.prod(drop_dim(shape, d1)), shape[d0], shape[d1]
-        row_outer, row_inner = math.prod(row_shape[:d1_in_row]), math.prod(row_shape[d1_in_row + 1 :])
-        vector_is_row = int(next((dim for dim in reversed(range(len(shape))) if shape[dim] > 1), d0) == d1)
+        rows, cols, size_d0, size_d1 = (
+            math.prod(row_shape),
+            math.prod(drop_dim(shape, d1)),
+            shape[d0],
+            shape[d1],
+        )
+        row_outer, row_inner = (
+            math.prod(row_shape[:d1_in_row]),
+            math.prod(row_shape[d1_in_row + 1 :]),
+        )
+        vector_is_row = int(
+            next((dim for dim in reversed(range(len(shape))) if shape[dim] > 1), d0) == d1
+        )
         if lead:
             row, col = _strides(shape, d0), _strides(shape, d1)
             pad = [0] * (MAX_DIMS - 2 - len(lead))
@@ -144,7 +186,18 @@ def _item_row(
             matrix_table = [*shape[-2:], *row[-2:], *col[-2:]]
     numel, global_numel, leads = item.param.shard.numel, math.prod(shape), math.prod(lead)
     return [
-        *(numel, global_numel, int(dims is not None), rows, cols, size_d0, size_d1, row_outer, row_inner, vector_is_row),
+        *(
+            numel,
+            global_numel,
+            int(dims is not None),
+            rows,
+            cols,
+            size_d0,
+            size_d1,
+            row_outer,
+            row_inner,
+            vector_is_row,
+        ),
         *(leads, global_numel // leads, *lead_table, *matrix_table, factors_at, squares_at),
         *(a[0], a[1], a[2] + a[3], *b, *boxes),
     ]
@@ -155,7 +208,11 @@ def _places(request: Sum) -> list[tuple[int, int, int]]:
     places = [(0, 0, 0)] * len(request.vectors)
     for number, packed in enumerate(request.buffers):
         for i in packed.members:
-            places[i] = (number, int(request.audits[i].storage_offset()), int(request.vectors[i].storage_offset()))
+            places[i] = (
+                number,
+                int(request.audits[i].storage_offset()),
+                int(request.vectors[i].storage_offset()),
+            )
     return places
 
 
@@ -163,8 +220,8 @@ def _places(request: Sum) -> list[tuple[int, int, int]]:
 class Updates:
     """How pass C moves the tensors of a batch, see `reference.apply_update`.
 
-    networks: float32 (number, size), see `packed`; network_of: int64 (items,); steps: float32 (items, 4): step_size, exp_mult,
-    decay_before, decay_after.
+    networks: float32 (number, size), see `packed`; network_of: int64 (items,); steps: float32
+    (items, 4): step_size, exp_mult, decay_before, decay_after.
     """
 
     networks: Tensor
@@ -175,19 +232,28 @@ class Updates:
 def packed(network: Network) -> Tensor:
     """A network as the kernels read it, 1-D: the third output is left out."""
     n = network
-    parts = (n.input_weight, n.input_bias, n.hidden_weight, n.hidden_bias, n.output_weight[:2], n.output_bias[:2])
+    parts = (
+        n.input_weight,
+        n.input_bias,
+        n.hidden_weight,
+        n.hidden_bias,
+        n.output_weight[:2],
+        n.output_bias[:2],
+    )
     return torch.cat([part.reshape(-1) for part in parts])
 
 
 class Kernels:
-    """The compiled passes over one batch: its tables, made once, and the calls. All sums and states are modified in place.
+    """The compiled passes over one batch: its tables, made once, and the calls. All sums and states
+    are modified in place.
 
     Args:
         features, decays: of the rule; decays are (momentum x3, rms, factor x3).
         hidden: hidden units of its network.
         a, b: the requests of the first two phases.
         extra: how many sums of a tensor's own lie in front of its vector in `a`, per item.
-        moments: whether the nine sums of `reference.moment_sums` lie in front of the features' in the vectors of `b`.
+        moments: whether the nine sums of `reference.moment_sums` lie in front of the features' in
+            the vectors of `b`.
     """
 
     def __init__(
@@ -207,7 +273,9 @@ class Kernels:
         item_rows: list[list[int]] = []
         box_rows: list[list[int] | None] = []
         factors = squares = 0
-        for i, (item, a_at, b_at) in enumerate(zip(batch.items, _places(a), _places(b), strict=True)):
+        for i, (item, a_at, b_at) in enumerate(
+            zip(batch.items, _places(a), _places(b), strict=True)
+        ):
             shard = item.param.shard
             dims = item.dims if "row" in item.state else None
             lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
@@ -224,7 +292,9 @@ class Kernels:
         if not self.served:
             return
         self.items = torch.tensor(item_rows, dtype=torch.int64)
-        self.boxes = torch.tensor([row or [] for row in box_rows], dtype=torch.int64).view(len(box_rows), 30)
+        self.boxes = torch.tensor([row or [] for row in box_rows], dtype=torch.int64).view(
+            len(box_rows), 30
+        )
         device = batch.device
         self.factors = torch.empty(factors, dtype=torch.float32, device=device)
         self.squares = torch.empty(squares, dtype=torch.float64, device=device)
@@ -238,51 +308,134 @@ class Kernels:
         self.b = [packed.buffer for packed in b.buffers]
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
         self.workspace = [
-            torch.zeros(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned and device.type == "cuda")
+            torch.zeros(
+                size,
+                dtype=torch.uint8,
+                device="cpu" if pinned else device,
+                pin_memory=pinned and device.type == "cuda",
+            )
             for size, pinned in zip(sizes, (False, True, *[False] * len(sizes)), strict=False)
         ]
 
-    def gradient_pass(self, batch: Batch, indices: Sequence[int], limits: Sequence[tuple[float, float]], replace: bool) -> None:
-        """Pass A of some items; limits: per item of the batch the largest |g| that counts as finite and the clamp."""
+    def gradient_pass(
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        limits: Sequence[tuple[float, float]],
+        replace: bool,
+    ) -> None:
+        """Pass A of some items; limits: per item of the batch the largest |g| that counts as finite
+        and the clamp.
+        """
         table = batch.on_device("limits", tuple(limits), torch.float64)
         grads = [batch.items[i].param.grad for i in indices]
-        args = (self.items, self.boxes, list(indices), grads, table, replace, self.a, self.workspace)
+        args = (
+            self.items,
+            self.boxes,
+            list(indices),
+            grads,
+            table,
+            replace,
+            self.a,
+            self.workspace,
+        )
         torch.ops.pylo_dist.gradient_pass(*args)
 
     def moment_pass(self, batch: Batch, indices: Sequence[int]) -> None:
         """The nine sums of VeLO's tensors for items that pass B leaves out."""
         values = [item.param.value for item in batch.items]
-        args = (self.items, self.boxes, list(indices), values, self.momentum, self.rms, self.b, self.workspace)
+        args = (
+            self.items,
+            self.boxes,
+            list(indices),
+            values,
+            self.momentum,
+            self.rms,
+            self.b,
+            self.workspace,
+        )
         torch.ops.pylo_dist.moment_pass(*args)
 
     def feature_pass(self, batch: Batch, indices: Sequence[int]) -> None:
-        """Row and column factors of some items, then pass B, with the moments where they were asked for."""
+        """Row and column factors of some items, then pass B, with the moments where they were asked
+        for.
+        """
         torch.ops.pylo_dist.feature_pass(
             *(self.items, self.boxes, list(indices), self.rule, self.features.extended),
             *self._elements(batch, indices),
-            *(self.row_or_diag, self.col, self.a, batch.keep, batch.scale, self.factors, self.squares, self.b, self.workspace),
+            *(
+                self.row_or_diag,
+                self.col,
+                self.a,
+                batch.moves,
+                batch.scale,
+                self.factors,
+                self.squares,
+                self.b,
+                self.workspace,
+            ),
         )
 
     def update_pass(
-        self, batch: Batch, indices: Sequence[int], updates: Updates, precision: str, directions: Sequence[Tensor] = ()
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        updates: Updates,
+        precision: str,
+        directions: Sequence[Tensor] = (),
     ) -> None:
-        """Pass C of some items; into `directions`, one per index, where they are given, instead of the values."""
+        """Pass C of some items; into `directions`, one per index, where they are given, instead of
+        the values.
+        """
         torch.ops.pylo_dist.update_pass(
-            *(self.items, self.boxes, list(indices), self.rule, self.features.extended, self.hidden, PRECISION[precision]),
+            *(
+                self.items,
+                self.boxes,
+                list(indices),
+                self.rule,
+                self.features.extended,
+                self.hidden,
+                PRECISION[precision],
+            ),
             *self._elements(batch, indices),
-            *(self.row_or_diag, self.col, self.factors, self.squares, self.b, batch.keep, batch.scale),
-            *(updates.networks, updates.network_of, updates.steps, batch.param_squares, batch.update_squares),
+            *(
+                self.row_or_diag,
+                self.col,
+                self.factors,
+                self.squares,
+                self.b,
+                batch.moves,
+                batch.scale,
+            ),
+            *(
+                updates.networks,
+                updates.network_of,
+                updates.steps,
+                batch.param_squares,
+                batch.update_squares,
+            ),
             *(list(directions), self.workspace),
         )
 
-    def _elements(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Tensor], Any, list[Tensor], list[Tensor]]:
-        values, grads = [item.param.value for item in batch.items], [batch.items[i].param.grad for i in indices]
+    def _elements(
+        self, batch: Batch, indices: Sequence[int]
+    ) -> tuple[list[Tensor], Any, list[Tensor], list[Tensor]]:
+        values, grads = (
+            [item.param.value for item in batch.items],
+            [batch.items[i].param.grad for i in indices],
+        )
         return values, grads, self.momentum, self.rms
 
 
 def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
-    """Whether there are kernels for this device, these dtypes and this network; says so once where a library is missing."""
-    reason = library(batch.device.type) if batch.device.type in ("cpu", "cuda") else "no kernels for this kind of device"
+    """Whether there are kernels for this device, these dtypes and this network; says so once where
+    a library is missing.
+    """
+    reason = (
+        library(batch.device.type)
+        if batch.device.type in ("cpu", "cuda")
+        else "no kernels for this kind of device"
+    )
     if reason:
         _say_once(batch.device.type, reason)
         return False
@@ -292,7 +445,10 @@ def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
         (features.extended, hidden) in HIDDEN
         and all(item.param.value.dtype in _DTYPES for item in batch.items)
         and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
-        and all(len(item.param.shard.shape) <= MAX_DIMS or not features.per_matrix for item in batch.items)
+        and all(
+            len(item.param.shard.shape) <= MAX_DIMS or not features.per_matrix
+            for item in batch.items
+        )
     )
 
 

@@ -1,6 +1,8 @@
-"""What the rules with row and column factors share: their state and the three passes. Writes value and state of its batch.
+"""What the rules with row and column factors share: their state and the three passes. Writes value
+and state of its batch.
 
-A rule of this family says which features its network reads, and per tensor which network and step size apply.
+A rule of this family says which features its network reads, and per tensor which network and step
+size apply.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.rule import Batch, Item, LearnedRule, Request, Sum
+from ..core.requests import Request, Sum
+from ..core.rule import Batch, Item, LearnedRule
 from ..core.shards import Shape, TensorShard, drop_dim, factored_dims
 from ..core.state import StateField
 from . import compiled, reference
@@ -37,7 +40,9 @@ class Update:
 
 @dataclass(slots=True)
 class Rates:
-    """What of an `Update` is the same for a parameter group; the numbers may be float64 0-d tensors."""
+    """What of an `Update` is the same for a parameter group; the numbers may be float64 0-d
+    tensors.
+    """
 
     step_size: float | Tensor
     exp_mult: float
@@ -49,18 +54,27 @@ class Rates:
 
 
 class FactoredRule(LearnedRule):
-    """Three momenta, a mean square, and Adafactor's row and column means for three decays; an MLP per element.
+    """Three momenta, a mean square, and Adafactor's row and column means for three decays; an MLP
+    per element.
 
     Args:
-        momentum_decays, rms_decays, factor_decays: decays of the three momenta, of g^2, and of the three factors.
+        momentum_decays, rms_decays, factor_decays: decays of the three momenta, of g^2, and of the
+            three factors.
     """
 
     features: FeatureSet
     num_hidden = 0  # hidden units of the network, for the compiled passes
-    num_tensor_sums = 0  # sums of a tensor's own that ride in front of pass B's: none, or the nine of `reference.moment_sums`
+    # sums of a tensor's own that ride in front of pass B's: none, or the nine of
+    # `reference.moment_sums`
+    num_tensor_sums = 0
     precision = "high"  # of the network in GPU kernels
 
-    def __init__(self, momentum_decays: Sequence[float], rms_decays: Sequence[float], factor_decays: Sequence[float]) -> None:
+    def __init__(
+        self,
+        momentum_decays: Sequence[float],
+        rms_decays: Sequence[float],
+        factor_decays: Sequence[float],
+    ) -> None:
         self.momentum_decays = tuple(momentum_decays)
         self.rms_decay = min(max(rms_decays[0], 0.0), 1.0)
         self.factor_decays = tuple(min(max(decay, 0.0), 1.0) for decay in factor_decays)
@@ -77,10 +91,13 @@ class FactoredRule(LearnedRule):
         if dims is None:
             return {**fields, "diag": StateField((3,))}
         d1, d0 = dims
-        row, col = StateField((3,), replicated=drop_dim(shape, d0)), StateField((3,), replicated=drop_dim(shape, d1))
+        row, col = (
+            StateField((3,), replicated=drop_dim(shape, d0)),
+            StateField((3,), replicated=drop_dim(shape, d1)),
+        )
         return {**fields, "row": row, "col": col}
 
-    # ------------------------------------------------------------------------------------------ requests
+    # ------------------------------------------------------------------------------------- requests
 
     def extra_sums(self, item: Item) -> int:
         """How many sums of a tensor's own ride in front of its row and column sums."""
@@ -90,10 +107,12 @@ class FactoredRule(LearnedRule):
         """The request of pass A: zeroed, unless it holds gradients of this step already."""
 
         def length(item: Item) -> int:
-            return self.extra_sums(item) + reference.num_gradient_sums(item.param.shard.shape, self._factored_dims(item))
+            return self.extra_sums(item) + reference.num_gradient_sums(
+                item.param.shard.shape, self._factored_dims(item)
+            )
 
-        kept = batch.kept_sum("A", length, audited=True)
-        return kept if batch.gathered else kept.zero_()
+        kept = batch.reused_sum("A", length, audited=True)
+        return kept if batch.summed else kept.zero_()
 
     def second_sum(self, batch: Batch) -> Sum:
         """The request of pass B, with what is in it."""
@@ -101,10 +120,12 @@ class FactoredRule(LearnedRule):
         def length(item: Item) -> int:
             if "momentum" not in item.state:
                 return 0
-            features = self.features.num_sums(item.dims) * math.prod(self.features.lead(item.param.shard.shape))
+            features = self.features.num_sums(item.dims) * math.prod(
+                self.features.lead(item.param.shard.shape)
+            )
             return features + self.num_tensor_sums
 
-        return batch.kept_sum("B", length)
+        return batch.reused_sum("B", length)
 
     @staticmethod
     def _factored_dims(item: Item) -> tuple[int, int] | None:
@@ -114,30 +135,41 @@ class FactoredRule(LearnedRule):
         """The compiled passes that serve this batch, or None."""
         if not compiled.enabled():
             return None
-        if "kernels" not in batch.kept:
+        if "kernels" not in batch.cache:
             found = None
             if batch.items and compiled.servable(batch, self.features, self.num_hidden):
                 decays = (*self.momentum_decays, self.rms_decay, *self.factor_decays)
                 extra = [self.extra_sums(item) for item in batch.items]
-                a, b = batch.kept_sum("A", lambda item: 0), self.second_sum(batch)
-                found = Kernels(batch, self.features, decays, self.num_hidden, a, b, extra, self.num_tensor_sums > 0)
-            batch.kept["kernels"] = found if found is not None and found.served else None
-        kernels: Kernels | None = batch.kept["kernels"]
+                a, b = batch.reused_sum("A", lambda item: 0), self.second_sum(batch)
+                found = Kernels(
+                    batch,
+                    self.features,
+                    decays,
+                    self.num_hidden,
+                    a,
+                    b,
+                    extra,
+                    self.num_tensor_sums > 0,
+                )
+            batch.cache["kernels"] = found if found is not None and found.served else None
+        kernels: Kernels | None = batch.cache["kernels"]
         return kernels
 
-    # -------------------------------------------------------------------------------------------- pass A
+    # --------------------------------------------------------------------------------------- pass A
 
     def gradient_pass(self, batch: Batch, indices: Iterable[int]) -> None:
-        """Add what pass A reads of the gradients of these items to the first Sum of the coming step.
+        """Add what pass A reads of the gradients of these items to the first Sum of the coming
+        step.
 
-        `step` calls it for the items that are left. An adapter may call it before, as soon as gradients are there, and again for
-        items whose gradient changed since; it clears `batch.gathered` if that step is not taken (see `forget_gradient` too).
+        `step` calls it for the items that are left. An adapter may call it before, as soon as
+        gradients are there, and again for items whose gradient changed since; it clears
+        `batch.summed` if that step is not taken (see `forget_gradient` too).
         """
         a, indices = self.first_sum(batch), list(indices)
-        for i in batch.gathered.intersection(indices):
+        for i in batch.summed.intersection(indices):
             a.vectors[i].zero_()
             a.audits[i].zero_()
-        batch.gathered.update(indices)
+        batch.summed.update(indices)
         replace = self.replaces_nonfinite and batch.allows_nonfinite
         limits = [self._limits(item) for item in batch.items]
         kernels = self.kernels(batch)
@@ -150,7 +182,16 @@ class FactoredRule(LearnedRule):
             if kernels is None:
                 dims, vector = self._factored_dims(item), a.vectors[i][self.extra_sums(item) :]
                 bound = None if clamp == math.inf else clamp
-                reference.gradient_sums(param.grad, param.shard, dims, vector, a.audits[i], bound, replace, limit == LARGEST)
+                reference.gradient_sums(
+                    param.grad,
+                    param.shard,
+                    dims,
+                    vector,
+                    a.audits[i],
+                    bound,
+                    replace,
+                    limit == LARGEST,
+                )
             param.grad = param.grad.nan_to_num() if replace else param.grad
 
     def forget_gradient(self, batch: Batch, i: int) -> None:
@@ -158,24 +199,30 @@ class FactoredRule(LearnedRule):
         a = self.first_sum(batch)
         a.vectors[i].zero_()
         a.audits[i].zero_()
-        batch.gathered.discard(i)
+        batch.summed.discard(i)
 
     def _limits(self, item: Item) -> tuple[float, float]:
-        """The largest |g| that counts as finite (larger squares do not fit the state), and the clamp of g in the factors."""
+        """The largest |g| that counts as finite (larger squares do not fit the state), and the
+        clamp of g in the factors.
+        """
         # a bounded norm bounds every element: clipping, which comes first, leaves nothing to clamp
         clipped = item.hyper.get("max_grad_norm") is not None
         clamp = None if clipped or "momentum" not in item.state else self.features.clamp
-        return (LARGEST if clipped or clamp is not None else math.sqrt(LARGEST)), (math.inf if clamp is None else clamp)
+        return (LARGEST if clipped or clamp is not None else math.sqrt(LARGEST)), (
+            math.inf if clamp is None else clamp
+        )
 
-    # -------------------------------------------------------------------------------------------- pass B
+    # --------------------------------------------------------------------------------------- pass B
 
-    def gather(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
-        param, state, keep = item.param, item.state, batch.keep[i]
+    def step_tensors(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
+        param, state, moves = item.param, item.state, batch.moves[i]
         assert param.grad is not None
         factors: Factors | None = None
         if item.dims is not None:
             shape, decay = param.shard.shape, self._decay("factor_decays", sums)
-            factors = reference.update_factors(state["row"], state["col"], sums, shape, item.dims, decay, batch.scale[i], keep)
+            factors = reference.update_factors(
+                state["row"], state["col"], sums, shape, item.dims, decay, batch.scale[i], moves
+            )
         return StepTensors(
             features=self.features,
             shard=param.shard,
@@ -187,7 +234,7 @@ class FactoredRule(LearnedRule):
             diag=state.get("diag"),
             factors=factors,
             scale=batch.scale[i] if batch.clips else None,
-            keep=keep,
+            moves=moves,
             momentum_decay=self._decay("momentum_decays", state["momentum"]),
             rms_decay=self.rms_decay,
             diag_decay=self._decay("factor_decays", state["momentum"]),
@@ -204,7 +251,8 @@ class ThreePassRule(FactoredRule):
     """The passes of a rule whose network gives the update itself."""
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
-        """Between B and C, when the tensor sums and `batch.go` are known: what does not depend on the elements.
+        """Between B and C, when the tensor sums and `batch.taken` are known: what does not depend
+        on the elements.
 
         Args:
             tensor_sums: float64 (items, num_tensor_sums), if there are any.
@@ -226,7 +274,9 @@ class ThreePassRule(FactoredRule):
         """How item i of the batch moves; asked after `prepare`."""
         rates, width = self.rates(item.hyper), self.width_mult(item)
         step_size, decay_after = rates.step_size / width, rates.decay_after / width
-        return Update(self.network_of(i, item), step_size, rates.exp_mult, rates.decay_before, decay_after)
+        return Update(
+            self.network_of(i, item), step_size, rates.exp_mult, rates.decay_before, decay_after
+        )
 
     def steps(self, batch: Batch) -> Tensor:
         """The numbers of `Update` as the compiled passes read them, float64 (items, 4)."""
@@ -240,44 +290,50 @@ class ThreePassRule(FactoredRule):
         """`update` of all items, as the compiled passes read it."""
         first = {id(item.hyper): i for i, item in reversed(list(enumerate(batch.items)))}
         groups, group_of = batch.hypers()
-        networks = [compiled.packed(self.network_of(first[id(group)], batch.items[first[id(group)]])) for group in groups]
+        networks = [
+            compiled.packed(self.network_of(first[id(group)], batch.items[first[id(group)]]))
+            for group in groups
+        ]
         return Updates(torch.stack(networks), group_of, self.steps(batch).to(torch.float32))
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
-        moving = [i for i, _ in batch.moving()]
+        candidates = [i for i, _ in batch.candidates()]
         # A: sums of g^2 along rows and columns
-        self.gradient_pass(batch, [i for i in moving if i not in batch.gathered])
+        self.gradient_pass(batch, [i for i in candidates if i not in batch.summed])
         a = self.first_sum(batch)
-        batch.gathered.clear()
+        batch.summed.clear()
         kernels = self.kernels(batch)
         yield a
 
-        # B: with the factors known, the sum of squares of every feature, and sums of the tensors' own
+        # B: with the factors known, the sum of squares of every feature, and sums of the tensors'
+        # own
         b = self.second_sum(batch).zero_()
         own = self.num_tensor_sums
         features = [vector[own:] for vector in b.vectors] if own and kernels is None else b.vectors
         tensors: dict[int, StepTensors] = {}
-        if kernels is not None and moving:
-            kernels.feature_pass(batch, moving)
+        if kernels is not None and candidates:
+            kernels.feature_pass(batch, candidates)
         else:
-            for i in moving:
-                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
+            for i in candidates:
+                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i])
                 reference.feature_sums(tensors[i], features[i], self._scratch)
         if own and kernels is not None:
-            resting = sorted(set(range(len(batch.items))) - set(moving))
+            resting = sorted(set(range(len(batch.items))) - set(candidates))
             if resting:
                 kernels.moment_pass(batch, resting)
         elif own:
             for i, item in enumerate(batch.items):
-                reference.moment_sums(item.param.value, item.state["momentum"], item.state["rms"], b.vectors[i][:own])
+                reference.moment_sums(
+                    item.param.value, item.state["momentum"], item.state["rms"], b.vectors[i][:own]
+                )
         yield b
         self.prepare(batch, b.heads(own) if own and batch.items else None)
 
         # C: normalise, run the network, write
-        if kernels is not None and moving:
-            kernels.update_pass(batch, moving, self.updates(batch), self.precision)
+        if kernels is not None and candidates:
+            kernels.update_pass(batch, candidates, self.updates(batch), self.precision)
             return
-        for i in moving:
+        for i in candidates:
             batch.param_squares[i] = features[i][self.features.p]
             how = self.update(i, batch.items[i])
             reference.apply_update(

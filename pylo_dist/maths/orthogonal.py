@@ -1,11 +1,14 @@
-"""Newton-Schulz on many matrices: those of equal shape in one batched product. Writes the matrices it is handed.
+"""Newton-Schulz on many matrices: those of equal shape in one batched product. Writes the matrices
+it is handed.
 
-All results have rms 1. A matrix much longer than wide goes through its Gram matrix (`gram.is_slender`), wherever it lies.
+All results have rms 1. A matrix much longer than wide goes through its Gram matrix
+(`gram.is_slender`), wherever it lies.
 
-A batch holds at most `MOST_CPU` or `MOST_GPU` elements, or one matrix. Beside the matrices themselves a call needs five times a
-batch, and through Gram matrices, which are float64, six times: 400 MB for float32 on a GPU. The last bits of a product may depend
-on how many matrices are in its batch, so copies of a matrix on several ranks must be batched with the same others: callers give
-a call only matrices that the same ranks share.
+A batch holds at most `MOST_CPU` or `MOST_GPU` elements, or one matrix. Beside the matrices
+themselves a call needs five times a batch, and through Gram matrices, which are float64, six times:
+400 MB for float32 on a GPU. The last bits of a product may depend on how many matrices are in its
+batch, so copies of a matrix on several ranks must be batched with the same others: callers give a
+call only matrices that the same ranks share.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor
 from ..core.shards import TensorShard
 from . import gram, reference, stacks
 
-EPS_STEP = 1e-9  # added to the mean square of the step (and, where that scales it, of the parameter)
+EPS_STEP = (
+    1e-9  # added to the mean square of the step (and, where that scales it, of the parameter)
+)
 MOST_CPU = 1 << 20
 MOST_GPU = 1 << 24
 
@@ -38,13 +43,19 @@ class NewtonSchulz:
     eps: float
 
     def whole_(self, tensors: Sequence[Tensor]) -> None:
-        """Every matrix of contiguous tensors (..., rows, columns) to its iterate at rms 1 (modified in place)."""
+        """Every matrix of contiguous tensors (..., rows, columns) to its iterate at rms 1 (modified
+        in place).
+        """
         slender = [x for x in tensors if gram.is_slender(tuple(x.shape)) and x.numel()]
         shards = [TensorShard.whole("", tuple(x.shape)) for x in slender]
         locals_ = [x.view(-1) for x in slender]
         sizes = [min(x.shape) ** 2 for x in slender]
         device = tensors[0].device if tensors else None
-        sums = torch.empty(sum(sizes), dtype=torch.float64, device=device).split(sizes) if sizes else ()
+        sums = (
+            torch.empty(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+            if sizes
+            else ()
+        )
         self.gram_sums(locals_, shards, sums)
         self.through_gram_(locals_, shards, sums)
         pieces: list[Tensor] = []
@@ -56,24 +67,38 @@ class NewtonSchulz:
             own = [pieces[i] for i in members]
             batch = own[0] if len(own) == 1 else torch.cat(own)
             s = reference.newton_schulz(batch, self.coefficients, self.iterations, self.eps)
-            square = torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
+            square = torch.linalg.vector_norm(
+                s, dim=(-2, -1), keepdim=True, dtype=torch.float64
+            ).square_()
             s.mul_((square / s[0].numel() + EPS_STEP).rsqrt_().to(s.dtype))
             torch._foreach_copy_(own, list(s.split([len(x) for x in own])))
 
-    def gram_sums(self, locals_: Sequence[Tensor], shards: Sequence[TensorShard], sums: Sequence[Tensor]) -> None:
-        """X X^T of the local elements (N,) of every slender matrix, into `sums`, float64 (k * k,) each (modified in place)."""
+    def gram_sums(
+        self, locals_: Sequence[Tensor], shards: Sequence[TensorShard], sums: Sequence[Tensor]
+    ) -> None:
+        """X X^T of the local elements (N,) of every slender matrix, into `sums`, float64 (k * k,)
+        each (modified in place).
+        """
         views = _contiguous(locals_, shards)
         for members in _batches(views):
             batch = _slices(stacks.gather([views[i] for i in members]), shards[members[0]])
-            torch._foreach_copy_([sums[i] for i in members], list(gram.gram_matrix(batch).flatten(1).unbind()))
+            torch._foreach_copy_(
+                [sums[i] for i in members], list(gram.gram_matrix(batch).flatten(1).unbind())
+            )
 
-    def through_gram_(self, locals_: Sequence[Tensor], shards: Sequence[TensorShard], sums: Sequence[Tensor]) -> None:
-        """Local elements (N,) of slender matrices to their iterates at rms 1, from X X^T (`locals_` are modified in place)."""
+    def through_gram_(
+        self, locals_: Sequence[Tensor], shards: Sequence[TensorShard], sums: Sequence[Tensor]
+    ) -> None:
+        """Local elements (N,) of slender matrices to their iterates at rms 1, from X X^T (`locals_`
+        are modified in place).
+        """
         views = _contiguous(locals_, shards)
         for members in _batches(views):
             k = min(shards[members[0]].shape)
             grams = stacks.gather([sums[i].view(k, k) for i in members])
-            q, square = gram.newton_schulz_factor(grams, self.coefficients, self.iterations, self.eps)
+            q, square = gram.newton_schulz_factor(
+                grams, self.coefficients, self.iterations, self.eps
+            )
             by = (square / shards[members[0]].global_numel + EPS_STEP).rsqrt()
             own = [views[i] for i in members]
             batch = stacks.gather(own)

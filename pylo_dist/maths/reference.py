@@ -1,11 +1,13 @@
-"""The passes of the learned optimizers in plain PyTorch, in chunks. Writes only the tensors it is handed.
+"""The passes of the learned optimizers in plain PyTorch, in chunks. Writes only the tensors it is
+handed.
 
-This is the oracle that faster kernels are compared with, and the path every device has. Mathematics: AdafacMLPLOpt and HyperV2 of
-google/learned_optimization (learned_opts/adafac_mlp_lopt.py, research/general_lopt/hyper_v2.py). All functions are pure per
+This is the oracle that faster kernels are compared with, and the path every device has.
+Mathematics: AdafacMLPLOpt and HyperV2 of google/learned_optimization
+(learned_opts/adafac_mlp_lopt.py, research/general_lopt/hyper_v2.py). All functions are pure per
 shard: they add partial sums of the local elements, and never ask where the other elements are.
 
-Legend: K = 3 decays, N local elements, M elements of a chunk, R and C lengths of the row and column factors, n elements of the
-whole tensor. d0 is averaged away in `row`, d1 in `col`.
+Legend: K = 3 decays, N local elements, M elements of a chunk, R and C lengths of the row and column
+factors, n elements of the whole tensor. d0 is averaged away in `row`, d1 in `col`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.rule import NONFINITE, SQUARES
+from ..core.requests import NONFINITE, SQUARES
 from ..core.shards import Box, Shape, TensorShard, drop_dim
 from ..core.state import state_dtype
 
 Dims = tuple[int, int] | None
 
-# Elements per chunk: on a CPU the features of a chunk stay in the second-level cache, on a GPU a chunk fills the device.
-# Either way the scratch of a chunk (about 120 numbers per element) stays below 256 MB.
+# Elements per chunk: on a CPU the features of a chunk stay in the second-level cache, on a GPU a
+# chunk fills the device. Either way the scratch of a chunk (about 120 numbers per element) stays
+# below 256 MB.
 CHUNK_CPU = 16384
 CHUNK_GPU = 1 << 18
-PART_CPU, PART_GPU = 1 << 15, 1 << 22  # the same where there are a dozen numbers per element instead of 120
+# the same where there are a dozen numbers per element instead of 120
+PART_CPU, PART_GPU = (
+    1 << 15,
+    1 << 22,
+)
 
-# A matrix product rounds a column differently when there are few or oddly many of them. Blocks are padded to a multiple of this,
-# so that an element's network outputs do not depend on where its tensor was cut.
+# A matrix product rounds a column differently when there are few or oddly many of them. Blocks are
+# padded to a multiple of this, so that an element's network outputs do not depend on where its
+# tensor was cut.
 COLUMNS = 16
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
@@ -48,16 +56,17 @@ EPS_NORMALISE = 1e-5  # rsqrt(mean x^2 + .)
 class FeatureSet:
     """Which features a rule's network reads, and where they lie.
 
-    In order: g, [clip(g, -0.1, 0.1)], p, m x3, v, m q x3, q, F(g) x3, [g q], row x3, col x3, rsqrt(row) x3, rsqrt(col) x3,
-    F(m) x3, with q = rsqrt(v + eps). Those in brackets only where `extended`. Below two dims row and col are both D.
+    In order: g, [clip(g, -0.1, 0.1)], p, m x3, v, m q x3, q, F(g) x3, [g q], row x3, col x3,
+    rsqrt(row) x3, rsqrt(col) x3, F(m) x3, with q = rsqrt(v + eps). Those in brackets only where
+    `extended`. Below two dims row and col are both D.
 
     Attributes:
         extended: 30 features (VeLO) instead of 28 (small_fc).
         eps_diag: added to D in the feature m_k * rsqrt(D_k + .) of tensors below two dims.
         eps_rms: added to v in q.
         clamp: the gradient is clamped to this absolute value before it is used, or None.
-        per_matrix: features are normalised over the last two dims, one set of sums per index of the others (the `lead`), instead
-            of over the whole tensor.
+        per_matrix: features are normalised over the last two dims, one set of sums per index of the
+            others (the `lead`), instead of over the whole tensor.
         eps_normalise: added to the mean square that a feature is divided by the root of.
     """
 
@@ -78,7 +87,9 @@ class FeatureSet:
 
     @property
     def row(self) -> int:
-        """The first of the four row and column features, which need no sums: the factors are replicated."""
+        """The first of the four row and column features, which need no sums: the factors are
+        replicated.
+        """
         return 13 + 2 * self.extended
 
     @property
@@ -86,7 +97,8 @@ class FeatureSet:
         return self.row + 15
 
     def num_sums(self, dims: Dims) -> int:
-        """Sums of squares that pass B makes: all features but those of a row or column, below two dims each of them once.
+        """Sums of squares that pass B makes: all features but those of a row or column, below two
+        dims each of them once.
 
         One such set for every index of the lead.
         """
@@ -95,7 +107,9 @@ class FeatureSet:
 
 SMALL_FC = FeatureSet(extended=False, eps_diag=1e-6)
 VELO = FeatureSet(extended=True, eps_diag=0.0, clamp=1000.0)
-CELO2 = FeatureSet(extended=True, eps_diag=0.0, eps_rms=1e-8, clamp=1000.0, per_matrix=True, eps_normalise=1e-9)
+CELO2 = FeatureSet(
+    extended=True, eps_diag=0.0, eps_rms=1e-8, clamp=1000.0, per_matrix=True, eps_normalise=1e-9
+)
 CLIPPED_GRADIENT = 0.1  # bound of the feature clip(g)
 
 
@@ -117,14 +131,18 @@ def part_size(device: torch.device) -> int:
 
 
 def parts(flat: Tensor) -> Iterator[slice]:
-    """The last dim in slices of bounded size, for work of a dozen numbers per element that needs no shape."""
+    """The last dim in slices of bounded size, for work of a dozen numbers per element that needs no
+    shape.
+    """
     most = part_size(flat.device)
     for first in range(0, flat.shape[-1], most):
         yield slice(first, first + most)
 
 
 class Scratch:
-    """Reused memory for chunks, grown on demand; one per rule, so that a step allocates nothing large."""
+    """Reused memory for chunks, grown on demand; one per rule, so that a step allocates nothing
+    large.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -136,16 +154,20 @@ class Scratch:
         return Scratch, ()
 
     def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised block of rows x (columns, rounded up to COLUMNS), valid until `name` is taken again."""
+        """An uninitialised block of rows x (columns, rounded up to COLUMNS), valid until `name` is
+        taken again.
+        """
         columns = -(-columns // COLUMNS) * COLUMNS
         key = (name, like.dtype, like.device)
         block = self._blocks.get(key)
         if block is None or block.numel() < rows * columns:
-            block = self._blocks[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            block = self._blocks[key] = torch.empty(
+                rows * columns, dtype=like.dtype, device=like.device
+            )
         return block[: rows * columns].view(rows, columns)
 
 
-# ---------------------------------------------------------------------------------------------- pass A
+# ------------------------------------------------------------------------------------------- pass A
 
 
 def num_gradient_sums(shape: Shape, dims: Dims) -> int:
@@ -156,7 +178,9 @@ def num_gradient_sums(shape: Shape, dims: Dims) -> int:
 
 
 def split_gradient_sums(sums: Tensor, shape: Shape, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The vector of pass A as (sum over d0 of g^2, shape without d0) and (sum over d1 of g^2, shape without d1)."""
+    """The vector of pass A as (sum over d0 of g^2, shape without d0) and (sum over d1 of g^2, shape
+    without d1).
+    """
     d1, d0 = dims
     row_shape, col_shape = drop_dim(shape, d0), drop_dim(shape, d1)
     row, col = sums.split([math.prod(row_shape), math.prod(col_shape)])
@@ -173,16 +197,17 @@ def gradient_sums(
     replace: bool = False,
     bounded: bool = True,
 ) -> None:
-    """Pass A: add the local part of the row and column sums of g^2, its total, and the count of non-finite entries.
+    """Pass A: add the local part of the row and column sums of g^2, its total, and the count of
+    non-finite entries.
 
-    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves the range. The row and
-    column sums are of the gradient clamped to `clamp`. With `replace` NaN and inf are counted, and then taken as 0 and the
-    largest number.
+    Squares are taken in float64, where neither the largest nor the smallest float32 gradient leaves
+    the range. The row and column sums are of the gradient clamped to `clamp`. With `replace` NaN
+    and inf are counted, and then taken as 0 and the largest number.
 
     Args:
         grad: (N,) raw gradient.
-        bounded: whether clipping or clamping keeps entries small; otherwise those whose square the state cannot hold count as
-            non-finite too, since they would make it so.
+        bounded: whether clipping or clamping keeps entries small; otherwise those whose square the
+            state cannot hold count as non-finite too, since they would make it so.
         sums: float64 (R + C,), see `split_gradient_sums` (modified in place).
         audit: float64 gradient audit (modified in place).
     """
@@ -206,7 +231,9 @@ def gradient_sums(
 
 
 def moment_sums(value: Tensor, momentum: Tensor, rms: Tensor, sums: Tensor) -> None:
-    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (NUM_MOMENTS,), modified in place)."""
+    """Add the local parts of p^2, m_k, m_k^2, v and v^2 (`sums` float64 (NUM_MOMENTS,), modified in
+    place).
+    """
     for part in parts(value):
         p, m, v = (x[..., part].to(torch.float64) for x in (value, momentum, rms))
         sums += torch.cat([(p @ p)[None], m.sum(1), (m * m).sum(1), v.sum()[None], (v @ v)[None]])
@@ -219,7 +246,8 @@ def moment_sums(value: Tensor, momentum: Tensor, rms: Tensor, sums: Tensor) -> N
 class Decay:
     """Decays of exponential moving averages, x <- old x + new y, each (K,).
 
-    `new` is 1 - old, taken in float64: in float32 it would be off by a relative 3e-8 / (1 - old), 3e-5 for 0.999.
+    `new` is 1 - old, taken in float64: in float32 it would be off by a relative 3e-8 / (1 - old),
+    3e-5 for 0.999.
     """
 
     old: Tensor
@@ -238,7 +266,8 @@ class Decay:
 
 @dataclass(slots=True)
 class Factors:
-    """The updated row and column factors of one tensor and what the passes read of them, each (K, ...), replicated.
+    """The updated row and column factors of one tensor and what the passes read of them, each (K,
+    ...), replicated.
 
     row, col: Adafactor accumulators; row_scale, col_scale: F_k(x) = x * row_scale * col_scale;
     row_rsqrt, col_rsqrt: the features rsqrt(row + 1e-8), rsqrt(col + 1e-8).
@@ -260,9 +289,10 @@ def update_factors(
     dims: tuple[int, int],
     decays: Decay,
     scale: Tensor,
-    keep: Tensor,
+    moves: Tensor,
 ) -> Factors:
-    """EMA of the row and column means of g^2 (`row` and `col` are modified in place where `keep` holds).
+    """EMA of the row and column means of g^2 (`row` and `col` are modified in place where `moves`
+    holds).
 
     Args:
         row, col: (K, R) and (K, C).
@@ -274,7 +304,7 @@ def update_factors(
     for state, total, size in ((row, row_sum, shape[d0]), (col, col_sum, shape[d1])):
         # state_k <- c_k state_k + (1 - c_k) (mean g^2 + 1e-30)
         mean = total.flatten() * (scale * scale / size) + EPS_SQUARE
-        commit(state, torch.addcmul(decays.old[:, None] * state, decays.new[:, None], mean), keep)
+        commit(state, torch.addcmul(decays.old[:, None] * state, decays.new[:, None], mean), moves)
     row_nd, col_nd = row.view(-1, *drop_dim(shape, d0)), col.view(-1, *drop_dim(shape, d1))
     d1_in_row = 1 + (d1 if d1 < d0 else d1 - 1)
     row_mean = row_nd.mean(d1_in_row, keepdim=True, dtype=torch.float64).to(row.dtype)
@@ -288,20 +318,22 @@ def update_factors(
     )
 
 
-def commit(target: Tensor, new: Tensor, keep: Tensor) -> None:
-    """target <- new where the 0-d bool `keep` holds, without asking the host (`target` is modified in place)."""
-    target.copy_(torch.where(keep, new.to(target.dtype), target))
+def commit(target: Tensor, new: Tensor, moves: Tensor) -> None:
+    """target <- new where the 0-d bool `moves` holds, without asking the host (`target` is modified
+    in place).
+    """
+    target.copy_(torch.where(moves, new.to(target.dtype), target))
 
 
-# ------------------------------------------------------------------------------------------ passes B and C
+# ----------------------------------------------------------------------------------- passes B and C
 
 
 @dataclass(slots=True)
 class StepTensors:
     """What passes B and C read and write of one tensor; all element tensors are local.
 
-    value (N,), grad (N,); momentum (K, N), rms (N,), diag (K, N) or None; factors or None; scale float64 0-d or None when nothing
-    is clipped; keep bool 0-d.
+    value (N,), grad (N,); momentum (K, N), rms (N,), diag (K, N) or None; factors or None; scale
+    float64 0-d or None when nothing is clipped; moves bool 0-d.
     """
 
     features: FeatureSet
@@ -314,7 +346,7 @@ class StepTensors:
     diag: Tensor | None
     factors: Factors | None
     scale: Tensor | None
-    keep: Tensor
+    moves: Tensor
     momentum_decay: Decay
     rms_decay: float
     diag_decay: Decay
@@ -323,13 +355,15 @@ class StepTensors:
 def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> None:
     """Write the features of a block into x (features.num, M), which is modified in place.
 
-    Without `with_factors` the 12 features that depend on a row or column alone are left as they are (below two dims: their
-    6 copies).
+    Without `with_factors` the 12 features that depend on a row or column alone are left as they are
+    (below two dims: their 6 copies).
     """
     f = t.features
     x = x.view(f.num, *box.sizes)
     g, p = x[0], x[f.p]
-    m, v, mq, q, factored_g = (x[f.p + i : f.p + j] for i, j in ((1, 4), (4, 5), (5, 8), (8, 9), (9, 12)))
+    m, v, mq, q, factored_g = (
+        x[f.p + i : f.p + j] for i, j in ((1, 4), (4, 5), (5, 8), (8, 9), (9, 12))
+    )
     v, q = v[0], q[0]
     factored_m = x[f.row + 12 :]
     g.copy_(box.view(t.grad))
@@ -356,7 +390,9 @@ def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> N
         d1, d0 = t.dims
         factors = t.factors
         # F_k(x) = x * row_scale_k * col_scale_k
-        torch.mul(box.window(factors.row_scale, d0), box.window(factors.col_scale, d1), out=factored_g)
+        torch.mul(
+            box.window(factors.row_scale, d0), box.window(factors.col_scale, d1), out=factored_g
+        )
         torch.mul(m, factored_g, out=factored_m)
         factored_g.mul_(g)
         if with_factors:
@@ -379,17 +415,23 @@ def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> N
 
 
 def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
-    """Pass B: add the local sums of squares of the element features. Reads state, writes none of it.
+    """Pass B: add the local sums of squares of the element features. Reads state, writes none of
+    it.
 
     Args:
-        sums: float64 (features.num_sums(dims) * lead,), in the order of the features (modified in place).
+        sums: float64 (features.num_sums(dims) * lead,), in the order of the features (modified in
+            place).
     """
     row, lead = t.features.row, t.features.lead(t.shard.shape)
     sums = sums.view(t.features.num_sums(t.dims), *lead)
     for box in chunks(t.shard, t.value.device):
         x = scratch.take("features", t.features.num, box.numel, t.momentum)[:, : box.numel]
         _fill_features(x, box, t, with_factors=False)
-        own = (x[:row], x[row + 12 :]) if t.factors is not None else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
+        own = (
+            (x[:row], x[row + 12 :])
+            if t.factors is not None
+            else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
+        )
         # (features, lead of the block, the rest)
         split = [rows.view(len(rows), *box.sizes[: len(lead)], -1) for rows in own]
         lead_part(sums, box, len(lead)).add_(torch.cat([square_sums(rows) for rows in split]))
@@ -411,7 +453,8 @@ def lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
 def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
     """1 / sqrt(mean x^2 + eps) of all features, (features.num, *lead), from the global sums of B.
 
-    The features that depend on a row or column alone need no communication: the factors are replicated.
+    The features that depend on a row or column alone need no communication: the factors are
+        replicated.
     """
     row, shape = t.features.row, t.shard.shape
     lead = t.features.lead(shape)
@@ -422,8 +465,15 @@ def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
         f = t.factors
-        for first, factor, dim in ((0, f.row, d0), (3, f.col, d1), (6, f.row_rsqrt, d0), (9, f.col_rsqrt, d1)):
-            squares[row + first : row + first + 3] = _factor_square_sums(factor, dim, shape, len(lead))
+        for first, factor, dim in (
+            (0, f.row, d0),
+            (3, f.col, d1),
+            (6, f.row_rsqrt, d0),
+            (9, f.col_rsqrt, d1),
+        ):
+            squares[row + first : row + first + 3] = _factor_square_sums(
+                factor, dim, shape, len(lead)
+            )
     else:
         squares[row : row + 3] = squares[row + 3 : row + 6] = sums[row : row + 3]
         squares[row + 6 : row + 9] = squares[row + 9 : row + 12] = sums[row + 3 : row + 6]
@@ -432,7 +482,9 @@ def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
 
 
 def _factor_square_sums(factor: Tensor, dropped: int, shape: Shape, lead_dims: int) -> Tensor:
-    """Float64 sums over all dims but the lead of the squares of a factor (K, *shape without `dropped`), broadcast."""
+    """Float64 sums over all dims but the lead of the squares of a factor (K, *shape without
+    `dropped`), broadcast.
+    """
     square = factor.to(torch.float64).square().unsqueeze(1 + dropped).flatten(1 + lead_dims).sum(-1)
     if dropped >= lead_dims:
         return square * shape[dropped]
@@ -441,7 +493,9 @@ def _factor_square_sums(factor: Tensor, dropped: int, shape: Shape, lead_dims: i
 
 @dataclass(slots=True)
 class Network:
-    """An MLP with two hidden layers: input_weight (H, F), hidden_weight (H, H), output_weight (O, H), biases as columns."""
+    """An MLP with two hidden layers: input_weight (H, F), hidden_weight (H, H), output_weight (O,
+    H), biases as columns.
+    """
 
     input_weight: Tensor
     input_bias: Tensor
@@ -452,7 +506,9 @@ class Network:
 
 
 def time_features(step: Tensor, scales: Sequence[float] | Tensor = TIME_SCALES) -> Tensor:
-    """tanh(t / tau - 1) for the eleven tau, float32 as in the reference; `step` is the number of steps taken before."""
+    """tanh(t / tau - 1) for the eleven tau, float32 as in the reference; `step` is the number of
+    steps taken before.
+    """
     tau = torch.as_tensor(scales, dtype=torch.float32, device=step.device)
     return torch.tanh(step.to(torch.float32) / tau - 1.0)
 
@@ -460,9 +516,10 @@ def time_features(step: Tensor, scales: Sequence[float] | Tensor = TIME_SCALES) 
 def network_outputs(
     t: StepTensors, feature_scale: Tensor, network: Network, scratch: Scratch
 ) -> Iterator[tuple[Box, Tensor, Tensor]]:
-    """Pass C up to the network: its first two outputs for every block, each in the shape of the block.
+    """Pass C up to the network: its first two outputs for every block, each in the shape of the
+    block.
 
-    Writes the new momentum, rms and diag as it goes (modified in place where `keep` holds).
+    Writes the new momentum, rms and diag as it goes (modified in place where `moves` holds).
 
     Args:
         feature_scale: (features.num, *lead), see `normalisers`.
@@ -474,11 +531,13 @@ def network_outputs(
         x = padded[:, : box.numel]
         _fill_features(x, box, t, with_factors=True)
         shaped, m = x.view(num, *box.sizes), t.features.p + 1
-        commit(box.view(t.momentum), shaped[m : m + 3], t.keep)
-        commit(box.view(t.rms), shaped[m + 3], t.keep)
+        commit(box.view(t.momentum), shaped[m : m + 3], t.moves)
+        commit(box.view(t.rms), shaped[m + 3], t.moves)
         if t.diag is not None:
-            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.keep)
-        x.view(num, *box.sizes[:lead_dims], -1).mul_(lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
+            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.moves)
+        x.view(num, *box.sizes[:lead_dims], -1).mul_(
+            lead_part(feature_scale, box, lead_dims).unsqueeze(-1)
+        )
         h1 = scratch.take("hidden1", hidden, box.numel, x)
         h2 = scratch.take("hidden2", hidden, box.numel, x)
         torch.mm(network.input_weight, padded, out=h1).add_(network.input_bias).relu_()
@@ -498,23 +557,27 @@ def apply_update(
     decay_before: float | Tensor = 0.0,
     decay_after: float | Tensor = 0.0,
 ) -> None:
-    """Pass C: features, network, and the new state and value (all modified in place where `keep` holds).
+    """Pass C: features, network, and the new state and value (all modified in place where `moves`
+    holds).
 
     p <- p - step_size * o0 * exp(exp_mult * o1) - decay_before * p, then p <- p - decay_after * p.
 
     Args:
         feature_scale: (features.num,), see `normalisers`.
-        update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements (modified in place).
+        update_squares: float64 0-d, receives the sum of (p_new - p)^2 over the local elements
+            (modified in place).
     """
     update_squares.zero_()
     dtype = t.momentum.dtype
-    step_size, decay_before, decay_after = (in_dtype(x, dtype) for x in (step_size, decay_before, decay_after))
+    step_size, decay_before, decay_after = (
+        in_dtype(x, dtype) for x in (step_size, decay_before, decay_after)
+    )
     for box, direction, magnitude in network_outputs(t, feature_scale, network, scratch):
         update = direction * (exp_mult * magnitude).exp_() * step_size
         value = box.view(t.value)
         old = value.to(update.dtype, copy=True)
         new = old - update - decay_before * old
-        move(value, old, new - decay_after * new, t.keep, update_squares)
+        move(value, old, new - decay_after * new, t.moves, update_squares)
 
 
 def adamw(
@@ -528,16 +591,18 @@ def adamw(
     lr: float | Tensor,
     weight_decay: float,
     scale: Tensor | None,
-    keep: Tensor,
+    moves: Tensor,
     update_squares: Tensor,
 ) -> None:
-    """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments divided by 1 - beta^step.
+    """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments
+    divided by 1 - beta^step.
 
     Args:
-        value, grad, mean, square: (tensors, N) (all but `grad` modified in place where `keep` holds).
+        value, grad, mean, square: (tensors, N) (all but `grad` modified in place where `moves`
+            holds).
         step: number of this step, the first is 1; 0-d, or (tensors, 1).
         scale: what clipping multiplies each gradient by, (tensors, 1), or None.
-        keep: bool (tensors, 1).
+        moves: bool (tensors, 1).
         update_squares: float64 (tensors,), see `move_rows` (modified in place).
     """
     beta_1, beta_2 = betas
@@ -550,16 +615,22 @@ def adamw(
         g = g if scale is None else g * scale.to(g.dtype)
         m = mean[:, part] * beta_1 + g * (1.0 - beta_1)
         v = square[:, part] * beta_2 + g * g * (1.0 - beta_2)
-        commit(mean[:, part], m, keep)
-        commit(square[:, part], v, keep)
+        commit(mean[:, part], m, moves)
+        commit(square[:, part], v, moves)
         change = (m / correction_1) / ((v / correction_2).sqrt_() + eps)
-        move_rows(value[:, part], old, old - lr * (change + weight_decay * old), keep, update_squares)
+        move_rows(
+            value[:, part], old, old - lr * (change + weight_decay * old), moves, update_squares
+        )
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """About the nearest orthogonal matrix of every matrix in x (..., rows, columns): singular values driven towards 1.
+def newton_schulz(
+    x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float
+) -> Tensor:
+    """About the nearest orthogonal matrix of every matrix in x (..., rows, columns): singular
+    values driven towards 1.
 
-    X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T; X on its side if it is tall.
+    X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T; X on
+    its side if it is tall.
     """
     c0, c1, c2 = coefficients
     shape, tall = x.shape, x.shape[-2] > x.shape[-1]
@@ -573,17 +644,25 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], iteration
 
 
 def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A number in the dtype of the arithmetic; a 0-d tensor would promote a 0-d parameter, where a float does not."""
+    """A number in the dtype of the arithmetic; a 0-d tensor would promote a 0-d parameter, where a
+    float does not.
+    """
     return x.to(dtype) if isinstance(x, Tensor) else x
 
 
-def move(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
-    """value <- new where `keep` holds, and the square of the change is counted (`value`, `update_squares` modified in place)."""
-    commit(value, new, keep)
-    update_squares += torch.where(keep, (new - old).to(torch.float64).square_().sum(), 0.0)
+def move(value: Tensor, old: Tensor, new: Tensor, moves: Tensor, update_squares: Tensor) -> None:
+    """value <- new where `moves` holds, and the square of the change is counted (`value`,
+    `update_squares` modified in place).
+    """
+    commit(value, new, moves)
+    update_squares += torch.where(moves, (new - old).to(torch.float64).square_().sum(), 0.0)
 
 
-def move_rows(value: Tensor, old: Tensor, new: Tensor, keep: Tensor, update_squares: Tensor) -> None:
-    """As `move` for every row of (tensors, N), with `keep` (tensors, 1) and `update_squares` (tensors,)."""
-    commit(value, new, keep)
-    update_squares += torch.where(keep[:, 0], (new - old).to(torch.float64).square().sum(-1), 0.0)
+def move_rows(
+    value: Tensor, old: Tensor, new: Tensor, moves: Tensor, update_squares: Tensor
+) -> None:
+    """As `move` for every row of (tensors, N), with `moves` (tensors, 1) and `update_squares`
+    (tensors,).
+    """
+    commit(value, new, moves)
+    update_squares += torch.where(moves[:, 0], (new - old).to(torch.float64).square().sum(-1), 0.0)

@@ -1,7 +1,9 @@
-"""Tensors of equal size as one: which go together, into one tensor and back, the squares in it. Writes the tensors it is handed.
+"""Tensors of equal size as one: which go together, into one tensor and back, the squares in it.
+Writes the tensors it is handed.
 
-What has no compiled pass is done on stacks, so that a step on hundreds of small tensors takes as many operations as there are
-sizes. A stack holds at most `most_elements`, which bounds its memory; a larger tensor is a stack of its own, and no copy.
+What has no compiled pass is done on stacks, so that a step on hundreds of small tensors takes as
+many operations as there are sizes. A stack holds at most `most_elements`, which bounds its memory;
+a larger tensor is a stack of its own, and no copy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def most_elements(device: torch.device) -> int:
 
 
 def equal(entries: Iterable[tuple[int, Hashable, int]], most: int) -> list[list[int]]:
-    """The numbers of (number, key, elements), those of one key together, in order, with at most `most` elements or alone."""
+    """The numbers of (number, key, elements), those of one key together, in order, with at most
+    `most` elements or alone.
+    """
     found: list[list[int]] = []
     last: dict[Hashable, tuple[list[int], int]] = {}
     for number, key, elements in entries:
@@ -39,7 +43,9 @@ def equal(entries: Iterable[tuple[int, Hashable, int]], most: int) -> list[list[
 
 
 def empty(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Uninitialised (N,) of these lengths in one piece of memory, each on a boundary of 64 bytes: products round by that."""
+    """Uninitialised (N,) of these lengths in one piece of memory, each on a boundary of 64 bytes:
+    products round by that.
+    """
     padded = [-(-length // 16) * 16 for length in lengths]
     pieces = torch.empty(sum(padded), dtype=dtype, device=device).split(padded) if lengths else ()
     return [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
@@ -51,13 +57,16 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def scatter(stack: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Bring (number, *shape) back to where `gather` took it from (the tensors are modified in place)."""
+    """Bring (number, *shape) back to where `gather` took it from (the tensors are modified in
+    place).
+    """
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), list(stack.unbind()))
 
 
 def matrix_square_sums(stack: Tensor, shard: TensorShard) -> Tensor:
-    """Local sums of squares over the last two dims, of tensors (number, N): float64 (number, matrices of each).
+    """Local sums of squares over the last two dims, of tensors (number, N): float64 (number,
+    matrices of each).
 
     Those of several matrices must be cut alike, as `shard` says.
     """
@@ -70,11 +79,15 @@ def matrix_square_sums(stack: Tensor, shard: TensorShard) -> Tensor:
 
 
 def scale_matrices(stack: Tensor, shard: TensorShard, factors: Tensor) -> None:
-    """Multiply the elements by their matrix's number (`stack` is modified in place; `factors` as from `matrix_square_sums`)."""
+    """Multiply the elements by their matrix's number (`stack` is modified in place; `factors` as
+    from `matrix_square_sums`).
+    """
     lead = _lead(shard.shape)
     for box in _boxes(stack, shard):
         ones = [1] * (len(box.sizes) - len(lead))
-        box.view(stack).mul_(reference.lead_part(factors.view(len(stack), *lead, *ones), box, len(lead)))
+        box.view(stack).mul_(
+            reference.lead_part(factors.view(len(stack), *lead, *ones), box, len(lead))
+        )
 
 
 def _lead(shape: Shape) -> Shape:
@@ -83,7 +96,9 @@ def _lead(shape: Shape) -> Shape:
 
 
 def _boxes(stack: Tensor, shard: TensorShard) -> Iterator[Box]:
-    """The local elements as blocks of bounded size; of a single matrix it does not matter where they lie."""
+    """The local elements as blocks of bounded size; of a single matrix it does not matter where
+    they lie.
+    """
     flat = TensorShard.whole(shard.fqn, (shard.numel,))
     for box in (shard if _lead(shard.shape) else flat).boxes():
         yield from box.split(max(1, reference.part_size(stack.device) // len(stack)))

@@ -1,1 +1,3 @@
-"""One file per learned optimizer: its rule (the mathematics) and its face (the class users construct)."""
+"""One file per learned optimizer: its rule (the mathematics) and its face (the class users
+construct).
+"""

@@ -1,7 +1,8 @@
-"""AdafacLO, the learned optimizer small_fc_lopt: its rule and its face. Writes value and state of its batch.
+"""AdafacLO, the learned optimizer small_fc_lopt: its rule and its face. Writes value and state of
+its batch.
 
-Source: AdafacMLPLOpt in google/learned_optimization (learned_opts/adafac_mlp_lopt.py), Metz et al. 2022 (arXiv 2203.11860); PyLO
-calls it AdafacLO.
+Source: AdafacMLPLOpt in google/learned_optimization (learned_opts/adafac_mlp_lopt.py), Metz et al.
+2022 (arXiv 2203.11860); PyLO calls it AdafacLO.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .arguments import Precision, check_precision, checked_decays, wide
 
 
 class AdafacRule(ThreePassRule):
-    """small_fc_lopt: 28 normalised features and 11 time features per element, an MLP 39-32-32-2, one update.
+    """small_fc_lopt: 28 normalised features and 11 time features per element, an MLP 39-32-32-2,
+    one update.
 
     Args:
         weights: the meta-network.
@@ -48,15 +50,22 @@ class AdafacRule(ThreePassRule):
         self._networks: dict[tuple[int, torch.dtype, torch.device], Network] = {}
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
-        # the time features are the same for all elements of a group: their share of the first layer is a bias
-        # (the batches of other devices are at work at the same time, and may hold other items of the group)
-        groups = {(id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items}
+        # the time features are the same for all elements of a group: their share of the first layer
+        # is a bias (the batches of other devices are at work at the same time, and may hold other
+        # items of the group)
+        groups = {
+            (id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items
+        }
         for (key, dtype), hyper in groups.items():
-            self._networks[key, dtype, batch.device] = self._network(hyper["step"].to(batch.device), dtype)
+            self._networks[key, dtype, batch.device] = self._network(
+                hyper["step"].to(batch.device), dtype
+            )
 
     def rates(self, hyper: dict[str, Any]) -> Rates:
         lr = wide(hyper["lr"])
-        return Rates(lr * hyper["step_mult"], hyper["exp_mult"], decay_after=lr * hyper["weight_decay"])
+        return Rates(
+            lr * hyper["step_mult"], hyper["exp_mult"], decay_after=lr * hyper["weight_decay"]
+        )
 
     def network_of(self, i: int, item: Item) -> Network:
         """The network of this step for an item, made in `prepare`."""
@@ -67,12 +76,16 @@ class AdafacRule(ThreePassRule):
         key = (dtype, step.device)
         if key not in self._tensors:
             w = {name: t.to(step.device, dtype) for name, t in self.weights.tensors.items()}
-            features, w["time"] = w["network.input.weight"].split([self.features.num, len(reference.TIME_SCALES)], dim=1)
+            features, w["time"] = w["network.input.weight"].split(
+                [self.features.num, len(reference.TIME_SCALES)], dim=1
+            )
             w["features"] = features.contiguous()
             w["time_scales"] = torch.tensor(reference.TIME_SCALES, device=step.device)
             self._tensors[key] = w
         w = self._tensors[key]
-        bias = w["network.input.bias"] + w["time"] @ reference.time_features(step, w["time_scales"]).to(dtype)
+        bias = w["network.input.bias"] + w["time"] @ reference.time_features(
+            step, w["time_scales"]
+        ).to(dtype)
         return Network(
             w["features"],
             bias[:, None],
@@ -84,8 +97,13 @@ class AdafacRule(ThreePassRule):
 
 
 def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
-    """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as the reference has it."""
-    return tuple(1.0 - (1.0 - beta) * math.exp(10.0 * offset) for beta, offset in zip(initial, offsets, strict=True))
+    """beta = 1 - exp(10 (log(1 - initial) / 10 + offset)) = 1 - (1 - initial) exp(10 offset), as
+    the reference has it.
+    """
+    return tuple(
+        1.0 - (1.0 - beta) * math.exp(10.0 * offset)
+        for beta, offset in zip(initial, offsets, strict=True)
+    )
 
 
 class AdafacLO(LearnedOptimizer):
@@ -95,26 +113,28 @@ class AdafacLO(LearnedOptimizer):
     :math:`p \leftarrow p - lr \cdot step\_mult \cdot o_0 \exp(exp\_mult \cdot o_1)`, then
     :math:`p \leftarrow p - lr \cdot weight\_decay \cdot p`.
 
-    State of a parameter: `momentum` (3, *shape), `rms` (*shape), and `row` (3, shape without d0), `col` (3, shape without d1), or
-    `diag` (3, *shape) below two dims.
+    State of a parameter: `momentum` (3, *shape), `rms` (*shape), and `row` (3, shape without d0),
+    `col` (3, shape without d1), or `diag` (3, *shape) below two dims.
 
     Args:
-        params: parameters, groups, or `named_parameters()`. A group may override lr, weight_decay, exp_mult, step_mult and
-            max_grad_norm.
+        params: parameters, groups, or `named_parameters()`. A group may override lr, weight_decay,
+            exp_mult, step_mult and max_grad_norm.
         lr: factor on every update; a float or a 0-d tensor.
-        weights: "demo" (built in, hand-made), a registered name, `org/name[@revision]` on the Hub, a folder, a .safetensors file,
-            or a mapping of tensors.
-        momentum_decays, rms_decays, adafactor_decays: decay offsets, see `effective_decays`; default: those stored or registered
-            with the weights.
-        initial_momentum_decays, initial_rms_decays, initial_adafactor_decays: decays that the offsets start from.
+        weights: "demo" (built in, hand-made), a registered name, `org/name[@revision]` on the Hub,
+            a folder, a .safetensors file, or a mapping of tensors.
+        momentum_decays, rms_decays, adafactor_decays: decay offsets, see `effective_decays`;
+            default: those stored or registered with the weights.
+        initial_momentum_decays, initial_rms_decays, initial_adafactor_decays: decays that the
+            offsets start from.
         exp_mult, step_mult: scales of the magnitude's logarithm and of the update.
         weight_decay: decoupled, applied after the update to the updated parameter, as PyLO does.
         max_grad_norm: bound on the gradient norm, or None.
-        clip: "global" bounds the norm over all parameters, at no extra communication; "per_tensor" that of each (PyLO's).
-        nonfinite: inf or NaN in a gradient raises ("error"), leaves everything as it was ("skip"), or goes through ("allow").
-        process_group: ranks that average the loss; this rule reads no loss.
-        precision: "highest", "high" or "medium", arithmetic of the network in GPU kernels; on a CPU and in plain PyTorch all are
-            float32.
+        clip: "global" bounds the norm over all parameters, at no extra communication; "per_tensor"
+        that of each (PyLO's). nonfinite: inf or NaN in a gradient raises ("error"), leaves
+        everything as it was ("skip"), or goes through ("allow"). process_group: ranks that average
+        the loss; this rule reads no loss.
+        precision: "highest", "high" or "medium", arithmetic of the network in GPU kernels; on a CPU
+            and in plain PyTorch all are float32.
 
     Raises:
         ValueError: a setting or a parameter that cannot be served, by name.
@@ -152,10 +172,18 @@ class AdafacLO(LearnedOptimizer):
     ) -> None:
         self.precision = check_precision(precision)
         network = load_weights(weights, SMALL_FC)
-        given = {"momentum_decays": momentum_decays, "rms_decays": rms_decays, "adafactor_decays": adafactor_decays}
-        momentum, rms, adafactor = (network.decays[name] if value is None else value for name, value in given.items())
+        given = {
+            "momentum_decays": momentum_decays,
+            "rms_decays": rms_decays,
+            "adafactor_decays": adafactor_decays,
+        }
+        momentum, rms, adafactor = (
+            network.decays[name] if value is None else value for name, value in given.items()
+        )
         offsets = checked_decays(momentum, rms, adafactor, prefix="")
-        initial = checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays)
+        initial = checked_decays(
+            initial_momentum_decays, initial_rms_decays, initial_adafactor_decays
+        )
         betas = [effective_decays(*pair) for pair in zip(initial, offsets, strict=True)]
         rule = self.rule_class(network, *betas)
         rule.precision = self.precision
@@ -166,4 +194,12 @@ class AdafacLO(LearnedOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": max_grad_norm,
         }
-        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip=clip,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )

@@ -18,18 +18,25 @@ def wide(value: float | Tensor) -> float | Tensor:
 
 
 def checked_numbers(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
-    """`values` as floats. Raises ValueError naming the argument unless they are `count` finite numbers."""
+    """`values` as floats. Raises ValueError naming the argument unless they are `count` finite
+    numbers.
+    """
     try:
         numbers = tuple(float(x) for x in values)
     except (TypeError, ValueError):  # not a sequence, or not of numbers
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}")
+        raise ValueError(
+            f"{name}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}"
+        )
     return numbers
 
 
 def checked_decays(
-    momentum: Sequence[float], rms: Sequence[float], adafactor: Sequence[float], prefix: str = "initial_"
+    momentum: Sequence[float],
+    rms: Sequence[float],
+    adafactor: Sequence[float],
+    prefix: str = "initial_",
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
     """The decays of the three accumulators as floats. Raises ValueError naming the argument."""
     return (

@@ -1,7 +1,9 @@
-"""CELO2 and ELO-CELO2: learned directions, orthogonalised matrices, AdamW for the rest. Their rule and faces.
+"""CELO2 and ELO-CELO2: learned directions, orthogonalised matrices, AdamW for the rest. Their rule
+and faces.
 
-Source: PyLO's CELO2_naive and ELO_CELO2_naive (arXiv 2602.19142). Matrices take the MLP's direction, made orthogonal by
-Newton-Schulz and scaled to a fixed rms; embeddings and tensors below two dims follow AdamW.
+Source: PyLO's CELO2_naive and ELO_CELO2_naive (arXiv 2602.19142). Matrices take the MLP's
+direction, made orthogonal by Newton-Schulz and scaled to a fixed rms; embeddings and tensors below
+two dims follow AdamW.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.rule import Batch, Item, Request, Sum
-from ..core.shards import ShardBinding, TensorShard
+from ..core.pieces import ShardBinding
+from ..core.requests import Request, Sum
+from ..core.rule import Batch, Item
+from ..core.shards import TensorShard
 from ..core.state import StateField
 from ..maths import compiled, gram, reference, stacks
 from ..maths.compiled import Updates
@@ -90,11 +94,17 @@ class CELO2Rule(FactoredRule):
 
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
         pattern = self.settings.embedding_pattern
-        is_embedding = hyper.get("is_embedding") or (pattern is not None and re.search(pattern, shard.fqn))
+        is_embedding = hyper.get("is_embedding") or (
+            pattern is not None and re.search(pattern, shard.fqn)
+        )
         if len(shard.shape) >= 2 and not is_embedding:
             return super().state_fields(shard, hyper)
         moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
-        return moments if self.settings.group_counter else {**moments, "adam_step": StateField(replicated=())}
+        return (
+            moments
+            if self.settings.group_counter
+            else {**moments, "adam_step": StateField(replicated=())}
+        )
 
     def describe(self, fields: dict[str, StateField], binding: ShardBinding) -> str:
         if "exp_avg" in fields:
@@ -107,8 +117,8 @@ class CELO2Rule(FactoredRule):
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         # A: sums of g^2 along rows and columns of the matrices, p^2 of the others
         a = self.first_sum(batch)
-        self.gradient_pass(batch, [i for i, _ in batch.moving() if i not in batch.gathered])
-        batch.gathered.clear()
+        self.gradient_pass(batch, [i for i, _ in batch.candidates() if i not in batch.summed])
+        batch.summed.clear()
         kernels = self.kernels(batch)
         matrices, others = self._stacks(batch)
         for stack in others:
@@ -120,33 +130,45 @@ class CELO2Rule(FactoredRule):
         yield a
 
         # B: the sum of squares of every feature, per matrix
-        moving = [i for i, item in batch.moving() if "momentum" in item.state]
+        candidates = [i for i, item in batch.candidates() if "momentum" in item.state]
         b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
-        if kernels is not None and moving:
-            kernels.feature_pass(batch, moving)
+        if kernels is not None and candidates:
+            kernels.feature_pass(batch, candidates)
         else:
-            for i in moving:
-                tensors[i] = self.gather(batch, i, batch.items[i], a.vectors[i])
+            for i in candidates:
+                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i])
                 reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
         if others:
             squares_of = a.heads(1)[:, 0]
         for stack in others:
-            batch.param_squares.index_copy_(0, stack.places, squares_of.index_select(0, stack.places))
+            batch.param_squares.index_copy_(
+                0, stack.places, squares_of.index_select(0, stack.places)
+            )
             self._adamw(batch, stack)
         yield b
 
         # C: the network's direction, orthogonal or not, at a fixed rms
-        if kernels is not None and moving:
-            lengths = [batch.items[i].param.value.numel() for i in moving]
-            directions = dict(zip(moving, stacks.empty(lengths, torch.float32, batch.device), strict=True))
-            kernels.update_pass(batch, moving, self._updates(batch, b), self.precision, list(directions.values()))
+        if kernels is not None and candidates:
+            lengths = [batch.items[i].param.value.numel() for i in candidates]
+            directions = dict(
+                zip(candidates, stacks.empty(lengths, torch.float32, batch.device), strict=True)
+            )
+            kernels.update_pass(
+                batch,
+                candidates,
+                self._updates(batch, b),
+                self.precision,
+                list(directions.values()),
+            )
         else:
             squares = self._param_squares(batch, b)
             rms = self._param_rms(batch, squares)
-            for i in moving:
+            for i in candidates:
                 batch.param_squares[i] = squares[i]
-            directions = {i: self._direction(batch, i, tensors[i], b.vectors[i], rms[i]) for i in moving}
+            directions = {
+                i: self._direction(batch, i, tensors[i], b.vectors[i], rms[i]) for i in candidates
+            }
         c: Sum | None = None
         if self.settings.orthogonalize:
             yield from self._orthogonalise(batch, directions)
@@ -158,13 +180,16 @@ class CELO2Rule(FactoredRule):
             s = stacks.gather([directions[i] for i in stack.items])
             if c is not None:
                 factors = stacks.gather([c.vectors[i] for i in stack.items])
-                stacks.scale_matrices(s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype))
+                stacks.scale_matrices(
+                    s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype)
+                )
             self._move(batch, stack, s)
 
     def _stacks(self, batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
         """The tensors that move, matrices and others, those of equal size and settings together.
 
-        Without Newton-Schulz tensors of several matrices must be cut alike too: each matrix is normalised by itself.
+        Without Newton-Schulz tensors of several matrices must be cut alike too: each matrix is
+        normalised by itself.
         """
         by_matrix = not self.settings.orthogonalize
 
@@ -177,34 +202,44 @@ class CELO2Rule(FactoredRule):
             kind = (is_matrix, id(item.hyper), value.numel(), value.dtype, grad.dtype, cut)
             return i, kind, value.numel()
 
-        entries = [entry(i, item) for i, item in batch.moving()]
-        kept = batch.kept.get("stacks")
+        entries = [entry(i, item) for i, item in batch.candidates()]
+        kept = batch.cache.get("stacks")
         if kept is None or kept[0] != entries:
             found: tuple[list[list[int]], list[list[int]]] = ([], [])
             for members in stacks.equal(entries, stacks.most_elements(batch.device)):
                 found["momentum" not in batch.items[members[0]].state].append(members)
-            kept = batch.kept["stacks"] = (entries, found)
+            kept = batch.cache["stacks"] = (entries, found)
         matrices, others = (
-            [_Stack(members, batch.on_device(f"stack {members[0]}", tuple(members), torch.int64)) for members in kind]
+            [
+                _Stack(members, batch.on_device(f"stack {members[0]}", tuple(members), torch.int64))
+                for members in kind
+            ]
             for kind in kept[1]
         )
         return matrices, others
 
     def _move(self, batch: Batch, stack: _Stack, s: Tensor) -> None:
         """p <- p - lr (s rmsmult + weight_decay p), with s (number of items, N)."""
-        hyper, values = batch.items[stack.items[0]].hyper, [batch.items[i].param.value for i in stack.items]
+        hyper, values = (
+            batch.items[stack.items[0]].hyper,
+            [batch.items[i].param.value for i in stack.items],
+        )
         value = stacks.gather(values)
         lr, decay = reference.in_dtype(hyper["lr"], s.dtype), hyper["weight_decay"]
-        keep, squares = stack.of(batch.keep), torch.zeros(len(values), dtype=torch.float64, device=batch.device)
+        moves, squares = (
+            stack.of(batch.moves),
+            torch.zeros(len(values), dtype=torch.float64, device=batch.device),
+        )
         for part in reference.parts(s):
             old = value[:, part].to(s.dtype, copy=True)
             change = s[:, part] * hyper["rmsmult"] + decay * old
-            reference.move_rows(value[:, part], old, old - lr * change, keep, squares)
+            reference.move_rows(value[:, part], old, old - lr * change, moves, squares)
         stacks.scatter(value, values)
         batch.update_squares.index_copy_(0, stack.places, squares)
 
     def extra_sums(self, item: Item) -> int:
-        return int("momentum" not in item.state)  # p^2 of the others; that of a matrix is one of its features
+        # p^2 of the others; that of a matrix is one of its features
+        return int("momentum" not in item.state)
 
     def _updates(self, batch: Batch, b: Sum) -> Updates:
         """What the compiled pass C reads: "step_size" multiplies the direction."""
@@ -216,64 +251,99 @@ class CELO2Rule(FactoredRule):
         return Updates(networks, network_of, steps.to(torch.float32))
 
     def _param_squares(self, batch: Batch, b: Sum) -> Tensor:
-        """The sum of p^2 of every item whose matrices take part in pass B, which counts it by matrix, float64 (items,)."""
-        if "by matrices" not in batch.kept:
+        """The sum of p^2 of every item whose matrices take part in pass B, which counts it by
+        matrix, float64 (items,).
+        """
+        if "by matrices" not in batch.cache:
             by_matrices: dict[int, list[int]] = {}
             for i, item in enumerate(batch.items):
                 if "momentum" in item.state:
-                    by_matrices.setdefault(math.prod(self.features.lead(item.param.shard.shape)), []).append(i)
-            batch.kept["by matrices"] = [(number, tuple(items)) for number, items in by_matrices.items()]
+                    by_matrices.setdefault(
+                        math.prod(self.features.lead(item.param.shard.shape)), []
+                    ).append(i)
+            batch.cache["by matrices"] = [
+                (number, tuple(items)) for number, items in by_matrices.items()
+            ]
         squares = torch.zeros(len(batch.items), dtype=torch.float64, device=batch.device)
-        for number, items in batch.kept["by matrices"]:
+        for number, items in batch.cache["by matrices"]:
             places = batch.on_device(f"tensors of {number} matrices", items, torch.int64)
-            squares.index_copy_(0, places, b.slices(items, self.features.p * number, number).sum(-1))
+            squares.index_copy_(
+                0, places, b.slices(items, self.features.p * number, number).sum(-1)
+            )
         return squares
 
     @staticmethod
     def _param_rms(batch: Batch, squares: Tensor) -> Tensor:
         """The rms of every item from its sum of squares, float64 (items,)."""
-        if "numels" not in batch.kept:
-            batch.kept["numels"] = tuple(item.param.shard.global_numel for item in batch.items)
-        return (squares / batch.on_device("sizes", batch.kept["numels"], torch.float64) + EPS_STEP).sqrt_()
+        if "numels" not in batch.cache:
+            batch.cache["numels"] = tuple(item.param.shard.global_numel for item in batch.items)
+        return (
+            squares / batch.on_device("sizes", batch.cache["numels"], torch.float64) + EPS_STEP
+        ).sqrt_()
 
-    def _direction(self, batch: Batch, i: int, t: StepTensors, sums: Tensor, param_rms: Tensor) -> Tensor:
+    def _direction(
+        self, batch: Batch, i: int, t: StepTensors, sums: Tensor, param_rms: Tensor
+    ) -> Tensor:
         """The local elements (N,) of s = o0 exp(exp_mult o1), and the new state of the tensor."""
         exp_mult, scale = batch.items[i].hyper["exp_mult"], param_rms.to(t.momentum.dtype)
         s = torch.empty_like(t.rms)
         network = self._network(t.momentum.dtype, t.momentum.device)
-        for box, direction, magnitude in reference.network_outputs(t, reference.normalisers(t, sums), network, self._scratch):
+        for box, direction, magnitude in reference.network_outputs(
+            t, reference.normalisers(t, sums), network, self._scratch
+        ):
             out = direction * (exp_mult * magnitude).exp_()
             box.view(s).copy_(out * scale if self.settings.param_scale_mult else out)
         return s.view(-1)
 
-    def _orthogonalise(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
-        """Replace the directions by their matrices' Newton-Schulz iterates at rms 1 (`directions` is modified in place)."""
-        wide_dtype = max((s.dtype for s in directions.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    def _orthogonalise(
+        self, batch: Batch, directions: dict[int, Tensor]
+    ) -> Generator[Request, None, None]:
+        """Replace the directions by their matrices' Newton-Schulz iterates at rms 1 (`directions`
+        is modified in place).
+        """
+        wide_dtype = max(
+            (s.dtype for s in directions.values()),
+            key=lambda dtype: dtype.itemsize,
+            default=torch.float32,
+        )
         like = torch.empty(0, dtype=wide_dtype, device=batch.device)
         unshared: dict[object, list[Tensor]] = {}
         for i, s in directions.items():
             param = batch.items[i].param
             if param.group is None:
-                unshared.setdefault((id(param.holders), param.replicas), []).append(s.view(param.shard.shape))
+                unshared.setdefault((id(param.holders), param.replicas), []).append(
+                    s.view(param.shard.shape)
+                )
         for wholes in unshared.values():
             self.newton_schulz.whole_(wholes)
         yield from self._through_gram(batch, directions)
         for owned in self._ways(batch)[1]:
             there = owned.gather(directions, like)
             yield there
-            mine = {i: w.to(batch.items[i].state["momentum"].dtype) for i, w in owned.assemble(there).items()}
+            mine = {
+                i: w.to(batch.items[i].state["momentum"].dtype)
+                for i, w in owned.assemble(there).items()
+            }
             self.newton_schulz.whole_(list(mine.values()))
             back = owned.give_back({i: w.to(wide_dtype) for i, w in mine.items()}, like)
             yield back
             directions.update({i: s.to(directions[i].dtype) for i, s in owned.pieces(back).items()})
 
-    def _through_gram(self, batch: Batch, directions: dict[int, Tensor]) -> Generator[Request, None, None]:
+    def _through_gram(
+        self, batch: Batch, directions: dict[int, Tensor]
+    ) -> Generator[Request, None, None]:
         """The same for the matrices that stay where they are (`directions` is modified in place)."""
         by_group = self._ways(batch)[0]
-        sizes = {id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chain(*by_group)}
+        sizes = {
+            id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chain(*by_group)
+        }
         grams = batch.new_sum("gram", lambda item: sizes.get(id(item), 0))
         work = [
-            ([directions[i] for i in chosen], [batch.items[i].param.shard for i in chosen], [grams.vectors[i] for i in chosen])
+            (
+                [directions[i] for i in chosen],
+                [batch.items[i].param.shard for i in chosen],
+                [grams.vectors[i] for i in chosen],
+            )
             for chosen in by_group
         ]
         for pieces, shards, sums in work:
@@ -284,8 +354,10 @@ class CELO2Rule(FactoredRule):
             self.newton_schulz.through_gram_(pieces, shards, sums)
 
     def _ways(self, batch: Batch) -> tuple[list[list[int]], list[OwnedMatrices]]:
-        """By process group the shared matrices that go through their Gram matrix, and who owns the others. Decided once."""
-        if "ways" not in batch.kept:
+        """By process group the shared matrices that go through their Gram matrix, and who owns the
+        others. Decided once.
+        """
+        if "ways" not in batch.cache:
             through_gram: dict[int, list[int]] = {}
             by_group: dict[int, list[int]] = {}
             for i, item in enumerate(batch.items):
@@ -296,14 +368,21 @@ class CELO2Rule(FactoredRule):
                     through_gram.setdefault(id(param.group), []).append(i)
                 else:
                     by_group.setdefault(id(param.group), []).append(i)
-            dealt = [OwnedMatrices.deal(items, [batch.items[i].param for i in items]) for items in by_group.values()]
-            batch.kept["ways"] = (list(through_gram.values()), dealt)
-        ways: tuple[list[list[int]], list[OwnedMatrices]] = batch.kept["ways"]
+            dealt = [
+                OwnedMatrices.deal(items, [batch.items[i].param for i in items])
+                for items in by_group.values()
+            ]
+            batch.cache["ways"] = (list(through_gram.values()), dealt)
+        ways: tuple[list[list[int]], list[OwnedMatrices]] = batch.cache["ways"]
         return ways
 
     @staticmethod
-    def _direction_squares(batch: Batch, matrices: Sequence[_Stack], directions: dict[int, Tensor]) -> Sum:
-        """The request of pass C without Newton-Schulz: the sum of squares of every matrix's direction."""
+    def _direction_squares(
+        batch: Batch, matrices: Sequence[_Stack], directions: dict[int, Tensor]
+    ) -> Sum:
+        """The request of pass C without Newton-Schulz: the sum of squares of every matrix's
+        direction.
+        """
 
         def num_sums(item: Item) -> int:
             return math.prod(item.param.shard.shape[:-2]) if "momentum" in item.state else 0
@@ -311,18 +390,20 @@ class CELO2Rule(FactoredRule):
         c = batch.new_sum("C", num_sums)
         for stack in matrices:
             shard = batch.items[stack.items[0]].param.shard
-            sums = stacks.matrix_square_sums(stacks.gather([directions[i] for i in stack.items]), shard)
+            sums = stacks.matrix_square_sums(
+                stacks.gather([directions[i] for i in stack.items]), shard
+            )
             torch._foreach_copy_([c.vectors[i] for i in stack.items], list(sums.unbind()))
         return c
 
     @staticmethod
     def _to_factors(batch: Batch, c: Sum) -> None:
         """Sums of squares to what brings each matrix to rms 1 (`c` is modified in place)."""
-        if "means" not in batch.kept:
+        if "means" not in batch.cache:
             chosen = [i for i, vector in enumerate(c.vectors) if vector.numel()]
             sizes = [math.prod(batch.items[i].param.shard.shape[-2:]) for i in chosen]
-            batch.kept["means"] = ([c.vectors[i] for i in chosen], sizes)
-        vectors, sizes = batch.kept["means"]
+            batch.cache["means"] = ([c.vectors[i] for i in chosen], sizes)
+        vectors, sizes = batch.cache["means"]
         if vectors:
             torch._foreach_div_(vectors, sizes)
         for packed in c.buffers:
@@ -330,13 +411,23 @@ class CELO2Rule(FactoredRule):
 
     def _adamw(self, batch: Batch, stack: _Stack) -> None:
         items = [batch.items[i] for i in stack.items]
-        hyper, states, group_counter = items[0].hyper, [item.state for item in items], self.settings.group_counter
+        hyper, states, group_counter = (
+            items[0].hyper,
+            [item.state for item in items],
+            self.settings.group_counter,
+        )
         taken = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        values, grads = [item.param.value for item in items], [item.param.grad for item in items if item.param.grad is not None]
+        values, grads = (
+            [item.param.value for item in items],
+            [item.param.grad for item in items if item.param.grad is not None],
+        )
         value, grad, mean, square = (stacks.gather(tensors) for tensors in (values, grads, *taken))
         counters = [] if group_counter else [state["adam_step"] for state in states]
         counter = hyper["step"] if group_counter else stacks.gather(counters)
-        keep, squares = stack.of(batch.keep), torch.zeros(len(items), dtype=torch.float64, device=batch.device)
+        moves, squares = (
+            stack.of(batch.moves),
+            torch.zeros(len(items), dtype=torch.float64, device=batch.device),
+        )
         decay = hyper["adam_weight_decay"]
         reference.adamw(
             value,
@@ -349,11 +440,11 @@ class CELO2Rule(FactoredRule):
             wide(hyper["lr"]) * hyper["adam_lr_mult"],
             hyper["weight_decay"] if decay is None else decay,
             stack.of(batch.scale) if batch.clips else None,
-            keep,
+            moves,
             squares,
         )
         if counters:
-            reference.commit(counter, counter + 1, keep)
+            reference.commit(counter, counter + 1, moves)
             stacks.scatter(counter, counters)
         for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
             stacks.scatter(tensor, tensors)
@@ -362,7 +453,8 @@ class CELO2Rule(FactoredRule):
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
         if (dtype, device) not in self._networks:
             w = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
-            first = torch.cat([w[f"w0.{i}"] for i in range(14)])  # (30, 8), a matrix per group of features
+            # (30, 8), a matrix per group of features
+            first = torch.cat([w[f"w0.{i}"] for i in range(14)])
             self._networks[dtype, device] = Network(
                 first.T.contiguous(),
                 w["b0"][:, None],
@@ -398,35 +490,47 @@ def _settings(
         try:
             re.compile(embedding_pattern)
         except re.error as error:
-            raise ValueError(f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}"
+            ) from None
     c0, c1, c2 = checked_numbers("ns_coeffs", ns_coeffs, 3)
     betas = (beta_1, beta_2)
     return Settings(
-        orthogonalize, param_scale_mult, (c0, c1, c2), ns_iters, ns_eps, betas, adam_eps, group_counter, embedding_pattern
+        orthogonalize,
+        param_scale_mult,
+        (c0, c1, c2),
+        ns_iters,
+        ns_eps,
+        betas,
+        adam_eps,
+        group_counter,
+        embedding_pattern,
     )
 
 
 class CELO2(LearnedOptimizer):
     r"""CELO2, exact on whole and on sharded parameters.
 
-    Matrices (the last two dims of tensors with two or more): :math:`s = o_0 \exp(exp\_mult \cdot o_1)`, made orthogonal by
-    Newton-Schulz, scaled to rms 1, and :math:`p \leftarrow p - lr (rmsmult \cdot s + weight\_decay \cdot p)`. Embeddings and
-    tensors below two dims: AdamW with lr * adam_lr_mult and moments of its own.
+    Matrices (the last two dims of tensors with two or more): :math:`s = o_0 \exp(exp\_mult \cdot
+    o_1)`, made orthogonal by Newton-Schulz, scaled to rms 1, and :math:`p \leftarrow p - lr
+    (rmsmult \cdot s + weight\_decay \cdot p)`. Embeddings and tensors below two dims: AdamW with lr
+    * adam_lr_mult and moments of its own.
 
-    State of a matrix: `momentum` (3, *shape), `rms` (*shape), `row`, `col` as `AdafacLO`; of others `exp_avg`, `exp_avg_sq`
-    (*shape) and `adam_step` (), the steps this tensor has taken.
+    State of a matrix: `momentum` (3, *shape), `rms` (*shape), `row`, `col` as `AdafacLO`; of others
+    `exp_avg`, `exp_avg_sq` (*shape) and `adam_step` (), the steps this tensor has taken.
 
     Args:
         lr: factor on every update.
-        weight_decay: decoupled, of the parameter before the step; adam_weight_decay: the same for AdamW, None: equal.
-        orthogonalize: False leaves Newton-Schulz out ("celo2-base").
-        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what (at most grad_clip_val). A
-            group may hold `max_grad_norm` instead.
-        exp_mult: 0 ignores the network's magnitude. param_scale_mult: multiplies s by the rms of the parameter.
+        weight_decay: decoupled, of the parameter before the step; adam_weight_decay: the same for
+        AdamW, None: equal. orthogonalize: False leaves Newton-Schulz out ("celo2-base").
+        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what
+            (at most grad_clip_val). A group may hold `max_grad_norm` instead.
+        exp_mult: 0 ignores the network's magnitude. param_scale_mult: multiplies s by the rms of
+            the parameter.
         ns_coeffs, ns_iters, ns_eps: of Newton-Schulz.
         grad_clip_val: gradients of matrices are clamped to it.
-        embedding_pattern: regular expression; tensors whose full name it is found in follow AdamW, as do groups with
-            `is_embedding=True`. `report()` shows the way of each.
+        embedding_pattern: regular expression; tensors whose full name it is found in follow AdamW,
+            as do groups with `is_embedding=True`. `report()` shows the way of each.
         Others: as `AdafacLO`; the decays are used as they are.
 
     Raises:
@@ -497,27 +601,42 @@ class CELO2(LearnedOptimizer):
             "max_grad_norm": clip_norm if clip_grad else None,
             "is_embedding": False,
         }
-        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip=clip,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         limit, clamp = group.get("max_grad_norm"), self.rule.features.clamp  # type: ignore[attr-defined]
         if limit is not None and limit > clamp:
-            raise ValueError(f"max_grad_norm={limit!r}: wanted at most grad_clip_val={clamp:g}, or None")
+            raise ValueError(
+                f"max_grad_norm={limit!r}: wanted at most grad_clip_val={clamp:g}, or None"
+            )
         for key in ("adam_lr_mult", "adam_weight_decay", "rmsmult"):
             value = group[key]
-            if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+            if value is not None and not (
+                isinstance(value, (int, float)) and 0.0 <= value < math.inf
+            ):
                 raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
 
 
 class ELO_CELO2(CELO2):
-    """ELO-CELO2: CELO2's matrices, and an AdamW whose moments are those of the learned accumulators, counted per group.
+    """ELO-CELO2: CELO2's matrices, and an AdamW whose moments are those of the learned
+    accumulators, counted per group.
 
-    Differs from `CELO2` in the defaults (weight_decay 0.1, clip_grad True) and in the step count of AdamW's bias correction,
-    which is the group's. PyLO's two classes disagree on adam_lr_mult: 1 in plain PyTorch, 20 in CUDA; 1 is the published code's.
+    Differs from `CELO2` in the defaults (weight_decay 0.1, clip_grad True) and in the step count of
+    AdamW's bias correction, which is the group's. PyLO's two classes disagree on adam_lr_mult: 1 in
+    plain PyTorch, 20 in CUDA; 1 is the published code's.
 
     Args:
-        As `CELO2`, without adam_betas and adam_eps: AdamW uses the first momentum decay, the rms decay, and 1e-8.
+        As `CELO2`, without adam_betas and adam_eps: AdamW uses the first momentum decay, the rms
+            decay, and 1e-8.
     """
 
     group_counter = True
@@ -537,7 +656,9 @@ class ELO_CELO2(CELO2):
     ) -> None:
         own = {"adam_betas", "adam_eps"} & set(kwargs)
         if own:
-            raise TypeError(f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays")
+            raise TypeError(
+                f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays"
+            )
         betas = (
             checked_numbers("initial_momentum_decays", initial_momentum_decays, 3)[0],
             checked_numbers("initial_rms_decays", initial_rms_decays, 1)[0],

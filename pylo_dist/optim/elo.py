@@ -1,7 +1,8 @@
-"""ELO: small_fc_lopt with raw decays, decoupled weight decay before the step and global clipping. Its rule and its face.
+"""ELO: small_fc_lopt with raw decays, decoupled weight decay before the step and global clipping.
+Its rule and its face.
 
-Source: PyLO's ELO and the JAX class it was converted from, without the schedule built into the latter. The features and the
-network are those of `optim/adafac.py`.
+Source: PyLO's ELO and the JAX class it was converted from, without the schedule built into the
+latter. The features and the network are those of `optim/adafac.py`.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class ELORule(AdafacRule):
 class ELO(LearnedOptimizer):
     r"""ELO, exact on whole and on sharded parameters.
 
-    :math:`p \leftarrow p - lr \cdot (o_0 \exp(exp\_mult \cdot o_1) + weight\_decay \cdot p)`, with the MLP's outputs (o_0, o_1)
-    for the features of `AdafacLO`; state as there.
+    :math:`p \leftarrow p - lr \cdot (o_0 \exp(exp\_mult \cdot o_1) + weight\_decay \cdot p)`, with
+    the MLP's outputs (o_0, o_1) for the features of `AdafacLO`; state as there.
 
     Args:
         lr: factor on every update.
         weight_decay: decoupled, of the parameter before the step.
-        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what. A group may hold
-            `max_grad_norm` instead.
-        nonfinite: as `AdafacLO`; "allow" replaces NaN by 0 and inf by the largest number as the reference does, after
-            clipping, so that with clipping a single NaN zeroes the gradient.
+        clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what. A
+            group may hold `max_grad_norm` instead.
+        nonfinite: as `AdafacLO`; "allow" replaces NaN by 0 and inf by the largest number as the
+            reference does, after clipping, so that with clipping a single NaN zeroes the gradient.
         Others: as `AdafacLO`; the decays are used as they are.
 
     Raises:
@@ -72,7 +73,10 @@ class ELO(LearnedOptimizer):
     ) -> None:
         self.precision = check_precision(precision)
         network = load_weights(weights, ELO_WEIGHTS)
-        rule = ELORule(network, *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays))
+        rule = ELORule(
+            network,
+            *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
+        )
         rule.precision = self.precision
         defaults = {
             "lr": lr,
@@ -80,4 +84,12 @@ class ELO(LearnedOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": clip_norm if clip_grad else None,
         }
-        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip=clip,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )

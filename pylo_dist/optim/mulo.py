@@ -1,7 +1,8 @@
-"""MuLO: small_fc_lopt with the learning rates of the maximal update parameterisation (muP). Its rule and its face.
+"""MuLO: small_fc_lopt with the learning rates of the maximal update parameterisation (muP). Its
+rule and its face.
 
-Source: Thérien et al. 2024 (arXiv 2406.00153) as PyLO applies it: matrix-like parameters, those with two dimensions that grow
-with the width, take steps smaller by their width multiplier.
+Source: Thérien et al. 2024 (arXiv 2406.00153) as PyLO applies it: matrix-like parameters, those
+with two dimensions that grow with the width, take steps smaller by their width multiplier.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from .adafac import AdafacLO, AdafacRule
 
 
 class MuLORule(AdafacRule):
-    """AdafacRule with lr <- lr / width_mult per tensor; the weight decay, lr * weight_decay, shrinks along as in PyLO."""
+    """AdafacRule with lr <- lr / width_mult per tensor; the weight decay, lr * weight_decay,
+    shrinks along as in PyLO.
+    """
 
     name = "mulo"
 
@@ -29,14 +32,15 @@ class MuLO(AdafacLO):
     """`AdafacLO` with muP learning rates.
 
     Args:
-        width_mults: per fqn the factor by which a matrix-like parameter is wider than in the base model (mup's
-            `infshape.width_mult()` where `infshape.ninf() == 2`); parameters that are not named have 1. None: read from the
-            `infshape` that `mup.set_base_shapes` leaves on parameters. Kept in the parameter groups (`group["width_mults"]`).
+        width_mults: per fqn the factor by which a matrix-like parameter is wider than in the base
+            model (mup's `infshape.width_mult()` where `infshape.ninf() == 2`); parameters that are
+            not named have 1. None: read from the `infshape` that `mup.set_base_shapes` leaves on
+            parameters. Kept in the parameter groups (`group["width_mults"]`).
         Others: as `AdafacLO`.
 
     Raises:
-        ValueError: no `infshape` and no width_mults, a name that is no parameter, a multiplier that is no number > 0, or more
-            than two dimensions that grow.
+        ValueError: no `infshape` and no width_mults, a name that is no parameter, a multiplier that
+            is no number > 0, or more than two dimensions that grow.
     """
 
     rule_class = MuLORule
@@ -44,19 +48,24 @@ class MuLO(AdafacLO):
     _width_mults: dict[str, float] | None = None
     _unclaimed: frozenset[str] = frozenset()
 
-    def __init__(self, params: Any, *, width_mults: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, *, width_mults: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
         self._width_mults = None if width_mults is None else dict(width_mults)
         self._unclaimed = frozenset(width_mults or ())
         super().__init__(params, **kwargs)
         if self._unclaimed:
             names = [binding.shard.fqn for binding in self._bindings.values()]
             raise ValueError(
-                f"width_mults names {sorted(self._unclaimed)}, which are no parameters here; wanted some of {names[:8]} "
-                "(pass model.named_parameters() so that parameters have their names)"
+                f"width_mults names {sorted(self._unclaimed)}, which are no parameters here; "
+                f"wanted some of {names[:8]} (pass model.named_parameters() so that parameters "
+                "have their names)"
             )
 
     @classmethod
-    def before_sharding(cls, named: Iterable[tuple[str, Tensor]], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def before_sharding(
+        cls, named: Iterable[tuple[str, Tensor]], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         if kwargs.get("width_mults") is not None:
             return kwargs
         return {**kwargs, "width_mults": {fqn: width_mult_of(fqn, param) for fqn, param in named}}
@@ -81,9 +90,12 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
     infshape = getattr(param, "infshape", None)
     if infshape is None:
         raise ValueError(
-            f"{fqn!r} has no infshape: call mup.set_base_shapes(model, base_model) before building MuLO, or pass "
-            "width_mults={fqn: float}"
+            f"{fqn!r} has no infshape: call mup.set_base_shapes(model, base_model) before building "
+            "MuLO, or pass width_mults={fqn: float}"
         )
     if infshape.ninf() > 2:
-        raise ValueError(f"{fqn!r} has {infshape.ninf()} dimensions that grow with the width; muP knows at most 2")
+        raise ValueError(
+            f"{fqn!r} has {infshape.ninf()} dimensions that grow with the width; muP knows at most "
+            "2"
+        )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0

@@ -1,7 +1,9 @@
-"""VeLO, the versatile learned optimizer: its rule and its face. Writes value and state of its batch.
+"""VeLO, the versatile learned optimizer: its rule and its face. Writes value and state of its
+batch.
 
-Source: HyperV2 in google/learned_optimization (research/general_lopt/hyper_v2.py), Metz et al. 2022 (arXiv 2211.09760). An LSTM
-reads statistics of all tensors and the training loss and mixes, per tensor, a small MLP for the elements and a step size.
+Source: HyperV2 in google/learned_optimization (research/general_lopt/hyper_v2.py), Metz et al. 2022
+(arXiv 2211.09760). An LSTM reads statistics of all tensors and the training loss and mixes, per
+tensor, a small MLP for the elements and a step size.
 """
 
 from __future__ import annotations
@@ -30,7 +32,18 @@ from .arguments import Precision, check_precision, checked_decays, wide
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
 
-FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)  # of the run, where its tanh features switch
+# of the run, where its tanh features switch
+FRACTIONS = (
+    0.03,
+    0.1,
+    0.2,
+    0.4,
+    0.6,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+)
 NUM_LOSS_MEANS = 10
 NETWORK = {  # of an element, in the order of `reference.Network`; the third output is unused
     "input_weights_": (4, 30),
@@ -50,7 +63,8 @@ def log_abs(x: Tensor) -> Tensor:
 
 
 class LossBuffer:
-    """Ten running means of the loss, from 10 steps to the whole run long, and their minima; all float64 (10,).
+    """Ten running means of the loss, from 10 steps to the whole run long, and their minima; all
+    float64 (10,).
 
     Args:
         num_steps: length of the run.
@@ -58,7 +72,9 @@ class LossBuffer:
     """
 
     def __init__(self, num_steps: int, step: Tensor) -> None:
-        half_lives = torch.logspace(1.0, math.log10(num_steps), NUM_LOSS_MEANS, dtype=torch.float64, device=step.device)
+        half_lives = torch.logspace(
+            1.0, math.log10(num_steps), NUM_LOSS_MEANS, dtype=torch.float64, device=step.device
+        )
         self.decays = torch.exp(-1.0 / half_lives)
         self.step = step
 
@@ -71,14 +87,17 @@ class LossBuffer:
         return means, torch.minimum(minima, means / correction)
 
     def features(self, means: Tensor, minima: Tensor) -> Tensor:
-        """Nine numbers in [-1, 1]: how far each mean is above its minimum, measured by the next longer one; 0 at the start."""
+        """Nine numbers in [-1, 1]: how far each mean is above its minimum, measured by the next
+        longer one; 0 at the start.
+        """
         means = means / (1.0 - self.decays ** (self.step + 1))
         above = (means[:-1] - minima[:-1]) / (means[1:] - minima[:-1]).clamp_min(1e-8)
         return torch.where(self.step + 1 <= 2, 0.0, (above - 1.0).clamp(-1.0, 1.0))
 
 
 class VeLORule(ThreePassRule):
-    """30 normalised features per element, an MLP 30-4-4-3 that an LSTM mixes for every tensor out of P sets of weights.
+    """30 normalised features per element, an MLP 30-4-4-3 that an LSTM mixes for every tensor out
+    of P sets of weights.
 
     Args:
         weights: LSTM and MLP sets.
@@ -125,72 +144,103 @@ class VeLORule(ThreePassRule):
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
         hyper = batch.groups[0]
-        # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the run a float64 one
-        dtype = max((item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize)
+        # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the
+        # run a float64 one
+        dtype = max(
+            (item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize
+        )
         w = self._weights(dtype, batch.device)
 
         buffer = LossBuffer(hyper["num_steps"], hyper["step"])
         means, minima = buffer.updated(hyper["loss_means"], hyper["loss_minima"], batch.loss)
         loss_features = buffer.features(means, minima).to(dtype)
         for group in batch.groups:
-            reference.commit(group["loss_means"], means, batch.go)
-            reference.commit(group["loss_minima"], minima, batch.go)
+            reference.commit(group["loss_means"], means, batch.taken)
+            reference.commit(group["loss_minima"], minima, batch.taken)
 
         n, sums = self._constants(batch)[0], tensor_sums
         inputs = self._inputs(batch, sums, loss_features)
-        if "lstm" not in batch.kept:
-            batch.kept["lstm"] = [[x.state[name].view(-1) for x in batch.items] for name in ("lstm_hidden", "lstm_cell")]
-        rows = batch.kept["lstm"]
+        if "lstm" not in batch.cache:
+            batch.cache["lstm"] = [
+                [x.state[name].view(-1) for x in batch.items]
+                for name in ("lstm_hidden", "lstm_cell")
+            ]
+        rows = batch.cache["lstm"]
         hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
         # x <- x W2 + b2 + max over tensors of relu(x W1 + b1)
         mix, x = linear(inputs, w["mix.weight"], w["mix.bias"]).chunk(2, dim=1)
         x = x + torch.relu(mix).amax(0)
-        gates = linear(torch.cat([x, hidden], dim=1), w["lstm.linear.weight"], w["lstm.linear.bias"])
+        gates = linear(
+            torch.cat([x, hidden], dim=1), w["lstm.linear.weight"], w["lstm.linear.bias"]
+        )
         i, g, f, o = gates.chunk(4, dim=1)
         cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
         hidden = torch.sigmoid(o) * torch.tanh(cell)
         for part, before, now in zip(rows, old, (hidden, cell), strict=True):
-            torch._foreach_copy_(part, list(torch.where(batch.go, now, before).unbind()))
+            torch._foreach_copy_(part, list(torch.where(batch.taken, now, before).unbind()))
 
-        controls, lr_mult = linear(hidden, w["heads.weight"], w["heads.bias"]).tensor_split([-1], dim=1)
+        controls, lr_mult = linear(hidden, w["heads.weight"], w["heads.bias"]).tensor_split(
+            [-1], dim=1
+        )
         lr_mult = batch.figures["lr_mult"] = lr_mult[:, 0]
-        # every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors, P)
+        # every tensor's MLP: 100 times the mean over the P sets, weighted by its controls (tensors,
+        # P)
         self._mixed = controls @ w["sets"] * (100.0 / controls.shape[1])
         rates = batch.numbers("rates", lambda group: [wide(group["lr"]) * group["step_mult"]])[:, 0]
-        self._step_sizes = rates * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
+        self._step_sizes = (
+            rates * lr_mult.to(torch.float64) * (sums[:, P_SQUARES] / n[:, 0] + 1e-9).sqrt()
+        )
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
-        """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the step."""
+        """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the
+        step.
+        """
         n, one_hot, fractions_at = self._constants(batch)
         mean = sums / n
-        # moments of m z and v z with z = 1 / rms(p); E[x^2] - E[x]^2 loses nothing that matters in float64
+        # moments of m z and v z with z = 1 / rms(p); E[x^2] - E[x]^2 loses nothing that matters in
+        # float64
         z = mean[:, P_SQUARES, None].clamp_min(1e-9).rsqrt()
         m, m_squares = z * mean[:, M], z * z * mean[:, M_SQUARES]
         v, v_squares = z * mean[:, V, None], z * z * mean[:, V_SQUARES, None]
         var_m = (m_squares - m * m).clamp_min(0.0)
-        var_v = (v_squares - 2.0 * v * m + m * m).clamp_min(0.0)  # about the mean of m_k: so does the reference
+        # about the mean of m_k: so does the reference
+        var_v = (v_squares - 2.0 * v * m + m * m).clamp_min(0.0)
         groups, group_of = batch.hypers()
-        fractions = torch.stack([self._fraction(group, fractions_at) for group in groups]).index_select(0, group_of)
+        fractions = torch.stack(
+            [self._fraction(group, fractions_at) for group in groups]
+        ).index_select(0, group_of)
         moments = [log_abs(x).to(loss_features.dtype) for x in (v, var_m, var_v)]
         loss = loss_features.expand(len(batch.items), -1)
         one_hot = one_hot.to(loss_features.dtype)
-        return torch.cat([fractions.to(loss_features.dtype), loss, moments[0], one_hot, moments[1], moments[2]], dim=1)
+        return torch.cat(
+            [fractions.to(loss_features.dtype), loss, moments[0], one_hot, moments[1], moments[2]],
+            dim=1,
+        )
 
     @staticmethod
     def _constants(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers of elements (tensors, 1), one-hot numbers of dims above 1 (tensors, 5), FRACTIONS; on the device, once."""
-        if "constants" not in batch.kept:
+        """Numbers of elements (tensors, 1), one-hot numbers of dims above 1 (tensors, 5),
+        FRACTIONS; on the device, once.
+        """
+        if "constants" not in batch.cache:
             shapes = [item.param.shard.shape for item in batch.items]
             n = torch.tensor([[float(math.prod(shape))] for shape in shapes], dtype=torch.float64)
-            one_hot = torch.tensor([[float(sum(size > 1 for size in shape) == k) for k in range(5)] for shape in shapes])
+            one_hot = torch.tensor(
+                [
+                    [float(sum(size > 1 for size in shape) == k) for k in range(5)]
+                    for shape in shapes
+                ]
+            )
             at = torch.tensor(FRACTIONS, dtype=torch.float32)
-            batch.kept["constants"] = tuple(t.to(batch.device) for t in (n, one_hot, at))
-        constants: tuple[Tensor, Tensor, Tensor] = batch.kept["constants"]
+            batch.cache["constants"] = tuple(t.to(batch.device) for t in (n, one_hot, at))
+        constants: tuple[Tensor, Tensor, Tensor] = batch.cache["constants"]
         return constants
 
     @staticmethod
     def _fraction(hyper: dict[str, Any], at: Tensor) -> Tensor:
-        """tanh(10 (t / num_steps - w)) for nine w, float32 as in the reference, (9,); beyond the end of the run as at its end."""
+        """tanh(10 (t / num_steps - w)) for nine w, float32 as in the reference, (9,); beyond the
+        end of the run as at its end.
+        """
         where = (hyper["step"].to(torch.float32) / hyper["num_steps"]).clamp(max=1.0)
         return torch.tanh(10.0 * (where - at))
 
@@ -198,8 +248,14 @@ class VeLORule(ThreePassRule):
         return Rates(0.0, hyper["exp_mult"], decay_after=wide(hyper["lr"]) * hyper["weight_decay"])
 
     def network_of(self, i: int, item: Item) -> Network:
-        parts = self._mixed[i].to(item.state["momentum"].dtype).split([math.prod(shape) for shape in NETWORK.values()])
-        return Network(*(part.view(shape) for part, shape in zip(parts, NETWORK.values(), strict=True)))
+        parts = (
+            self._mixed[i]
+            .to(item.state["momentum"].dtype)
+            .split([math.prod(shape) for shape in NETWORK.values()])
+        )
+        return Network(
+            *(part.view(shape) for part, shape in zip(parts, NETWORK.values(), strict=True))
+        )
 
     def update(self, i: int, item: Item) -> Update:
         update = super().update(i, item)
@@ -213,13 +269,19 @@ class VeLORule(ThreePassRule):
         return Updates(self._mixed, own, steps.to(torch.float32))
 
     def _weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The LSTM, its two inputs and its two outputs as one matrix each, and all sets of weights of the MLP, (P, numbers)."""
+        """The LSTM, its two inputs and its two outputs as one matrix each, and all sets of weights
+        of the MLP, (P, numbers).
+        """
         if (dtype, device) not in self._tensors:
             w = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
             found = {name: w[name] for name in ("lstm.linear.weight", "lstm.linear.bias")}
             for kind in ("weight", "bias"):
-                found[f"mix.{kind}"] = torch.cat([w[f"mix_layer2.{kind}"], w[f"final_mix_layer.{kind}"]])
-                found[f"heads.{kind}"] = torch.cat([w[f"rnn_to_controls.{kind}"], w[f"step_size.{kind}"]])
+                found[f"mix.{kind}"] = torch.cat(
+                    [w[f"mix_layer2.{kind}"], w[f"final_mix_layer.{kind}"]]
+                )
+                found[f"heads.{kind}"] = torch.cat(
+                    [w[f"rnn_to_controls.{kind}"], w[f"step_size.{kind}"]]
+                )
             sets = (w[name][:, : shape[0]].flatten(1) for name, shape in NETWORK.items())
             found["sets"] = torch.cat(list(sets), dim=1)
             self._tensors[dtype, device] = found
@@ -227,21 +289,24 @@ class VeLORule(ThreePassRule):
 
 
 class VeLO(LearnedOptimizer):
-    r"""The versatile learned optimizer, exact on whole and on sharded parameters. It reads the training loss.
+    r"""The versatile learned optimizer, exact on whole and on sharded parameters. It reads the
+    training loss.
 
     With the MLP's outputs (o_0, o_1) for an element and the LSTM's step size l for its tensor:
-    :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot o_0 \exp(exp\_mult \cdot o_1) \sqrt{\langle p^2 \rangle + 10^{-9}}`,
-    then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot p`.
+    :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot o_0 \exp(exp\_mult \cdot o_1)
+    \sqrt{\langle p^2 \rangle + 10^{-9}}`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot
+    p`.
 
-    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,). Of the run, in every parameter
-    group: `num_steps`, `loss_means` and `loss_minima` (10,).
+    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,).
+    Of the run, in every parameter group: `num_steps`, `loss_means` and `loss_minima` (10,).
 
     Args:
         num_steps: length of the run in steps; the rule knows how far along it is. See `extend`.
         lr: factor on every update. The reference has none, which is 1.
-        tie_break: which dimension counts as the larger where two are equal: "torch", PyLO's, or "as_given", the reference's on
-            the axes as they are.
-        Others: as `AdafacLO`. `max_grad_norm` may be at most 1000, where the rule clamps elements of the gradient anyway.
+        tie_break: which dimension counts as the larger where two are equal: "torch", PyLO's, or
+            "as_given", the reference's on the axes as they are.
+        Others: as `AdafacLO`. `max_grad_norm` may be at most 1000, where the rule clamps elements
+            of the gradient anyway.
 
     Raises:
         ValueError: a setting or a parameter that cannot be served, by name; a step without a loss.
@@ -294,12 +359,27 @@ class VeLO(LearnedOptimizer):
             "max_grad_norm": max_grad_norm,
             "num_steps": num_steps,
         }
-        super().__init__(params, rule, network, defaults, clip=clip, nonfinite=nonfinite, process_group=process_group)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip=clip,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )
         numel = sum(binding.shard.global_numel for binding in self._bindings.values())
         if numel > LARGEST_MODEL:
-            warnings.warn(f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}", stacklevel=2)
+            warnings.warn(
+                f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}",
+                stacklevel=2,
+            )
         if num_steps > LONGEST_RUN:
-            warnings.warn(f"num_steps={num_steps}: VeLO was meta-trained on runs of up to {LONGEST_RUN} steps", stacklevel=2)
+            warnings.warn(
+                f"num_steps={num_steps}: VeLO was meta-trained on runs of up to {LONGEST_RUN} "
+                "steps",
+                stacklevel=2,
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -307,7 +387,9 @@ class VeLO(LearnedOptimizer):
         if not isinstance(num_steps, int) or num_steps < 2:
             raise ValueError(f"num_steps={num_steps!r}: wanted the length of the run, an int >= 2")
         if limit is not None and limit > reference.VELO.clamp:
-            raise ValueError(f"max_grad_norm={limit!r}: wanted at most {reference.VELO.clamp:g}, or None")
+            raise ValueError(
+                f"max_grad_norm={limit!r}: wanted at most {reference.VELO.clamp:g}, or None"
+            )
 
     def extend(self, num_steps: int) -> None:
         """Give the run another length, e.g. to go on after its end; call it alike on all ranks.
@@ -321,8 +403,8 @@ class VeLO(LearnedOptimizer):
             group["num_steps"] = num_steps
 
     def phases(self) -> Any:
-        # on a GPU the count is read back once; after that calls are counted on the host, steps not taken among them, but not
-        # what a CUDA graph replays
+        # on a GPU the count is read back once; after that calls are counted on the host, steps not
+        # taken among them, but not what a CUDA graph replays
         group = self.param_groups[0]
         if is_capturing(group["step"].device):
             return super().phases()
@@ -331,8 +413,8 @@ class VeLO(LearnedOptimizer):
         if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
             self._warned_at = group["num_steps"]
             warnings.warn(
-                f"VeLO has taken all num_steps={group['num_steps']} steps it was told of; it goes on as at the end of a run. "
-                "extend(num_steps) makes the run longer",
+                f"VeLO has taken all num_steps={group['num_steps']} steps it was told of; it goes "
+                "on as at the end of a run. extend(num_steps) makes the run longer",
                 stacklevel=3,
             )
         self._steps_called += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..core.shards import ShardBinding, bound_shard
+from ..core.pieces import ShardBinding, bound_shard
 from ..layouts.dtensor import describe_all
 from ..layouts.gradients import Settled, settle
 from ..layouts.plain import is_dtensor, local_tensor
@@ -24,24 +24,28 @@ def clip_grad_norm_(
     optimizer_or_params: Union[torch.optim.Optimizer, Tensor, Iterable[Tensor]],
     max_norm: float,
 ) -> Tensor:
-    """Scale gradients (modified in place) so that their norm over all tensors and ranks is at most `max_norm`.
+    """Scale gradients (modified in place) so that their norm over all tensors and ranks is at most
+    `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, but for parameters on several meshes, whole ones beside sharded ones, and the pieces of a
-    `ZeroOptimizer`; norm and gradients are those of one process. Call it on all ranks. The gradients of whole parameters beside
-    DTensors (`ignored_params`) are averaged first, which a learned optimizer would do in its step.
+    As `torch.nn.utils.clip_grad_norm_`, but for parameters on several meshes, whole ones beside
+    sharded ones, and the pieces of a `ZeroOptimizer`; norm and gradients are those of one process.
+    Call it on all ranks. The gradients of whole parameters beside DTensors (`ignored_params`) are
+    averaged first, which a learned optimizer would do in its step.
 
     `max_grad_norm=` of a learned optimizer does the same without a collective of its own.
 
     Args:
-        optimizer_or_params: an optimizer, or its parameters in the same order on every rank. Where DTensors come without an
-            optimizer, the ranks compare their layouts at every call; of an optimizer they are known after the first.
+        optimizer_or_params: an optimizer, or its parameters in the same order on every rank. Where
+            DTensors come without an optimizer, the ranks compare their layouts at every call; of an
+            optimizer they are known after the first.
         max_norm: bound, > 0; inf only measures.
 
     Returns:
         The norm before clipping, 0-d, in the widest dtype of the gradients (at least float32).
 
     Raises:
-        ValueError: max_norm is no number > 0, or the gradients of a ZeroOptimizer, which averages them in its step.
+        ValueError: max_norm is no number > 0, or the gradients of a ZeroOptimizer, which averages
+            them in its step.
     """
     if not max_norm > 0.0:
         raise ValueError(f"max_norm={max_norm!r}: wanted a number > 0")
@@ -49,8 +53,8 @@ def clip_grad_norm_(
     pieces = [param for binding, param in bound if bound_shard(param) is not None]
     if pieces and len(pieces) == len(bound) and all(p.grad is None for p in pieces):
         raise ValueError(
-            "ZeroOptimizer averages gradients in its step, so that there are none yet: pass it max_grad_norm= (learned "
-            "optimizers), or clip in a step pre-hook of its inner optimizer"
+            "ZeroOptimizer averages gradients in its step, so that there are none yet: pass it "
+            "max_grad_norm= (learned optimizers), or clip in a step pre-hook of its inner optimizer"
         )
     unreduced = _settle(bound)
     squares = _squares([(binding, param) for binding, param in bound if not binding.unreduced])
@@ -74,7 +78,11 @@ def _bound(optimizer_or_params: Any) -> list[tuple[ShardBinding, Tensor]]:
     if isinstance(optimizer_or_params, LearnedOptimizer):
         return optimizer_or_params.layouts()
     if not isinstance(optimizer_or_params, torch.optim.Optimizer):
-        return _described([optimizer_or_params] if isinstance(optimizer_or_params, Tensor) else list(optimizer_or_params))
+        return _described(
+            [optimizer_or_params]
+            if isinstance(optimizer_or_params, Tensor)
+            else list(optimizer_or_params)
+        )
     params = [param for group in optimizer_or_params.param_groups for param in group["params"]]
     known: list[tuple[ShardBinding, Tensor]] = optimizer_or_params.__dict__.get(_LAYOUTS, [])
     if list(map(id, params)) != [id(param) for _, param in known]:
@@ -84,18 +92,30 @@ def _bound(optimizer_or_params: Any) -> list[tuple[ShardBinding, Tensor]]:
 
 def _described(params: list[Tensor]) -> list[tuple[ShardBinding, Tensor]]:
     params = list(dict.fromkeys(params))
-    return list(zip(describe_all([(f"parameter {i}", param) for i, param in enumerate(params)]), params, strict=True))
+    return list(
+        zip(
+            describe_all([(f"parameter {i}", param) for i, param in enumerate(params)]),
+            params,
+            strict=True,
+        )
+    )
 
 
 def _squares(bound: Sequence[tuple[ShardBinding, Tensor]]) -> list[Tensor]:
-    """Squared norms, float64 0-d, of what each set of ranks shares: one packed sum per process group."""
+    """Squared norms, float64 0-d, of what each set of ranks shares: one packed sum per process
+    group.
+    """
     sums: dict[tuple[int, int], tuple[ShardBinding, list[Tensor]]] = {}
     for binding, param in bound:
-        sums.setdefault((id(binding.holders), binding.replicas), (binding, []))[1].append(_square(param.grad, param))
+        sums.setdefault((id(binding.holders), binding.replicas), (binding, []))[1].append(
+            _square(param.grad, param)
+        )
     results: list[Tensor] = []
     by_group: dict[int, tuple[Any, list[Tensor]]] = {}
     for binding, parts in sums.values():
-        total = torch.stack([part.to(parts[0].device) for part in parts]).sum()[None] / binding.replicas
+        total = (
+            torch.stack([part.to(parts[0].device) for part in parts]).sum()[None] / binding.replicas
+        )
         if binding.holders is None:
             results.append(total[0])
         else:
@@ -113,7 +133,8 @@ def _square(grad: Tensor | None, param: Tensor) -> Tensor:
 
 
 def _settle(bound: Sequence[tuple[ShardBinding, Tensor]]) -> list[Tensor]:
-    """Give all parameters gradients that lie as they do (modified in place), whole ones their mean, also on ranks that had none.
+    """Give all parameters gradients that lie as they do (modified in place), whole ones their mean,
+    also on ranks that had none.
 
     Returns:
         The whole parameters that have a mean gradient now.

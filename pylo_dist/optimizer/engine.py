@@ -1,4 +1,6 @@
-"""Drive learned rules in lock step: bring the sums they ask for and judge the gradients. Writes no parameter itself."""
+"""Drive learned rules in lock step: bring the sums they ask for and judge the gradients. Writes no
+parameter itself.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +12,36 @@ import torch
 from torch import Tensor
 
 from ..comm import Collective, PeerError, Reduction
-from ..core.rule import (
+from ..core.requests import (
     AUDIT_SLOTS,
     FAILED,
     NONFINITE,
     PRESENT,
     SQUARES,
     UPDATE,
-    Batch,
     Exchange,
-    LearnedRule,
     Request,
     Sum,
-    is_capturing,
 )
+from ..core.rule import Batch, LearnedRule, is_capturing
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
 
 
 class LossSum:
-    """The loss of this rank, to be averaged over those of `group`: its sum, how many gave one, how many there are, and failed."""
+    """The loss of this rank, to be averaged over those of `group`: its sum, how many gave one, how
+    many there are, and failed.
+    """
 
     def __init__(self, loss: Tensor | None, group: Any) -> None:
         self.group = group
         self.loss = loss
 
     def buffer(self, device: torch.device, failed: bool) -> Tensor:
-        """A new buffer, float64 (4,); what the host knows is written without a copy from its memory."""
+        """A new buffer, float64 (4,); what the host knows is written without a copy from its
+        memory.
+        """
         counts = torch.ones(4, dtype=torch.float64, device=device)
         counts[3].fill_(float(failed))
         if self.loss is None:
@@ -54,46 +58,57 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class Engine:
-    """Runs one step of several rules with two packed reductions per process group, however many tensors there are.
+    """Runs one step of several rules with two packed reductions per process group, however many
+    tensors there are.
 
     Args:
         work: each rule with the batch it drives. All ranks hold the same items in the same order.
-        nonfinite: what to do about inf and NaN in raw gradients. "error" and "skip" leave all parameters and state as they were.
-        clip: whether `max_grad_norm` of a group bounds the norm over all tensors or that of each.
+        nonfinite: what to do about inf and NaN in raw gradients. "error" and "skip" leave all
+        parameters and state as they were. clip: whether `max_grad_norm` of a group bounds the norm
+        over all tensors or that of each.
 
     Attributes:
-        go: bool 0-d, whether the last step was taken.
+        taken: bool 0-d, whether the last step was taken.
         grad_norm: float64 0-d, norm of the raw gradients of the last step over all tensors.
     """
 
-    def __init__(self, work: Sequence[tuple[LearnedRule, Batch]], nonfinite: Nonfinite, clip: Clip) -> None:
+    def __init__(
+        self, work: Sequence[tuple[LearnedRule, Batch]], nonfinite: Nonfinite, clip: Clip
+    ) -> None:
         self.work = list(work)
         self.nonfinite = nonfinite
         self.clip = clip
         for _, batch in work:
             batch.allows_nonfinite = nonfinite == "allow"
         device = work[0][1].device if work else torch.device("cpu")
-        self.go = torch.ones((), dtype=torch.bool, device=device)
+        self.taken = torch.ones((), dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
-        self._no = torch.zeros((), dtype=torch.bool, device=device)
+        self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
         self._steps_begun = self._captured = False
-        self.shared = any(item.param.holders is not None for _, batch in self.work for item in batch.items)
+        self.shared = any(
+            item.param.holders is not None for _, batch in self.work for item in batch.items
+        )
 
-    def phases(self, losses: LossSum | None = None, problem: ValueError | None = None) -> Iterator[list[Collective]]:
-        """One step. Yields the collectives it needs; whoever drives it carries them out and resumes.
+    def phases(
+        self, losses: LossSum | None = None, problem: ValueError | None = None
+    ) -> Iterator[list[Collective]]:
+        """One step. Yields the collectives it needs; whoever drives it carries them out and
+        resumes.
 
         Args:
             losses: for rules that need the loss; it is averaged in the first reduction.
-            problem: why this rank cannot take the step; raised after the first reduction, so that no rank waits for another.
+            problem: why this rank cannot take the step; raised after the first reduction, so that
+                no rank waits for another.
 
         Raises:
-            NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one before (see `raise_pending`).
-            ValueError: `problem`, or no loss for a rule that needs it; a captured step that cannot be replayed. PeerError: that
-                another rank has one of them.
+            NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one
+            before (see `raise_pending`). ValueError: `problem`, or no loss for a rule that needs
+            it; a captured step that cannot be replayed. PeerError: that another rank has one of
+            them.
         """
-        if is_capturing(self.go.device):
+        if is_capturing(self.taken.device):
             self._check_capture(losses)
         else:
             self._outcome.raise_last()
@@ -104,8 +119,10 @@ class Engine:
         requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
             _fill_audits(request, batch, failed=problem is not None)
-        loss = None if losses is None else losses.buffer(self.go.device, problem is not None)
-        yield from self._serve(requests, [] if losses is None or loss is None else [(losses.group, loss)])
+        loss = None if losses is None else losses.buffer(self.taken.device, problem is not None)
+        yield from self._serve(
+            requests, [] if losses is None or loss is None else [(losses.group, loss)]
+        )
         self._judge(requests, loss, problem)
         while steps:
             running = [(step, next(step, None)) for step in steps]
@@ -113,11 +130,17 @@ class Engine:
             yield from self._serve([request for _, request in running if request is not None])
 
     @staticmethod
-    def _serve(requests: Sequence[Request], further: Sequence[Reduction] = ()) -> Iterator[list[Collective]]:
-        """Pack all sums of a phase into one buffer per process group. Unshared tensors need no reduction."""
+    def _serve(
+        requests: Sequence[Request], further: Sequence[Reduction] = ()
+    ) -> Iterator[list[Collective]]:
+        """Pack all sums of a phase into one buffer per process group. Unshared tensors need no
+        reduction.
+        """
         by_group: dict[int, list[Reduction]] = {}
         sums = [request for request in requests if isinstance(request, Sum)]
-        transfers = [t for request in requests if isinstance(request, Exchange) for t in request.transfers]
+        transfers = [
+            t for request in requests if isinstance(request, Exchange) for t in request.transfers
+        ]
         buffers = [(packed.group, packed.buffer) for request in sums for packed in request.buffers]
         for group, buffer in [*buffers, *further]:
             if group is not None and buffer.numel():
@@ -125,55 +148,81 @@ class Engine:
         if not by_group and not transfers:
             return
         packed = [
-            parts[0] if len(parts) == 1 else (parts[0][0], torch.cat([buffer for _, buffer in parts]))
+            parts[0]
+            if len(parts) == 1
+            else (parts[0][0], torch.cat([buffer for _, buffer in parts]))
             for parts in by_group.values()
         ]
         yield [*packed, *transfers]
         for parts, (_, total) in zip(by_group.values(), packed, strict=True):
             if len(parts) > 1:
-                for (_, buffer), reduced in zip(parts, total.split([b.numel() for _, b in parts]), strict=True):
+                for (_, buffer), reduced in zip(
+                    parts, total.split([b.numel() for _, b in parts]), strict=True
+                ):
                     buffer.copy_(reduced)
         for part in (part for request in sums for part in request.buffers):
             if part.replicas > 1:
                 part.buffer /= part.replicas
 
-    def _judge(self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None) -> None:
-        """From the reduced audits: which tensors move, by what their gradients are scaled, and whether there is a step."""
+    def _judge(
+        self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None
+    ) -> None:
+        """From the reduced audits: which tensors move, by what their gradients are scaled, and
+        whether there is a step.
+        """
         audits = [request.audit_table() for request in requests if request.audits]
         work = [(rule, batch) for rule, batch in self.work if batch.items]
         if not audits:
             return
-        device = self.go.device
+        device = self.taken.device
         table = audits[0] if len(audits) == 1 else torch.cat([audit.to(device) for audit in audits])
         totals = table.sum(0)  # counts and squares: none is negative
         self.grad_norm = totals[SQUARES].sqrt()
-        probe, failed, nonfinite = self._is_probe(), totals[FAILED] > 0, self._no
+        probe, failed, nonfinite = self._is_probe(), totals[FAILED] > 0, self._false
         if loss is not None:  # copies of a model that nothing else is reduced for, as under DDP
             failed = failed | (loss[3] > 0)
-        lossless = self._no if loss is None else (loss[1] < loss[2]) & ~probe
+        without_loss = self._false if loss is None else (loss[1] < loss[2]) & ~probe
         bad = [(a[:, NONFINITE] > 0) for a in audits]
         if self.nonfinite != "allow":
-            nonfinite = totals[NONFINITE] > 0 if loss is None else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
-        flags = torch.stack([failed, lossless, nonfinite, probe])
-        self.go = ~flags.any()
-        # elsewhere than on a CPU the others do not know yet, and go on to collectives that this rank must not leave
+            nonfinite = (
+                totals[NONFINITE] > 0
+                if loss is None
+                else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
+            )
+        flags = torch.stack([failed, without_loss, nonfinite, probe])
+        self.taken = ~flags.any()
+        # elsewhere than on a CPU the others do not know yet, and go on to collectives that this
+        # rank must not leave
         error = self.nonfinite == "error"
-        self._outcome.note(flags[: 2 + error], bad if error else [], problem, problem is not None and not self.shared)
+        self._outcome.note(
+            flags[: 2 + error],
+            bad if error else [],
+            problem,
+            problem is not None and not self.shared,
+        )
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
-            batch.go = self.go.to(batch.device)
-            batch.keep = (audit[:, PRESENT] > 0) & batch.go
+            batch.taken = self.taken.to(batch.device)
+            batch.moves = (audit[:, PRESENT] > 0) & batch.taken
             if loss is not None:
                 batch.loss = (loss[0] / loss[2]).to(batch.device)
             limits = [item.hyper.get("max_grad_norm") for item in batch.items]
             clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
             if batch.clips:
                 bounds = tuple(float("inf") if limit is None else limit for limit in limits)
-                bound = batch.on_device("bounds", bounds, torch.float64)
-                norm = self.grad_norm.to(batch.device) if self.clip == "global" else audit[:, SQUARES].sqrt()
-                # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside an infinite norm
+                bound = batch.on_device("engine: bounds", bounds, torch.float64)
+                norm = (
+                    self.grad_norm.to(batch.device)
+                    if self.clip == "global"
+                    else audit[:, SQUARES].sqrt()
+                )
+                # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside
+                # an infinite norm
                 scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
-                if rule.replaces_nonfinite:  # of a norm that is no number nothing is left: s g is NaN, which counts as 0
-                    scale = torch.where(torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale)
+                # of a norm that is no number nothing is left: s g is NaN, which counts as 0
+                if rule.replaces_nonfinite:
+                    scale = torch.where(
+                        torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale
+                    )
                 batch.scale = torch.where(bound.isinf(), 1.0, scale)
             elif clipped:  # before: the groups were changed
                 batch.scale = torch.ones_like(batch.scale)
@@ -182,11 +231,12 @@ class Engine:
     def _is_probe(self) -> Tensor:
         """bool 0-d: zero gradients everywhere and lr 0.
 
-        With such a step torch.distributed.checkpoint makes optimizers create their state; it must change nothing.
+        With such a step torch.distributed.checkpoint makes optimizers create their state; it must
+        change nothing.
         """
         rates = [item.hyper.get("lr", 1.0) for _, batch in self.work for item in batch.items]
         if not all(isinstance(rate, Tensor) or rate == 0.0 for rate in rates):
-            return self._no
+            return self._false
         probe = self.grad_norm == 0.0
         for rate in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
             probe = probe & (rate == 0.0).to(probe.device)
@@ -195,22 +245,32 @@ class Engine:
     def _check_capture(self, losses: LossSum | None) -> None:
         """Raise ValueError for a step that a CUDA graph would replay wrongly."""
         if not self._steps_begun:
-            raise ValueError("a CUDA graph captures a step before the first one: take one outside of it, which makes the tables")
+            raise ValueError(
+                "a CUDA graph captures a step before the first one: take one outside of it, which "
+                "makes the tables"
+            )
         if losses is not None and losses.loss is not None and losses.loss.device.type == "cpu":
-            raise ValueError(f"a CUDA graph would replay this loss for ever: give it as a tensor on {self.go.device}")
+            raise ValueError(
+                "a CUDA graph would replay this loss for ever: give it as a tensor on "
+                f"{self.taken.device}"
+            )
         self._captured = True
 
     def retire(self) -> None:
-        """Warn of CUDA graphs that hold this engine's steps: another one takes its place, with other parameters or state."""
+        """Warn of CUDA graphs that hold this engine's steps: another one takes its place, with
+        other parameters or state.
+        """
         if self._captured:
             warnings.warn(
-                "a step of this optimizer was captured in a CUDA graph before its parameters or state were exchanged "
-                "(add_param_group, load_state_dict, requires_grad): replays go on with the old ones, capture it again",
+                "a step of this optimizer was captured in a CUDA graph before its parameters or "
+                "state were exchanged (add_param_group, load_state_dict, requires_grad): replays "
+                "go on with the old ones, capture it again",
                 stacklevel=4,
             )
 
     def raise_pending(self) -> None:
-        """Raise the error of the steps so far, those replayed in a CUDA graph among them, if there is one; waits for the device.
+        """Raise the error of the steps so far, those replayed in a CUDA graph among them, if there
+        is one; waits for the device.
 
         It is alike on all ranks, but for a rank's own problem.
         """
@@ -227,12 +287,14 @@ class Engine:
 class _Outcome:
     """What is wrong with steps that the host has not asked about yet.
 
-    On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host behind the step, which nobody
-    waits for; the next step looks at them. Flags stay until they are raised, so that replays of a CUDA graph, in which the host
-    takes no part, are heard of at the second step outside of it, or by `raise_now`.
+    On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host
+    behind the step, which nobody waits for; the next step looks at them. Flags stay until they are
+    raised, so that replays of a CUDA graph, in which the host takes no part, are heard of at the
+    second step outside of it, or by `raise_now`.
 
     Attributes:
-        flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that is no number.
+        flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that
+            is no number.
         bad: per batch, bool (items,), which gradients were no numbers.
         at_once: whether the host asks within the step.
     """
@@ -240,15 +302,21 @@ class _Outcome:
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self.batches = batches
         self.flags = torch.zeros(3, dtype=torch.bool, device=device)
-        self.bad = [torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device) for batch in batches]
+        self.bad = [
+            torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device)
+            for batch in batches
+        ]
         self.at_once = device.type == "cpu"
         self.problem: ValueError | None = None  # this rank's own
         self._host = torch.zeros(3, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
         self._asked = True
 
-    def note(self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool) -> None:
-        """Add what the step under way has shown; `alone`: no other rank waits for this one, so its problem is raised now.
+    def note(
+        self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool
+    ) -> None:
+        """Add what the step under way has shown; `alone`: no other rank waits for this one, so its
+        problem is raised now.
 
         Args:
             flags: the first two or all three.
@@ -268,7 +336,9 @@ class _Outcome:
             self._asked = False
 
     def raise_last(self) -> None:
-        """Raise what the last step has shown. The host has been ahead of the device by a step at most, and waits no longer."""
+        """Raise what the last step has shown. The host has been ahead of the device by a step at
+        most, and waits no longer.
+        """
         if self._asked:
             return
         self._asked = True
@@ -282,9 +352,9 @@ class _Outcome:
         self._raise(self.flags)
 
     def _raise(self, flags: Tensor) -> None:
-        failed, lossless, nonfinite = flags.tolist()
+        failed, without_loss, nonfinite = flags.tolist()
         problem, self.problem = self.problem, None
-        if not (failed or lossless or nonfinite or problem is not None):
+        if not (failed or without_loss or nonfinite or problem is not None):
             return
         bad = [i.nonzero().flatten().tolist() for i in self.bad] if nonfinite else []
         for tensor in (self.flags, self._host, *self.bad):
@@ -293,13 +363,20 @@ class _Outcome:
             raise problem
         if failed:
             raise PeerError
-        if lossless:
+        if without_loss:
             raise ValueError(
-                "this optimizer reads the training loss, and some rank gave none: call step(loss), step(loss=loss) or "
-                "step(closure) on every rank, or set_loss(loss) before a step() that you do not call yourself"
+                "this optimizer reads the training loss, and some rank gave none: call "
+                "step(loss), step(loss=loss) or step(closure) on every rank, or set_loss(loss) "
+                "before a step() that you do not call yourself"
             )
-        names = [batch.items[i].param.shard.fqn for batch, found in zip(self.batches, bad, strict=True) for i in found]
-        shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        names = [
+            batch.items[i].param.shard.fqn
+            for batch, found in zip(self.batches, bad, strict=True)
+            for i in found
+        ]
+        shown = ", ".join(repr(name) for name in names[:5]) + (
+            f" and {len(names) - 5} more" if len(names) > 5 else ""
+        )
         what = f"the gradient of {shown} holds" if names else "the loss is"
         raise NonFiniteGradientError(
             f"{what} inf or NaN (or numbers whose square is); the step was not taken "
@@ -313,14 +390,18 @@ def _first_sum(request: Request) -> Sum:
 
 
 def _fill_audits(request: Sum, batch: Batch, failed: bool) -> None:
-    """Write presence, failure and the squared update of the step before into the audits, all items of a group at once."""
+    """Write presence, failure and the squared update of the step before into the audits, all items
+    of a group at once.
+    """
     for number, packed in enumerate(request.buffers):
         members = packed.members
         audits = packed.buffer[: AUDIT_SLOTS * len(members)].view(-1, AUDIT_SLOTS)
         present = tuple(float(batch.items[i].param.present) for i in members)
-        audits[:, PRESENT].copy_(batch.on_device(f"present {number}", present, torch.float64))
+        audits[:, PRESENT].copy_(
+            batch.on_device(f"engine: present {number}", present, torch.float64)
+        )
         audits[:, FAILED].fill_(float(failed))
-        places = batch.on_device(f"members {number}", tuple(members), torch.int64)
+        places = batch.on_device(f"engine: members {number}", tuple(members), torch.int64)
         audits[:, UPDATE].copy_(batch.update_squares.index_select(0, places))
 
 
@@ -338,8 +419,8 @@ class _BatchStats:
         self.shared_update = audit[:, UPDATE].clone()  # of the step before, over all ranks
         self.shared_param = self.batch.param_squares.clone()
         if self.batch.clips:
-            self.clipped += (self.batch.scale < 1.0) & self.batch.keep
-        self.steps += self.batch.keep.any()
+            self.clipped += (self.batch.scale < 1.0) & self.batch.moves
+        self.steps += self.batch.moves.any()
         self.batch.update_squares.zero_()
 
     def table(self) -> dict[str, dict[str, Tensor]]:

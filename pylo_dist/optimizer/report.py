@@ -11,7 +11,17 @@ from torch import Tensor
 from ..core.shards import TensorShard
 from ..layouts.plain import local_tensor
 
-COLUMNS = ("fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas")
+COLUMNS = (
+    "fqn",
+    "shape",
+    "start",
+    "numel",
+    "rule",
+    "dtype",
+    "state_bytes",
+    "group_size",
+    "replicas",
+)
 
 
 class Report(list[dict[str, Any]]):
@@ -19,17 +29,22 @@ class Report(list[dict[str, Any]]):
 
     Attributes:
         heading: lines above the table.
-        totals: summed figures, e.g. `numel`, `global_numel`, `sharded_state_bytes`, `replicated_state_bytes`.
+        totals: summed figures, e.g. `numel`, `global_numel`, `sharded_state_bytes`,
+            `replicated_state_bytes`.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], heading: list[str], totals: dict[str, Any]) -> None:
+    def __init__(
+        self, rows: list[dict[str, Any]], heading: list[str], totals: dict[str, Any]
+    ) -> None:
         super().__init__(rows)
         self.heading = heading
         self.totals = totals
 
     def __str__(self) -> str:
         cells = [[_cell(row[column]) for column in COLUMNS] for row in self]
-        widths = [max(len(line[c]) for line in [list(COLUMNS), *cells]) for c in range(len(COLUMNS))]
+        widths = [
+            max(len(line[c]) for line in [list(COLUMNS), *cells]) for c in range(len(COLUMNS))
+        ]
         numeric = {"start", "numel", "state_bytes", "group_size", "replicas"}
 
         def line(values: list[str]) -> str:
@@ -40,11 +55,18 @@ class Report(list[dict[str, Any]]):
             return "  ".join(padded).rstrip()
 
         totals = ", ".join(f"{name} {_cell(value)}" for name, value in self.totals.items())
-        return "\n".join([*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"])
+        return "\n".join(
+            [*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"]
+        )
 
 
 def report_row(
-    shard: TensorShard, dtype: torch.dtype, rule: str, state: Mapping[str, Any], group_size: int, replicas: int = 1
+    shard: TensorShard,
+    dtype: torch.dtype,
+    rule: str,
+    state: Mapping[str, Any],
+    group_size: int,
+    replicas: int = 1,
 ) -> dict[str, Any]:
     """One parameter's row; `state_bytes` counts the tensors in `state` on this rank."""
     return {
@@ -74,6 +96,9 @@ def _cell(value: object) -> str:
 def group_settings(groups: list[dict[str, Any]]) -> list[str]:
     """The hyperparameters of groups as text."""
     entries = (
-        (i, k, v) for i, group in enumerate(groups) for k, v in sorted(group.items()) if k not in ("params", "param_names")
+        (i, k, v)
+        for i, group in enumerate(groups)
+        for k, v in sorted(group.items())
+        if k not in ("params", "param_names")
     )
     return [f"group {i}: {k}={v.tolist() if isinstance(v, Tensor) else v}" for i, k, v in entries]

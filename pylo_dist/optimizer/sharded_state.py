@@ -1,7 +1,8 @@
-"""State as checkpoints see it: one tensor of the unsharded optimizer's shape, of which each rank holds some boxes.
+"""State as checkpoints see it: one tensor of the unsharded optimizer's shape, of which each rank
+holds some boxes.
 
-`canonical` wraps a rank's state for saving, `local_part` takes a rank's elements out of whatever was loaded. These two are all
-that the rest of the package knows about formats of sharded tensors.
+`canonical` wraps a rank's state for saving, `local_part` takes a rank's elements out of whatever
+was loaded. These two are all that the rest of the package knows about formats of sharded tensors.
 
     canonical shape (*copies, *shape)      local tensor (*copies, N)
     a shard's box of the parameter         the same box under every copy is one chunk of a checkpoint
@@ -17,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.shards import Shape, ShardBinding, TensorShard, bound_shard
+from ..core.pieces import ShardBinding, bound_shard
+from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
 from ..layouts.plain import is_dtensor, local_tensor
 
 aten = torch.ops.aten
 
-STATE_FORMAT = 1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
+STATE_FORMAT = (
+    1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
+)
 
 OTHER_MARKS = {
     "state_format": "it was saved by another version of pylo_dist",
@@ -34,17 +38,21 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of 
 
 
 def same_name(saved: str, own: str) -> bool:
-    """Whether two parameter names may mean the same parameter: wrappers and generated names do not count."""
+    """Whether two parameter names may mean the same parameter: wrappers and generated names do not
+    count.
+    """
     for wrapper in _WRAPPERS * 2:
         saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
     return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
 
 
 class ShardedState(Tensor):
-    """A state tensor of canonical shape (*copies, *shape) of which this rank holds the elements of `shard`.
+    """A state tensor of canonical shape (*copies, *shape) of which this rank holds the elements of
+    `shard`.
 
-    torch.distributed.checkpoint saves and loads it; `clone`, `copy.deepcopy`, `.to(...)` and `copy_` of its own kind work on the
-    local part. Anything else would need the other ranks and raises TypeError; `pylo_dist.full_state_dict` gathers whole tensors.
+    torch.distributed.checkpoint saves and loads it; `clone`, `copy.deepcopy`, `.to(...)` and
+    `copy_` of its own kind work on the local part. Anything else would need the other ranks and
+    raises TypeError; `pylo_dist.full_state_dict` gathers whole tensors.
 
     Attributes:
         local: (*copies, N), not copied: what is loaded into this object lands there.
@@ -60,7 +68,9 @@ class ShardedState(Tensor):
     def __new__(cls, local: Tensor, copies: Shape, shard: TensorShard) -> ShardedState:
         assert tuple(local.shape) == (*copies, shard.numel), (tuple(local.shape), copies, shard)
         shape = (*copies, *shard.shape)
-        whole: ShardedState = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        whole: ShardedState = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=local.dtype, device=local.device
+        )
         return whole
 
     def __init__(self, local: Tensor, copies: Shape, shard: TensorShard) -> None:
@@ -75,10 +85,15 @@ class ShardedState(Tensor):
         for box in self.shard.boxes():
             yield (*(0 for _ in self.copies), *box.offsets), box.view(self.local)
 
-    # what torch.distributed.checkpoint asks of a tensor; the types it wants are imported when it does
+    # what torch.distributed.checkpoint asks of a tensor; the types it wants are imported when it
+    # does
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[Any]:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+        )
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         properties = TensorProperties.create_from_tensor(self.local)
@@ -87,7 +102,9 @@ class ShardedState(Tensor):
                 index=MetadataIndex(fqn, torch.Size(offsets)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.shape), properties=properties, size=self.size()
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.shape),
+                    properties=properties,
+                    size=self.size(),
                 ),
             )
             for offsets, view in self.parts()
@@ -96,13 +113,17 @@ class ShardedState(Tensor):
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(torch.Size(offsets), view.shape) for offsets, view in self.parts()]
+        return [
+            ChunkStorageMetadata(torch.Size(offsets), view.shape) for offsets, view in self.parts()
+        ]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         for offsets, view in self.parts():
             if index.offset is not None and tuple(index.offset) == offsets:
                 return view
-        raise ValueError(f"{index.fqn!r}: this rank holds no block at {index.offset} of {self.shard.fqn!r}")
+        raise ValueError(
+            f"{index.fqn!r}: this rank holds no block at {index.offset} of {self.shard.fqn!r}"
+        )
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -111,8 +132,9 @@ class ShardedState(Tensor):
         handler = _OPS.get(func)
         if handler is None:
             raise TypeError(
-                f"{func} on sharded optimizer state: a rank holds a part of it only. Save it with torch.distributed.checkpoint, "
-                "or gather whole tensors with pylo_dist.full_state_dict(optimizer)"
+                f"{func} on sharded optimizer state: a rank holds a part of it only. Save it with "
+                "torch.distributed.checkpoint, or gather whole tensors with "
+                "pylo_dist.full_state_dict(optimizer)"
             )
         return handler(*args, **(kwargs or {}))
 
@@ -124,8 +146,9 @@ class ShardedState(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"the state of {self.shard.fqn!r} is sharded, this rank holds a part of it, and torch.save and pickle would lose "
-            "the rest. Save it with torch.distributed.checkpoint, or what pylo_dist.full_state_dict(optimizer) returns"
+            f"the state of {self.shard.fqn!r} is sharded, this rank holds a part of it, and "
+            "torch.save and pickle would lose the rest. Save it with "
+            "torch.distributed.checkpoint, or what pylo_dist.full_state_dict(optimizer) returns"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -135,14 +158,17 @@ class ShardedState(Tensor):
 def _new_empty(of: ShardedState, size: Sequence[int], **kwargs: Any) -> ShardedState:
     if tuple(size) != tuple(of.shape):
         raise TypeError(
-            f"a new tensor of shape {tuple(size)} from sharded state of shape {tuple(of.shape)}: wanted the same shape"
+            f"a new tensor of shape {tuple(size)} from sharded state of shape {tuple(of.shape)}: "
+            "wanted the same shape"
         )
     return of.with_local(of.local.new_empty(of.local.shape, **kwargs))
 
 
 def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(into, ShardedState):
-        raise TypeError("sharded state cannot be copied into a whole tensor; see pylo_dist.full_state_dict")
+        raise TypeError(
+            "sharded state cannot be copied into a whole tensor; see pylo_dist.full_state_dict"
+        )
     if isinstance(source, ShardedState) and source.shard == into.shard:
         into.local.copy_(source.local, non_blocking)
     else:
@@ -174,8 +200,8 @@ _OPS: dict[Any, Callable[..., Any]] = {
 def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor:
     """A parameter's state tensor as a checkpoint has it: canonical shape, the memory of `local`.
 
-    State that this rank holds whole, and replicated state, is a plain tensor: `local` itself. That of a DTensor parameter is a
-    DTensor already.
+    State that this rank holds whole, and replicated state, is a plain tensor: `local` itself. That
+    of a DTensor parameter is a DTensor already.
     """
     whole = binding.group is None and binding.shard.is_whole
     if whole or is_dtensor(local) or field.replicated is not None or not binding.shard.global_numel:
@@ -184,10 +210,12 @@ def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor
 
 
 def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tensor) -> Tensor:
-    """This rank's elements of loaded state: new memory, local shape, on the device of `like` and in the dtype of `source`.
+    """This rank's elements of loaded state: new memory, local shape, on the device of `like` and in
+    the dtype of `source`.
 
     Args:
-        source: of canonical shape: a plain tensor, or a `ShardedState` or DTensor whose local part covers `shard`.
+        source: of canonical shape: a plain tensor, or a `ShardedState` or DTensor whose local part
+            covers `shard`.
 
     Raises:
         ValueError: elements that `source` does not have on this rank.
@@ -211,8 +239,9 @@ def copy_elements(source: Tensor, into: ShardedState) -> None:
     missing = covering_gap(source, into.copies, into.shard)
     if missing:
         raise ValueError(
-            f"{into.shard.fqn!r}: {missing} of its {into.local.numel()} elements on this rank are on other ranks in the state "
-            "given; load it through torch.distributed.checkpoint, or give whole tensors (pylo_dist.full_state_dict)"
+            f"{into.shard.fqn!r}: {missing} of its {into.local.numel()} elements on this rank are "
+            "on other ranks in the state given; load it through torch.distributed.checkpoint, or "
+            "give whole tensors (pylo_dist.full_state_dict)"
         )
     for offsets, target in into.parts():
         for source_offsets, part in _parts(source):
@@ -227,7 +256,9 @@ def covering_gap(source: Tensor, copies: Shape, shard: TensorShard) -> int:
     lead = (0,) * len(copies)
     for box in shard.boxes():
         for source_offsets, part in _parts(source):
-            overlap = _overlap((*lead, *box.offsets), (*copies, *box.sizes), source_offsets, part.shape)
+            overlap = _overlap(
+                (*lead, *box.offsets), (*copies, *box.sizes), source_offsets, part.shape
+            )
             have += 0 if overlap is None else math.prod(stop - first for first, stop in overlap)
     return math.prod(copies) * shard.numel - have
 
@@ -244,26 +275,43 @@ def _parts(source: Tensor) -> Iterator[tuple[Shape, Tensor]]:
         yield (0,) * source.dim(), source.detach()
 
 
-def _overlap(offsets: Shape, sizes: Sequence[int], others: Shape, other_sizes: Sequence[int]) -> list[tuple[int, int]] | None:
+def _overlap(
+    offsets: Shape, sizes: Sequence[int], others: Shape, other_sizes: Sequence[int]
+) -> list[tuple[int, int]] | None:
     """The block that two blocks share, as (first, stop) per dimension, or None."""
-    shared = [(max(a, b), min(a + m, b + n)) for a, m, b, n in zip(offsets, sizes, others, other_sizes, strict=True)]
+    shared = [
+        (max(a, b), min(a + m, b + n))
+        for a, m, b, n in zip(offsets, sizes, others, other_sizes, strict=True)
+    ]
     return shared if all(first < stop for first, stop in shared) else None
 
 
 def _narrow(part: Tensor, offsets: Shape, block: list[tuple[int, int]]) -> Tensor:
-    """View of a block (first, stop per dimension of the canonical tensor) of a part that begins at `offsets`."""
-    return part[tuple(slice(first - offset, stop - offset) for offset, (first, stop) in zip(offsets, block, strict=True))]
+    """View of a block (first, stop per dimension of the canonical tensor) of a part that begins at
+    `offsets`.
+    """
+    return part[
+        tuple(
+            slice(first - offset, stop - offset)
+            for offset, (first, stop) in zip(offsets, block, strict=True)
+        )
+    ]
 
 
-# ------------------------------------------------------------------------------- torch's elementwise optimizers on shards
+# --------------------------------------------------------- torch's elementwise optimizers on shards
 
 _ELEMENT = StateField()
-MASTER = "master"  # state that only some layouts have: a float32 copy of a bfloat16 or float16 parameter
+MASTER = (
+    "master"  # state that only some layouts have: a float32 copy of a bfloat16 or float16 parameter
+)
 _OF_THE_TENSOR = ("step", "mu_product")  # state of torch's optimizers that is one number per tensor
 
 
-def elementwise_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the state_dict of one of torch's optimizers over bound 1-D pieces is for the whole parameters.
+def elementwise_state_dict(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the state_dict of one of torch's optimizers over bound 1-D pieces is for the whole
+    parameters.
 
     Args:
         groups: the optimizer's own, with the pieces.
@@ -271,16 +319,26 @@ def elementwise_state_dict(state_dict: dict[str, Any], groups: list[dict[str, An
     return {**state_dict, "state": dict(_each_entry(state_dict, groups, element_state))}
 
 
-def elementwise_local_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """What such an optimizer loads on this rank. Raises ValueError for state that does not fit, by parameter."""
-    sizes, own = ([len(group["params"]) for group in g] for g in (state_dict["param_groups"], groups))
+def elementwise_local_state(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What such an optimizer loads on this rank. Raises ValueError for state that does not fit, by
+    parameter.
+    """
+    sizes, own = (
+        [len(group["params"]) for group in g] for g in (state_dict["param_groups"], groups)
+    )
     if sizes != own:
-        raise ValueError(f"the state holds groups of {sizes} parameters, this optimizer groups of {own}")
+        raise ValueError(
+            f"the state holds groups of {sizes} parameters, this optimizer groups of {own}"
+        )
     return {**state_dict, "state": dict(_each_entry(state_dict, groups, element_part))}
 
 
 def _each_entry(
-    state_dict: dict[str, Any], groups: list[dict[str, Any]], convert: Callable[[str, Tensor, Tensor], Tensor]
+    state_dict: dict[str, Any],
+    groups: list[dict[str, Any]],
+    convert: Callable[[str, Tensor, Tensor], Tensor],
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The state per parameter with its element state converted."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -289,7 +347,9 @@ def _each_entry(
             yield (
                 index,
                 {
-                    name: convert(name, value, piece) if isinstance(value, Tensor) and name not in _OF_THE_TENSOR else value
+                    name: convert(name, value, piece)
+                    if isinstance(value, Tensor) and name not in _OF_THE_TENSOR
+                    else value
                     for name, value in state_dict["state"][index].items()
                 },
             )
@@ -305,18 +365,27 @@ def element_state(_: str, value: Tensor, piece: Tensor) -> Tensor:
 
 
 def wrap_element(name: str, whole: Tensor, param: Tensor) -> Tensor:
-    """New state like `whole`, of which this rank has its elements, for a parameter of torch's optimizers."""
+    """New state like `whole`, of which this rank has its elements, for a parameter of torch's
+    optimizers.
+    """
     binding = bound_shard(param)
     if binding is None or name in _OF_THE_TENSOR:
-        return whole.new_empty(whole.shape, device=whole.device if name in _OF_THE_TENSOR else param.device)
+        return whole.new_empty(
+            whole.shape, device=whole.device if name in _OF_THE_TENSOR else param.device
+        )
     return element_state(name, whole.new_empty(binding.shard.numel, device=param.device), param)
 
 
 def element_part(name: str, value: Tensor, piece: Tensor) -> Tensor:
-    """The elements (N,) of a bound piece out of loaded state; see `local_part`. Raises ValueError for another shape."""
+    """The elements (N,) of a bound piece out of loaded state; see `local_part`. Raises ValueError
+    for another shape.
+    """
     binding = bound_shard(piece)
     assert binding is not None
     shard = binding.shard
     if tuple(value.shape) != shard.shape:
-        raise ValueError(f"state {name!r} of {shard.fqn!r}: found shape {tuple(value.shape)}, wanted shape {shard.shape}")
+        raise ValueError(
+            f"state {name!r} of {shard.fqn!r}: found shape {tuple(value.shape)}, wanted shape "
+            f"{shard.shape}"
+        )
     return local_part(value, _ELEMENT, shard, piece).view(-1)

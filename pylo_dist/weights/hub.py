@@ -1,7 +1,8 @@
-"""Files of Hub repositories, through huggingface_hub and its cache: in bounded time, and once per node; writes that cache only.
+"""Files of Hub repositories, through huggingface_hub and its cache: in bounded time, and once per
+node; writes that cache only.
 
-Processes that start together agree through a lock file and a note beside it, so they need no rank and no process group: one asks
-and downloads, the others read its files or report its error.
+Processes that start together agree through a lock file and a note beside it, so they need no rank
+and no process group: one asks and downloads, the others read its files or report its error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 HEAD_TIMEOUT_S = 5.0  # for the first answer; HF_HUB_ETAG_TIMEOUT, when set, is used instead
-DEADLINE_S = 120.0  # for one download; the client itself would go on for as long as a server drops the connection half way
+# for one download; the client itself would go on for as long as a server drops the connection half
+# way
+DEADLINE_S = 120.0
 GRACE_S = 10.0  # others wait so much longer than the one who downloads may take
 
 WEIGHTS_FILE = "model.safetensors"
@@ -55,14 +58,16 @@ class HubFiles:
 def download(repository: str, revision: str | None = None, *, local_only: bool = False) -> HubFiles:
     """The weights of `repository` at `revision` (branch, tag or commit; None: the default branch).
 
-    Honours HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN as huggingface_hub does, and falls back to the cache with a warning
-    when the Hub does not answer. Nothing is asked when `revision` is a commit that the cache holds.
+    Honours HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN as huggingface_hub does, and falls
+    back to the cache with a warning when the Hub does not answer. Nothing is asked when `revision`
+    is a commit that the cache holds.
 
     Args:
         local_only: look into the cache and nowhere else.
 
     Raises:
-        HubError: no such repository, revision or file, no access, only pickled files, a damaged file, or no answer in time.
+        HubError: no such repository, revision or file, no access, only pickled files, a damaged
+            file, or no answer in time.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -74,14 +79,24 @@ def download(repository: str, revision: str | None = None, *, local_only: bool =
     except HFValidationError as error:
         raise HubError(_first_line(error)) from None
     wanted = revision or constants.DEFAULT_REVISION
-    files = _cached(repository, wanted) if local_only or constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(wanted) else None
+    files = (
+        _cached(repository, wanted)
+        if local_only or constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(wanted)
+        else None
+    )
     if files is not None:
         return _intact(files)
     if local_only or constants.HF_HUB_OFFLINE:
         why = "no network was asked for" if local_only else "HF_HUB_OFFLINE is set"
-        raise HubError(f"{why}, and the cache {constants.HF_HUB_CACHE} does not hold {repository} at {wanted}")
+        raise HubError(
+            f"{why}, and the cache {constants.HF_HUB_CACHE} does not hold {repository} at {wanted}"
+        )
 
-    folder = Path(constants.HF_HUB_CACHE) / ".locks" / repo_folder_name(repo_id=repository, repo_type="model")
+    folder = (
+        Path(constants.HF_HUB_CACHE)
+        / ".locks"
+        / repo_folder_name(repo_id=repository, repo_type="model")
+    )
     stem = f"pylo_dist.{quote(wanted, safe='')}"
     note, lock = folder / f"{stem}.json", folder / f"{stem}.lock"
     before = _read_note(note)
@@ -91,7 +106,8 @@ def download(repository: str, revision: str | None = None, *, local_only: bool =
             stack.enter_context(WeakFileLock(lock, timeout=DEADLINE_S + GRACE_S))
         except TimeoutError:
             raise HubError(
-                f"another process of this node has held {lock} for {DEADLINE_S + GRACE_S:g} s; end it and try again"
+                f"another process of this node has held {lock} for {DEADLINE_S + GRACE_S:g} s; end "
+                "it and try again"
             ) from None
         except OSError:
             log.debug("no lock in %s: a cache that only others write", folder, exc_info=True)
@@ -111,7 +127,15 @@ def download(repository: str, revision: str | None = None, *, local_only: bool =
         return files
 
 
-def upload(repository: str, folder: Path, *, message: str, private: bool | None, revision: str | None, token: str | None) -> str:
+def upload(
+    repository: str,
+    folder: Path,
+    *,
+    message: str,
+    private: bool | None,
+    revision: str | None,
+    token: str | None,
+) -> str:
     """Commit the files of `folder` to `repository`, made when there is none; gives the commit.
 
     Raises:
@@ -123,7 +147,9 @@ def upload(repository: str, folder: Path, *, message: str, private: bool | None,
     api = HfApi(token=token)
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message
+        )
     except HFValidationError as error:
         raise HubError(_first_line(error)) from None
     except Exception as error:  # the errors of the transport differ between versions of the client
@@ -145,14 +171,22 @@ def _ask(repository: str, revision: str) -> HubFiles:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
-    timeout = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else HEAD_TIMEOUT_S
+    timeout = (
+        float(constants.HF_HUB_ETAG_TIMEOUT)
+        if "HF_HUB_ETAG_TIMEOUT" in os.environ
+        else HEAD_TIMEOUT_S
+    )
     url = hf_hub_url(repository, WEIGHTS_FILE, revision=revision)
     try:
-        # hf_hub_download alone would retry for half a minute without a network; a name server may be silent for as long
+        # hf_hub_download alone would retry for half a minute without a network; a name server may
+        # be silent for as long
         head = _within(2 * timeout, lambda: get_hf_file_metadata(url, timeout=timeout))
         commit = head.commit_hash
         if commit is None:
-            raise HubError(f"{constants.ENDPOINT} does not answer like a Hub (no commit in its headers); check HF_ENDPOINT")
+            raise HubError(
+                f"{constants.ENDPOINT} does not answer like a Hub (no commit in its headers); "
+                "check HF_ENDPOINT"
+            )
     except RevisionNotFoundError as error:
         raise HubError(_in_words(error, repository, revision)) from None
     except EntryNotFoundError:
@@ -165,14 +199,22 @@ def _ask(repository: str, revision: str) -> HubFiles:
         log.warning("%s; using the cached files of commit %s", reason, files.commit)
         return files
     files = _cached(repository, revision)
-    if files is not None and files.commit == commit and (files.config is not None or _known_without_config(repository, commit)):
+    if (
+        files is not None
+        and files.commit == commit
+        and (files.config is not None or _known_without_config(repository, commit))
+    ):
         return files
 
     def both() -> HubFiles:
-        weights = Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, etag_timeout=timeout))
+        weights = Path(
+            hf_hub_download(repository, WEIGHTS_FILE, revision=revision, etag_timeout=timeout)
+        )
         commit = _commit_of(weights)
         try:
-            config = Path(hf_hub_download(repository, CONFIG_FILE, revision=commit, etag_timeout=timeout))
+            config = Path(
+                hf_hub_download(repository, CONFIG_FILE, revision=commit, etag_timeout=timeout)
+            )
         except EntryNotFoundError:
             return HubFiles(weights, None, commit)
         return HubFiles(weights, config, commit)
@@ -214,7 +256,8 @@ def _cached(repository: str, revision: str) -> HubFiles | None:
 def _known_without_config(repository: str, commit: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return try_to_load_from_cache(repository, CONFIG_FILE, revision=commit) is not None  # the client's mark for "there is none"
+    # the client's mark for "there is none"
+    return try_to_load_from_cache(repository, CONFIG_FILE, revision=commit) is not None
 
 
 def _commit_of(path: Path) -> str:
@@ -223,16 +266,23 @@ def _commit_of(path: Path) -> str:
 
 
 def _intact(files: HubFiles) -> HubFiles:
-    """The same files, after a look at their hashes: the client checks the size of what it downloads and no more."""
+    """The same files, after a look at their hashes: the client checks the size of what it downloads
+    and no more.
+    """
     for path in (files.weights, files.config):
         blob = path.resolve() if path is not None else None
         if blob is not None and _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
-            raise HubError(f"{blob} is damaged: the Hub's sha256 is its name, its own is {sha256_of(blob)}; delete it, try again")
+            raise HubError(
+                f"{blob} is damaged: the Hub's sha256 is its name, its own is {sha256_of(blob)}; "
+                "delete it, try again"
+            )
     return files
 
 
 def _within(seconds: float, work: Callable[[], Result]) -> Result:
-    """`work()`, waited for no longer than `seconds`. The client cannot be interrupted: a late thread ends with the process."""
+    """`work()`, waited for no longer than `seconds`. The client cannot be interrupted: a late
+    thread ends with the process.
+    """
     done: list[Result] = []
     failed: list[BaseException] = []
 

@@ -1,4 +1,6 @@
-"""Write learned weights with all that belongs to them: a folder that `load_weights` reads back bit-equal, or a Hub repository."""
+"""Write learned weights with all that belongs to them: a folder that `load_weights` reads back
+bit-equal, or a Hub repository.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,26 @@ from safetensors.torch import save_file
 
 from .._version import __version__
 from . import hub
-from .load import ARCHITECTURES, CARD_KEY, UNKNOWN, Architecture, MetaNetwork, WeightsError, WeightsLike, load_weights, read_file
+from .load import (
+    ARCHITECTURES,
+    CARD_KEY,
+    UNKNOWN,
+    Architecture,
+    MetaNetwork,
+    WeightsError,
+    WeightsLike,
+    load_weights,
+    read_file,
+)
 
 CARD_FILE = "README.md"
-FACES = {"small_fc": "AdafacLO", "elo": "ELO", "celo2": "CELO2", "velo": "VeLO"}  # of every architecture, one optimizer
+# of every architecture, one optimizer
+FACES = {
+    "small_fc": "AdafacLO",
+    "elo": "ELO",
+    "celo2": "CELO2",
+    "velo": "VeLO",
+}
 
 
 def save_weights(
@@ -31,15 +49,18 @@ def save_weights(
     description: str = "",
     overwrite: bool = False,
 ) -> MetaNetwork:
-    """Write `weights` to `folder`: model.safetensors (float32) and a model card, README.md. Call it on one rank.
+    """Write `weights` to `folder`: model.safetensors (float32) and a model card, README.md. Call it
+    on one rank.
 
-    The file's metadata say architecture, decays, digest, source, horizon and licence, so `weights=folder` needs nothing else, and
-    gives the tensors bit for bit, under the same digest. Several parts (VeLO's) become one file.
+    The file's metadata say architecture, decays, digest, source, horizon and licence, so
+    `weights=folder` needs nothing else, and gives the tensors bit for bit, under the same digest.
+    Several parts (VeLO's) become one file.
 
     Args:
         weights: all that `weights=` of an optimizer takes, or the `weights` of an optimizer.
-        architecture: "small_fc", "elo", "celo2" or "velo"; needed for tensors that fit two of them (small_fc and elo).
-        decays: e.g. {"momentum_decays": (0.1, 0.2, 0.3)}; instead of those that `weights` come with, name by name.
+        architecture: "small_fc", "elo", "celo2" or "velo"; needed for tensors that fit two of them
+        (small_fc and elo). decays: e.g. {"momentum_decays": (0.1, 0.2, 0.3)}; instead of those that
+        `weights` come with, name by name.
         horizon: the longest run of the inner training, in steps; None: as `weights` say.
         licence: its identifier first, as in "apache-2.0"; None: as `weights` say.
         description: for the model card.
@@ -58,9 +79,15 @@ def save_weights(
         raise WeightsError(f"{target} is a file, wanted a folder to write {file.name} to")
     others = sorted(path.name for path in target.glob("*.safetensors") if path != file)
     if others:
-        raise WeightsError(f"folder {target} holds {', '.join(others)}, a weights folder holds one such file; name a new folder")
+        raise WeightsError(
+            f"folder {target} holds {', '.join(others)}, a weights folder holds one such file; "
+            "name a new folder"
+        )
     if file.exists() and not overwrite and _digest_in(file) != network.digest:
-        raise WeightsError(f"folder {target} holds other weights; name a new folder, or overwrite them (overwrite=True)")
+        raise WeightsError(
+            f"folder {target} holds other weights; name a new folder, or overwrite them "
+            "(overwrite=True)"
+        )
     card = {
         "architecture": network.architecture,
         "decays": {name: list(values) for name, values in network.decays.items()},
@@ -97,7 +124,8 @@ def push_to_hub(
     licence: str | None = None,
     description: str = "",
 ) -> str:
-    """Commit `weights` with their model card to the Hub repository `repo_id`, made when there is none. Call it on one rank.
+    """Commit `weights` with their model card to the Hub repository `repo_id`, made when there is
+    none. Call it on one rank.
 
     Args:
         repo_id: "org/name".
@@ -116,15 +144,29 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         network = save_weights(
-            folder, weights, architecture, decays=decays, horizon=horizon, licence=licence, description=description
+            folder,
+            weights,
+            architecture,
+            decays=decays,
+            horizon=horizon,
+            licence=licence,
+            description=description,
         )
         message = commit_message or f"{network.architecture} weights {network.digest[:12]}"
         try:
-            commit = hub.upload(repo_id, Path(folder), message=message, private=private, revision=revision, token=token)
+            commit = hub.upload(
+                repo_id,
+                Path(folder),
+                message=message,
+                private=private,
+                revision=revision,
+                token=token,
+            )
         except hub.HubError as error:
             raise WeightsError(
-                f"weights could not be pushed to {repo_id!r} ({error}). Ways out: log in with a token that may write there "
-                "(`hf auth login`, HF_TOKEN or token=...); or save_weights to a folder and upload that"
+                f"weights could not be pushed to {repo_id!r} ({error}). Ways out: log in with a "
+                "token that may write there (`hf auth login`, HF_TOKEN or token=...); or "
+                "save_weights to a folder and upload that"
             ) from error
     return f"{repo_id}@{commit}"
 
@@ -140,14 +182,29 @@ def _completed(
     network = load_weights(weights, architecture_named(architecture))
     known = ARCHITECTURES[network.architecture].decays
     for name, values in (decays or {}).items():
-        if name not in known or len(values) != len(known[name]) or not all(math.isfinite(x) for x in values):
-            wanted = ", ".join(f"{key} ({len(numbers)} finite numbers)" for key, numbers in known.items()) or "no decays"
-            raise WeightsError(f"decays {name!r} = {values!r} do not belong to {network.architecture}: wanted {wanted}")
+        if (
+            name not in known
+            or len(values) != len(known[name])
+            or not all(math.isfinite(x) for x in values)
+        ):
+            wanted = (
+                ", ".join(
+                    f"{key} ({len(numbers)} finite numbers)" for key, numbers in known.items()
+                )
+                or "no decays"
+            )
+            raise WeightsError(
+                f"decays {name!r} = {values!r} do not belong to {network.architecture}: wanted "
+                f"{wanted}"
+            )
     if horizon is not None and horizon < 1:
         raise WeightsError(f"horizon={horizon}: wanted a number of steps, 1 or more")
     return replace(
         network,
-        decays={**network.decays, **{name: tuple(map(float, values)) for name, values in (decays or {}).items()}},
+        decays={
+            **network.decays,
+            **{name: tuple(map(float, values)) for name, values in (decays or {}).items()},
+        },
         horizon=network.horizon if horizon is None else horizon,
         licence=network.licence if licence is None else licence,
     )
@@ -161,7 +218,9 @@ def architecture_named(name: str | None) -> Architecture | None:
 
 
 def stored_digest(folder: str | os.PathLike[str]) -> str | None:
-    """The digest that `save_weights` wrote into the weights file of `folder`; None where it did not write it."""
+    """The digest that `save_weights` wrote into the weights file of `folder`; None where it did not
+    write it.
+    """
     found = sorted(Path(folder).glob("*.safetensors"))
     return _digest_in(found[0]) if found else None
 
@@ -176,8 +235,12 @@ def _model_card(network: MetaNetwork, description: str) -> str:
     licence = network.licence.split()[0].lower() if network.licence.strip() else UNKNOWN
     face = FACES[network.architecture]
     horizon = f"{network.horizon:,} steps" if network.horizon is not None else UNKNOWN
-    decays = [f"| {name} | {', '.join(map(repr, values))} |" for name, values in network.decays.items()]
-    tensors = [f"| `{name}` | {tuple(tensor.shape)} |" for name, tensor in sorted(network.tensors.items())]
+    decays = [
+        f"| {name} | {', '.join(map(repr, values))} |" for name, values in network.decays.items()
+    ]
+    tensors = [
+        f"| `{name}` | {tuple(tensor.shape)} |" for name, tensor in sorted(network.tensors.items())
+    ]
     steps = ", num_steps=..." if network.architecture == "velo" else ""
     return "\n".join(
         [
@@ -194,7 +257,8 @@ def _model_card(network: MetaNetwork, description: str) -> str:
             *([description.strip(), ""] if description.strip() else []),
             "```python",
             "import pylo_dist",
-            f'optimizer = pylo_dist.{face}(model.parameters(), weights="THIS REPOSITORY OR FOLDER"{steps})',
+            f'optimizer = pylo_dist.{face}(model.parameters(), weights="THIS REPOSITORY OR '
+            f'FOLDER"{steps})',
             "```",
             "",
             "| | |",
@@ -206,8 +270,10 @@ def _model_card(network: MetaNetwork, description: str) -> str:
             *decays,
             f"| digest | `{network.digest}` |",
             "",
-            "The digest is a sha256 over the names, shapes and float32 values of the tensors; loading compares it with the one",
-            "in the metadata of `model.safetensors`, and `python -m pylo_dist weights verify FOLDER` prints it.",
+            "The digest is a sha256 over the names, shapes and float32 values of the tensors; "
+            "loading compares it with the one",
+            "in the metadata of `model.safetensors`, and `python -m pylo_dist weights verify "
+            "FOLDER` prints it.",
             "",
             "| tensor | shape |",
             "|---|---|",

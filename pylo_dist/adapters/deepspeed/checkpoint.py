@@ -1,7 +1,9 @@
-"""DeepSpeed's checkpoint files on any number of ranks and in any layout. Reads the files; writes the engine it is given.
+"""DeepSpeed's checkpoint files on any number of ranks and in any layout. Reads the files; writes
+the engine it is given.
 
-engine.save_checkpoint writes one file per rank with flat float32 tensors and, from `DeepSpeedOptimizer.state_dict`, where each
-parameter lies in them. So any rank can take its elements out of all the files; they are mapped, not read, into memory.
+engine.save_checkpoint writes one file per rank with flat float32 tensors and, from
+`DeepSpeedOptimizer.state_dict`, where each parameter lies in them. So any rank can take its
+elements out of all the files; they are mapped, not read, into memory.
 """
 
 from __future__ import annotations
@@ -16,21 +18,46 @@ import torch
 from torch import Tensor
 
 from ... import comm
-from ...core.shards import TensorShard, bound_shard
+from ...core.pieces import bound_shard
+from ...core.shards import TensorShard
 from ...optimizer.sharded_state import ShardedState, copy_elements
 from .optimizer import STATE_KEY, DeepSpeedOptimizer
 
 # what DeepSpeed's model file holds beside what the user gave to save_checkpoint
 _OWN_KEYS = (
-    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments"),
-    *("lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps", "global_steps"),
-    *("global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version", "checkpoint_parallel_dimensions"),
+    *(
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+    ),
+    *(
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+    ),
+    *(
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a rank's file has of a parameter: float32 values (N,) from element `start` on, and its entries of state."""
+    """What a rank's file has of a parameter: float32 values (N,) from element `start` on, and its
+    entries of state.
+    """
 
     start: int
     values: Tensor
@@ -45,7 +72,8 @@ class DeepSpeedFiles:
         tag: the subfolder; None: the one that the file `latest` names.
 
     Attributes:
-        path: folder / tag. parts: per fqn, over the ranks. shapes: per fqn, in the optimizer's order.
+        path: folder / tag. parts: per fqn, over the ranks. shapes: per fqn, in the optimizer's
+            order.
         groups: the inner optimizer's parameter groups. model: the model file's entries.
 
     Raises:
@@ -57,7 +85,10 @@ class DeepSpeedFiles:
         if tag is None:
             latest = folder / "latest"
             if not latest.is_file():
-                raise ValueError(f"{latest} is missing: pass tag=..., the name of the subfolder that save_checkpoint wrote")
+                raise ValueError(
+                    f"{latest} is missing: pass tag=..., the name of the subfolder that "
+                    "save_checkpoint wrote"
+                )
             tag = latest.read_text().strip()
         self.path = folder / tag
         models = [
@@ -65,13 +96,17 @@ class DeepSpeedFiles:
             *sorted(self.path.glob("zero_pp_rank_*_model_states.pt"), key=_rank),
         ]
         if not models:
-            raise ValueError(f"{self.path} has no *_model_states.pt: it is no checkpoint of DeepSpeed")
+            raise ValueError(
+                f"{self.path} has no *_model_states.pt: it is no checkpoint of DeepSpeed"
+            )
         if any(f"mp_rank_{i:02d}" in path.name for path in models for i in range(1, 100)):
             raise ValueError(f"{self.path} was saved with model parallelism, which is not served")
         self._models = [_open(path) for path in models]
         self.model: dict[str, Any] = self._models[0]
         optimizers = sorted(self.path.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank)
-        self.states = [_open(path)["optimizer_state_dict"] for path in optimizers] or [self.model["optimizer"]]
+        self.states = [_open(path)["optimizer_state_dict"] for path in optimizers] or [
+            self.model["optimizer"]
+        ]
         held = [_held(state, self.path) for state in self.states]
         ranks = held[0]["layout"]["ranks"]
         if optimizers and held[0]["layout"]["kind"] != "whole" and len(held) != ranks:
@@ -93,21 +128,28 @@ class DeepSpeedFiles:
         return _gather([(part.start, part.values) for part in self.parts[fqn]], start, numel, fqn)
 
     def state_of(self, fqn: str, shard: TensorShard) -> dict[str, Tensor]:
-        """The state of a parameter as LearnedOptimizer.load_state_dict takes it, with the elements of `shard`."""
+        """The state of a parameter as LearnedOptimizer.load_state_dict takes it, with the elements
+        of `shard`.
+        """
         parts = self.parts[fqn]
         state: dict[str, Tensor] = {}
         for name, first in parts[0].state.items():
             if isinstance(first, dict):
                 pieces = [(part.start, part.state[name]["local"]) for part in parts]
                 copies = tuple(first["copies"])
-                state[name] = ShardedState(_gather(pieces, shard.start, shard.numel, fqn), copies, shard)
+                state[name] = ShardedState(
+                    _gather(pieces, shard.start, shard.numel, fqn), copies, shard
+                )
             else:
                 state[name] = first
         return state
 
     def untrained(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers and frozen parameters, whole."""
-        module, fragments = self.model["module"], [model.get("frozen_param_fragments") or {} for model in self._models]
+        module, fragments = (
+            self.model["module"],
+            [model.get("frozen_param_fragments") or {} for model in self._models],
+        )
         shapes = self.model.get("frozen_param_shapes") or {}
         for name in self.model["buffer_names"] or ():
             yield name, module[name]
@@ -115,7 +157,12 @@ class DeepSpeedFiles:
         for name, shape in shapes.items():
             numel = torch.Size(shape).numel()
             if name not in trained:
-                yield name, torch.cat([f[name].reshape(-1) for f in fragments])[:numel].view(torch.Size(shape))
+                yield (
+                    name,
+                    torch.cat([f[name].reshape(-1) for f in fragments])[:numel].view(
+                        torch.Size(shape)
+                    ),
+                )
         for name, value in module.items():
             known = name in shapes or name in trained or name in (self.model["buffer_names"] or ())
             if not known and isinstance(value, Tensor) and value.numel():
@@ -142,7 +189,9 @@ def _held(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _flats(state: dict[str, Any]) -> Iterator[Tensor]:
-    """The float32 tensors of a rank: flat partitions (stages 1 to 3), or one per parameter; none in stage 0 in float32."""
+    """The float32 tensors of a rank: flat partitions (stages 1 to 3), or one per parameter; none in
+    stage 0 in float32.
+    """
     for key in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
         if key in state:
             yield from state[key]
@@ -152,7 +201,9 @@ def _flats(state: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _gather(pieces: list[tuple[int, Tensor]], start: int, numel: int, fqn: str) -> Tensor:
-    """Elements start .. start + numel of a tensor of which `pieces` are (first element, (..., n)), new memory (..., numel)."""
+    """Elements start .. start + numel of a tensor of which `pieces` are (first element, (..., n)),
+    new memory (..., numel).
+    """
     result = pieces[0][1].new_empty((*pieces[0][1].shape[:-1], numel))
     filled = 0
     for first, piece in pieces:
@@ -161,22 +212,31 @@ def _gather(pieces: list[tuple[int, Tensor]], start: int, numel: int, fqn: str) 
             result[..., low - start : high - start] = piece[..., low - first : high - first]
             filled += high - low
     if filled < numel:
-        raise ValueError(f"{fqn!r}: the files hold {filled} of the {numel} elements from {start} on")
+        raise ValueError(
+            f"{fqn!r}: the files hold {filled} of the {numel} elements from {start} on"
+        )
     return result
 
 
 def load_checkpoint(
-    engine: Any, load_dir: str | Path, tag: str | None = None, *, load_lr_scheduler_states: bool = True
+    engine: Any,
+    load_dir: str | Path,
+    tag: str | None = None,
+    *,
+    load_lr_scheduler_states: bool = True,
 ) -> tuple[str, dict[str, Any]]:
-    """Load what engine.save_checkpoint wrote on any number of ranks, in any stage. All ranks call it alike.
+    """Load what engine.save_checkpoint wrote on any number of ranks, in any stage. All ranks call
+    it alike.
 
-    Model, optimizer, scheduler and the engine's counters are restored as engine.load_checkpoint does.
+    Model, optimizer, scheduler and the engine's counters are restored as engine.load_checkpoint
+    does.
 
     Returns:
         The path of the checkpoint, and the client_state of save_checkpoint.
 
     Raises:
-        ValueError: no such checkpoint, or one of another model, optimizer or weights; on all ranks, and nothing has changed.
+        ValueError: no such checkpoint, or one of another model, optimizer or weights; on all ranks,
+            and nothing has changed.
     """
     held: DeepSpeedOptimizer = engine.basic_optimizer
     group = comm.default_group()
@@ -185,7 +245,12 @@ def load_checkpoint(
         try:
             files = DeepSpeedFiles(load_dir, tag)
             state = _state_for(held, files)
-        except (OSError, RuntimeError, KeyError) as error:  # files that are missing or no checkpoint
+        except (
+            OSError,
+            RuntimeError,
+            KeyError,
+        ) as error:
+            # files that are missing or no checkpoint
             raise ValueError(f"{type(error).__name__}: {error}") from error
         held.inner.check_state_dict(state)
         return files, state
@@ -195,10 +260,16 @@ def load_checkpoint(
     _write_parameters(engine, files)
     _write_untrained(engine, files.untrained())
     model = files.model
-    if load_lr_scheduler_states and engine.lr_scheduler is not None and model.get("lr_scheduler") is not None:
+    if (
+        load_lr_scheduler_states
+        and engine.lr_scheduler is not None
+        and model.get("lr_scheduler") is not None
+    ):
         engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     engine.global_steps, engine.skipped_steps = model["global_steps"], model["skipped_steps"]
-    engine.global_samples = model.get("global_samples", engine.global_steps * engine.train_batch_size())
+    engine.global_samples = model.get(
+        "global_samples", engine.global_steps * engine.train_batch_size()
+    )
     scaler = files.states[0].get("loss_scaler")
     if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler = scaler
@@ -212,18 +283,24 @@ def _state_for(held: DeepSpeedOptimizer, files: DeepSpeedFiles) -> dict[str, Any
     if set(mine) != set(files.shapes) or len(own) != len(files.groups):
         odd = sorted(set(mine) ^ set(files.shapes))[:5]
         raise ValueError(
-            f"{files.path} holds {len(files.shapes)} parameters in {len(files.groups)} groups, the engine trains {len(mine)} in "
-            f"{len(own)}; only one of them knows {odd}"
+            f"{files.path} holds {len(files.shapes)} parameters in {len(files.groups)} groups, the "
+            f"engine trains {len(mine)} in {len(own)}; only one of them knows {odd}"
         )
     groups = [
         {**saved, "params": group["params"], "param_names": group["param_names"]}
         for saved, group in zip(files.groups, own, strict=True)
     ]
-    indices = {name: i for group in own for name, i in zip(group["param_names"], group["params"], strict=True)}
+    indices = {
+        name: i
+        for group in own
+        for name, i in zip(group["param_names"], group["params"], strict=True)
+    }
     state = {}
     for shard, _ in _own_parts(held):
         if shard.shape != files.shapes[shard.fqn]:
-            raise ValueError(f"{shard.fqn!r} has shape {shard.shape}, in {files.path} {files.shapes[shard.fqn]}")
+            raise ValueError(
+                f"{shard.fqn!r} has shape {shard.shape}, in {files.path} {files.shapes[shard.fqn]}"
+            )
         state[indices[shard.fqn]] = files.state_of(shard.fqn, shard)
     return {"state": state, "param_groups": groups}
 
@@ -237,11 +314,16 @@ def _write_parameters(engine: Any, files: DeepSpeedFiles) -> None:
 
 
 def _own_parts(held: DeepSpeedOptimizer) -> Iterator[tuple[TensorShard, Tensor]]:
-    """This rank's elements of every trained parameter, float32: which they are, and the tensor DeepSpeed keeps them in."""
+    """This rank's elements of every trained parameter, float32: which they are, and the tensor
+    DeepSpeed keeps them in.
+    """
     for _, source, member in held.layout.members():
         source.follow()
         binding, shape = bound_shard(member.piece), tuple(member.piece.shape)
-        yield TensorShard.whole(member.fqn, shape) if binding is None else binding.shard, member.piece.detach()
+        yield (
+            TensorShard.whole(member.fqn, shape) if binding is None else binding.shard,
+            member.piece.detach(),
+        )
 
 
 @torch.no_grad()
@@ -269,7 +351,10 @@ def publish_parameters(engine: Any) -> None:
 def _write_untrained(engine: Any, values: Iterator[tuple[str, Tensor]]) -> None:
     """Buffers and frozen parameters; names of trained ones, which may be tied, are passed over."""
     module, layout = engine.module, engine.basic_optimizer.layout
-    targets: dict[str, Tensor] = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
+    targets: dict[str, Tensor] = {
+        **dict(module.named_buffers()),
+        **dict(module.named_parameters(remove_duplicate=False)),
+    }
     trained = {id(member.param) for _, _, member in layout.members()}
     for name, value in values:
         target = targets.get(name)
@@ -285,50 +370,78 @@ def _write_untrained(engine: Any, values: Iterator[tuple[str, Tensor]]) -> None:
             target.copy_(value)
 
 
-# ---------------------------------------------------------------------------------------------------- the canonical state
+# ------------------------------------------------------------------------------ the canonical state
 
 
 def read_checkpoint(load_dir: str | Path, tag: str | None = None) -> dict[str, Any]:
-    """What engine.save_checkpoint wrote, whole, for runs without DeepSpeed (which must be installed all the same).
+    """What engine.save_checkpoint wrote, whole, for runs without DeepSpeed (which must be installed
+    all the same).
 
     Returns:
-        "model": a state_dict for the model. "optimizer": one for the same optimizer in any layout. "masters": the trained
-        parameters in float32, by name. "meta": global_steps and what else DeepSpeed counted.
+        "model": a state_dict for the model. "optimizer": one for the same optimizer in any layout.
+        "masters": the trained parameters in float32, by name. "meta": global_steps and what else
+        DeepSpeed counted.
 
     Raises:
         ValueError: no such checkpoint, or one of another optimizer.
     """
     files = DeepSpeedFiles(load_dir, tag)
-    masters = {fqn: files.values(fqn, 0, torch.Size(shape).numel()).view(shape) for fqn, shape in files.shapes.items()}
+    masters = {
+        fqn: files.values(fqn, 0, torch.Size(shape).numel()).view(shape)
+        for fqn, shape in files.shapes.items()
+    }
     module, shared = files.model["module"], dict(files.model.get("shared_params") or {})
     untrained = dict(files.untrained())
     model = {}
     for name, value in module.items():
         source = shared.get(name, name)
-        model[name] = masters[source].to(value.dtype) if source in masters else untrained.get(source, value).clone()
-    names = {i: fqn for group in files.groups for fqn, i in zip(group["param_names"], group["params"], strict=True)}
+        model[name] = (
+            masters[source].to(value.dtype)
+            if source in masters
+            else untrained.get(source, value).clone()
+        )
+    names = {
+        i: fqn
+        for group in files.groups
+        for fqn, i in zip(group["param_names"], group["params"], strict=True)
+    }
     state = {}
     for i, fqn in names.items():
         whole = TensorShard.whole(fqn, files.shapes[fqn])
         state[i] = {
-            name: t.local.view((*t.copies, *whole.shape)) if isinstance(t, ShardedState) else t.clone()
+            name: t.local.view((*t.copies, *whole.shape))
+            if isinstance(t, ShardedState)
+            else t.clone()
             for name, t in files.state_of(fqn, whole).items()
         }
-    meta = {key: files.model[key] for key in ("global_steps", "global_samples", "skipped_steps") if key in files.model}
-    return {"model": model, "optimizer": {"state": state, "param_groups": files.groups}, "masters": masters, "meta": meta}
+    meta = {
+        key: files.model[key]
+        for key in ("global_steps", "global_samples", "skipped_steps")
+        if key in files.model
+    }
+    return {
+        "model": model,
+        "optimizer": {"state": state, "param_groups": files.groups},
+        "masters": masters,
+        "meta": meta,
+    }
 
 
 def _take(value: Tensor, shard: TensorShard, piece: Tensor) -> None:
-    """piece <- the elements of `shard`, whatever the layout and dtype of `value` (`piece` is modified in place)."""
+    """piece <- the elements of `shard`, whatever the layout and dtype of `value` (`piece` is
+    modified in place).
+    """
     local = piece.new_empty(shard.numel)
     copy_elements(value, ShardedState(local, (), shard))
     piece.copy_(local.view(piece.shape))
 
 
 def states(engine: Any) -> dict[str, Any]:
-    """The engine's model and optimizer for `pylo_dist.checkpoint.save` and `load`, whose folders every layout reads.
+    """The engine's model and optimizer for `pylo_dist.checkpoint.save` and `load`, whose folders
+    every layout reads.
 
-    Where the model is not float32 there is a third entry, "masters": its trained parameters in float32.
+    Where the model is not float32 there is a third entry, "masters": its trained parameters in
+    float32.
     """
     held: DeepSpeedOptimizer = engine.basic_optimizer
     found: dict[str, Any] = {"model": EngineModel(engine), "optimizer": held.inner}
@@ -347,7 +460,9 @@ class EngineMasters:
         """Tensors of the parameters' own shapes; no collective."""
         whole = self._engine.basic_optimizer.layout.kind == "whole"
         parts = _own_parts(self._engine.basic_optimizer)
-        return {shard.fqn: piece if whole else ShardedState(piece, (), shard) for shard, piece in parts}
+        return {
+            shard.fqn: piece if whole else ShardedState(piece, (), shard) for shard, piece in parts
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -358,7 +473,9 @@ class EngineMasters:
 
 
 class EngineModel:
-    """The module of an engine with the keys of its own state_dict; what stage 3 has sharded is sharded here too."""
+    """The module of an engine with the keys of its own state_dict; what stage 3 has sharded is
+    sharded here too.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -369,7 +486,9 @@ class EngineModel:
         state: dict[str, Tensor] = dict(module.state_dict())
         if layout.kind != "split":
             return state
-        pieces = {shard.fqn: (shard, piece) for shard, piece in _own_parts(self._engine.basic_optimizer)}
+        pieces = {
+            shard.fqn: (shard, piece) for shard, piece in _own_parts(self._engine.basic_optimizer)
+        }
         names = {id(member.param): member.fqn for _, _, member in layout.members()}
         for name, param in module.named_parameters(remove_duplicate=False):
             if name not in state:
@@ -379,8 +498,13 @@ class EngineModel:
                 local = piece.to(param.dtype)
             else:
                 part, numel = param.ds_tensor, int(param.ds_numel)
-                low, high = (min(rank * part.numel(), numel) for rank in (layout.rank, layout.rank + 1))
-                shard, local = TensorShard.interval(name, tuple(param.ds_shape), low, high), part.view(-1)[: high - low]
+                low, high = (
+                    min(rank * part.numel(), numel) for rank in (layout.rank, layout.rank + 1)
+                )
+                shard, local = (
+                    TensorShard.interval(name, tuple(param.ds_shape), low, high),
+                    part.view(-1)[: high - low],
+                )
             state[name] = ShardedState(local, (), shard)
         return state
 

@@ -1,9 +1,10 @@
 """DeepSpeed, stages 0 to 3: an exact learned step on the partitions that DeepSpeed made.
 
-DeepSpeed hands its optimizer flat pieces of the parameters, a few at a time, and expects elementwise arithmetic. Here it holds a
-`DeepSpeedOptimizer`, which collects the gradients of all flat tensors of a step, takes the learned step once over local views of
-them, and repeats DeepSpeed's write-back where that has happened too early. Reads DeepSpeed's tables of partitions; writes its
-flat float32 tensors and the copies made from them.
+DeepSpeed hands its optimizer flat pieces of the parameters, a few at a time, and expects
+elementwise arithmetic. Here it holds a `DeepSpeedOptimizer`, which collects the gradients of all
+flat tensors of a step, takes the learned step once over local views of them, and repeats
+DeepSpeed's write-back where that has happened too early. Reads DeepSpeed's tables of partitions;
+writes its flat float32 tensors and the copies made from them.
 
     stages 1, 2     group   | w ........ | b | padding |     one flat tensor per parameter group, cut evenly over the ranks
     stage 3         w       | rank 0 | rank 1 | padding |    every parameter cut evenly, the parts of a sub-group side by side
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
-from ...core.shards import TensorShard, bind_shard, bound_shard
+from ...core.pieces import bind_shard, bound_shard
+from ...core.shards import TensorShard
 from ...optimizer import LearnedOptimizer
 from ...optimizer.report import Report
 from ...optimizer.sharded_state import ShardedState
@@ -39,14 +41,17 @@ _DEEPSPEEDS = {
     "process_group": "DeepSpeed says which ranks share the data: leave it out",
 }
 _NO_LOSS = (
-    "this optimizer reads the training loss, and there was none since the last step: call engine.backward(loss) in place of "
-    "loss.backward(), or engine.basic_optimizer.set_loss(loss) before engine.step()"
+    "this optimizer reads the training loss, and there was none since the last step: call "
+    "engine.backward(loss) in place of loss.backward(), or engine.basic_optimizer.set_loss(loss) "
+    "before engine.step()"
 )
 
 
 @dataclass(slots=True)
 class Member:
-    """A parameter in a flat tensor: its name, the model's tensor, the local piece that is updated, and where that begins."""
+    """A parameter in a flat tensor: its name, the model's tensor, the local piece that is updated,
+    and where that begins.
+    """
 
     fqn: str
     param: Tensor
@@ -59,11 +64,13 @@ class Source:
     """A tensor that DeepSpeed's optimizer updates.
 
     Attributes:
-        flat: 1-D float32 partition on this rank, or a whole parameter (its only member is itself then).
+        flat: 1-D float32 partition on this rank, or a whole parameter (its only member is itself
+            then).
         group: index of its parameter group.
-        members: the parameters of its group or sub-group, also those of which this rank has no element.
-        publish: brings `flat` to where DeepSpeed copies it after its optimizer's step; None: there is nothing to repeat.
-        grad: the gradient of the step being collected.
+        members: the parameters of its group or sub-group, also those of which this rank has no
+            element.
+        publish: brings `flat` to where DeepSpeed copies it after its optimizer's step; None: there
+        is nothing to repeat. grad: the gradient of the step being collected.
     """
 
     flat: Tensor
@@ -77,12 +84,17 @@ class Source:
         return len(self.members) == 1 and self.members[0].piece is self.flat
 
     def follow(self) -> None:
-        """Make the pieces views of `flat` again where DeepSpeed has moved its memory (offload_states, reload_states)."""
+        """Make the pieces views of `flat` again where DeepSpeed has moved its memory
+        (offload_states, reload_states).
+        """
         if self.is_whole:
             return
         flat, size = self.flat.detach(), self.flat.element_size()
         for member in self.members:
-            if member.piece.numel() and member.piece.data_ptr() != flat.data_ptr() + member.offset * size:
+            if (
+                member.piece.numel()
+                and member.piece.data_ptr() != flat.data_ptr() + member.offset * size
+            ):
                 member.piece.data = flat[member.offset : member.offset + member.piece.numel()]
 
 
@@ -92,8 +104,8 @@ class Layout:
 
     Attributes:
         kind: "whole", "flat" (stages 1 and 2) or "split" (stage 3).
-        group: the ranks that average gradients, and that share the tensors unless they are whole; None for a single rank.
-        sources: in the order in which DeepSpeed steps them.
+        group: the ranks that average gradients, and that share the tensors unless they are whole;
+        None for a single rank. sources: in the order in which DeepSpeed steps them.
     """
 
     kind: str
@@ -114,7 +126,7 @@ class Layout:
                 yield i, source, member
 
 
-# ---------------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def find_layout(engine: Any) -> Layout:
@@ -128,19 +140,38 @@ def find_layout(engine: Any) -> Layout:
         whole = [(i, p, p) for i, group in enumerate(held.param_groups) for p in group["params"]]
         return _whole(engine, whole)
     if hasattr(wrapper, "bit16_groups_flat"):
-        return _flat(engine, wrapper.bit16_groups, wrapper.bit16_groups_flat, wrapper.single_partition_of_fp32_groups)
+        return _flat(
+            engine,
+            wrapper.bit16_groups,
+            wrapper.bit16_groups_flat,
+            wrapper.single_partition_of_fp32_groups,
+        )
     if hasattr(wrapper, "bf16_groups_flat"):
-        return _flat(engine, wrapper.bf16_groups, wrapper.bf16_groups_flat, wrapper.fp32_groups_flat_partition)
+        return _flat(
+            engine,
+            wrapper.bf16_groups,
+            wrapper.bf16_groups_flat,
+            wrapper.fp32_groups_flat_partition,
+        )
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _split(engine)
     if hasattr(wrapper, "fp32_groups") and hasattr(wrapper, "fp16_groups"):
-        both = [zip(*pair, strict=True) for pair in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)]
-        return _whole(engine, [(i, p, master) for i, pairs in enumerate(both) for p, master in pairs])
-    raise ValueError(f"DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose partitions are not known here")
+        both = [
+            zip(*pair, strict=True)
+            for pair in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        ]
+        return _whole(
+            engine, [(i, p, master) for i, pairs in enumerate(both) for p, master in pairs]
+        )
+    raise ValueError(
+        f"DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose partitions are not "
+        "known here"
+    )
 
 
 def _shared(group: Any) -> Any:
-    return group if comm.size(group) > 1 else None  # a single rank holds everything: nothing to communicate
+    # a single rank holds everything: nothing to communicate
+    return group if comm.size(group) > 1 else None
 
 
 def _whole(engine: Any, params: list[tuple[int, Tensor, Tensor]]) -> Layout:
@@ -148,12 +179,18 @@ def _whole(engine: Any, params: list[tuple[int, Tensor, Tensor]]) -> Layout:
     for i, param, master in params:
         if not param.requires_grad:  # as the other stages
             continue
-        layout.sources.append(Source(master, i, [Member(engine.param_names[param], param, master, 0)]))
+        layout.sources.append(
+            Source(master, i, [Member(engine.param_names[param], param, master, 0)])
+        )
     return layout
 
 
-def _flat(engine: Any, groups: list[list[Tensor]], wholes: list[Tensor], partitions: list[Tensor]) -> Layout:
-    """Stages 1 and 2: group i lies in `wholes[i]`, and `partitions[i]` is this rank's part of it in float32."""
+def _flat(
+    engine: Any, groups: list[list[Tensor]], wholes: list[Tensor], partitions: list[Tensor]
+) -> Layout:
+    """Stages 1 and 2: group i lies in `wholes[i]`, and `partitions[i]` is this rank's part of it in
+    float32.
+    """
     wrapper = engine.optimizer
     layout = Layout("flat", _shared(wrapper.dp_process_group))
     for i, (params, whole, partition) in enumerate(zip(groups, wholes, partitions, strict=True)):
@@ -163,13 +200,18 @@ def _flat(engine: Any, groups: list[list[Tensor]], wholes: list[Tensor], partiti
             offset = int(param.data.storage_offset() - whole.storage_offset())
             numel, fqn = param.numel(), engine.param_names[param]
             if numel and param.data_ptr() != whole.data_ptr() + offset * whole.element_size():
-                raise ValueError(f"{fqn!r} does not lie in the flat tensor of its group; was the model moved after initialize?")
+                raise ValueError(
+                    f"{fqn!r} does not lie in the flat tensor of its group; was the model moved "
+                    "after initialize?"
+                )
             cuts = [min(max(rank * part - offset, 0), numel) for rank in range(layout.ranks + 1)]
             peers = [TensorShard.interval(fqn, tuple(param.shape), a, b) for a, b in pairwise(cuts)]
             begin = offset + peers[layout.rank].start - layout.rank * part
             source.members.append(_bound(fqn, param, peers, partition, begin, layout))
         if hasattr(wrapper, "parallel_partitioned_bit16_groups"):
-            source.publish = _copier(wrapper.parallel_partitioned_bit16_groups[i], layout.rank, partition)
+            source.publish = _copier(
+                wrapper.parallel_partitioned_bit16_groups[i], layout.rank, partition
+            )
         layout.sources.append(source)
     return layout
 
@@ -182,20 +224,32 @@ def _copier(parts: Sequence[Tensor], rank: int, partition: Tensor) -> Callable[[
 
 
 def _split(engine: Any) -> Layout:
-    """Stage 3: a sub-group's flat tensor holds this rank's part of each of its parameters, padded to equal parts."""
+    """Stage 3: a sub-group's flat tensor holds this rank's part of each of its parameters, padded
+    to equal parts.
+    """
     wrapper = engine.optimizer
     layout = Layout("split", _shared(wrapper.dp_process_group))
-    for j, (params, flat) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)):
+    for j, (params, flat) in enumerate(
+        zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True)
+    ):
         source = Source(flat, wrapper.sub_group_to_group_id[j], [])
         offset = 0
         for param in params:
-            fqn, part, numel = engine.param_names[param], int(param.partition_numel()), int(param.ds_numel)
+            fqn, part, numel = (
+                engine.param_names[param],
+                int(param.partition_numel()),
+                int(param.ds_numel),
+            )
             cuts = [min(rank * part, numel) for rank in range(layout.ranks + 1)]
-            peers = [TensorShard.interval(fqn, tuple(param.ds_shape), a, b) for a, b in pairwise(cuts)]
+            peers = [
+                TensorShard.interval(fqn, tuple(param.ds_shape), a, b) for a, b in pairwise(cuts)
+            ]
             source.members.append(_bound(fqn, param, peers, flat, offset, layout))
             offset += part
         if offset != flat.numel():
-            raise ValueError(f"sub-group {j} has {flat.numel()} elements on this rank, its parameters {offset}")
+            raise ValueError(
+                f"sub-group {j} has {flat.numel()} elements on this rank, its parameters {offset}"
+            )
         source.publish = _reassigner(wrapper, j)
         layout.sources.append(source)
     return layout
@@ -208,7 +262,9 @@ def _reassigner(wrapper: Any, sub_group: int) -> Callable[[], None]:
     return reassign
 
 
-def _bound(fqn: str, param: Tensor, peers: list[TensorShard], flat: Tensor, offset: int, layout: Layout) -> Member:
+def _bound(
+    fqn: str, param: Tensor, peers: list[TensorShard], flat: Tensor, offset: int, layout: Layout
+) -> Member:
     numel = peers[layout.rank].numel
     offset = min(max(offset, 0), flat.numel())
     piece = nn.Parameter(flat.detach()[offset : offset + numel])
@@ -216,27 +272,31 @@ def _bound(fqn: str, param: Tensor, peers: list[TensorShard], flat: Tensor, offs
     return Member(fqn, param, piece, offset)
 
 
-# -------------------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
-    """What DeepSpeed holds for a learned optimizer; `inner`, made by `attach`, is the learned optimizer itself.
+    """What DeepSpeed holds for a learned optimizer; `inner`, made by `attach`, is the learned
+    optimizer itself.
 
-    Until then a step does nothing: DeepSpeed takes some while it sets itself up. `param_groups` are DeepSpeed's view; what
-    schedulers write there (lr) reaches the inner optimizer at every step.
+    Until then a step does nothing: DeepSpeed takes some while it sets itself up. `param_groups` are
+    DeepSpeed's view; what schedulers write there (lr) reaches the inner optimizer at every step.
 
     Args:
-        params: as DeepSpeed gives them: parameters or groups, whole or partitioned already (deepspeed.zero.Init).
+        params: as DeepSpeed gives them: parameters or groups, whole or partitioned already
+            (deepspeed.zero.Init).
         **kwargs: the "params" of the JSON entry, the face's keyword arguments.
 
     Raises:
-        ValueError: an argument that is unknown, missing or cannot be served, or weights that do not fit; on every rank.
+        ValueError: an argument that is unknown, missing or cannot be served, or weights that do not
+            fit; on every rank.
     """
 
     face: ClassVar[type[LearnedOptimizer]]
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
-        # tried on one number: what is wrong with the arguments or the weights is said before anything is built
+        # tried on one number: what is wrong with the arguments or the weights is said before
+        # anything is built
         probe = self._together(lambda: self._probe(kwargs))
         self._kwargs = {**_checked_arguments(self.face, kwargs), "weights": probe.weights}
         self._defaults = probe.defaults
@@ -258,7 +318,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         return self.face([("probe", nn.Parameter(torch.zeros(1)))], **kwargs)
 
     def _together(self, work: Callable[[], LearnedOptimizer]) -> LearnedOptimizer:
-        """`work()`, which calls no collective; an error of one rank is raised on all, with the place in the JSON."""
+        """`work()`, which calls no collective; an error of one rank is raised on all, with the
+        place in the JSON.
+        """
 
         def named() -> LearnedOptimizer:
             try:
@@ -269,13 +331,16 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
         return comm.together(named, comm.default_group(), ValueError)
 
-    # ------------------------------------------------------------------------------------------ attach
+    # --------------------------------------------------------------------------------------- attach
 
     def attach(self, engine: Any) -> None:
-        """Build the inner optimizer on the engine's partitions and listen to its losses. Alike on all ranks, once."""
+        """Build the inner optimizer on the engine's partitions and listen to its losses. Alike on
+        all ranks, once.
+        """
         layout = find_layout(engine)
         self._inner = self._together(lambda: self._build(layout))
-        # what schedulers set since the last step is saved too, and what is loaded counts from now on
+        # what schedulers set since the last step is saved too, and what is loaded counts from now
+        # on
         self._inner.register_state_dict_pre_hook(lambda _: self._bring_settings())
         self._inner.register_load_state_dict_post_hook(lambda _: self._settings_follow())
         self._layout = layout
@@ -291,7 +356,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     def _build(self, layout: Layout) -> LearnedOptimizer:
         groups: list[dict[str, Any]] = [
-            {**{key: value for key, value in group.items() if key != "params"}, "params": []} for group in self.param_groups
+            {**{key: value for key, value in group.items() if key != "params"}, "params": []}
+            for group in self.param_groups
         ]
         originals: list[tuple[str, Tensor]] = []
         for _, source, member in layout.members():
@@ -300,13 +366,20 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(groups):
             for key in ("max_grad_norm", "clip_grad"):
                 if group.get(key):
-                    raise ValueError(f"parameter group {i} has {key}={group[key]!r}: {_DEEPSPEEDS[key]}")
+                    raise ValueError(
+                        f"parameter group {i} has {key}={group[key]!r}: {_DEEPSPEEDS[key]}"
+                    )
         kwargs = self.face.before_sharding(originals, self._kwargs)
         # the ranks that average gradients average the loss
-        return self.face(groups, **{**kwargs, "process_group": layout.group if layout.group is not None else False})
+        return self.face(
+            groups,
+            **{**kwargs, "process_group": layout.group if layout.group is not None else False},
+        )
 
     def _noter(self, fqn: str) -> Callable[[Tensor], None]:
-        """A hook that notes that a parameter has a gradient; DeepSpeed itself fills in zeros for those without."""
+        """A hook that notes that a parameter has a gradient; DeepSpeed itself fills in zeros for
+        those without.
+        """
         find = weakref.ref(self)  # the model may outlive this optimizer
 
         def note(_: Tensor) -> None:
@@ -321,10 +394,16 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Wrap `engine.backward`, on this engine alone, to keep the losses it is given."""
         backward = engine.backward
 
-        def keeping_the_loss(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Any:
-            result = backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas, **kwargs)
+        def keeping_the_loss(
+            loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any
+        ) -> Any:
+            result = backward(
+                loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas, **kwargs
+            )
             self._drop_what_a_skipped_step_left()
-            part = loss.detach().to(torch.float64) / (engine.gradient_accumulation_steps() if scale_wrt_gas else 1)
+            part = loss.detach().to(torch.float64) / (
+                engine.gradient_accumulation_steps() if scale_wrt_gas else 1
+            )
             self._seen_loss = part if self._seen_loss is None else self._seen_loss + part
             return result
 
@@ -351,29 +430,37 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def inner(self) -> LearnedOptimizer:
         """The learned optimizer over this rank's pieces. Raises RuntimeError before `attach`."""
         if self._inner is None:
-            raise RuntimeError("not attached to a DeepSpeed engine yet: call pylo_dist.deepspeed.attach(engine)")
+            raise RuntimeError(
+                "not attached to a DeepSpeed engine yet: call pylo_dist.deepspeed.attach(engine)"
+            )
         return self._inner
 
     @property
     def layout(self) -> Layout:
         return self._layout
 
-    # -------------------------------------------------------------------------------------------- step
+    # ----------------------------------------------------------------------------------------- step
 
     def set_loss(self, loss: Tensor | float) -> None:
-        """Give the loss of the coming step, this rank's mean over its micro-batches; those engine.backward saw do not count."""
+        """Give the loss of the coming step, this rank's mean over its micro-batches; those
+        engine.backward saw do not count.
+        """
         self._drop_what_a_skipped_step_left()
         self._given_loss = torch.as_tensor(loss).detach()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Called by DeepSpeed, once for every flat tensor or once for all: the last call of a step takes it.
+        """Called by DeepSpeed, once for every flat tensor or once for all: the last call of a step
+        takes it.
 
         Raises:
-            NonFiniteGradientError, ValueError, PeerError: as `LearnedOptimizer.step`; nothing has changed then.
+            NonFiniteGradientError, ValueError, PeerError: as `LearnedOptimizer.step`; nothing has
+                changed then.
         """
         if closure is not None:
-            raise ValueError("step(closure): under DeepSpeed call engine.backward(loss) and engine.step()")
+            raise ValueError(
+                "step(closure): under DeepSpeed call engine.backward(loss) and engine.step()"
+            )
         if self._inner is None:
             return
         last: Source | None = None
@@ -382,7 +469,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                 last = self._by_flat.get(id(flat))
                 if last is None:  # frozen, stage 0
                     continue
-                if last.grad is not None and not last.is_whole:  # left by a step that broke off between two calls
+                # left by a step that broke off between two calls
+                if last.grad is not None and not last.is_whole:
                     for source in self._layout.sources:
                         source.grad = None
                 last.grad = flat.grad
@@ -414,13 +502,18 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                 source.publish()
 
     def _bring_gradients(self) -> None:
-        """The gradients of the pieces are views of the flat ones; a parameter that backward left out has none."""
+        """The gradients of the pieces are views of the flat ones; a parameter that backward left
+        out has none.
+        """
         present = self._present
         if self._layout.kind == "whole":
             members = [member for _, _, member in self._layout.members()]
-            if self._layout.group is not None:  # DeepSpeed fills in zeros; every rank must pass over the same tensors
+            # DeepSpeed fills in zeros; every rank must pass over the same tensors
+            if self._layout.group is not None:
                 first = members[0].piece
-                votes = torch.tensor([float(m.fqn in present) for m in members], device=first.device)
+                votes = torch.tensor(
+                    [float(m.fqn in present) for m in members], device=first.device
+                )
                 comm.serve([[(self._layout.group, votes)]])
                 present = {m.fqn for m, vote in zip(members, votes.tolist(), strict=True) if vote}
             for member in members:
@@ -439,59 +532,94 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         for mine, its in zip(self._groups, self.inner.param_groups, strict=True):
             its.update({key: mine[key] for key in self._defaults if key in mine})
 
-    # ------------------------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part, as engine.save_checkpoint writes it: plain tensors, with the layout they belong to."""
-        groups = [{**{k: v for k, v in group.items() if k != "params"}, "params": []} for group in self._groups]
+        """This rank's part, as engine.save_checkpoint writes it: plain tensors, with the layout
+        they belong to.
+        """
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": []}
+            for group in self._groups
+        ]
         state: dict[str, Any] = {"state": {}, "param_groups": groups}
         if self._inner is None:
             return state
         inner = self._inner.state_dict()
-        inner["state"] = {i: {k: _to_plain(v) for k, v in entry.items()} for i, entry in inner["state"].items()}
+        inner["state"] = {
+            i: {k: _to_plain(v) for k, v in entry.items()} for i, entry in inner["state"].items()
+        }
         return {**state, STATE_KEY: {"layout": self.describe_layout(), "optimizer": inner}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on this rank of the same layout; engine.load_checkpoint calls it.
+        """Load what `state_dict` returned on this rank of the same layout; engine.load_checkpoint
+        calls it.
 
         Raises:
             ValueError: state of another optimizer or layout; nothing has been changed then.
         """
         saved, own = state_dict.get(STATE_KEY), self.describe_layout()
         if saved is None:
-            raise ValueError(f"the checkpoint has no {STATE_KEY!r} in its optimizer: it was not saved by {self.face.__name__}")
+            raise ValueError(
+                f"the checkpoint has no {STATE_KEY!r} in its optimizer: it was not saved by "
+                f"{self.face.__name__}"
+            )
         if saved["layout"] != own:
             differing = next(key for key in own if saved["layout"].get(key) != own[key])
             found, wanted = (str(layout[differing])[:200] for layout in (saved["layout"], own))
             raise ValueError(
-                f"the checkpoint was saved with {differing} {found}, here it is {wanted}; load it with "
-                "pylo_dist.deepspeed.load_checkpoint(engine, folder), which serves any number of ranks and stage"
+                f"the checkpoint was saved with {differing} {found}, here it is {wanted}; load it "
+                "with pylo_dist.deepspeed.load_checkpoint(engine, folder), which serves any "
+                "number of ranks and stage"
             )
-        shards = [TensorShard.interval(fqn, tuple(shape), at, at + n) for fqn, shape, at, n, _, _ in own["pieces"]]
+        shards = [
+            TensorShard.interval(fqn, tuple(shape), at, at + n)
+            for fqn, shape, at, n, _, _ in own["pieces"]
+        ]
         inner = saved["optimizer"]
-        state = {i: {k: _from_plain(v, shards[i]) for k, v in entry.items()} for i, entry in inner["state"].items()}
+        state = {
+            i: {k: _from_plain(v, shards[i]) for k, v in entry.items()}
+            for i, entry in inner["state"].items()
+        }
         self.inner.load_state_dict({**inner, "state": state})
 
     def describe_layout(self) -> dict[str, Any]:
-        """What a checkpoint says about this rank's pieces: per parameter, in the inner optimizer's order, its name, global shape,
-        first element and number of elements here, and where they lie: number of the flat tensor, offset in it."""
-        order = {id(p): i for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])}
+        """What a checkpoint says about this rank's pieces: per parameter, in the inner optimizer's
+        order, its name, global shape, first element and number of elements here, and where they
+        lie: number of the flat tensor, offset in it."""
+        order = {
+            id(p): i
+            for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])
+        }
         pieces: list[list[Any]] = [[]] * len(order)
         for number, source, member in self._layout.members():
             binding = bound_shard(member.piece)
-            shard = binding.shard if binding is not None else TensorShard.whole(member.fqn, tuple(member.piece.shape))
+            shard = (
+                binding.shard
+                if binding is not None
+                else TensorShard.whole(member.fqn, tuple(member.piece.shape))
+            )
             place = [-1, 0] if source.is_whole else [number, member.offset]
-            pieces[order[id(member.piece)]] = [shard.fqn, list(shard.shape), shard.start, shard.numel, *place]
+            pieces[order[id(member.piece)]] = [
+                shard.fqn,
+                list(shard.shape),
+                shard.start,
+                shard.numel,
+                *place,
+            ]
         layout = self._layout
-        rank, ranks = (0, 1) if layout.kind == "whole" else (layout.rank, layout.ranks)  # whole tensors: rank 0 saves for all
+        # whole tensors: rank 0 saves for all
+        rank, ranks = (0, 1) if layout.kind == "whole" else (layout.rank, layout.ranks)
         return {"kind": layout.kind, "ranks": ranks, "rank": rank, "pieces": pieces}
 
     def _settings_follow(self) -> None:
-        """Settings loaded into the inner optimizer (lr) are those of DeepSpeed's groups from now on."""
+        """Settings loaded into the inner optimizer (lr) are those of DeepSpeed's groups from now
+        on.
+        """
         for mine, its in zip(self._groups, self.inner.param_groups, strict=True):
             mine.update({key: its[key] for key in (*self._defaults, "initial_lr") if key in its})
 
-    # ------------------------------------------------------------------------------------------- views
+    # ---------------------------------------------------------------------------------------- views
 
     def extend(self, num_steps: int) -> None:
         """See `VeLO.extend`; call it alike on all ranks."""
@@ -523,15 +651,19 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         clipping = f"gradient_clipping {bound:g} by DeepSpeed" if bound else "no gradient clipping"
         stage = engine.zero_optimization_stage()
         report.heading.append(
-            f"DeepSpeed stage {int(stage)} ({type(engine.optimizer).__name__}), rank {layout.rank} of {layout.ranks}, "
-            f"{len(layout.sources)} flat tensors; {clipping}, none by pylo_dist"
+            f"DeepSpeed stage {int(stage)} ({type(engine.optimizer).__name__}), rank {layout.rank} "
+            f"of {layout.ranks}, {len(layout.sources)} flat tensors; {clipping}, none by pylo_dist"
         )
         return report
 
 
 def _to_plain(value: Tensor) -> Any:
     """State as torch.save can write it: of a piece its local elements."""
-    return {"local": value.local, "copies": list(value.copies)} if isinstance(value, ShardedState) else value
+    return (
+        {"local": value.local, "copies": list(value.copies)}
+        if isinstance(value, ShardedState)
+        else value
+    )
 
 
 def _from_plain(value: Any, shard: TensorShard) -> Tensor:
@@ -558,7 +690,11 @@ def _checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> d
     """`given`, with our own clipping off. Raises ValueError naming the JSON key."""
     names = _names(face)
     for key, value in given.items():
-        if key in _DEEPSPEEDS and key in names | {"max_grad_norm"} and not (key == "clip_grad" and value is False):
+        if (
+            key in _DEEPSPEEDS
+            and key in names | {"max_grad_norm"}
+            and not (key == "clip_grad" and value is False)
+        ):
             raise ValueError(f'"{key}": {value!r}: {_DEEPSPEEDS[key]}')
         if key not in names:
             known = ", ".join(sorted(names - set(_DEEPSPEEDS)))

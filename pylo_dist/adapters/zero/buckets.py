@@ -1,4 +1,5 @@
-"""Flat memory of ZeRO: parameters packed into buckets, every bucket cut evenly over the ranks. Owns the parameters' memory.
+"""Flat memory of ZeRO: parameters packed into buckets, every bucket cut evenly over the ranks. Owns
+the parameters' memory.
 
 Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever tensors lie there.
 
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.shards import PieceParameter, ShardBinding, TensorShard, bind_shard, bound_shard
+from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
+from ...core.shards import TensorShard
 
-# A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find aligned pointers.
+# A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find
+# aligned pointers.
 ALIGNMENT = 16
 
 Named = tuple[str, Tensor]
@@ -28,9 +31,12 @@ class Sharing:
     """Who shares the buckets.
 
     Attributes:
-        group: the ranks a bucket is cut over; None: this one alone. rank, ranks: its place among how many.
-        replicate_group: the ranks that hold the same part, one of every replica; None: there is one replica.
-        holders: the ranks of all replicas together; `group` where there is one, None for a single process.
+        group: the ranks a bucket is cut over; None: this one alone. rank, ranks: its place among
+            how many.
+        replicate_group: the ranks that hold the same part, one of every replica; None: there is one
+            replica.
+        holders: the ranks of all replicas together; `group` where there is one, None for a single
+            process.
         replicas: how many there are.
     """
 
@@ -44,7 +50,9 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece the inner optimizer updates."""
+    """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece
+    the inner optimizer updates.
+    """
 
     fqn: str
     param: Tensor
@@ -75,8 +83,9 @@ class Bucket:
         shard_numel: elements per rank. low: where this rank's begin.
         numel: elements without padding.
         members: in the order of their offsets.
-        master: (shard_numel,) this rank's parameters in float32, where they are stored in less; the pieces are views of it then.
-        grad: (shard_numel,) this rank's part of the mean gradient, or None before the first reduction of a step.
+        master: (shard_numel,) this rank's parameters in float32, where they are stored in less; the
+        pieces are views of it then. grad: (shard_numel,) this rank's part of the mean gradient, or
+        None before the first reduction of a step.
     """
 
     flat: Tensor
@@ -108,10 +117,15 @@ class Bucket:
             member.piece.grad = None if grad is None else self.piece_of(member, grad)
 
     def refresh_master(self) -> None:
-        """Where somebody else wrote a parameter (loading a model, say), its master follows; elsewhere it keeps its own bits."""
+        """Where somebody else wrote a parameter (loading a model, say), its master follows;
+        elsewhere it keeps its own bits.
+        """
         if self.master is not None:
             torch.where(
-                self.master.to(self.flat.dtype) == self.shard, self.master, self.shard.to(self.master.dtype), out=self.master
+                self.master.to(self.flat.dtype) == self.shard,
+                self.master,
+                self.shard.to(self.master.dtype),
+                out=self.master,
             )
 
     def write_back(self) -> None:
@@ -121,9 +135,12 @@ class Bucket:
 
 
 def fill(named: Sequence[Named], cap_mb: float) -> list[list[Named]]:
-    """Parameters of one dtype and device in chunks of about `cap_mb`, in about the order in which backward completes them."""
+    """Parameters of one dtype and device in chunks of about `cap_mb`, in about the order in which
+    backward completes them.
+    """
     open_: dict[tuple[torch.dtype, torch.device], tuple[list[Named], float]] = {}
-    chunks: list[tuple[int, list[Named]]] = []  # with the place of the parameter that backward reaches last
+    # with the place of the parameter that backward reaches last
+    chunks: list[tuple[int, list[Named]]] = []
     for place, (fqn, param) in enumerate(reversed(named)):
         kind = (param.dtype, param.device)
         chunk, size = open_.pop(kind, ([], 0.0))
@@ -171,10 +188,14 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
     return bucket
 
 
-def _pieces(fqn: str, param: Tensor, offset: int, ranks: int, shard_numel: int) -> Iterator[TensorShard]:
+def _pieces(
+    fqn: str, param: Tensor, offset: int, ranks: int, shard_numel: int
+) -> Iterator[TensorShard]:
     """What every rank holds of a parameter that begins at `offset` of its bucket."""
     for low in (rank * shard_numel for rank in range(ranks)):
-        start, stop = (min(max(bound - offset, 0), param.numel()) for bound in (low, low + shard_numel))
+        start, stop = (
+            min(max(bound - offset, 0), param.numel()) for bound in (low, low + shard_numel)
+        )
         yield TensorShard.interval(fqn, tuple(param.shape), start, stop)
 
 

@@ -1,6 +1,8 @@
-"""Bring updated parameters to all ranks, bucket by bucket, while the next forward pass begins. Writes the buckets' flat memory.
+"""Bring updated parameters to all ranks, bucket by bucket, while the next forward pass begins.
+Writes the buckets' flat memory.
 
-Between the step and the arrival of a bucket its parameters are `PendingParameter`s: whatever reads one waits for it first.
+Between the step and the arrival of a bucket its parameters are `PendingParameter`s: whatever reads
+    one waits for it first.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _ARRIVAL = "_pylo_dist_arrival"
 
 
 class PendingParameter(nn.Parameter):
-    """The class of a parameter whose values are on their way; it becomes an `nn.Parameter` again when something reads it.
+    """The class of a parameter whose values are on their way; it becomes an `nn.Parameter` again
+    when something reads it.
 
     Only what says nothing about values (shape, dtype, `grad`, ...) leaves it as it is.
     """
@@ -54,10 +57,32 @@ _READS_NOTHING = {
     getattr(torch.Tensor, "grad").__delete__,  # noqa: B009
     *(
         getattr(torch.Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "layout", "is_leaf", "ndim", "is_cuda", "is_cpu", "is_sparse", "grad_fn")
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "is_leaf",
+            "ndim",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "grad_fn",
+        )
     ),
-    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.element_size),
-    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_contiguous, torch.Tensor.requires_grad_),
+    *(
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.stride,
+        torch.Tensor.element_size,
+    ),
+    *(
+        torch.Tensor.is_floating_point,
+        torch.Tensor.is_complex,
+        torch.Tensor.is_contiguous,
+        torch.Tensor.requires_grad_,
+    ),
     *(torch.Tensor.__hash__, torch.Tensor.__len__),
 }
 
@@ -70,19 +95,23 @@ def wait_for(param: Tensor) -> None:
 class ParameterGatherer:
     """All-gathers buckets after a step.
 
-    A bucket is waited for at once, unless every module that owns one of its parameters ran its forward pass in plain Python
-    since the last step: code compiled by torch.compile looks at parameters before any hook of ours could wait for them.
+    A bucket is waited for at once, unless every module that owns one of its parameters ran its
+    forward pass in plain Python since the last step: code compiled by torch.compile looks at
+    parameters before any hook of ours could wait for them.
 
     Args:
         buckets: in the order of the reductions; forward needs them the other way round.
         overlap: whether to let buckets arrive during the next forward pass at all.
     """
 
-    def __init__(self, buckets: list[Bucket], sharing: Sharing, *, overlap: bool, timeout: float | None) -> None:
+    def __init__(
+        self, buckets: list[Bucket], sharing: Sharing, *, overlap: bool, timeout: float | None
+    ) -> None:
         self.buckets = buckets
         self._sharing, self._overlap, self._timeout = sharing, overlap, timeout
         self._owners: dict[int, set[int]] = {}  # id(parameter) -> modules that own it
-        self._ran: set[int] = set()  # modules whose forward pass began in Python since the last step
+        # modules whose forward pass began in Python since the last step
+        self._ran: set[int] = set()
 
     def watch(self, model: nn.Module) -> None:
         """Wait for parameters in the forward pre-hooks of the modules that own them."""
@@ -98,7 +127,9 @@ class ParameterGatherer:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Send the updated parts; each bucket's parameters wait for their values when they are read."""
+        """Send the updated parts; each bucket's parameters wait for their values when they are
+        read.
+        """
         if self._sharing.group is None:
             return
         ran, self._ran = self._ran, set()
@@ -106,7 +137,9 @@ class ParameterGatherer:
         for b in reversed(range(len(self.buckets))):
             bucket = self.buckets[b]
             what = f"the all-gather of parameters, bucket {b}"
-            pending = comm.all_gather(bucket.flat, bucket.shard, self._sharing.group, what, self._timeout)
+            pending = comm.all_gather(
+                bucket.flat, bucket.shard, self._sharing.group, what, self._timeout
+            )
             if not self._may_wait(bucket, ran):
                 at_once.append(pending)
                 continue
@@ -120,7 +153,9 @@ class ParameterGatherer:
     def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
         params = [member.param for member in bucket.members]
         owned = (self._owners.get(id(param), set()) for param in params)
-        return all(type(param) is nn.Parameter for param in params) and all(owners and owners <= ran for owners in owned)
+        return all(type(param) is nn.Parameter for param in params) and all(
+            owners and owners <= ran for owners in owned
+        )
 
     def wait(self) -> None:
         """Until all parameters are there."""
@@ -141,7 +176,9 @@ def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
 
 
 class _ForwardHook:
-    """Waits for a module's own parameters before its forward pass; in a copy of the model it does nothing."""
+    """Waits for a module's own parameters before its forward pass; in a copy of the model it does
+    nothing.
+    """
 
     def __init__(self, gatherer: weakref.ref[ParameterGatherer] | None = None) -> None:
         self._gatherer = gatherer

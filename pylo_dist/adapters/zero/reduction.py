@@ -1,8 +1,10 @@
-"""Average gradients over ranks, bucket by bucket while backward goes on. Reads and frees gradients of the model's parameters.
+"""Average gradients over ranks, bucket by bucket while backward goes on. Reads and frees gradients
+of the model's parameters.
 
-A round reduces every bucket once, strictly in order: one round per backward pass on every rank, whichever parameters had a
-gradient and whenever. It opens with the first gradient that arrives and is closed when backward ends; without overlap by what
-needs its result (the step, whoever looks at `param_groups`) or by the second gradient of one parameter, of another pass.
+A round reduces every bucket once, strictly in order: one round per backward pass on every rank,
+whichever parameters had a gradient and whenever. It opens with the first gradient that arrives and
+is closed when backward ends; without overlap by what needs its result (the step, whoever looks at
+`param_groups`) or by the second gradient of one parameter, of another pass.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ MAX_IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class _Flight:
-    """The gradients of a bucket on their way: `mine` (shard_numel + ALIGNMENT,), the sum over ranks once they have arrived."""
+    """The gradients of a bucket on their way: `mine` (shard_numel + ALIGNMENT,), the sum over ranks
+    once they have arrived.
+    """
 
     bucket: Bucket
     mine: Tensor
@@ -38,10 +42,12 @@ class GradientReducer:
 
     Args:
         buckets: in the order in which they are reduced; the list may grow, see `add`.
-        frees: whether gradients of the model's parameters are freed as they leave (ZeRO-2), and those of several backward passes
-            add up in the shard; otherwise they stay and add up there.
+        frees: whether gradients of the model's parameters are freed as they leave (ZeRO-2), and
+            those of several backward passes add up in the shard; otherwise they stay and add up
+            there.
         overlap: whether buckets leave while backward goes on, or when the round is closed.
-        dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and float16.
+        dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and
+            float16.
         landed: called with a bucket whose gradient has arrived.
 
     Attributes:
@@ -70,7 +76,8 @@ class GradientReducer:
         self._next = 0
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
-        self._left: dict[int, tuple[Tensor, int]] = {}  # id(parameter) -> the gradient that left, and its version then
+        # id(parameter) -> the gradient that left, and its version then
+        self._left: dict[int, tuple[Tensor, int]] = {}
         self._poison: Tensor | None = None
 
     def add(self, first: int) -> None:
@@ -82,14 +89,16 @@ class GradientReducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let gradients of the backward passes inside add up on this rank; they leave with the first pass outside."""
+        """Let gradients of the backward passes inside add up on this rank; they leave with the
+        first pass outside.
+        """
         before, self.synchronizing = self.synchronizing, False
         try:
             yield
         finally:
             self.synchronizing = before
 
-    # ---------------------------------------------------------------------------------------- rounds
+    # --------------------------------------------------------------------------------------- rounds
 
     def _arrive(self, b: int, i: int) -> None:
         if not self.synchronizing:
@@ -97,9 +106,13 @@ class GradientReducer:
         if (b, i) in self._arrived:
             self.flush()
         if not self._arrived:
-            self._missing = [sum(member.param.requires_grad for member in bucket.members) for bucket in self.buckets]
+            self._missing = [
+                sum(member.param.requires_grad for member in bucket.members)
+                for bucket in self.buckets
+            ]
             self._next = 0
-            if self._overlap:  # at the end of this pass: then what a rank sends does not depend on what it does next
+            # at the end of this pass: then what a rank sends does not depend on what it does next
+            if self._overlap:
                 torch.autograd.Variable._execution_engine.queue_callback(self.flush)
         self._arrived.add((b, i))
         self._missing[b] -= 1
@@ -147,11 +160,12 @@ class GradientReducer:
         if grad is None or (grad is left and grad._version == version):
             return None
         return ValueError(
-            f"the gradient of {member.fqn!r} was changed after backward had sent it to the other ranks; change the gradients in "
-            "optimizer.param_groups instead, or build ZeroOptimizer with overlap=False and stage=1"
+            f"the gradient of {member.fqn!r} was changed after backward had sent it to the other "
+            "ranks; change the gradients in optimizer.param_groups instead, or build "
+            "ZeroOptimizer with overlap=False and stage=1"
         )
 
-    # --------------------------------------------------------------------------------------- buckets
+    # -------------------------------------------------------------------------------------- buckets
 
     @torch.no_grad()
     def _launch_next(self) -> None:
@@ -161,8 +175,11 @@ class GradientReducer:
         while len(self._flights) >= MAX_IN_FLIGHT:
             self._land()
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
-        # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot be added
-        full = bucket.flat.new_zeros(self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype)
+        # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
+        # be added
+        full = bucket.flat.new_zeros(
+            self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
+        )
         for member in bucket.members:
             self._take(bucket, member, full)
         largest = torch.linalg.vector_norm(full, torch.inf)
@@ -180,7 +197,9 @@ class GradientReducer:
         """Copy a gradient to its places in `full` (ranks, ...), which is modified in place."""
         param, grad = member.param, member.param.grad
         present = grad is not None
-        member.binding.present = present or (self._frees and self._rounds > 0 and member.binding.present)
+        member.binding.present = present or (
+            self._frees and self._rounds > 0 and member.binding.present
+        )
         if grad is None:
             self._left.pop(id(param), None)
             return
@@ -194,7 +213,9 @@ class GradientReducer:
             while start < member.end:  # a tensor may reach over the parts of several ranks
                 rank, place = divmod(start, bucket.shard_numel)
                 stop = min(member.end, (rank + 1) * bucket.shard_numel)
-                full[rank, place : place + stop - start].copy_(flat[start - member.offset : stop - member.offset])
+                full[rank, place : place + stop - start].copy_(
+                    flat[start - member.offset : stop - member.offset]
+                )
                 start = stop
         if self._frees:
             param.grad = None
@@ -207,12 +228,17 @@ class GradientReducer:
         flight.pending.wait()
         bucket, mine = flight.bucket, flight.mine
         if sharing.replicate_group is not None:
-            comm.all_reduce(mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout).wait()
+            comm.all_reduce(
+                mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout
+            ).wait()
         copies = sharing.ranks * sharing.replicas
         if copies > 1:
-            mine.div_(copies)  # once, after the sum: the rounding of an average then does not depend on the backend
+            # once, after the sum: the rounding of an average then does not depend on the backend
+            mine.div_(copies)
         poison = mine[bucket.shard_numel].to(torch.float32)
-        self._poison = poison.clone() if self._poison is None else self._poison.to(poison.device) + poison
+        self._poison = (
+            poison.clone() if self._poison is None else self._poison.to(poison.device) + poison
+        )
         dtype = bucket.flat.dtype if bucket.master is None else bucket.master.dtype
         grad = mine[: bucket.shard_numel].to(dtype)
         if self._frees and self._rounds > 0 and bucket.grad is not None:
@@ -226,10 +252,12 @@ class GradientReducer:
 
     @torch.no_grad()
     def spread_nonfinite(self) -> bool:
-        """Let a NaN or inf of any rank be seen in the gradients of every rank that holds anything, once per reduction.
+        """Let a NaN or inf of any rank be seen in the gradients of every rank that holds anything,
+        once per reduction.
 
-        For code outside that decides from its own gradients whether to step, such as torch.amp.GradScaler: to decide otherwise
-        than the other ranks would be a hang. Exact: 0 is added where all gradients are finite.
+        For code outside that decides from its own gradients whether to step, such as
+        torch.amp.GradScaler: to decide otherwise than the other ranks would be a hang. Exact: 0 is
+        added where all gradients are finite.
 
         Returns:
             Whether gradients have arrived since the last call.
@@ -247,7 +275,9 @@ class GradientReducer:
         return True
 
 
-def _arrival_hook(reducer: weakref.ref[GradientReducer], b: int, i: int) -> Callable[[Tensor], None]:
+def _arrival_hook(
+    reducer: weakref.ref[GradientReducer], b: int, i: int
+) -> Callable[[Tensor], None]:
     def hook(_: Tensor) -> None:
         alive = reducer()
         if alive is not None:
