@@ -11,12 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from clip_cases import Results, calls_per_step, check_calls, check_clip, check_pieces, clip_ranks, clipped_pieces, message
-from collectives import Collectives
-from golden_cases import velo_weights
-from ranks import run_ranks
-from sharded_model import STEPS, Net, integers, loss_of, mean_gradients, small_fc_weights, snapshot, trainable, unsharded
-from test_dtensor import build, fully_sharded, local
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -29,6 +23,12 @@ from pylo_dist import comm
 from pylo_dist.adapters.fully_sharded import units_of
 from pylo_dist.layouts import plain
 from pylo_dist.layouts.gradients import settle
+from support.clip_cases import Results, calls_per_step, check_calls, check_clip, check_pieces, clip_ranks, clipped_pieces, message
+from support.collectives import Collectives
+from support.dtensors import build, fully_sharded, local
+from support.golden import velo_weights
+from support.ranks import run_ranks
+from support.sharded_model import STEPS, Net, integers, loss_of, mean_gradients, small_fc_weights, snapshot, trainable, unsharded
 
 
 def net() -> Net:

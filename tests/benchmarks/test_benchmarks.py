@@ -17,28 +17,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_memory
+import bench_train
+import plots
 import pytest
+import record
+import scaling
+import seed_figures
+import sharded_step
+import step_model
 import torch
-from ranks import run_ranks
+from bench_step import transformer
+from trainees import TINY
 
-ROOT = Path(__file__).parent.parent
+from pylo_dist.adapters.zero.buckets import ALIGNMENT
+from pylo_dist.adapters.zero.gathering import PendingParameter
+from support.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import bench_memory  # noqa: E402
-import bench_train  # noqa: E402
-import plots  # noqa: E402
-import record  # noqa: E402
-import scaling  # noqa: E402
-import seed_figures  # noqa: E402
-import sharded_step  # noqa: E402
-import step_model  # noqa: E402
-from bench_step import transformer  # noqa: E402
-from trainees import TINY  # noqa: E402
-
-from pylo_dist.adapters.zero.buckets import ALIGNMENT  # noqa: E402
-from pylo_dist.adapters.zero.gathering import PendingParameter  # noqa: E402
-
 CAP_MB = 0.02  # several buckets of the tiny model
 TRAIN = bench_train.Settings("tiny", (64,), 1, 1, CAP_MB, (*bench_train.BASELINES, ("AdafacLO", "zero1"), ("VeLO", "fsdp2")))
 SCALING = scaling.Settings("tiny", 64, 1, 1, CAP_MB, sizes=(1 << 12, 1 << 16))

@@ -8,23 +8,17 @@ keeps gradients, buckets or copies longer than it must is over it. 5 %: activati
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from bench_memory import SMALL, Measured, formula_of, measure, memory_formula, shapes_of
+from presets import PRESETS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pylo_dist
 from pylo_dist.maths import compiled
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-from bench_memory import SMALL, Measured, formula_of, measure, memory_formula, shapes_of  # noqa: E402
-from presets import PRESETS  # noqa: E402
+from support.ranks import run_ranks
 
 CASES = [("AdafacLO", 1), ("AdafacLO", 2), ("AdamW", 2)]
 CAP_MB = 0.5

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from layouts import (
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+import pylo_dist
+from pylo_dist import checkpoint
+from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from support.layouts import (
     LEARNED,
     MORE,
     PLAIN,
@@ -38,13 +44,7 @@ from layouts import (
     snapshot,
     tensors_of,
 )
-from ranks import run_ranks
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-
-import pylo_dist
-from pylo_dist import checkpoint
-from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from support.ranks import run_ranks
 
 DTENSORS = (("fsdp2", 3), ("hsdp", 4))  # in the suite
 TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))  # for every source; in the suite, others are sampled

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import (
+from torch import Tensor, nn
+
+import pylo_dist
+from pylo_dist import checkpoint
+from pylo_dist.checkpoint import CheckpointError
+from support.layouts import (
     MORE,
     PLAIN,
     STEPS,
@@ -25,11 +30,6 @@ from layouts import (
     small_fc,
     snapshot,
 )
-from torch import Tensor, nn
-
-import pylo_dist
-from pylo_dist import checkpoint
-from pylo_dist.checkpoint import CheckpointError
 
 
 def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

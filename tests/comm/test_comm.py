@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from golden_cases import velo_weights
-from ranks import run_ranks
 from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
 from pylo_dist.comm import PeerError
+from support.golden import velo_weights
+from support.ranks import run_ranks
 
 ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first world, and in the next
 

@@ -1,6 +1,6 @@
 """DTensor layouts on real gloo processes equal one process: FSDP2, HSDP, tensor parallel, their products, and DDP.
 
-Background: `tests/sharded_model.py` makes gradients exact in any order of summation, so that what is compared is the arithmetic
+Background: support/sharded_model.py makes gradients exact in any order of summation, so that what is compared is the arithmetic
 of the step alone. Sums go over all ranks that hold a copy, so that copies must agree to the bit.
 """
 
@@ -12,10 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from collectives import Collectives
-from ranks import run_ranks
-from sharded_model import (
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from pylo_dist.layouts.dtensor import _shard_at
+from pylo_dist.testing import largest_changes, layout_error
+from support.collectives import Collectives
+from support.dtensors import build, local
+from support.ranks import run_ranks
+from support.sharded_model import (
     STEPS,
     Gradients,
     Net,
@@ -29,63 +35,6 @@ from sharded_model import (
     unsharded,
     whole,
 )
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
-from torch.distributed.tensor.placement_types import _StridedShard
-
-from pylo_dist.layouts.dtensor import _shard_at
-from pylo_dist.testing import largest_changes, layout_error
-
-
-def fully_sharded(model: Net, mesh: Any, **kwargs: Any) -> None:
-    ignored = model.ignored()
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, ignored_params=ignored, **kwargs)
-    fully_shard(model, mesh=mesh, ignored_params=ignored, **kwargs)
-
-
-def tensor_parallel(model: Net, mesh: Any) -> None:
-    for block in model.blocks:
-        plan = {
-            "up": ColwiseParallel(output_layouts=Replicate()),
-            "down": RowwiseParallel(input_layouts=Replicate()),
-            "sequence": SequenceParallel(),
-        }
-        parallelize_module(block, mesh, plan)
-        block.part = mesh.get_local_rank(), mesh.size()
-
-
-def by_last_even_dim(param: nn.Parameter) -> Shard:
-    """fully_shard cuts inner dimensions only where that is even."""
-    ranks = dist.get_world_size()
-    return Shard(max((dim for dim in range(1, param.dim()) if param.shape[dim] % ranks == 0), default=0))
-
-
-def build(layout: str, world: int) -> tuple[Net, nn.Module, int, int]:
-    """The sharded model, what is called, and this rank's place among the data-parallel ranks, and their number."""
-    model, rank = Net(), dist.get_rank()
-    if layout == "ddp":
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        return model, ddp, rank, world
-    if layout == "fsdp2":
-        fully_sharded(model, init_device_mesh("cpu", (world,)))
-    elif layout == "shard_k":
-        fully_sharded(model, init_device_mesh("cpu", (world,)), shard_placement_fn=by_last_even_dim)
-    elif layout == "hsdp":
-        fully_sharded(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
-    elif layout == "tp":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        tensor_parallel(model, mesh)
-        return model, model, 0, 1
-    elif layout == "tp_fsdp2":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-        tensor_parallel(model, mesh["tp"])
-        fully_sharded(model, mesh["dp"])
-        return model, model, mesh["dp"].get_local_rank(), 2
-    return model, model, rank, world
 
 
 def layouts(world: int) -> list[str]:
@@ -120,11 +69,6 @@ def test_geometry_of_three_axes() -> None:
     for placements in ([Shard(1), Shard(2)], [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)]):
         with pytest.raises(ValueError, match=r"'w'.*(cut on dimensions \[1, 2\]|cut in strides)"):
             _shard_at("w", Fake((4, 4, 4), (2, 2), placements), (0, 0))
-
-
-def local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def train(layout: str, world: int, names: list[str]) -> dict[str, Any]:

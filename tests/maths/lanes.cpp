@@ -1,4 +1,4 @@
-// What tests/test_lanes.py calls of csrc/include/pylo_dist/lanes.h, as a C library.
+// What test_lanes.py calls of csrc/include/pylo_dist/lanes.h, as a C library.
 #include "pylo_dist/lanes.h"
 
 using namespace pylo_dist::lanes;

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import adafac, after, everything, make_params, same, set_gradients, train, values
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +21,7 @@ import pylo_dist
 from pylo_dist.maths import compiled, reference
 from pylo_dist.optimizer import engine
 from pylo_dist.testing import layout_error
+from support.optimizer_cases import adafac, after, everything, make_params, same, set_gradients, train, values
 
 # -------------------------------------------------------------------------------- non-finite gradients
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Kernels that go over elements; the others work on factors, once per item.
 HOT = ("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel")
 

@@ -1,4 +1,4 @@
-"""The CUDA passes without a GPU: csrc/cuda.cu compiled by the C++ compiler, a GPU's threads as fibers (tests/fibers.h).
+"""The CUDA passes without a GPU: csrc/cuda.cu compiled by the C++ compiler, a GPU's threads as fibers (fibers.h).
 
 Launchers, tables, kernels and the tensor-core program are those that nvcc compiles; what is emulated is the machine.
 """
@@ -12,14 +12,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import cuda_checks
 import pytest
 import torch
-from test_kernels import SETTINGS
 
 from pylo_dist.maths import compiled
+from support import cuda_checks
+from support.virtual import SETTINGS
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path, torch_path = tmp_path_factory.mktemp("fibers") / "fibers.so", Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-attributes", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
     flags += ["-DPYLO_SMALL_JOBS", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
-    include = [f"-I{folder}" for folder in (ROOT / "tests", ROOT / "csrc", ROOT / "csrc/include", torch_path / "include")]
-    source = str(ROOT / "tests/fibers.cpp")
+    include = [f"-I{folder}" for folder in (HERE, ROOT / "csrc", ROOT / "csrc/include", torch_path / "include")]
+    source = str(HERE / "fibers.cpp")
     libraries = [f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run([compiler, *flags, *include, source, "-o", str(path), *libraries], check=True)
     torch.ops.load_library(path)

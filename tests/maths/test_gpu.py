@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import cuda_checks
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_kernels import SETTINGS, in_float64, relative, run
-from test_rules import BUILD
 
 import pylo_dist
 from pylo_dist.core.shards import TensorShard, bind_shard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support import cuda_checks
+from support.kernels import in_float64, relative, run
+from support.optimizers import BUILD
+from support.virtual import SETTINGS
 
 REASON = compiled.library("cuda")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"CUDA passes: {REASON}")

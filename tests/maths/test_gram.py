@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import celo2_weights, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
@@ -15,6 +14,7 @@ from pylo_dist.maths import compiled, gram, orthogonal
 from pylo_dist.maths.owners import OwnedMatrices
 from pylo_dist.maths.reference import newton_schulz
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support.golden import celo2_weights, load
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 

@@ -2,7 +2,7 @@
 
 The step runs on meta tensors, which stand in for a GPU: they have no values to read, their device is not the host's, and all code
 takes the way it takes on a GPU, the compiled passes included (their fake implementations). A dispatch mode sees every operation.
-tests/test_gpu.py asks the same of a GPU itself.
+test_gpu.py asks the same of a GPU itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_rules import BUILD
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from pylo_dist.core.shards import TensorShard
 from pylo_dist.layouts import plain
 from pylo_dist.maths import compiled
 from pylo_dist.testing import run_virtual
+from support.optimizers import BUILD
 
 SHAPES = {"matrix": (6, 5), "embedding": (11, 4), "bias": (7,), "scalar": (), "conv": (3, 4, 2, 2), "slender": (64, 4)}
 # what would make the host wait, or brings data of the host to the device

@@ -12,80 +12,25 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden_cases import velo_weights
-from test_virtual_ranks import SETTINGS, golden_problem, random_shards
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 from pylo_dist.__main__ import main
 from pylo_dist.maths import compiled
-from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
+from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support.golden import velo_weights
+from support.kernels import FLOOR, TENSORS, Problem, in_float64, random_cuts, random_problem, relative, run
+from support.virtual import SETTINGS, golden_problem
 
 pytestmark = pytest.mark.skipif(bool(compiled.library("cpu")), reason=compiled.library("cpu"))
-RUNS_PER_RULE, TENSORS = 6, 10  # 9 settings: 540 tensors
-GRAD_SCALES = (1e-30, 1e-12, 1e-3, 1.0, 30.0)
-
-
-def random_shape(rng: random.Random) -> tuple[int, ...]:
-    """0 to 5 dims and at most some 4000 elements; long and short last dims, ones, equal sizes."""
-    shape: list[int] = []
-    for _ in range(rng.choice([0, 1, 1, 2, 2, 2, 3, 4, 5])):
-        size = rng.choice([1, 2, 3, 5, 5, 16, 33, 64, 100, 130])
-        shape.append(size if math.prod(shape) * size <= 4000 else rng.choice([1, 2, 3]))
-    rng.shuffle(shape)
-    return tuple(shape)
-
-
-Problem = tuple[dict[str, Tensor], list[dict[str, Tensor | None]], list[float]]
-
-
-def random_problem(rng: random.Random, steps: int = 3) -> Problem:
-    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    shapes = {f"t{i}": random_shape(rng) for i in range(TENSORS)}
-    params = {fqn: (0.1 * normal(shape)).float() for fqn, shape in shapes.items()}
-    scales = {fqn: rng.choice(GRAD_SCALES) for fqn in shapes}
-    grads: list[dict[str, Tensor | None]] = [
-        {fqn: (scales[fqn] * normal(shape)).float() for fqn, shape in shapes.items()} for _ in range(steps)
-    ]
-    grads[-1]["t0"] = None
-    return params, grads, [2.0 / (t + 1) for t in range(steps)]
-
-
-def run(name: str, problem: Problem, cuts: Any = 1, kernels: bool = True, **kwargs: Any) -> VirtualRun:
-    setting, (params, grads, losses) = SETTINGS[name], problem
-    with compiled.use_kernels(kernels):
-        return run_virtual(setting.optimizer_class, params, cuts, grads, losses=losses, **{**setting.kwargs, **kwargs})
-
-
-def in_float64(problem: Problem) -> Problem:
-    params, grads, losses = problem
-    wide: list[dict[str, Tensor | None]] = [{k: None if g is None else g.double() for k, g in step.items()} for step in grads]
-    return {fqn: p.double() for fqn, p in params.items()}, wide, losses
-
-
-def relative(got: Tensor, wanted: Tensor, scale: Tensor | None = None) -> float:
-    """L2 error over the norm of `scale` (default: of what was wanted)."""
-    norm = float((wanted if scale is None else scale).double().norm())
-    return float((got.double() - wanted.double()).norm()) / norm if norm else float((got != wanted).any())
-
-
-def random_cuts(rng: random.Random, params: Mapping[str, Tensor], ranks: int) -> dict[str, Any]:
-    return {fqn: random_shards(rng, fqn, tuple(p.shape), ranks) for fqn, p in params.items()}
-
-
-# Beside 2x the PyTorch path's own error an error of some roundings is no fault: that of one run on one small tensor can be zero.
-FLOOR = 16 * torch.finfo(torch.float32).eps
+RUNS_PER_RULE = 6  # 9 settings of 10 tensors: 540 tensors
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -465,6 +410,6 @@ def test_doctor_says_what_is_built(capsys: pytest.CaptureFixture[str]) -> None:
 def test_cuda_without_a_toolkit_is_an_error_at_once() -> None:
     command = [sys.executable, "setup.py", "--version"]
     wanted = {**os.environ, "PYLO_DIST_CUDA": "1", "CUDA_HOME": "/nonexistent"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=wanted, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=wanted, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "PYLO_DIST_CUDA=1, but there is no nvcc" in done.stderr

@@ -13,7 +13,8 @@ import torch
 
 from pylo_dist.weights import SMALL_FC, load_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PARTS = {"high": 2, "medium": 1}
 
 
@@ -24,7 +25,7 @@ def lanes(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler: the lane program is compiled by the test")
     library = tmp_path_factory.mktemp("lanes") / "lanes.so"
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, "-I", str(ROOT / "csrc/include"), str(ROOT / "tests/lanes.cpp"), "-o", str(library)], check=True)
+    subprocess.run([*command, "-I", str(ROOT / "csrc/include"), str(HERE / "lanes.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_virtual_ranks import CELO2, random_shards
 from torch import Tensor
 
 import pylo_dist
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
+from support.virtual import CELO2, random_shards
 
 COPIES, STEPS, RANKS = 3, 3, 8
 # leading dims, the same number of elements in other shapes, a matrix per element, below two dims, slender

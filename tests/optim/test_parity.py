@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from golden_cases import CASES, STEPS, Case, load, relative, run, state, updates
 
 from pylo_dist.core.shards import factored_dims
 from pylo_dist.maths import compiled
+from support.golden import CASES, STEPS, Case, load, relative, run, state, updates
 
 
 def update_bound(shape: tuple[int, ...], name: str) -> float:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import SHAPES, adafac, after, everything, make_params, normal, same, set_gradients, train, values
 from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist import comm
 from pylo_dist.layouts.plain import collect
 from pylo_dist.optimizer.engine import Engine
+from support.optimizer_cases import SHAPES, adafac, after, everything, make_params, normal, same, set_gradients, train, values
 
 # ------------------------------------------------------------------------------------------------ step
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import SHAPES, adafac, after, everything, make_params, same, set_gradients, train, values
 from torch import Tensor, nn
+
+from support.optimizer_cases import SHAPES, adafac, after, everything, make_params, same, set_gradients, train, values
 
 # ------------------------------------------------------------------------------------ copies and files
 

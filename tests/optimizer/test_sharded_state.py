@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from layouts import (
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+import pylo_dist
+from pylo_dist import checkpoint
+from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
+from pylo_dist.optimizer.sharded_state import ShardedState, copy_elements
+from support.layouts import (
     LEARNED,
     PLAIN,
     STEPS,
@@ -24,13 +31,6 @@ from layouts import (
     small_fc,
     snapshot,
 )
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-
-import pylo_dist
-from pylo_dist import checkpoint
-from pylo_dist.core.shards import PieceParameter, TensorShard, bind_shard
-from pylo_dist.optimizer.sharded_state import ShardedState, copy_elements
 
 
 def pieces(cuts: list[int], rank: int) -> tuple[list[tuple[str, nn.Parameter]], Model]:

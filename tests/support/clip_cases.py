@@ -6,9 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from collectives import Collectives, Counts
-from sharded_model import Net, mean_gradients, small_fc_weights, snapshot, trainable, whole
-from test_dtensor import build
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import pylo_dist
 from pylo_dist.core.shards import bound_shard
+from support.collectives import Collectives, Counts
+from support.dtensors import build
+from support.sharded_model import Net, mean_gradients, small_fc_weights, snapshot, trainable, whole
 
 Results = dict[str, Any]
 

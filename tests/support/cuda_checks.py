@@ -1,4 +1,4 @@
-"""Checks of the CUDA passes that tests/test_fibers.py makes on a CPU and tests/test_gpu.py on a GPU."""
+"""Checks of the CUDA passes that tests/maths/test_fibers.py makes on a CPU and tests/maths/test_gpu.py on a GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import random
 from typing import Any
 
 import torch
-from test_kernels import FLOOR, SETTINGS, Problem, in_float64, random_cuts, random_problem, relative, run
 from torch import Tensor
 
 from pylo_dist.testing import VirtualRun
+from support.kernels import FLOOR, Problem, in_float64, random_cuts, random_problem, relative, run
+from support.virtual import SETTINGS
 
 EPS = torch.finfo(torch.float32).eps
 LIMITS = {"highest": 2.0, "high": 4.0}  # times the float32 PyTorch path's own error

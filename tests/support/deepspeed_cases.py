@@ -15,13 +15,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
-from golden_cases import celo2_weights, load, velo_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.core.shards import bound_shard
 from pylo_dist.weights import SMALL_FC
+from support.golden import celo2_weights, load, velo_weights
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element.
 # (DeepSpeed itself cannot broadcast a 0-d one.)

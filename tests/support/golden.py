@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pylo_dist
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 12
 Arrays = dict[str, np.ndarray]
 

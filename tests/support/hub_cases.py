@@ -15,11 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ranks import CONTEXT
-
 import pylo_dist
 from pylo_dist.weights import ARCHITECTURES, Registered, WeightsError, hub, load_weights, register_weights
 from pylo_dist.weights.publish import push_to_hub
+from support.ranks import CONTEXT
 
 
 class Call:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from golden_cases import celo2_weights, load, velo_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +25,7 @@ import pylo_dist
 from pylo_dist.layouts.dtensor import shard_of, wrap_like
 from pylo_dist.testing import largest_changes, layout_error
 from pylo_dist.weights import SMALL_FC
+from support.golden import celo2_weights, load, velo_weights
 
 RANKS = (1, 2, 3, 4, 8)
 WORLD = max(RANKS)

@@ -1,4 +1,4 @@
-"""Parameters, gradients and weights of the tests of one optimizer on whole tensors."""
+"""Parameters, gradients and weights of tests that need no golden numbers, and what a step changed."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ def train(optimizer: torch.optim.Optimizer, named: Named, first: int, last: int)
 
 def values(named: Named) -> dict[str, Tensor]:
     return {fqn: param.detach().clone(memory_format=torch.contiguous_format) for fqn, param in named}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return values(list(model.named_parameters()))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

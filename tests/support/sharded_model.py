@@ -10,12 +10,12 @@ import functools
 from typing import Any, Union
 
 import torch
-from golden_cases import celo2_weights, load, velo_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import pylo_dist
 from pylo_dist.weights import SMALL_FC
+from support.golden import celo2_weights, load, velo_weights
 
 STEPS = 20
 

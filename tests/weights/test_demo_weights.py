@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo_weights
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,11 +21,7 @@ import pylo_dist
 from pylo_dist.maths.reference import TIME_SCALES, time_features
 from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import demo_weights  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 NUM_FEATURES = SMALL_FC.shapes["network.input.weight"][1] - len(TIME_SCALES)
 # g, m x3, m q x3, F(g) x3, F(m) x3: the features that change sign with the gradient
 SIGNED = [0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 25, 26, 27]

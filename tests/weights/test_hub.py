@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_cases
 import pytest
 import torch
-from hub_cases import Call
-from hub_server import TOKEN, Hub, serving, sha256
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from pylo_dist.weights import CARD_KEY, CELO2, SMALL_FC, VELO, Architecture, WeightsError, load_weights
+from support import hub_cases
+from support.hub_cases import Call
+from support.hub_server import TOKEN, Hub, serving, sha256
 
 NAME = "btherien/mulo"
 WAYS_OUT = ("Ways out", "weights fetch", "hf download", ".safetensors file or a mapping", 'weights="demo"')

@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hub_cases
 import pytest
 import torch
-from hub_cases import Call
-from hub_server import serving
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 import pylo_dist
 from pylo_dist.__main__ import main
 from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights, read_file
+from support import hub_cases
+from support.hub_cases import Call
+from support.hub_server import serving
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def tensors() -> dict[str, Tensor]:

@@ -11,15 +11,15 @@ import subprocess
 import sys
 from typing import Any
 
-import deepspeed_cases as cases
 import pytest
 import torch
-from deepspeed_cases import Case
-from ranks import run_ranks
 from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
+from support import deepspeed_cases as cases
+from support.deepspeed_cases import Case
+from support.ranks import run_ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
 

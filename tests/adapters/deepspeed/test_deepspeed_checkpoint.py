@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed_cases as cases
 import pytest
 import torch
-from deepspeed_cases import Case
-from ranks import run_ranks
 from torch import Tensor
 
 from pylo_dist import checkpoint
 from pylo_dist.testing import largest_changes, layout_error
+from support import deepspeed_cases as cases
+from support.deepspeed_cases import Case
+from support.ranks import run_ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from golden_cases import celo2_weights, load, velo_weights
-from ranks import run_ranks
 from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist import comm
 from pylo_dist.core.shards import bound_shard
 from pylo_dist.testing import largest_changes, layout_error
-from pylo_dist.weights import SMALL_FC
+from support.golden import celo2_weights, load, velo_weights
+from support.optimizer_cases import snapshot, weights
+from support.ranks import run_ranks
 
 STEPS = 20
 VOCABULARY = 50257
@@ -51,11 +51,6 @@ class Model(nn.Module):
         self.unused = tensor(6, 5)  # never has a gradient
         self.sometimes = tensor(7, 5)  # has one on rank 0 only
         self.transposed = nn.Parameter(0.02 * torch.randn((9, 14), generator=generator).t())
-
-
-def weights() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
 
 
 def gradient(fqn: str, shape: torch.Size, step: int, rank: int) -> Tensor | None:
@@ -90,10 +85,6 @@ def unsharded(
         optimizer.step()
         history.append(snapshot(model))
     return history, optimizer, model
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {fqn: p.detach().clone(memory_format=torch.contiguous_format) for fqn, p in model.named_parameters()}
 
 
 def set_gradients(model: nn.Module, step: int, rank: int) -> None:

@@ -16,9 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from golden_cases import velo_weights
-from ranks import run_ranks
-from test_zero import snapshot, weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +23,9 @@ import pylo_dist
 from pylo_dist import comm
 from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.testing import largest_changes, layout_error
+from support.golden import velo_weights
+from support.optimizer_cases import snapshot, weights
+from support.ranks import run_ranks
 
 STEPS = 6
 MICRO = 4  # micro-batches of a step
