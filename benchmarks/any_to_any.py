@@ -3,8 +3,8 @@
 Layouts: plain, DDP, ZeRO and FSDP2 on 1, 2, 3, 4 and 8 gloo processes, HSDP in two copies on 2, 4 and 8; rules: AdafacLO, VeLO,
 CELO2. Each trains 3 steps, saves through torch.distributed.checkpoint and goes on for 5. Every other one loads that, compares the
 gathered state with the saved one to the bit, goes on for 5 steps on the same gradients, and compares its parameters. What runs is
-in support/layouts.py; the suite runs it on a sample of the pairs. Rules may be run one after the other: those that --out has of the
-same commit are kept.
+in tests/support/layouts.py; the suite runs it on a sample of the pairs. Rules may be run one after the other: those that --out
+has of the same commit are kept.
 """
 
 from __future__ import annotations

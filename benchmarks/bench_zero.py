@@ -44,6 +44,7 @@ import pylo_dist
 from pylo_dist import comm
 from pylo_dist.adapters.zero.gathering import ParameterGatherer
 from pylo_dist.adapters.zero.reduction import GradientReducer
+from pylo_dist.comm import collectives
 from pylo_dist.core.rule import LearnedRule
 from support.golden import velo_weights
 from support.ranks import run_ranks
@@ -132,9 +133,14 @@ def wrap_package(clock: Clock) -> None:
         (ParameterGatherer, "start", GATHER),
     ):
         setattr(owner, method, _timed(getattr(owner, method), clock, lambda *_, phase=phase: phase))
-    comm.reduce_scatter = _counted(comm.reduce_scatter, clock, "reduce-scatter", 1)
-    comm.all_gather = _counted(comm.all_gather, clock, "all-gather", 0)
-    comm.all_reduce = _counted(comm.all_reduce, clock, "small syncs", 0)
+    for name, phase, sent in (
+        ("reduce_scatter", "reduce-scatter", 1),
+        ("all_gather", "all-gather", 0),
+        ("all_reduce", "small syncs", 0),
+    ):
+        counted = _counted(getattr(comm, name), clock, phase, sent)
+        setattr(comm, name, counted)
+        setattr(collectives, name, counted)  # which calls its own
 
 
 def wrap_rule(rule: LearnedRule, clock: Clock) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist import checkpoint
 from pylo_dist.checkpoint import CheckpointError
+from pylo_dist.checkpoint import folder as checkpoint_folder
 from support.layouts import (
     MORE,
     PLAIN,
@@ -184,7 +185,7 @@ def test_a_run_that_was_killed_in_a_save_leaves_nothing_behind(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", killed)
+        patch.setattr(checkpoint_folder, "_sync", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path / "a", contents)
     assert checkpoint.published(tmp_path) == []

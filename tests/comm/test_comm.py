@@ -15,7 +15,7 @@ from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.comm import PeerError
+from pylo_dist.comm import PeerError, collectives
 from support.golden import velo_weights
 from support.ranks import run_ranks
 
@@ -122,6 +122,6 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(monk
     store = ComesNow()
     monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(comm, "_next_meeting", lambda ranks: "meeting")
+    monkeypatch.setattr(collectives, "_next_meeting", lambda ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 from pylo_dist.__main__ import main
+from pylo_dist.layouts import plain
 from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from support.golden import velo_weights
@@ -360,7 +361,7 @@ def test_gradients_may_be_gathered_before_the_step(name: str, kernels: bool) -> 
                     rule: Any = optimizer.rule
                     batch = optimizer._ready().work[0][1]
                     for param, item in optimizer._engine_params:
-                        item.param = pylo_dist.optimizer.plain.collect(optimizer._bindings[param], param)
+                        item.param = plain.collect(optimizer._bindings[param], param)
                     good = batch.items[2].param.grad
                     batch.items[2].param.grad = good + 1.0
                     rule.gradient_pass(batch, [2])

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist import weights as weights_module
 from pylo_dist.optim.adafac import effective_decays
 from pylo_dist.weights import (
     ARCHITECTURES,
@@ -37,6 +36,7 @@ from pylo_dist.weights import (
     register_weights,
     registered_entry,
 )
+from pylo_dist.weights import load as weights_load
 from pylo_dist.weights.publish import save_weights
 
 DECAYS = {"momentum_decays": [0.01, 0.02, 0.03], "rms_decays": [0.04], "adafactor_decays": [0.05, 0.06, 0.07]}
@@ -64,7 +64,7 @@ def adafac(weights: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names registered in a test are gone after it."""
-    monkeypatch.setattr(weights_module, "_REGISTRY", dict(weights_module._REGISTRY))
+    monkeypatch.setattr(weights_load, "_REGISTRY", dict(weights_load._REGISTRY))
 
 
 # ---------------------------------------------------------------------------------------- where from

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist import comm
+from pylo_dist.comm import collectives
 from pylo_dist.core.shards import bound_shard
 from pylo_dist.testing import largest_changes, layout_error
 from support.golden import celo2_weights, load, velo_weights
@@ -118,7 +118,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
-        reduce, scatter, gather = dist.all_reduce, comm._reduce_scatter, comm._all_gather
+        reduce, scatter, gather = dist.all_reduce, collectives._reduce_scatter, collectives._all_gather
 
         def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.counts["all_reduce"] += 1
@@ -133,10 +133,10 @@ class Calls:
             return gather(*args, **kwargs)
 
         self.originals = reduce, scatter, gather
-        dist.all_reduce, comm._reduce_scatter, comm._all_gather = all_reduce, reduce_scatter, all_gather
+        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = all_reduce, reduce_scatter, all_gather
 
     def stop(self) -> dict[str, int]:
-        dist.all_reduce, comm._reduce_scatter, comm._all_gather = self.originals
+        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = self.originals
         return self.counts
 
 
