@@ -3,8 +3,8 @@
 Layouts: plain, DDP, ZeRO and FSDP2 on 1, 2, 3, 4 and 8 gloo processes, HSDP in two copies on 2, 4 and 8; rules: AdafacLO, VeLO,
 CELO2. Each trains 3 steps, saves through torch.distributed.checkpoint and goes on for 5. Every other one loads that, compares the
 gathered state with the saved one to the bit, goes on for 5 steps on the same gradients, and compares its parameters. What runs is
-in tests/layouts.py; the suite runs it on a sample of the pairs. Rules may be run one after the other: those that --out has of the
-same commit are kept.
+in tests/support/layouts.py; the suite runs it on a sample of the pairs. Rules may be run one after the other: those that --out
+has of the same commit are kept.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from bench_demo import environment, markdown
+
+from support.layouts import LEARNED, MORE, STEPS, WORLD, all_layouts, load_one, new_groups, save_all
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "tests", ROOT / "benchmarks"):
-    sys.path.insert(0, str(_folder))
-
-import torch.distributed as dist  # noqa: E402
-from bench_demo import environment, markdown  # noqa: E402
-from layouts import LEARNED, MORE, STEPS, WORLD, all_layouts, load_one, new_groups, save_all  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "any_to_any.json"
 TITLES = {"plain": "plain", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "hsdp": "HSDP"}
 

@@ -18,18 +18,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import gpt2
 import torch
+from options import parse
+from presets import PRESETS
+from record import environment, markdown, write
+from watch import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch"):
-    sys.path.insert(0, str(_folder))
-
-import gpt2  # noqa: E402
-from options import parse  # noqa: E402
-from presets import PRESETS  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-from watch import Row  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "demo_vs_adamw.json"
 SETTINGS = {"preset": "micro", "steps": 300, "eval_every": 100, "eval_batches": 16, "device": "cpu", "threads": 1}
 SEEDS = (0, 1, 2)  # none of those that the weights were calibrated on, see demo_weights.py

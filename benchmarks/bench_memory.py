@@ -21,25 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import GPT, build
+from presets import PRESETS, GPTConfig
+from record import environment, markdown, write
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import pylo_dist
+from pylo_dist.adapters.zero.buckets import fill
+from pylo_dist.maths import compiled
+from pylo_dist.maths.reference import CHUNK_CPU
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from model import GPT, build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.adapters.zero.buckets import fill  # noqa: E402
-from pylo_dist.maths import compiled  # noqa: E402
-from pylo_dist.maths.reference import CHUNK_CPU  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 MB = 1e6
 # Of a learned optimizer's step on a CPU: chunks of features in plain PyTorch (see reference.py), none in the compiled passes.

@@ -35,17 +35,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_demo import environment, markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pylo_dist
+from pylo_dist.maths import compiled, reference
+from pylo_dist.weights import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench_demo import environment, markdown  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.maths import compiled, reference  # noqa: E402
-from pylo_dist.weights import ARCHITECTURES  # noqa: E402
-
 Shapes = list[tuple[int, ...]]
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
 PASSES = ("gradient_pass", "moment_pass", "feature_pass", "update_pass")

@@ -31,21 +31,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import shapes_of  # noqa: E402
-from bench_step import Contender, tensor_lists  # noqa: E402
-from bench_zero import MINI  # noqa: E402
-from model import build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from scaling import GOAL, GOAL_RANKS  # noqa: E402
-from step_model import small_syncs  # noqa: E402
-from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks, optimizer_of  # noqa: E402
+from bench_memory import shapes_of
+from bench_step import Contender, tensor_lists
+from bench_zero import MINI
+from model import build
+from presets import PRESETS, GPTConfig
+from record import RESULTS, environment, markdown, write
+from scaling import GOAL, GOAL_RANKS
+from step_model import small_syncs
+from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks, optimizer_of
 
 CONFIGS = {"tiny": TINY, "mini": MINI, **PRESETS}
 BASELINES = (("AdamW", "torch zero"), ("AdamW", "zero1"))

@@ -32,28 +32,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later it would keep the process group alive beyond its end
+from bench_memory import formula_of, num_bytes, raw_events
+from model import build
+from presets import PRESETS, GPTConfig
+from record import environment, markdown, write
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import pylo_dist
+from pylo_dist import comm
+from pylo_dist.adapters.zero.gathering import ParameterGatherer
+from pylo_dist.adapters.zero.reduction import GradientReducer
+from pylo_dist.comm import collectives
+from pylo_dist.core.rule import LearnedRule
+from support.golden import velo_weights
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
-from golden_cases import velo_weights  # noqa: E402
-from model import build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist import comm  # noqa: E402
-from pylo_dist.adapters.zero.gathering import ParameterGatherer  # noqa: E402
-from pylo_dist.adapters.zero.reduction import GradientReducer  # noqa: E402
-from pylo_dist.core.rule import LearnedRule  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores
 MINI = GPTConfig(vocab_size=256, block_size=128, n_layer=8, n_head=4, n_embd=128, init_std=0.05)
@@ -137,9 +133,14 @@ def wrap_package(clock: Clock) -> None:
         (ParameterGatherer, "start", GATHER),
     ):
         setattr(owner, method, _timed(getattr(owner, method), clock, lambda *_, phase=phase: phase))
-    comm.reduce_scatter = _counted(comm.reduce_scatter, clock, "reduce-scatter", 1)
-    comm.all_gather = _counted(comm.all_gather, clock, "all-gather", 0)
-    comm.all_reduce = _counted(comm.all_reduce, clock, "small syncs", 0)
+    for name, phase, sent in (
+        ("reduce_scatter", "reduce-scatter", 1),
+        ("all_gather", "all-gather", 0),
+        ("all_reduce", "small syncs", 0),
+    ):
+        counted = _counted(getattr(comm, name), clock, phase, sent)
+        setattr(comm, name, counted)
+        setattr(collectives, name, counted)  # which calls its own
 
 
 def wrap_rule(rule: LearnedRule, clock: Clock) -> None:

@@ -32,12 +32,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pylo_dist.maths.reference import TIME_SCALES
+from pylo_dist.weights import CARD_KEY, SMALL_FC
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pylo_dist.maths.reference import TIME_SCALES  # noqa: E402
-from pylo_dist.weights import CARD_KEY, SMALL_FC  # noqa: E402
-
 TARGET = ROOT / "pylo_dist" / "data" / "demo_small_fc.safetensors"
 
 # Indices of the features used, see SMALL_FC's order in pylo_dist/maths/reference.py.

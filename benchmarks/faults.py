@@ -26,21 +26,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import gpt2
+import numpy as np
+import torch
+from bench_demo import environment
+from checkpoints import FOLDER, published_in
+from data import write_tokens
+from environment import free_port
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-import gpt2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from bench_demo import environment  # noqa: E402
-from checkpoints import FOLDER, published_in  # noqa: E402
-from data import write_tokens  # noqa: E402
-from environment import free_port  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 OPTIMIZERS = {"adafaclo": ["--optimizer", "adafaclo", "--weights", "demo"], "adamw": ["--optimizer", "adamw"]}
 # What a run imports sooner or later, in the order of its weight.

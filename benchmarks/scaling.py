@@ -24,20 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_memory import memory_formula, shapes_of
+from bench_zero import MINI, Clock, wrap_package
+from presets import PRESETS
+from record import RESULTS, environment, markdown, write
+from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes
+from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import memory_formula, shapes_of  # noqa: E402
-from bench_zero import MINI, Clock, wrap_package  # noqa: E402
-from presets import PRESETS  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes  # noqa: E402
-from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks  # noqa: E402
-
-from pylo_dist import comm  # noqa: E402
+from pylo_dist import comm
 
 CONFIGS = {"tiny": TINY, "mini": MINI}
 GOAL, GOAL_RANKS = 0.97, 8  # of AdamW's tokens per second, see bench_train.py

@@ -27,22 +27,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import sharded_step
 import torch
+from bench_step import Contender, ours, pylo_makers, transformer
+from record import RESULTS, environment, markdown, write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from trainees import Stopwatch, on_ranks, optimizer_of
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-import sharded_step  # noqa: E402
-from bench_step import Contender, ours, pylo_makers, transformer  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from trainees import Stopwatch, on_ranks, optimizer_of  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.maths import compiled  # noqa: E402
+import pylo_dist
+from pylo_dist.maths import compiled
 
 SECTIONS = ("vit", "layer", "gpt2", "sharded", "jax")
 OPTIMIZERS = ("AdafacLO", "VeLO", "AdamW")

@@ -26,26 +26,19 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from bench_step import pylo_makers, transformer
+from record import markdown
 from torch import Tensor, nn
+from trainees import Stopwatch, device_of, optimizer_of
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_step import pylo_makers, transformer  # noqa: E402
-from record import markdown  # noqa: E402
-from trainees import Stopwatch, device_of, optimizer_of  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.weights import load_weights  # noqa: E402
+import pylo_dist
+from pylo_dist.weights import load_weights
 
 Shape = tuple[int, ...]
 

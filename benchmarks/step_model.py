@@ -18,14 +18,10 @@ Bytes have no free number: tests compare them with those that a real run hands t
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pylo_dist.adapters.zero.buckets import ALIGNMENT, fill
 from pylo_dist.core.shards import factored_dims

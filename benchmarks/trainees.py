@@ -7,35 +7,27 @@ ZeroRedundancyOptimizer; "deepspeed1", "deepspeed2" and "deepspeed3", DeepSpeed'
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later it would keep the process group alive beyond its end
+from model import build
+from options import parse
+from parallel import spread
+from presets import GPTConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from golden_cases import velo_weights  # noqa: E402
-from model import build  # noqa: E402
-from options import parse  # noqa: E402
-from parallel import spread  # noqa: E402
-from presets import GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-import pylo_dist  # noqa: E402
+import pylo_dist
+from support.golden import velo_weights
+from support.ranks import run_ranks
 
 OPTIMIZERS = ("AdafacLO", "VeLO", "AdamW")
 DEEPSPEED = {"deepspeed1": 1, "deepspeed2": 2, "deepspeed3": 3}

@@ -12,16 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import velo_weights
-from ranks import run_ranks
-from sharded_model import small_fc_weights
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import pylo_dist
 from pylo_dist.optim.velo import LossBuffer
+from support.golden import velo_weights
+from support.ranks import run_ranks
+from support.sharded_model import small_fc_weights
 
 transformers = pytest.importorskip("transformers", reason="the recipes for Hugging Face need transformers")
 accelerate = pytest.importorskip("accelerate", reason="the recipes for Hugging Face need accelerate")

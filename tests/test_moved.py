@@ -62,8 +62,8 @@ def test_the_package_itself_uses_no_old_path() -> None:
 
 
 def test_an_unknown_name_says_where_the_module_went() -> None:
-    with pytest.warns(DeprecationWarning):
-        sys.modules.pop("pylo_dist.reference", None)
+    sys.modules.pop("pylo_dist.reference", None)
+    with pytest.warns(DeprecationWarning, match="maths.reference now"):
         old = importlib.import_module("pylo_dist.reference")
     with pytest.raises(AttributeError, match=r"moved to pylo_dist\.maths\.reference"):
         _ = old.no_such_name

@@ -110,6 +110,13 @@ def test_compose_starts_what_is_there() -> None:
     assert not set(sources) & set(ignored)
 
 
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_every_script_can_be_imported(folder: str) -> None:
+    """The list in the folder's pyproject.toml, which launch/setup.sh installs in place."""
+    (listed,) = re.findall(r"(?s)py-modules = \[(.*?)\]", (ROOT / folder / "pyproject.toml").read_text())
+    assert re.findall(r'"(\w+)"', listed) == sorted(path.stem for path in (ROOT / folder).glob("*.py"))
+
+
 APT_GET = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 [ "$1" = update ] || [ "$(wc -l <"$CALLS")" -gt 1 ]  # the first install fails, as without lists

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ import pylo_dist
 from pylo_dist import checkpoint
 
 SAVED = Path(__file__).parent / "saved"
-sys.path.insert(0, str(SAVED))
-import write  # noqa: E402  (which uses the public contract alone)
+
+_spec = importlib.util.spec_from_file_location("write", SAVED / "write.py")
+assert _spec is not None
+assert _spec.loader is not None
+write = importlib.util.module_from_spec(_spec)  # it uses the public contract alone
+_spec.loader.exec_module(write)
 
 FOLDERS = sorted(path.parent for path in SAVED.glob("*/*/checkpoint"))
 ZERO = "_zero2_bfloat16"

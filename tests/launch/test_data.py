@@ -13,7 +13,16 @@ import huggingface_hub
 import numpy as np
 import prepare_data
 import pytest
-from data import HEADER_BYTES, MAGIC, BatchPlan, Tokens, builtin_text, find_files, read_tokens, write_tokens
+from data import (
+    HEADER_BYTES,
+    MAGIC,
+    BatchPlan,
+    Tokens,
+    builtin_text,
+    find_files,
+    read_tokens,
+    write_tokens,
+)
 from feed import Feed
 
 

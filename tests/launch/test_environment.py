@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import environment
 import gpt2
 import pytest
 from checkpoints import published_in
-from environment import Environment, find, first_host, free_port, is_first_here, rank_named, tasks_per_node
+from environment import (
+    Environment,
+    find,
+    first_host,
+    free_port,
+    is_first_here,
+    rank_named,
+    tasks_per_node,
+)
 from options import WrongInput, parse
+
+from support.launchers import mpirun, wait_for_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -262,16 +268,6 @@ def check_curve(out: Path, wanted: list[float], steps: int) -> None:
     assert found[-1] < found[0] - 0.2  # a curve of learning
 
 
-def mpirun(ranks: int) -> list[str]:
-    """The words that start them. Skips where this machine has no MPI; fails where tests/run.sh could have set it up."""
-    if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
-        reason = "no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi"
-        if shutil.which("mpirun") is not None and "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", str(ranks)]
-
-
 def test_mpirun_follows_one_process(plain: list[float], tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finished(
@@ -326,16 +322,3 @@ def test_two_agents_of_torchrun_follow_one_process(plain: list[float], slurm: di
     assert "gpt2.py: torchrun: rank 0 of 2, 0 of 1 on this machine; they meet at 127.0.0.1:" in said
     assert f"goes on after step {step} from" in said
     check_curve(out, plain, STEPS)
-
-
-def wait_for_rows(out: Path, count: int) -> None:
-    path = out / "metrics.jsonl"
-    wait_for(lambda: path.is_file() and path.read_text().count("\n") >= count)
-
-
-def wait_for(holds: Callable[[], bool], limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not so after {limit_s} s")
-        time.sleep(0.02)

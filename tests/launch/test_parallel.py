@@ -9,14 +9,14 @@ import gpt2
 import parallel
 import pytest
 import torch
-from collectives import Collectives
 from environment import Environment
-from layouts import differing, flat_state
 from options import WrongInput, parse
-from ranks import run_ranks
 from watch import Row, rows_until
 
 import pylo_dist
+from support.collectives import Collectives
+from support.layouts import differing, flat_state
+from support.ranks import run_ranks
 
 FLAGS = ["--preset", "nano", "--batch-size", "4", "--block-size", "32", "--device", "cpu", "--qkv", "split", "--eval-every", "0"]
 TINY = [*FLAGS, "--n-embd", "32", "--n-head", "2", "--block-size", "16", "--micro-batch-size", "1"]

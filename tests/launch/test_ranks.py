@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from options import WrongInput, parse
-from ranks import run_ranks
+
+from support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ["--preset", "nano", "--batch-size", "12", "--device", "cpu", "--threads", "1"]

@@ -14,19 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import gpt2
 import pytest
 import torch
 from checkpoints import Keeper, published_in, remove
 from data import Tokens
+from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started
 from watch import Row, Watch, rows_until
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import faults  # noqa: E402
-from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started  # noqa: E402
-
 STOPPED = 128 + signal.SIGTERM
 
 

@@ -15,14 +15,12 @@ from typing import IO
 import gpt2
 import pytest
 from checkpoints import published_in
+from faults import differences, rows_of
 from options import WrongInput, parse, repeatable
 
-from .test_environment import ROOT, mpirun, wait_for, wait_for_rows
+from support.launchers import mpirun, wait_for, wait_for_rows
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from faults import differences, rows_of
-
+ROOT = Path(__file__).resolve().parents[2]
 LOOP = ROOT / "launch" / "resume_loop.sh"
 STEPS = 300
 # A command that keeps what the run has written before the next start of it goes on from there.
