@@ -1,4 +1,6 @@
-"""Module paths and names of the version before (acc4d19): importable for one version, with a warning that says where they are."""
+"""Module paths and names of the version before (acc4d19): importable for one version, with a
+warning that says where they are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""pylo_dist.shard, clip_grad_norm_, checkpoints of sharded state, and what FSDP2 brings along, on real gloo processes."""
+"""pylo_dist.shard, clip_grad_norm_, checkpoints of sharded state, and what FSDP2 brings along, on
+real gloo processes.
+"""
 
 from __future__ import annotations
 
@@ -65,17 +67,22 @@ def net() -> Net:
     return model
 
 
-# ------------------------------------------------------------------------------------------------ shard
+# -------------------------------------------------------------------------------------------- shard
 
 
 class Mlp(nn.Module):
-    """Blocks in a ModuleDict, a tied head, and a reset_parameters() for everything: can be built on the meta device."""
+    """Blocks in a ModuleDict, a tied head, and a reset_parameters() for everything: can be built on
+    the meta device.
+    """
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, width)
         self.layers = nn.ModuleDict(
-            {str(i): nn.Sequential(nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width)) for i in range(2)}
+            {
+                str(i): nn.Sequential(nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, width))
+                for i in range(2)
+            }
         )
         self.norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, 11, bias=False)
@@ -93,7 +100,9 @@ def shard_ranks(rank: int, world: int) -> Results:
     # different numbers on every rank, and a whole run
     kwargs: dict[str, Any] = {"weights": velo_weights("small"), "num_steps": 100}
     model, optimizer = pylo_dist.shard(net(), pylo_dist.VeLO, **kwargs)
-    results["units"] = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    results["units"] = [
+        name for name, module in model.named_modules() if isinstance(module, FSDPModule)
+    ]
     results["start"] = snapshot(model)
     for step in range(STEPS):
         model.zero_grad()
@@ -101,7 +110,9 @@ def shard_ranks(rank: int, world: int) -> Results:
         optimizer.step(torch.tensor(loss_of(step, rank)))
     results["params"] = snapshot(model)
     results["names"] = [row["fqn"] for row in optimizer.report()]
-    results["report"] = [(row["fqn"], row["group_size"], row["replicas"]) for row in optimizer.report()]
+    results["report"] = [
+        (row["fqn"], row["group_size"], row["replicas"]) for row in optimizer.report()
+    ]
 
     # on the meta device, and widths recorded before sharding
     with torch.device("meta"):
@@ -115,13 +126,18 @@ def shard_ranks(rank: int, world: int) -> Results:
     wide.norm = nn.LayerNorm(6)  # torch's batch norm takes no mixed dtypes on a CPU
     for fqn, p in wide.named_parameters():
         p.infshape = Infshape(2 if p.dim() == 2 else 1, 3.0 if fqn.startswith("layers.1") else 1.0)
-    _, mulo = pylo_dist.shard(wide, pylo_dist.MuLO, weights=small_fc_weights(), mixed_precision=torch.bfloat16)
+    _, mulo = pylo_dist.shard(
+        wide, pylo_dist.MuLO, weights=small_fc_weights(), mixed_precision=torch.bfloat16
+    )
     results["width_mults"] = mulo.param_groups[0]["width_mults"]
     wide(torch.arange(8) % 11).backward()
     mulo.step()
-    results["mixed"] = sorted({str(p.dtype) for p in wide.parameters()} | {str(p.grad.dtype) for p in wide.parameters()})
+    results["mixed"] = sorted(
+        {str(p.dtype) for p in wide.parameters()} | {str(p.grad.dtype) for p in wide.parameters()}
+    )
 
-    # settings around the model that must not change a bit: checkpointing, compilation, accumulation in two parts
+    # settings around the model that must not change a bit: checkpointing, compilation, accumulation
+    # in two parts
     tokens = torch.arange(12) * (rank + 3) % 11
     trained = {}
     for variant in ("as is", "checkpointed", "compiled", "halves"):
@@ -142,7 +158,9 @@ def shard_ranks(rank: int, world: int) -> Results:
             else:
                 called(tokens).backward()
             adafac.step()
-        trained[variant] = {fqn.replace("_checkpoint_wrapped_module.", ""): p for fqn, p in snapshot(mlp).items()}
+        trained[variant] = {
+            fqn.replace("_checkpoint_wrapped_module.", ""): p for fqn, p in snapshot(mlp).items()
+        }
     results["trained"] = trained
     results["refused"] = shard_refusals(rank, world)
     results["odd"] = odd_ranks(rank, world)
@@ -178,17 +196,33 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
 
     def fsdp1(use_orig_params: bool) -> None:
         cpu = torch.device("cpu")
-        adafac(FullyShardedDataParallel(Mlp(), use_orig_params=use_orig_params, device_id=cpu).named_parameters())
+        adafac(
+            FullyShardedDataParallel(
+                Mlp(), use_orig_params=use_orig_params, device_id=cpu
+            ).named_parameters()
+        )
 
-    def distributed(placements: list[Any], shape: tuple[int, ...], names: tuple[str, ...], sizes: tuple[int, ...]) -> Any:
+    def distributed(
+        placements: list[Any],
+        shape: tuple[int, ...],
+        names: tuple[str, ...],
+        sizes: tuple[int, ...],
+    ) -> Any:
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-        return [("experts.weight", nn.Parameter(distribute_tensor(torch.zeros(shape), mesh, placements)))]
+        return [
+            (
+                "experts.weight",
+                nn.Parameter(distribute_tensor(torch.zeros(shape), mesh, placements)),
+            )
+        ]
 
     def strided() -> None:
         from torch.distributed.tensor.placement_types import _StridedShard
 
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-        param = DTensor.from_local(torch.zeros(4, 3), mesh, [_StridedShard(0, split_factor=4)], run_check=False)
+        param = DTensor.from_local(
+            torch.zeros(4, 3), mesh, [_StridedShard(0, split_factor=4)], run_check=False
+        )
         adafac([("twice", nn.Parameter(param))])
 
     def disagree(kind: str) -> None:
@@ -213,15 +247,21 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
         "ddp": lambda: shard(nn.parallel.DistributedDataParallel(Mlp())),
         "bare": lambda: shard(Bare()),
         "wrap": lambda: shard(Mlp(), wrap=[nn.Conv1d]),
-        "mesh": lambda: shard(Mlp(), mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))),
+        "mesh": lambda: shard(
+            Mlp(), mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))
+        ),
         "meta": lambda: adafac([("w", nn.Parameter(torch.zeros(3, device="meta")))]),
         "stale": stale,
         "fsdp1 pieces": lambda: fsdp1(True),
         "fsdp1 flat": lambda: fsdp1(False),
         "strided": strided,
-        "zero": lambda: pylo_dist.ZeroOptimizer(sharded, pylo_dist.AdafacLO, weights=small_fc_weights()),
+        "zero": lambda: pylo_dist.ZeroOptimizer(
+            sharded, pylo_dist.AdafacLO, weights=small_fc_weights()
+        ),
         "experts": lambda: adafac(distributed([Shard(0)], (4, 3), ("ep",), (world,))),
-        "inner dims": lambda: adafac(distributed([Shard(1), Shard(2)], (2, 4, 4), ("a", "b"), (1, world))),
+        "inner dims": lambda: adafac(
+            distributed([Shard(1), Shard(2)], (2, 4, 4), ("a", "b"), (1, world))
+        ),
         "order": lambda: disagree("order"),
         "frozen": lambda: disagree("frozen"),
         "shape": lambda: disagree("shape"),
@@ -238,14 +278,25 @@ def partial_gradients(rank: int, world: int) -> dict[str, bool]:
         "one axis": ([Replicate(), Partial()], [Replicate(), Replicate()]),
         "into shards": ([Shard(0), Partial()], [Shard(0), Shard(1)]),
         "nothing to add": ([Shard(0), Replicate()], [Shard(0), Replicate()]),
-        "largest": ([Partial("max"), Replicate()], [Replicate(), Replicate()]),  # nobody's gradient; DTensor serves it
+        # nobody's gradient; DTensor serves it
+        "largest": ([Partial("max"), Replicate()], [Replicate(), Replicate()]),
     }
     bound = []
     for name, (given, wanted) in cases.items():
-        param = nn.Parameter(distribute_tensor(torch.zeros(16 if given[0] == Shard(0) else 8, 6), mesh, wanted))
+        param = nn.Parameter(
+            distribute_tensor(torch.zeros(16 if given[0] == Shard(0) else 8, 6), mesh, wanted)
+        )
         # what is replicated has to be the same on all ranks of that axis
-        local = integers("same", mesh.get_local_rank(0), 0, shape=(8, 6)) if given[1] == Replicate() else mine
-        local = integers("same", mesh.get_local_rank(1), 0, shape=(8, 6)) if name == "one axis" else local
+        local = (
+            integers("same", mesh.get_local_rank(0), 0, shape=(8, 6))
+            if given[1] == Replicate()
+            else mine
+        )
+        local = (
+            integers("same", mesh.get_local_rank(1), 0, shape=(8, 6))
+            if name == "one axis"
+            else local
+        )
         param.grad = DTensor.from_local(local, mesh, given, run_check=False)
         bound.append((plain.describe(name, param), param))
     found = {}
@@ -254,25 +305,34 @@ def partial_gradients(rank: int, world: int) -> dict[str, bool]:
     for (binding, param), (_, wanted) in zip(bound, cases.values(), strict=True):
         got = settled.sums.get(id(param), param.grad)
         got = got.redistribute(mesh, wanted).to_local()
-        found[binding.shard.fqn] = torch.equal(got, param.grad.redistribute(mesh, wanted).to_local())
-    found["calls"] = dict(calls.counts) == {"allreduce_": 3}  # axis a; axis b twice, as one gradient needs both in turn
+        found[binding.shard.fqn] = torch.equal(
+            got, param.grad.redistribute(mesh, wanted).to_local()
+        )
+    # axis a; axis b twice, as one gradient needs both in turn
+    found["calls"] = dict(calls.counts) == {"allreduce_": 3}
     return found
 
 
 def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
-    """What the last rank does wrong alone: the error of each rank, and the seconds until it came."""
+    """What the last rank does wrong alone: the error of each rank, and the seconds until it
+    came.
+    """
     mesh, last = init_device_mesh("cpu", (world,)), rank == world - 1
     left, right = (DeviceMesh("cpu", [other, world - 1]) for other in (0, 1))
 
     def cut(dtype: torch.dtype = torch.float32, on: Any = mesh) -> nn.Parameter:
-        return nn.Parameter(DTensor.from_local(torch.zeros(4, 3, dtype=dtype), on, [Shard(0)], run_check=False))
+        return nn.Parameter(
+            DTensor.from_local(torch.zeros(4, 3, dtype=dtype), on, [Shard(0)], run_check=False)
+        )
 
     def adafac(params: Any, **kwargs: Any) -> Any:
         return pylo_dist.AdafacLO(params, **{"weights": small_fc_weights(), **kwargs})
 
     def complex_later() -> None:
         optimizer = adafac([("first", cut())])
-        optimizer.add_param_group({"params": iter([("w", cut(torch.complex64 if last else torch.float32))])})
+        optimizer.add_param_group(
+            {"params": iter([("w", cut(torch.complex64 if last else torch.float32))])}
+        )
 
     def sharded_complex() -> None:
         mlp = Mlp()
@@ -281,7 +341,10 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc_weights())
 
     def two_groups(problem: dict[str, Any]) -> None:
-        groups = [{"params": [("a", cut())]}, {"params": [("b", cut())], **(problem if last else {})}]
+        groups = [
+            {"params": [("a", cut())]},
+            {"params": [("b", cut())], **(problem if last else {})},
+        ]
         adafac(iter(groups))
 
     def whole() -> None:
@@ -294,10 +357,14 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         "complex": lambda: adafac([("w", cut(torch.complex64 if last else torch.float32))]),
         "complex later": complex_later,
         "complex in shard": sharded_complex,
-        "weights": lambda: adafac([("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc_weights()),
+        "weights": lambda: adafac(
+            [("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc_weights()
+        ),
         "second group": lambda: two_groups({"lr": -1.0}),
         "same twice": lambda: adafac([("w", w := cut()), *([("w again", w)] if last else [])]),
-        "torn": lambda: adafac([("w", cut(on=left if last else mesh)), ("v", cut(on=right if last else mesh))]),
+        "torn": lambda: adafac(
+            [("w", cut(on=left if last else mesh)), ("v", cut(on=right if last else mesh))]
+        ),
         "whole": whole,
         "fine": lambda: adafac([("w", cut())]),  # and the ranks are in step still
     }
@@ -309,7 +376,9 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
 
 def odd_ranks(rank: int, world: int) -> Results:
-    """bf16 parameters, NaN and failures on one rank, offloading, parameters that were swapped, torch's optimizer state dicts."""
+    """bf16 parameters, NaN and failures on one rank, offloading, parameters that were swapped,
+    torch's optimizer state dicts.
+    """
     results: Results = {}
     probe = copy.deepcopy(Net().blocks[0].odd).bfloat16()
     fully_shard(probe)
@@ -319,7 +388,9 @@ def odd_ranks(rank: int, world: int) -> Results:
         probe(step, rank).backward()
         optimizer.step()
     results["bf16"] = snapshot(probe)
-    results["bf16 state"] = sorted({str(t.dtype) for state in optimizer.state.values() for t in state.values()})
+    results["bf16 state"] = sorted(
+        {str(t.dtype) for state in optimizer.state.values() for t in state.values()}
+    )
 
     for mode in ("error", "skip"):
         model = Net()
@@ -329,9 +400,15 @@ def odd_ranks(rank: int, world: int) -> Results:
         last = model.blocks[0].up.weight.grad
         if rank == world - 1:
             local(last).view(-1)[1] = float("nan")
-        before = snapshot(model), [local(t).clone() for state in optimizer.state.values() for t in state.values()]
+        before = (
+            snapshot(model),
+            [local(t).clone() for state in optimizer.state.values() for t in state.values()],
+        )
         results[mode] = message(optimizer.step)
-        after = snapshot(model), [local(t).clone() for state in optimizer.state.values() for t in state.values()]
+        after = (
+            snapshot(model),
+            [local(t).clone() for state in optimizer.state.values() for t in state.values()],
+        )
         same = all(torch.equal(before[0][fqn], p) for fqn, p in after[0].items())
         results[f"{mode} unchanged"] = same and all(map(torch.equal, before[1], after[1]))
         if rank == world - 1:
@@ -339,7 +416,9 @@ def odd_ranks(rank: int, world: int) -> Results:
         results[f"{mode} failure"] = message(optimizer.step)
 
     model = Net()
-    fully_sharded(model, init_device_mesh("cpu", (world,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_sharded(
+        model, init_device_mesh("cpu", (world,)), offload_policy=CPUOffloadPolicy(pin_memory=False)
+    )
     optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
     model(0, rank).backward()
     optimizer.step()
@@ -368,17 +447,21 @@ def odd_ranks(rank: int, world: int) -> Results:
     results["keys"] = sorted(saved["state"])
     again = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
     set_optimizer_state_dict(model, again, saved)
-    pairs = [(optimizer.state[p][name], t) for p in again.state for name, t in again.state[p].items()]
+    pairs = [
+        (optimizer.state[p][name], t) for p in again.state for name, t in again.state[p].items()
+    ]
     results["set"] = all(torch.equal(local(a), local(b)) and type(a) is type(b) for a, b in pairs)
     results["full"] = pylo_dist.full_state_dict(optimizer)
 
-    results["calls"] = {layout: calls_per_step(layout, world) for layout in ("ddp", "fsdp2", "hsdp", "tp")}
+    results["calls"] = {
+        layout: calls_per_step(layout, world) for layout in ("ddp", "fsdp2", "hsdp", "tp")
+    }
     results["clip"] = clip_ranks(rank, world, ["fsdp2", "tp", "ddp"])
     results["pieces"] = clipped_pieces(rank)
     return results
 
 
-# ------------------------------------------------------------------------------------------------ tests
+# -------------------------------------------------------------------------------------------- tests
 
 
 def test_shard_and_what_comes_with_it() -> None:
@@ -397,7 +480,8 @@ def test_shard_and_what_comes_with_it() -> None:
     history, _, _ = unsharded(2, gradients, pylo_dist.VeLO, **kwargs)
     for result in ranks:
         for fqn, p in history[-1].items():
-            torch.testing.assert_close(result["params"][fqn], p, rtol=5e-7, atol=1e-7)  # test_dtensor has the exact limits
+            # test_dtensor has the exact limits
+            torch.testing.assert_close(result["params"][fqn], p, rtol=5e-7, atol=1e-7)
     whole_model = Mlp()
     wanted = {**dict(whole_model.named_parameters()), **dict(whole_model.named_buffers())}
     torch.manual_seed(5)
@@ -408,7 +492,10 @@ def test_shard_and_what_comes_with_it() -> None:
         assert result["rng kept"]
         for name, tensor in wanted.items():
             assert torch.equal(result["meta"][name], tensor), name
-    assert {k for k, v in first["width_mults"].items() if v == 3.0} == {"layers.1.0.weight", "layers.1.2.weight"}
+    assert {k for k, v in first["width_mults"].items() if v == 3.0} == {
+        "layers.1.0.weight",
+        "layers.1.2.weight",
+    }
     assert first["mixed"] == ["torch.float32"]
     for variant in ("checkpointed", "compiled", "halves"):
         for fqn, p in first["trained"]["as is"].items():
@@ -450,32 +537,48 @@ def check_odd(results: list[Results]) -> None:
     for step in range(3):
         for name, p in trainable(probe):
             if name != "unused":
-                p.grad = ((integers(name, step, 0, shape=p.shape) + integers(name, step, 1, shape=p.shape)) / 2).bfloat16()
+                p.grad = (
+                    (
+                        integers(name, step, 0, shape=p.shape)
+                        + integers(name, step, 1, shape=p.shape)
+                    )
+                    / 2
+                ).bfloat16()
         optimizer.step()
     for fqn, p in probe.named_parameters():
         assert torch.equal(first["bf16"][fqn], p), fqn
     assert first["bf16 state"] == ["torch.float32"]
     for result in results:
-        assert re.search(r"NonFiniteGradientError: the gradient of 'blocks.0.up.weight' holds", result["error"])
+        assert re.search(
+            r"NonFiniteGradientError: the gradient of 'blocks.0.up.weight' holds", result["error"]
+        )
         assert result["skip"] == "no error"
         assert result["error unchanged"]
         assert result["skip unchanged"]
     for mode in ("error", "skip"):
         assert first[f"{mode} failure"].startswith("PeerError")
         assert last[f"{mode} failure"] == "ValueError: only here"
-    history, reference, model = unsharded(2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc_weights())
+    history, reference, model = unsharded(
+        2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc_weights()
+    )
     for fqn, p in history[-1].items():
         torch.testing.assert_close(first["offloaded"][fqn], p, rtol=5e-7, atol=1e-7)
         assert torch.equal(first["offloaded"][fqn], first["swapped"][fqn]), fqn
     assert first["swapped state"] == len(trainable(model))
-    assert re.search("'group0.0' was replaced by another tensor after 1 steps", first["swapped late"])
+    assert re.search(
+        "'group0.0' was replaced by another tensor after 1 steps", first["swapped late"]
+    )
     assert first["keys"] == sorted(fqn for fqn, _ in trainable(model))
     assert all(result["set"] for result in results)
     reference.load_state_dict(first["full"])  # canonical names, shapes and dtypes
     assert last["full"] == {}
     check_calls(first["calls"])
     check_clip([result["clip"] for result in results])
-    assert all(result["clip"][f"{layout}/step"] is False for result in results for layout in ("fsdp2", "tp", "ddp"))
+    assert all(
+        result["clip"][f"{layout}/step"] is False
+        for result in results
+        for layout in ("fsdp2", "tp", "ddp")
+    )
     check_pieces([result["pieces"] for result in results])
 
 
@@ -487,7 +590,8 @@ ALONE = {  # what the last rank says, and what all others say after "rank 3: "
     "second group": "lr=-1.0: wanted a finite number >= 0",
     "same twice": "'w again' is in the same group twice",
     "torn": r"'v' lies on the ranks \[1, 3\], 'w' on \[0, 3\]: neither holds the other",
-    "whole": "'w' and all other parameters are whole tensors here, on rank [012] of the same AdafacLO they are DTensors",
+    "whole": "'w' and all other parameters are whole tensors here, on rank [012] of the same "
+    "AdafacLO they are DTensors",
 }
 
 
@@ -498,7 +602,9 @@ def check_alone(results: list[dict[str, tuple[str, float]]]) -> None:
         assert result.keys() == ALONE.keys()
         for name, (text, seconds) in result.items():
             last = rank == len(results) - 1
-            assert re.search(ALONE[name] if last else f"rank 3: .*{ALONE[name]}|has .*{ALONE[name]}", text), (name, rank, text)
+            assert re.search(
+                ALONE[name] if last else f"rank 3: .*{ALONE[name]}|has .*{ALONE[name]}", text
+            ), (name, rank, text)
             assert seconds < 20, (name, rank, seconds)
 
 
@@ -516,19 +622,24 @@ def test_units() -> None:
         pylo_dist.shard(model, pylo_dist.AdafacLO, weights=small_fc_weights())
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def unequal_copies(rank: int, world: int) -> str:
     """Ranks that were seeded otherwise: each of the two halves would hold a model of its own."""
     torch.manual_seed(rank // 2)
     model = nn.Linear(5, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    fully_shard(
+        model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    )
     return message(lambda: pylo_dist.AdafacLO(model.named_parameters(), weights=small_fc_weights()))
 
 
 def train_and_save(rank: int, world: int, folder: str) -> Results:
-    results: Results = {"clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]), "unequal": unequal_copies(rank, world)}
+    results: Results = {
+        "clip": clip_ranks(rank, world, ["hsdp", "tp_fsdp2"]),
+        "unequal": unequal_copies(rank, world),
+    }
     results["calls"] = {layout: calls_per_step(layout, world) for layout in ("hsdp", "tp_fsdp2")}
     results["partial"] = partial_gradients(rank, world)
     results["alone"] = on_one_rank_alone(rank, world)
@@ -546,7 +657,10 @@ def train_and_save(rank: int, world: int, folder: str) -> Results:
         optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
         source = {"fsdp2": "tp_fsdp2", "hsdp": "fsdp2", "tp_fsdp2": "hsdp"}[layout]
         pylo_dist.checkpoint.load(f"{folder}/{source}", {"optimizer": optimizer, "model": model})
-        results[f"{source} into {layout}"] = pylo_dist.full_state_dict(optimizer, rank0_only=False), snapshot(model)
+        results[f"{source} into {layout}"] = (
+            pylo_dist.full_state_dict(optimizer, rank0_only=False),
+            snapshot(model),
+        )
     return results
 
 
@@ -559,7 +673,9 @@ def load_and_go_on(rank: int, world: int, folder: str) -> Results:
             fully_sharded(model, init_device_mesh("cpu", (world,)))
             optimizer: Any = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
         else:
-            optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc_weights(), bucket_cap_mb=0.002)
+            optimizer = pylo_dist.ZeroOptimizer(
+                model, pylo_dist.AdafacLO, weights=small_fc_weights(), bucket_cap_mb=0.002
+            )
         pylo_dist.checkpoint.load(f"{folder}/fsdp2", {"optimizer": optimizer, "model": model})
         state = pylo_dist.full_state_dict(optimizer, rank0_only=False), snapshot(model)
         model(2, rank).backward()
@@ -585,7 +701,10 @@ def test_checkpoints_between_layouts(tmp_path: Path) -> None:
     assert all(all(result["partial"].values()) for result in saved), saved[0]["partial"]
     check_alone([result["alone"] for result in saved])
     for result in saved:
-        assert "'weight' differs between the ranks 0 and 2, which hold copies of it" in result["unequal"]
+        assert (
+            "'weight' differs between the ranks 0 and 2, which hold copies of it"
+            in result["unequal"]
+        )
     for result in saved:
         for source, target in (("tp_fsdp2", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "tp_fsdp2")):
             assert_same(result[f"{source} into {target}"], saved[0][source])

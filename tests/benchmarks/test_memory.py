@@ -1,8 +1,9 @@
 """What a rank holds: the measured peak of training is the formula's, and state is what is promised.
 
-Background: benchmarks/bench_memory.py counts all bytes that torch allocates. Its formula has no free numbers, so a package that
-keeps gradients, buckets or copies longer than it must is over it. 5 %: activations, padding and buckets of uneven size take up to
-3 % of this model; a second copy of a shard's gradients, the smallest thing that can be held in vain, would add 10 to 25 %.
+Background: benchmarks/bench_memory.py counts all bytes that torch allocates. Its formula has no
+free numbers, so a package that keeps gradients, buckets or copies longer than it must is over it. 5
+%: activations, padding and buckets of uneven size take up to 3 % of this model; a second copy of a
+shard's gradients, the smallest thing that can be held in vain, would add 10 to 25 %.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def test_formula_by_hand() -> None:
     assert (computed.parameters, computed.gradients) == (4 * 34, 4 * 17)
     assert computed.state == 16 * 12 + 12 * (4 + 6) + 28 * 5
     # in backward: the gradients twice (packed), and this rank's half
-    scratch = 120 * 4 * 16384 if compiled.library("cpu") else 0  # chunks of features, where the passes are not compiled
+    # chunks of features, where the passes are not compiled
+    scratch = 120 * 4 * 16384 if compiled.library("cpu") else 0
     assert computed.peak == computed.parameters + computed.state + scratch + 2 * 136 + 68
 
 

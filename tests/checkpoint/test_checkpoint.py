@@ -1,7 +1,9 @@
-"""Checkpoints: any layout loads what any other saved, damage is refused before anything changes, and no rank waits for another.
+"""Checkpoints: any layout loads what any other saved, damage is refused before anything changes,
+and no rank waits for another.
 
-Real processes, real torch.distributed.checkpoint. One world of eight ranks serves all layouts: those on fewer ranks live on a
-process group of the first of them, and the ranks without a part wait at the next collective of theirs.
+Real processes, real torch.distributed.checkpoint. One world of eight ranks serves all layouts:
+those on fewer ranks live on a process group of the first of them, and the ranks without a part wait
+at the next collective of theirs.
 """
 
 from __future__ import annotations
@@ -52,13 +54,18 @@ from support.layouts import (
 from support.ranks import run_ranks
 
 DTENSORS = (("fsdp2", 3), ("hsdp", 4))  # in the suite
-TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))  # for every source; in the suite, others are sampled
-LAYOUTS = [known for known in all_layouts() if known.name not in ("fsdp2", "hsdp") or (known.name, known.ranks) in DTENSORS]
+# for every source; in the suite, others are sampled
+TARGETS = (PLAIN, Layout("zero1", 2), Layout("zero2", 3))
+LAYOUTS = [
+    known
+    for known in all_layouts()
+    if known.name not in ("fsdp2", "hsdp") or (known.name, known.ranks) in DTENSORS
+]
 SAMPLES = 4
 LONG = 50
 
 
-# ------------------------------------------------------------------------------------------ any to any
+# --------------------------------------------------------------------------------------- any to any
 
 
 def any_to_any(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -70,13 +77,27 @@ def any_to_any(rank: int, world: int, folder: str) -> dict[str, Any]:
             truths[source] = save_all(source, kind, groups, folder)
         pick = random.Random(f"{kind} 4")
         pairs = [(source, target) for source in layouts for target in TARGETS]
-        pairs += [(source, Layout("fsdp2", 3)) for source in (PLAIN, Layout("zero2", 4), Layout("hsdp", 4))]
-        pairs += [(source, Layout("hsdp", 4)) for source in (Layout("zero1", 3), Layout("fsdp2", 3))]
-        pairs += [(pick.choice(layouts), pick.choice([t for t in layouts if t not in TARGETS])) for _ in range(SAMPLES)]
+        pairs += [
+            (source, Layout("fsdp2", 3))
+            for source in (PLAIN, Layout("zero2", 4), Layout("hsdp", 4))
+        ]
+        pairs += [
+            (source, Layout("hsdp", 4)) for source in (Layout("zero1", 3), Layout("fsdp2", 3))
+        ]
+        pairs += [
+            (pick.choice(layouts), pick.choice([t for t in layouts if t not in TARGETS]))
+            for _ in range(SAMPLES)
+        ]
         for source, target in pairs:
-            errors[f"{kind} {source} -> {target}"] = load_one(source, target, kind, groups, folder, truths[source])
-    results = {"errors": errors, "long": {kind: resumed_bit_equal(kind, groups, folder) for kind in LEARNED}}
-    dist.barrier(groups[WORLD])  # from here on all ranks meet in the world's own group, which waits a minute
+            errors[f"{kind} {source} -> {target}"] = load_one(
+                source, target, kind, groups, folder, truths[source]
+            )
+    results = {
+        "errors": errors,
+        "long": {kind: resumed_bit_equal(kind, groups, folder) for kind in LEARNED},
+    }
+    # from here on all ranks meet in the world's own group, which waits a minute
+    dist.barrier(groups[WORLD])
     results["replicas"] = replicas(rank, groups, folder)
     results["elementwise"] = elementwise(groups, folder)
     results["torch"] = torch_functions(rank, groups, folder)
@@ -86,7 +107,9 @@ def any_to_any(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 
 def resumed_bit_equal(kind: str, groups: dict[int, Any], folder: str) -> list[str]:
-    """What differs after LONG steps between a run that was saved and loaded and one that was not, on the same layout."""
+    """What differs after LONG steps between a run that was saved and loaded and one that was not,
+    on the same layout.
+    """
     layout = Layout("zero1", 2)
     if dist.get_rank() >= layout.ranks:
         return []
@@ -108,7 +131,10 @@ def replicas(rank: int, groups: dict[int, Any], folder: str) -> list[str]:
         pieces = []
         for fqn, p in model.trainable():
             cut = p.numel() // 3
-            peers = [TensorShard.interval(fqn, p.shape, 0, cut), TensorShard.interval(fqn, p.shape, cut, p.numel())]
+            peers = [
+                TensorShard.interval(fqn, p.shape, 0, cut),
+                TensorShard.interval(fqn, p.shape, cut, p.numel()),
+            ]
             piece = PieceParameter(peers[rank % 2].take(p.detach()), p)
             bind_shard(piece, peers, rank % 2, pairs[rank // 2], holders=groups[4], replicas=2)
             pieces.append((fqn, piece))
@@ -118,22 +144,31 @@ def replicas(rank: int, groups: dict[int, Any], folder: str) -> list[str]:
     for fqn, piece in pieces:
         piece.grad = torch.full_like(piece, 0.125 * (1 + len(fqn)))
     optimizer.step()
-    dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=f"{folder}/replicas", process_group=groups[4])
+    dcp.save(
+        {"optimizer": optimizer.state_dict()},
+        checkpoint_id=f"{folder}/replicas",
+        process_group=groups[4],
+    )
     _, other = build()
     state = {"optimizer": other.state_dict()}
     dcp.load(state, checkpoint_id=f"{folder}/replicas", process_group=groups[4])
     other.load_state_dict(state["optimizer"])
-    wrong = differing(*(flat_state(pylo_dist.full_state_dict(o, rank0_only=False)) for o in (optimizer, other)))
+    wrong = differing(
+        *(flat_state(pylo_dist.full_state_dict(o, rank0_only=False)) for o in (optimizer, other))
+    )
     truth = flat_state(pylo_dist.full_state_dict(optimizer))
     if rank:
         return wrong
     written = sum(path.stat().st_size for path in Path(f"{folder}/replicas").glob("*.distcp"))
     plain = Run(PLAIN, "AdafacLO", None)
-    plain.optimizer = pylo_dist.AdafacLO(plain.model.trainable(), weights=small_fc(), process_group=False)
+    plain.optimizer = pylo_dist.AdafacLO(
+        plain.model.trainable(), weights=small_fc(), process_group=False
+    )
     once = Path(f"{folder}/once")
     dcp.save({"optimizer": plain.optimizer.state_dict()}, checkpoint_id=once, no_dist=True)
     alone = sum(path.stat().st_size for path in once.glob("*.distcp"))
-    if not 0.8 * alone < written < 1.6 * alone:  # boxes have a header each; written twice it would be more than double
+    # boxes have a header each; written twice it would be more than double
+    if not 0.8 * alone < written < 1.6 * alone:
         wrong.append(f"{written} bytes, one process writes {alone}")
     state = {"optimizer": plain.optimizer.state_dict()}
     dcp.load(state, checkpoint_id=f"{folder}/replicas", no_dist=True)
@@ -148,7 +183,11 @@ def elementwise(groups: dict[int, Any], folder: str) -> list[str]:
     if dist.get_rank() < 3:
         run = Run(source, "AdamW", groups[3])
         run.advance(STEPS)
-        checkpoint.save(f"{folder}/adamw", {"model": run.model, "optimizer": run.optimizer}, process_group=groups[3])
+        checkpoint.save(
+            f"{folder}/adamw",
+            {"model": run.model, "optimizer": run.optimizer},
+            process_group=groups[3],
+        )
         kept = run.state()
         end = run.advance(MORE)[-1]
     for target in (PLAIN, Layout("ddp", 2), Layout("zero1", 2), source):
@@ -156,17 +195,22 @@ def elementwise(groups: dict[int, Any], folder: str) -> list[str]:
             continue
         group = groups[target.ranks]
         run = Run(target, "AdamW", group, seed=1)
-        checkpoint.load(f"{folder}/adamw", {"model": run.model, "optimizer": run.optimizer}, process_group=group)
+        checkpoint.load(
+            f"{folder}/adamw", {"model": run.model, "optimizer": run.optimizer}, process_group=group
+        )
         run.taken, state = STEPS, run.state()
         if dist.get_rank() == 0:
             wrong += [f"{target}: {key}" for key in differing(state, kept)]
         after = run.advance(MORE)[-1]
-        wrong += [f"{target}: after, {fqn}" for fqn in differing(after, end)]  # elementwise: the same bits in every layout
+        # elementwise: the same bits in every layout
+        wrong += [f"{target}: after, {fqn}" for fqn in differing(after, end)]
     return wrong
 
 
 def torch_functions(rank: int, groups: dict[int, Any], folder: str) -> dict[str, Any]:
-    """async_save, and get_ and set_optimizer_state_dict with their options, for ZeRO on all ranks."""
+    """async_save, and get_ and set_optimizer_state_dict with their options, for ZeRO on all
+    ranks.
+    """
     layout, results = Layout("zero1", WORLD), {}
     run = Run(layout, "VeLO", None)
     run.advance(STEPS)
@@ -191,34 +235,54 @@ def torch_functions(rank: int, groups: dict[int, Any], folder: str) -> dict[str,
     for i, state in enumerate(run.optimizer.state.values()):
         for name, tensor in state.items():
             tensor.copy_(local[i][name])
-    results["async_save"] = loaded(lambda r: r.optimizer.load_state_dict(read(r.contents(), "async")["optimizer"]))
+    results["async_save"] = loaded(
+        lambda r: r.optimizer.load_state_dict(read(r.contents(), "async")["optimizer"])
+    )
     for flat in (False, True):
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         dcp.save(
-            {"o": get_optimizer_state_dict(run.model, run.optimizer, options=options)}, checkpoint_id=f"{folder}/torch-{flat}"
+            {"o": get_optimizer_state_dict(run.model, run.optimizer, options=options)},
+            checkpoint_id=f"{folder}/torch-{flat}",
         )
 
-        def through_files(other: Run, options: StateDictOptions = options, name: str = f"torch-{flat}") -> None:
-            contents = read({"o": get_optimizer_state_dict(other.model, other.optimizer, options=options)}, name)
+        def through_files(
+            other: Run, options: StateDictOptions = options, name: str = f"torch-{flat}"
+        ) -> None:
+            contents = read(
+                {"o": get_optimizer_state_dict(other.model, other.optimizer, options=options)}, name
+            )
             set_optimizer_state_dict(other.model, other.optimizer, contents["o"], options=options)
 
         results[f"sharded, flat {flat}"] = loaded(through_files)
         whole = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=flat)
         full = pylo_dist.get_optimizer_state_dict(run.model, run.optimizer, options=whole)
-        results[f"full is whole, flat {flat}"] = [type(t).__name__ for t in tensors_in(full) if type(t) is not Tensor]
-        # torch's own set_optimizer_state_dict takes no state that is flat and full: it is given as it is on every rank
+        results[f"full is whole, flat {flat}"] = [
+            type(t).__name__ for t in tensors_in(full) if type(t) is not Tensor
+        ]
+        # torch's own set_optimizer_state_dict takes no state that is flat and full: it is given as
+        # it is on every rank
         give = StateDictOptions(flatten_optimizer_state_dict=True) if flat else whole
         results[f"full, flat {flat}"] = loaded(
-            lambda r, full=full, give=give: set_optimizer_state_dict(r.model, r.optimizer, full, options=give)
+            lambda r, full=full, give=give: set_optimizer_state_dict(
+                r.model, r.optimizer, full, options=give
+            )
         )
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = pylo_dist.get_optimizer_state_dict(run.model, run.optimizer, options=whole)
-    results["only the first rank has it"] = [] if bool(full) == (rank == 0) else [f"{len(full)} entries"]
+    results["only the first rank has it"] = (
+        [] if bool(full) == (rank == 0) else [f"{len(full)} entries"]
+    )
     give = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    results["broadcast_from_rank0"] = loaded(lambda r: set_optimizer_state_dict(r.model, r.optimizer, full, options=give))
-    missing = {**full, "state": {k: v for k, v in full["state"].items() if k != "square"}} if full else {}
+    results["broadcast_from_rank0"] = loaded(
+        lambda r: set_optimizer_state_dict(r.model, r.optimizer, full, options=give)
+    )
+    missing = (
+        {**full, "state": {k: v for k, v in full["state"].items() if k != "square"}} if full else {}
+    )
     try:
-        set_optimizer_state_dict(run.model, run.optimizer, missing or {"state": {"x": {}}, "param_groups": []})
+        set_optimizer_state_dict(
+            run.model, run.optimizer, missing or {"state": {"x": {}}, "param_groups": []}
+        )
         results["strict"] = ["nothing was raised"]
     except RuntimeError as error:
         results["strict"] = [] if "square" in str(error) or rank else [str(error)]
@@ -226,7 +290,9 @@ def torch_functions(rank: int, groups: dict[int, Any], folder: str) -> dict[str,
     if rank == 0:
         torch.save(gathered, f"{folder}/full.pt")
     dist.barrier()
-    results["torch.save"] = loaded(lambda r: r.optimizer.load_state_dict(torch.load(f"{folder}/full.pt", weights_only=True)))
+    results["torch.save"] = loaded(
+        lambda r: r.optimizer.load_state_dict(torch.load(f"{folder}/full.pt", weights_only=True))
+    )
     return results
 
 
@@ -263,11 +329,19 @@ def folders(rank: int, groups: dict[int, Any], folder: str) -> dict[str, Any]:
     group, layout, results = groups[3], Layout("zero1", 3), {}
     run = Run(layout, "AdafacLO", group)
     run.advance(STEPS)
-    contents = {"model": run.model, "optimizer": run.optimizer, "own": {str(rank): torch.full((2,), float(rank))}}
+    contents = {
+        "model": run.model,
+        "optimizer": run.optimizer,
+        "own": {str(rank): torch.full((2,), float(rank))},
+    }
     checkpoint.save(f"{folder}/runs/a", contents, meta={"step": STEPS}, process_group=group)
     other = Run(layout, "AdafacLO", group, seed=1)
     before = copy.deepcopy(snapshot(other))
-    target = {"model": other.model, "optimizer": other.optimizer, "own": {str(rank): torch.zeros(2)}}
+    target = {
+        "model": other.model,
+        "optimizer": other.optimizer,
+        "own": {str(rank): torch.zeros(2)},
+    }
 
     def outcome(action: Callable[[], Any]) -> str:
         try:
@@ -294,14 +368,23 @@ def folders(rank: int, groups: dict[int, Any], folder: str) -> dict[str, Any]:
         data.write_bytes(good)
     dist.barrier(group)
     fails = FailsOnOneRank(True)
-    results["save fails"] = outcome(lambda: checkpoint.save(f"{folder}/runs/b", {"x": fails}, process_group=group))
-    unwritable = {"own": {str(rank): (lambda: 0) if rank == 1 else 1}}  # found out when torch writes this rank's file
-    results["write fails"] = outcome(lambda: checkpoint.save(f"{folder}/runs/d", unwritable, process_group=group))
+    results["save fails"] = outcome(
+        lambda: checkpoint.save(f"{folder}/runs/b", {"x": fails}, process_group=group)
+    )
+    # found out when torch writes this rank's file
+    unwritable = {"own": {str(rank): (lambda: 0) if rank == 1 else 1}}
+    results["write fails"] = outcome(
+        lambda: checkpoint.save(f"{folder}/runs/d", unwritable, process_group=group)
+    )
     fails.fails = False
     checkpoint.save(f"{folder}/runs/c", {**contents, "x": fails}, process_group=group)
     fails.fails = True
-    results["check fails"] = tried(lambda: checkpoint.load(f"{folder}/runs/c", {**target, "x": fails}, process_group=group))
-    results["exists"] = outcome(lambda: checkpoint.save(f"{folder}/runs/a", contents, process_group=group))
+    results["check fails"] = tried(
+        lambda: checkpoint.load(f"{folder}/runs/c", {**target, "x": fails}, process_group=group)
+    )
+    results["exists"] = outcome(
+        lambda: checkpoint.save(f"{folder}/runs/a", contents, process_group=group)
+    )
     results["published"] = [path.name for path in checkpoint.published(f"{folder}/runs")]
     entries, meta = load()
     other.taken = STEPS
@@ -316,21 +399,31 @@ def test_any_layout_loads_what_any_other_saved(tmp_path: Path, figures: list[str
     worst = max(first["errors"], key=lambda pair: first["errors"][pair])
     assert first["errors"][worst] <= 1.0, worst
     figures.append(
-        f"checkpoints | {len(first['errors'])} loads | {MORE} steps: {first['errors'][worst]:.2g} of the layout tolerance"
+        f"checkpoints | {len(first['errors'])} loads | {MORE} steps: {first['errors'][worst]:.2g} "
+        "of the layout tolerance"
     )
     for rank, result in enumerate(ranks):
         assert not any(result["long"].values()), (rank, result["long"])
         assert not result["replicas"], (rank, result["replicas"])
         assert not result["elementwise"], (rank, result["elementwise"])
-        assert not any(result["torch"].values()), (rank, {k: v for k, v in result["torch"].items() if v})
+        assert not any(result["torch"].values()), (
+            rank,
+            {k: v for k, v in result["torch"].items() if v},
+        )
     for rank, result in enumerate(ranks[:3]):
         got = result["folder"]
         said, changed = got["flipped"]
         assert "__1_0.distcp: its sha256 is not that of the manifest" in said
         assert not changed
-        own = "CheckpointError: no more paper" if rank == 1 else "CheckpointError: rank 1: no more paper"
+        own = (
+            "CheckpointError: no more paper"
+            if rank == 1
+            else "CheckpointError: rank 1: no more paper"
+        )
         assert got["save fails"] == own
-        assert re.match(r"CheckpointError: rank 1: .*pickle", got["write fails"], re.DOTALL), got["write fails"]
+        assert re.match(r"CheckpointError: rank 1: .*pickle", got["write fails"], re.DOTALL), got[
+            "write fails"
+        ]
         assert got["check fails"] == (own, [])
         assert "exists already" in got["exists"]
         assert got["published"] == ["a", "c"]

@@ -1,4 +1,6 @@
-"""Checkpoint folders of one process: what is damaged or of something else is refused before anything changes."""
+"""Checkpoint folders of one process: what is damaged or of something else is refused before
+anything changes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ from support.layouts import (
 
 
 def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": model, "optimizer": optimizer, "run": {"seen": torch.tensor([3, 4]), "name": "x"}}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "run": {"seen": torch.tensor([3, 4]), "name": "x"},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +87,27 @@ def test_a_folder_loads_and_says_what_it_was(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_file_is_refused_by_name(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_refused_by_name(
+    saved: Path, tmp_path: Path, name: str, damage: str
+) -> None:
     folder, pick = damaged(saved, tmp_path), random.Random(f"{name} {damage}")
     path = folder / name
     data = path.read_bytes()
     for _ in range(5 if damage == "flip" else 1):
         at = pick.randrange(len(data))
         path.write_bytes(
-            data[:at] if damage == "truncate" else data[:at] + bytes([data[at] ^ (1 << pick.randrange(8))]) + data[at + 1 :]
+            data[:at]
+            if damage == "truncate"
+            else data[:at] + bytes([data[at] ^ (1 << pick.randrange(8))]) + data[at + 1 :]
         )
         if damage == "remove":
             path.unlink()
         refused(folder, fresh(), re.escape(name))
 
 
-def test_nothing_is_unpickled_before_its_checksum_matched(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled_before_its_checksum_matched(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pickle
 
     folder = damaged(saved, tmp_path)
@@ -127,20 +139,30 @@ def other_weights() -> dict[str, Tensor]:
     [
         (lambda: fresh("AdafacLO"), "state_rule 'velo', this optimizer 'small_fc'"),
         (lambda: fresh("AdamW"), "group 0 of 'optimizer' has state_rule 'velo'"),
-        (lambda: fresh(weights=other_weights()), "state_weights .*give the optimizer the weights it was saved with"),
-        (lambda: wider(), r"'model.wide' is torch.float32 of shape \(5, 16\), wanted torch.float32 of \(5, 17\)"),
+        (
+            lambda: fresh(weights=other_weights()),
+            "state_weights .*give the optimizer the weights it was saved with",
+        ),
+        (
+            lambda: wider(),
+            r"'model.wide' is torch.float32 of shape \(5, 16\), wanted torch.float32 of \(5, 17\)",
+        ),
         (lambda: renamed(), "'wide' in the place of 'conv'"),
         (lambda: shorter(), "groups of \\[8\\] parameters, this optimizer groups of \\[7\\]"),
         (lambda: doubled(), "wanted torch.float64"),
     ],
     ids=["rule", "torch's optimizer", "weights", "shape", "name", "fewer", "dtype"],
 )
-def test_what_belongs_to_something_else_is_refused(saved: Path, build: Callable[[], Run], message: str) -> None:
+def test_what_belongs_to_something_else_is_refused(
+    saved: Path, build: Callable[[], Run], message: str
+) -> None:
     refused(saved, build(), message)
 
 
 def rebuilt(run: Run) -> Run:
-    run.optimizer = pylo_dist.VeLO(run.model.trainable(), process_group=False, **optimizer_kinds()["VeLO"][1])
+    run.optimizer = pylo_dist.VeLO(
+        run.model.trainable(), process_group=False, **optimizer_kinds()["VeLO"][1]
+    )
     return run
 
 
@@ -177,7 +199,9 @@ def test_entries_that_may_be_missing_are_left_out(saved: Path) -> None:
     assert entries["rng"] == {}
 
 
-def test_a_run_that_was_killed_in_a_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_killed_in_a_save_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = fresh()
     contents = {"model": run.model, "optimizer": run.optimizer}
 
@@ -207,32 +231,44 @@ def test_a_saved_folder_cannot_be_written_where_a_file_is(tmp_path: Path) -> Non
 
 
 def test_schedulers_may_be_part_of_it(tmp_path: Path) -> None:
-    """A scheduler adds `initial_lr` to the groups; a tensor as rate is loaded where there was a number."""
+    """A scheduler adds `initial_lr` to the groups; a tensor as rate is loaded where there was a
+    number.
+    """
     run, other = fresh("AdafacLO", lr=torch.tensor(0.5)), fresh("AdafacLO")
     scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 1, 0.5)
     run.advance(2)
     scheduler.step()
-    checkpoint.save(tmp_path / "a", {"model": run.model, "optimizer": run.optimizer, "scheduler": scheduler})
+    checkpoint.save(
+        tmp_path / "a", {"model": run.model, "optimizer": run.optimizer, "scheduler": scheduler}
+    )
     other.taken = 2
     late = torch.optim.lr_scheduler.StepLR(other.optimizer, 1, 0.1)
-    checkpoint.load(tmp_path / "a", {"model": other.model, "optimizer": other.optimizer, "scheduler": late})
+    checkpoint.load(
+        tmp_path / "a", {"model": other.model, "optimizer": other.optimizer, "scheduler": late}
+    )
     assert isinstance(other.optimizer.param_groups[0]["lr"], Tensor)
     assert late.gamma == 0.5
     assert not run_differences(run, other, MORE)
 
 
 def test_mulo_and_frozen_parameters_in_a_folder(tmp_path: Path) -> None:
-    """Nested settings, and state of a parameter that was frozen before the optimizer was built again."""
+    """Nested settings, and state of a parameter that was frozen before the optimizer was built
+    again.
+    """
     run, other = Model(), Model(1)
     mults = {"wide": 4.0, "square": 2.0}
-    optimizers = [pylo_dist.MuLO(run.trainable(), weights=small_fc(), width_mults=mults, process_group=False)]
+    optimizers = [
+        pylo_dist.MuLO(run.trainable(), weights=small_fc(), width_mults=mults, process_group=False)
+    ]
     for _, p in run.trainable():
         p.grad = torch.ones_like(p)
     optimizers[0].step()
     checkpoint.save(tmp_path / "a", {"model": run, "optimizer": optimizers[0]})
     named = other.trainable()
     other.wide.requires_grad_(False)
-    optimizers.append(pylo_dist.MuLO(named, weights=small_fc(), width_mults=mults, process_group=False))
+    optimizers.append(
+        pylo_dist.MuLO(named, weights=small_fc(), width_mults=mults, process_group=False)
+    )
     checkpoint.load(tmp_path / "a", {"model": other, "optimizer": optimizers[1]})
     assert not differing(*(flat_state(pylo_dist.full_state_dict(o)) for o in optimizers))
     assert optimizers[1].state[other.wide]

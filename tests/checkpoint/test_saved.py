@@ -1,4 +1,6 @@
-"""Checkpoints that earlier versions wrote, loaded to the bit: folders, and state dicts that went through torch.save."""
+"""Checkpoints that earlier versions wrote, loaded to the bit: folders, and state dicts that went
+through torch.save.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_there_are_checkpoints_of_every_optimizer() -> None:
     assert {folder.name for folder in FOLDERS} >= {*write.OPTIMIZERS, f"adafac{ZERO}"}
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+@pytest.mark.parametrize(
+    "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+)
 def test_a_folder_loads_to_the_bit(folder: Path) -> None:
     model, optimizer = build(folder)
     checkpoint.load(folder / "checkpoint", {"model": model, "optimizer": optimizer})

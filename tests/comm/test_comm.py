@@ -1,4 +1,6 @@
-"""Ranks that fail alone, and processes that meet again in another world: nobody waits, nobody goes on alone."""
+"""Ranks that fail alone, and processes that meet again in another world: nobody waits, nobody goes
+on alone.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
         meeting = f"file://{folder}/{i}"
-        dist.init_process_group("gloo", init_method=meeting, rank=order[rank], world_size=world, timeout=timedelta(seconds=20))
+        dist.init_process_group(
+            "gloo",
+            init_method=meeting,
+            rank=order[rank],
+            world_size=world,
+            timeout=timedelta(seconds=20),
+        )
         if order[rank] < 2:
             total = torch.tensor([float(order[rank] + 1)])
             dist.all_reduce(total, group=comm.group_over((0, 1)))
@@ -59,7 +67,9 @@ def late_for_a_meeting(rank: int, world: int) -> tuple[str, float]:
 
 
 def velo_beside_a_bad_gradient(rank: int) -> dict[str, Any]:
-    """As under DDP: copies of a parameter, of which nothing is reduced but the loss; one rank has a gradient it cannot use."""
+    """As under DDP: copies of a parameter, of which nothing is reduced but the loss; one rank has a
+    gradient it cannot use.
+    """
     param = nn.Parameter(torch.ones(8, 6))
     optimizer = pylo_dist.VeLO([("w", param)], weights=velo_weights("small"), num_steps=50)
     for step in range(3):
@@ -75,7 +85,11 @@ def velo_beside_a_bad_gradient(rank: int) -> dict[str, Any]:
             said = f"PeerError: {error}"
         if step == 1:
             outcome = {"said": said, "changed": not torch.equal(before, param)}
-    return {**outcome, "param": param.detach().clone(), "step": int(optimizer.param_groups[0]["step"])}
+    return {
+        **outcome,
+        "param": param.detach().clone(),
+        "step": int(optimizer.param_groups[0]["step"]),
+    }
 
 
 def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path) -> None:
@@ -87,14 +101,19 @@ def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path)
     assert [v["step"] for v in velo] == [2, 2, 2]
     assert all(torch.equal(v["param"], velo[0]["param"]) for v in velo)
     for said, seconds in (result["late"] for result in results):
-        assert re.fullmatch(r"rank [01] waited \d s in this test for the ranks \[2\], which did not come", said), said
+        assert re.fullmatch(
+            r"rank [01] waited \d s in this test for the ranks \[2\], which did not come", said
+        ), said
         assert seconds < 15.0
-    assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]  # pairs of other processes in each world
+    # pairs of other processes in each world
+    assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]
     assert {total for result in results for total in result["sums"]} == {3.0}
 
 
 class ComesNow:
-    """A store in which the second rank comes just after the first one has looked for it the last time."""
+    """A store in which the second rank comes just after the first one has looked for it the last
+    time.
+    """
 
     def __init__(self) -> None:
         self.store, self.rank, self.said = dist.HashStore(), 0, {}  # type: ignore[var-annotated]
@@ -118,7 +137,9 @@ class ComesNow:
         self.rank = before
 
 
-def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store = ComesNow()
     monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)

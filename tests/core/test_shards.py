@@ -1,7 +1,9 @@
-"""Geometry: the blocks of a shard, its index list, and slicing the global tensor by hand are three ways to say the same.
+"""Geometry: the blocks of a shard, its index list, and slicing the global tensor by hand are three
+ways to say the same.
 
-Background: rules read and write shards through `Box.view` and broadcast row and column factors through `Box.window`, so one wrong
-stride is a silently wrong update. Shapes here are small enough to try every interval.
+Background: rules read and write shards through `Box.view` and broadcast row and column factors
+through `Box.window`, so one wrong stride is a silently wrong update. Shapes here are small enough
+to try every interval.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ def elements(shape: tuple[int, ...]) -> Tensor:
 
 
 def slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
+    return tuple(
+        slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True)
+    )
 
 
 def check_boxes(shard: TensorShard) -> None:
     """The blocks show the right global elements and tile the local ones, in local order."""
-    indices, whole, seen = shard.indices(), elements(shard.shape), torch.zeros(shard.numel, dtype=torch.int64)
+    indices, whole, seen = (
+        shard.indices(),
+        elements(shard.shape),
+        torch.zeros(shard.numel, dtype=torch.int64),
+    )
     for box in shard.boxes():
         assert torch.equal(box.view(indices), whole[slices(box)]), (shard, box)
         box.view(seen).add_(1)
@@ -76,8 +84,14 @@ def test_view_keeps_leading_dims_and_the_offset_of_its_tensor() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 7])
 def test_split_tiles_a_box_in_order(limit: int) -> None:
-    shards = [TensorShard.interval("p", (2, 3, 4), a, b) for a, b in ((0, 24), (1, 23), (5, 18), (9, 10))]
-    shards += [TensorShard.block("p", (3, 4, 2), 1, 1, 3), TensorShard.whole("p", ()), TensorShard.whole("p", (1, 9))]
+    shards = [
+        TensorShard.interval("p", (2, 3, 4), a, b) for a, b in ((0, 24), (1, 23), (5, 18), (9, 10))
+    ]
+    shards += [
+        TensorShard.block("p", (3, 4, 2), 1, 1, 3),
+        TensorShard.whole("p", ()),
+        TensorShard.whole("p", (1, 9)),
+    ]
     for shard in shards:
         indices, whole = shard.indices(), elements(shard.shape)
         for box in shard.boxes():
@@ -85,13 +99,18 @@ def test_split_tiles_a_box_in_order(limit: int) -> None:
             assert all(0 < part.numel <= limit for part in parts)
             for part in parts:
                 assert torch.equal(part.view(indices), whole[slices(part)])
-            assert torch.cat([part.view(indices).flatten() for part in parts]).tolist() == box.view(indices).flatten().tolist()
+            assert (
+                torch.cat([part.view(indices).flatten() for part in parts]).tolist()
+                == box.view(indices).flatten().tolist()
+            )
             assert list(box.split(box.numel)) == [box]
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) >= 2], ids=str)
 def test_window_broadcasts_the_right_factor_entries(shape: tuple[int, ...]) -> None:
-    """A factor has leading dims and the shape without one dim; a block needs its own part of it, whichever dim is gone."""
+    """A factor has leading dims and the shape without one dim; a block needs its own part of it,
+    whichever dim is gone.
+    """
     for dropped in range(len(shape)):
         entries = elements(drop_dim(shape, dropped))
         whole = entries.unsqueeze(dropped).expand(shape)
@@ -101,12 +120,15 @@ def test_window_broadcasts_the_right_factor_entries(shape: tuple[int, ...]) -> N
                 assert window.shape[1 + dropped] == 1
                 assert torch.equal(window[0].expand(box.sizes), whole[slices(box)])
                 assert torch.equal(window[1], -window[0])
-                assert torch.equal(box.window(entries, dropped), window[0])  # also without leading dims
+                # also without leading dims
+                assert torch.equal(box.window(entries, dropped), window[0])
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (3, 4, 2), (2, 1, 3), (2, 3, 2, 2)], ids=str)
 def test_blocks_are_slices_of_the_global_tensor(shape: tuple[int, ...]) -> None:
-    """Shard(k) is a slice of dim k, Shard(k) x Shard(0) also one of dim 0; local elements in the C order of the slice."""
+    """Shard(k) is a slice of dim k, Shard(k) x Shard(0) also one of dim 0; local elements in the C
+    order of the slice.
+    """
     whole = elements(shape)
     for dim in range(len(shape)):
         for first, stop in product(range(shape[dim] + 1), repeat=2):
@@ -121,7 +143,9 @@ def test_blocks_are_slices_of_the_global_tensor(shape: tuple[int, ...]) -> None:
 
 
 def test_a_block_may_end_within_a_run() -> None:
-    """A shard of rows of a pitched box, cut anywhere: (4, 6), columns 1..4, its elements 0..7 of 12."""
+    """A shard of rows of a pitched box, cut anywhere: (4, 6), columns 1..4, its elements 0..7 of
+    12.
+    """
     shard = TensorShard("p", (4, 6), start=1, numel=7, run=3, pitch=6)
     assert shard.indices().tolist() == [1, 2, 3, 7, 8, 9, 13]
     check_boxes(shard)
@@ -149,18 +173,32 @@ def test_blocks_of_tensors_without_elements() -> None:
         ((0, 8, 2, 4), "beyond the 12 elements"),
     ],
 )
-def test_invalid_shards_are_refused_with_the_numbers(numbers: tuple[int, int, int, int], why: str) -> None:
+def test_invalid_shards_are_refused_with_the_numbers(
+    numbers: tuple[int, int, int, int], why: str
+) -> None:
     with pytest.raises(ValueError, match=why) as error:
         TensorShard("layer.weight", (3, 4), *numbers)
     start, numel, run, pitch = numbers
-    assert f"'layer.weight': shard (start={start}, numel={numel}, run={run}, pitch={pitch}) of shape (3, 4)" in str(error.value)
+    assert (
+        f"'layer.weight': shard (start={start}, numel={numel}, run={run}, pitch={pitch}) of shape "
+        "(3, 4)" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
     ("dim", "first", "stop", "rows"),
-    [(1, 5, 6, (0, 2)), (1, -1, 0, (1, 3)), (1, 0, 6, None), (1, 0, 2, (0, 4)), (1, 0, 2, (-1, 2)), (2, 0, 1, None)],
+    [
+        (1, 5, 6, (0, 2)),
+        (1, -1, 0, (1, 3)),
+        (1, 0, 6, None),
+        (1, 0, 2, (0, 4)),
+        (1, 0, 2, (-1, 2)),
+        (2, 0, 1, None),
+    ],
 )
-def test_blocks_outside_the_tensor_are_refused(dim: int, first: int, stop: int, rows: tuple[int, int] | None) -> None:
+def test_blocks_outside_the_tensor_are_refused(
+    dim: int, first: int, stop: int, rows: tuple[int, int] | None
+) -> None:
     with pytest.raises(ValueError, match=r"'layer.weight'.*\(3, 5\)"):
         TensorShard.block("layer.weight", (3, 5), dim, first, stop, rows)
 
@@ -178,7 +216,9 @@ def test_bindings_know_their_tensor() -> None:
     binding = bound_shard(param)
     assert binding is not None
     assert binding.shard is shard
-    with pytest.raises(ValueError, match=r"'p': local tensor has shape \(3, 4\), its shard 7 elements"):
+    with pytest.raises(
+        ValueError, match=r"'p': local tensor has shape \(3, 4\), its shard 7 elements"
+    ):
         bind_shard(torch.zeros(3, 4), [shard], 0, None)
 
 
@@ -202,5 +242,7 @@ def test_bindings_know_their_tensor() -> None:
     ],
 )
 def test_factored_dims(shape: tuple[int, ...], dims: tuple[int, int] | None) -> None:
-    """(d1, d0): second largest and largest. Ties go by the stable rule, the higher dim counts as the larger one."""
+    """(d1, d0): second largest and largest. Ties go by the stable rule, the higher dim counts as
+    the larger one.
+    """
     assert factored_dims(shape) == dims

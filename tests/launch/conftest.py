@@ -30,7 +30,9 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By name of the optimizer on the command line a folder of random weights of its architecture, the same in every session."""
+    """By name of the optimizer on the command line a folder of random weights of its architecture,
+    the same in every session.
+    """
     architectures = {
         "adafaclo": weights.SMALL_FC,
         "mulo": weights.SMALL_FC,
@@ -39,7 +41,8 @@ def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         "celo2": weights.CELO2,
         "elo-celo2": weights.CELO2,
     }
-    sizes = {"H": 16, "P": 8}  # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
+    # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
+    sizes = {"H": 16, "P": 8}
     folder = tmp_path_factory.mktemp("weights")
     for name, architecture in architectures.items():
         generator = torch.Generator().manual_seed(7)

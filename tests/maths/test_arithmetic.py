@@ -1,4 +1,6 @@
-"""What a step computes and what it refuses: non-finite gradients, clipping, decay, scratch memory, no waiting for a device."""
+"""What a step computes and what it refuses: non-finite gradients, clipping, decay, scratch memory,
+no waiting for a device.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from support.optimizer_cases import (
     values,
 )
 
-# -------------------------------------------------------------------------------- non-finite gradients
+# ----------------------------------------------------------------------------- non-finite gradients
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -49,7 +51,10 @@ def test_a_step_that_is_not_taken_leaves_no_trace(value: float, mode: str, victi
     assert grad is not None
     grad.view(-1)[-1] = value
     if mode == "error":
-        with pytest.raises(pylo_dist.NonFiniteGradientError, match=f"gradient of '{victim}' holds inf or NaN.*not taken"):
+        with pytest.raises(
+            pylo_dist.NonFiniteGradientError,
+            match=f"gradient of '{victim}' holds inf or NaN.*not taken",
+        ):
             optimizer.step()
     else:
         optimizer.step()
@@ -86,7 +91,7 @@ def test_allow_lets_nan_through() -> None:
     assert int(optimizer.param_groups[0]["step"]) == 2
 
 
-# ----------------------------------------------------------------------------------------- arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 
 
 @pytest.mark.parametrize("max_norm", [0.02, 1e-4, 100.0])
@@ -132,7 +137,9 @@ def test_weight_decay_follows_the_step_and_reads_the_new_parameter() -> None:
     train(adafac(other, lr=0.5), other, 0, 1)
     for (_, decayed), (_, plain) in zip(named, other, strict=True):
         # one rounding of the product and one of the difference on either side
-        torch.testing.assert_close(decayed.detach(), plain.detach() * (1.0 - 0.5 * 0.2), rtol=1e-15, atol=0)
+        torch.testing.assert_close(
+            decayed.detach(), plain.detach() * (1.0 - 0.5 * 0.2), rtol=1e-15, atol=0
+        )
 
 
 def test_lr_zero_changes_state_only() -> None:
@@ -145,8 +152,15 @@ def test_lr_zero_changes_state_only() -> None:
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are made chunk by chunk; where the cuts fall changes only the order of the sums (the layout tolerance)."""
-    shapes: dict[str, tuple[int, ...]] = {"matrix": (150, 120), "vector": (17000,), "rank3": (3, 80, 75), "long": (1, 16500)}
+    """Features are made chunk by chunk; where the cuts fall changes only the order of the sums (the
+    layout tolerance).
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "matrix": (150, 120),
+        "vector": (17000,),
+        "rank3": (3, 80, 75),
+        "long": (1, 16500),
+    }
     assert all(torch.Size(shape).numel() > reference.CHUNK_CPU for shape in shapes.values())
     results = []
     for size in (reference.CHUNK_CPU, 1 << 20, 777):
@@ -159,7 +173,10 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
             history.append(values(named))
         results.append((history, {fqn: dict(optimizer.state[p]) for fqn, p in named}))
     (wanted, wanted_state), *others = results
-    changes = {f: torch.stack([(b[f] - a[f]).abs().max() for a, b in pairwise(wanted)]).max() for f in shapes}
+    changes = {
+        f: torch.stack([(b[f] - a[f]).abs().max() for a, b in pairwise(wanted)]).max()
+        for f in shapes
+    }
     for history, state in others:
         assert max(layout_error(history[-1], wanted[-1], changes).values()) <= 1.0
         for fqn in shapes:
@@ -190,25 +207,40 @@ print(peak() - before)
 
 
 def test_scratch_stays_bounded(figures: list[str]) -> None:
-    """A step on 2 Mi elements: all 39 features of a float32 tensor would be 312 MB. Peak memory of a process of its own."""
-    done = subprocess.run([sys.executable, "-c", SCRATCH], capture_output=True, text=True, timeout=120, check=True)
+    """A step on 2 Mi elements: all 39 features of a float32 tensor would be 312 MB. Peak memory of
+    a process of its own.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", SCRATCH], capture_output=True, text=True, timeout=120, check=True
+    )
     used = float(done.stdout)
     figures.append(f"scratch of a step on 1024 x 2048 in float32: {used:.0f} MB")
     assert used < 256
 
 
 def test_scratch_on_a_gpu_is_bounded_by_arithmetic() -> None:
-    """Per element of a chunk: 28 features and two hidden layers of 32 in the widest state dtype, the largest float64 copies (15
-    rows and their squares), and a dozen single rows."""
+    """Per element of a chunk: 28 features and two hidden layers of 32 in the widest state dtype,
+    the largest float64 copies (15 rows and their squares), and a dozen single rows."""
     numbers = 28 + 32 + 32 + 2 * 15 + 12
     assert reference.CHUNK_GPU * numbers * 4 <= 256e6
     assert reference.CHUNK_CPU * numbers * 8 <= 256e6
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails on every operation that would make the host wait for a device, or copy host data to it."""
+    """Fails on every operation that would make the host wait for a device, or copy host data to
+    it.
+    """
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique", "lift_fresh")
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "item",
+        "is_nonzero",
+        "equal",
+        "masked_select",
+        "unique",
+        "lift_fresh",
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").split(".")[0]
@@ -218,7 +250,9 @@ class NoHostReads(TorchDispatchMode):
 
 def test_a_step_never_waits_for_the_device() -> None:
     named = make_params()
-    optimizer = adafac(named, nonfinite="skip", max_grad_norm=0.05, weight_decay=0.1, lr=torch.tensor(0.5))
+    optimizer = adafac(
+        named, nonfinite="skip", max_grad_norm=0.05, weight_decay=0.1, lr=torch.tensor(0.5)
+    )
     train(optimizer, named, 0, 1)  # the first step may bring constants to the device
     set_gradients(named, 1)
     rule_step = type(optimizer.rule).step
@@ -270,7 +304,8 @@ def test_a_model_made_double_after_its_optimizer_is_refused(kernels: bool) -> No
         for _ in range(2):
             model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
             with pytest.raises(
-                ValueError, match=r"'weight' is torch.float64 now, and its state torch.float32: call model.double"
+                ValueError,
+                match=r"'weight' is torch.float64 now, and its state torch.float32: call model",
             ):
                 optimizer.step()
         assert same(everything(optimizer), before)
@@ -282,7 +317,9 @@ def test_a_model_made_double_after_its_optimizer_is_refused(kernels: bool) -> No
 
 @pytest.fixture
 def _host_asks_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: flags of a step are looked at by the next one; on the CPU events and streams do nothing."""
+    """As on a GPU: flags of a step are looked at by the next one; on the CPU events and streams do
+    nothing.
+    """
     event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
@@ -317,7 +354,9 @@ def test_on_a_gpu_the_next_call_raises(by: str) -> None:
 
 @pytest.mark.usefixtures("_host_asks_later")
 def test_errors_of_replayed_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A captured step does not ask; what went wrong stays on the device until somebody does, through good steps that follow."""
+    """A captured step does not ask; what went wrong stays on the device until somebody does,
+    through good steps that follow.
+    """
     named = make_params()
     optimizer = adafac(named)
     with monkeypatch.context() as capture:
@@ -340,8 +379,12 @@ def test_errors_of_replayed_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert same(values(named), after(3))
 
 
-def test_a_captured_step_outlives_neither_new_groups_nor_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph replays on the memory it was captured with, and nobody can ask it: the exchange itself warns, once."""
+def test_a_captured_step_outlives_neither_new_groups_nor_loaded_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A graph replays on the memory it was captured with, and nobody can ask it: the exchange
+    itself warns, once.
+    """
     named = make_params()
     optimizer = adafac(named)
     train(optimizer, named, 0, 1)

@@ -1,4 +1,6 @@
-"""The CUDA extension where there is a toolkit: it compiles, and its hot kernels keep everything in registers."""
+"""The CUDA extension where there is a toolkit: it compiles, and its hot kernels keep everything in
+registers.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,41 @@ def nvcc() -> str | None:
     return shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
 
 
-# Each takes nvcc half a minute of a core: Hopper by default; benchmarks/gpu_check.sh names all that the extension is built for.
+# Each takes nvcc half a minute of a core: Hopper by default; benchmarks/gpu_check.sh names all that
+# the extension is built for.
 ARCHITECTURES = os.environ.get("PYLO_DIST_CUDA_ARCH", "90").split(";")
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc: put it on the PATH or set CUDA_HOME")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_hot_kernels_do_not_spill(arch: str, tmp_path: Path, figures: list[str]) -> None:
-    command = [str(nvcc()), "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/cuda.cu"), "-o", "cuda.o"]
+    command = [
+        str(nvcc()),
+        "-std=c++17",
+        "-O3",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ull",
+    ]
+    command += [
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-c",
+        str(ROOT / "csrc/cuda.cu"),
+        "-o",
+        "cuda.o",
+    ]
     include = (ROOT / "csrc", ROOT / "csrc/include", Path(torch.__file__).parent / "include")
-    done = subprocess.run([*command, *(f"-I{folder}" for folder in include)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *(f"-I{folder}" for folder in include)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes "
+        r"spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         done.stderr,
         re.DOTALL,
@@ -47,7 +70,8 @@ def test_hot_kernels_do_not_spill(arch: str, tmp_path: Path, figures: list[str])
             continue
         variant = "".join(re.findall(r"L[bi](\d+)E", mangled)) or "-"
         figures.append(
-            f"CUDA sm_{arch} | {name} {variant}: {registers} registers, {stores} + {loads} bytes spilled, stack {stack}"
+            f"CUDA sm_{arch} | {name} {variant}: {registers} registers, {stores} + {loads} bytes "
+            f"spilled, stack {stack}"
         )
         assert (int(stores), int(loads)) == (0, 0), (name, variant, stores, loads)
 
@@ -65,15 +89,26 @@ FAILS = "echo 'nvcc fatal : no host compiler' >&2; exit 1"
         (None, "1", "there is no nvcc"),
     ],
 )
-def test_a_toolkit_that_does_not_fit_is_not_used(nvcc: str | None, wanted: str, said: str, tmp_path: Path) -> None:
+def test_a_toolkit_that_does_not_fit_is_not_used(
+    nvcc: str | None, wanted: str, said: str, tmp_path: Path
+) -> None:
     """Its folder has a name that a shell would take apart."""
     script = tmp_path / "it's a toolkit/bin/nvcc"
     script.parent.mkdir(parents=True)
     if nvcc is not None:
         script.write_text(f"#!/bin/sh\n{nvcc}\n")
         script.chmod(0o755)
-    program = "import runpy, torch; torch.version.cuda = '12.8'; print(len(runpy.run_path('setup.py')['extensions']()))"
+    program = (
+        "import runpy, torch; torch.version.cuda = '12.8'; "
+        "print(len(runpy.run_path('setup.py')['extensions']()))"
+    )
     environment = {**os.environ, "PYLO_DIST_CUDA": wanted, "CUDA_HOME": str(script.parents[1])}
-    done = subprocess.run([sys.executable, "-c", program, "--version"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == (wanted == "1"), done.stderr
     assert said in (done.stderr if wanted == "1" else done.stdout.splitlines()[-1])

@@ -1,6 +1,8 @@
-"""The CUDA passes without a GPU: csrc/cuda.cu compiled by the C++ compiler, a GPU's threads as fibers (fibers.h).
+"""The CUDA passes without a GPU: csrc/cuda.cu compiled by the C++ compiler, a GPU's threads as
+fibers (fibers.h).
 
-Launchers, tables, kernels and the tensor-core program are those that nvcc compiles; what is emulated is the machine.
+Launchers, tables, kernels and the tensor-core program are those that nvcc compiles; what is
+emulated is the machine.
 """
 
 from __future__ import annotations
@@ -29,9 +31,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     path, torch_path = tmp_path_factory.mktemp("fibers") / "fibers.so", Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-attributes", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wno-attributes",
+        "-U_FORTIFY_SOURCE",
+        "-shared",
+        "-fPIC",
+    ]
     flags += ["-DPYLO_SMALL_JOBS", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
-    include = [f"-I{folder}" for folder in (HERE, ROOT / "csrc", ROOT / "csrc/include", torch_path / "include")]
+    include = [
+        f"-I{folder}"
+        for folder in (HERE, ROOT / "csrc", ROOT / "csrc/include", torch_path / "include")
+    ]
     source = str(HERE / "fibers.cpp")
     libraries = [f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run([compiler, *flags, *include, source, "-o", str(path), *libraries], check=True)
@@ -58,24 +71,34 @@ MATRICES = ("adafac", "velo_clipped", "celo2_base")  # the others: tensors of ra
 @pytest.mark.parametrize("name", SETTINGS)
 def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> None:
     own, error = cuda_checks.check_random(name, "high", "cpu", 0 if name in MATRICES else 1, 2)
-    figures.append(f"CUDA passes on fibers | {name} | high: largest error {error:.1e}, PyTorch {own:.1e}")
+    figures.append(
+        f"CUDA passes on fibers | {name} | high: largest error {error:.1e}, PyTorch {own:.1e}"
+    )
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_other_precisions(precision: str, figures: list[str]) -> None:
     own, error = cuda_checks.check_random("adafac", precision, "cpu", 0, 3)
-    figures.append(f"CUDA passes on fibers | adafac | {precision}: largest error {error:.1e}, PyTorch {own:.1e}")
+    figures.append(
+        f"CUDA passes on fibers | adafac | {precision}: largest error {error:.1e}, PyTorch "
+        f"{own:.1e}"
+    )
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_weights_that_are_not_random(precision: str, figures: list[str]) -> None:
     problem = cuda_checks.matrix_problem(random.Random(3), "cpu")
     own, error = cuda_checks.check_rule("adafac", precision, problem, "cpu", 1, weights="demo")
-    figures.append(f"CUDA passes on fibers | demo weights | {precision}: largest error {error:.1e}, PyTorch {own:.1e}")
+    figures.append(
+        f"CUDA passes on fibers | demo weights | {precision}: largest error {error:.1e}, PyTorch "
+        f"{own:.1e}"
+    )
 
 
 def test_gradients_and_parameters_may_move(library: ctypes.CDLL) -> None:
-    """Rows of pointers are sent when they change: other memory for a gradient, a parameter or for both, and a tensor at rest."""
+    """Rows of pointers are sent when they change: other memory for a gradient, a parameter or for
+    both, and a tensor at rest.
+    """
     setting, ends = SETTINGS["velo"], []
     for moves in (False, True):
         torch.manual_seed(0)
@@ -110,7 +133,9 @@ def test_parameters_of_16_bits(dtype: torch.dtype) -> None:
 
 
 def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
-    """Of a step after the first, which sends the tables; 401 rows of pointers do not fit into one kernel argument."""
+    """Of a step after the first, which sends the tables; 401 rows of pointers do not fit into one
+    kernel argument.
+    """
     library.fibers_launches.restype = ctypes.c_int64
 
     def launches(name: str, vectors: int) -> int:

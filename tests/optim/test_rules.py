@@ -1,4 +1,6 @@
-"""What is particular to each rule: VeLO's loss and run, MuLO's multipliers, ELO's NaN, CELO2's routing; and resuming each."""
+"""What is particular to each rule: VeLO's loss and run, MuLO's multipliers, ELO's NaN, CELO2's
+routing; and resuming each.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,17 @@ from support.optimizers import BUILD, CELO2, SMALL_FC, VELO
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (6, 5), "embedding": (11, 4), "bias": (7,), "scalar": (), "conv": (3, 4, 2, 2)}
-    return {fqn: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for fqn, shape in shapes.items()}
+    shapes = {
+        "matrix": (6, 5),
+        "embedding": (11, 4),
+        "bias": (7,),
+        "scalar": (),
+        "conv": (3, 4, 2, 2),
+    }
+    return {
+        fqn: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for fqn, shape in shapes.items()
+    }
 
 
 def build(name: str, params: dict[str, nn.Parameter], **kwargs: Any) -> Any:
@@ -39,7 +50,9 @@ def everything(optimizer: Any, params: dict[str, nn.Parameter]) -> list[Tensor]:
     """Parameters, state and run-global values, copied."""
     found = [p.detach().clone() for p in params.values()]
     found += [t.clone() for p in params.values() for t in optimizer.state[p].values()]
-    found += [v.clone() for g in optimizer.param_groups for v in g.values() if isinstance(v, Tensor)]
+    found += [
+        v.clone() for g in optimizer.param_groups for v in g.values() if isinstance(v, Tensor)
+    ]
     return found
 
 
@@ -87,7 +100,9 @@ def test_a_bad_gradient_changes_no_bit(name: str, mode: str) -> None:
 
 
 def test_a_gradient_whose_square_overflows_is_no_number() -> None:
-    """1e20 is a float32, its square is not: unclipped it would turn its tensor's factors, and then the parameters, to NaN."""
+    """1e20 is a float32, its square is not: unclipped it would turn its tensor's factors, and then
+    the parameters, to NaN.
+    """
     for limit, raises in ((None, True), (1.0, False)):
         params = {"w": nn.Parameter(torch.ones(4, 4))}
         optimizer = build("AdafacLO", params, max_grad_norm=limit)
@@ -103,7 +118,9 @@ def test_a_gradient_whose_square_overflows_is_no_number() -> None:
 
 @pytest.mark.parametrize("name", BUILD)
 def test_the_probe_step_changes_no_bit(name: str) -> None:
-    """torch.distributed.checkpoint calls step(closure=None) with zero gradients and lr 0 to have state made."""
+    """torch.distributed.checkpoint calls step(closure=None) with zero gradients and lr 0 to have
+    state made.
+    """
     params = tensors()
     optimizer = build(name, params)
     advance(optimizer, params, 0, 2)
@@ -133,7 +150,7 @@ def test_a_missing_gradient_leaves_its_tensor_alone(name: str) -> None:
     assert int(optimizer.param_groups[0]["step"]) == 2
 
 
-# ------------------------------------------------------------------------------------------------ VeLO
+# --------------------------------------------------------------------------------------------- VeLO
 
 
 @pytest.mark.parametrize("form", ["first", "keyword", "closure", "set_loss"])
@@ -175,7 +192,9 @@ def test_velo_without_a_loss_says_how_to_give_it() -> None:
     params = tensors()
     optimizer = build("VeLO", params)
     before = everything(optimizer, params)
-    with pytest.raises(ValueError, match=r"reads the training loss, and some rank gave none: call step\(loss\)"):
+    with pytest.raises(
+        ValueError, match=r"reads the training loss, and some rank gave none: call step\(loss\)"
+    ):
         optimizer.step()
     with pytest.raises(ValueError, match=r"the loss has shape \(2,\)"):
         optimizer.step(torch.ones(2))
@@ -272,7 +291,7 @@ def test_velos_loss_buffer_goes_on_while_its_first_group_is_frozen() -> None:
         assert torch.equal(group["loss_means"], reference.param_groups[0]["loss_means"])
 
 
-# ------------------------------------------------------------------------------------------------ MuLO
+# --------------------------------------------------------------------------------------------- MuLO
 
 
 class InfShape:
@@ -296,7 +315,9 @@ def test_mulo_reads_infshape_and_survives_sharding() -> None:
             p.infshape = InfShape(0, 1.0)
         params["matrix"].infshape, params["embedding"].infshape = InfShape(2, 4.0), InfShape(1, 4.0)
         if sharded:
-            optimizer = pylo_dist.ZeroOptimizer(list(params.items()), pylo_dist.MuLO, weights=SMALL_FC)
+            optimizer = pylo_dist.ZeroOptimizer(
+                list(params.items()), pylo_dist.MuLO, weights=SMALL_FC
+            )
         else:
             optimizer = pylo_dist.MuLO(list(params.items()), weights=SMALL_FC)
         mults = optimizer.param_groups[0]["width_mults"]
@@ -310,7 +331,9 @@ def test_mulo_reads_infshape_of_late_groups_under_sharding() -> None:
     params = tensors()
     for p in params.values():
         p.infshape = InfShape(2, 8.0)
-    optimizer = pylo_dist.ZeroOptimizer([("matrix", params["matrix"])], pylo_dist.MuLO, weights=SMALL_FC)
+    optimizer = pylo_dist.ZeroOptimizer(
+        [("matrix", params["matrix"])], pylo_dist.MuLO, weights=SMALL_FC
+    )
     optimizer.add_param_group({"params": [("conv", params["conv"])]})
     assert optimizer.param_groups[1]["width_mults"] == {"conv": 8.0}
 
@@ -339,13 +362,20 @@ def test_mulo_refuses_what_it_cannot_place() -> None:
         pylo_dist.MuLO([("conv", params["conv"])], weights=SMALL_FC)
 
 
-# ------------------------------------------------------------------------------------------ ELO, CELO2
+# --------------------------------------------------------------------------------------- ELO, CELO2
 
 
 def test_elo_replaces_nan_only_when_allowed() -> None:
-    """Without clipping the entry counts as 0; with clipping the norm is no number, and nothing of the gradient is left."""
+    """Without clipping the entry counts as 0; with clipping the norm is no number, and nothing of
+    the gradient is left.
+    """
     results: dict[str, Tensor] = {}
-    for case, clip in (("nan", False), ("zero entry", False), ("nan clipped", True), ("all zero", True)):
+    for case, clip in (
+        ("nan", False),
+        ("zero entry", False),
+        ("nan clipped", True),
+        ("all zero", True),
+    ):
         params = {"w": nn.Parameter(torch.ones(4, 3))}
         optimizer = build("ELO", params, nonfinite="allow", clip_grad=clip)
         params["w"].grad = torch.arange(12.0).view(4, 3)
@@ -369,17 +399,29 @@ def test_celo2_routes_by_dims_flag_and_pattern() -> None:
     ]
     optimizer = pylo_dist.CELO2(groups, weights=CELO2, embedding_pattern="^embed")
     routes = {row["fqn"]: row["rule"] for row in optimizer.report()}
-    assert routes == {"matrix": "celo2", "embedding": "adamw", "bias": "adamw", "scalar": "adamw", "conv": "adamw"}
+    assert routes == {
+        "matrix": "celo2",
+        "embedding": "adamw",
+        "bias": "adamw",
+        "scalar": "adamw",
+        "conv": "adamw",
+    }
     assert set(optimizer.state[params["matrix"]]) == {"momentum", "rms", "row", "col"}
     assert set(optimizer.state[params["conv"]]) == {"exp_avg", "exp_avg_sq", "adam_step"}
 
 
 @pytest.mark.parametrize("name", ["CELO2", "ELO_CELO2"])
 def test_adamw_tensors_follow_torch(name: str) -> None:
-    """Against torch.optim.AdamW on the same gradients; ELO-CELO2 counts the group's steps, CELO2 the tensor's own."""
+    """Against torch.optim.AdamW on the same gradients; ELO-CELO2 counts the group's steps, CELO2
+    the tensor's own.
+    """
     params, other = tensors(torch.float64), tensors(torch.float64)
-    optimizer = build(name, {"bias": params["bias"]}, weight_decay=0.1, lr=0.01, adam_lr_mult=2.0, clip_grad=False)
-    reference = torch.optim.AdamW([other["bias"]], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = build(
+        name, {"bias": params["bias"]}, weight_decay=0.1, lr=0.01, adam_lr_mult=2.0, clip_grad=False
+    )
+    reference = torch.optim.AdamW(
+        [other["bias"]], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
     for t in range(5):
         params["bias"].grad = torch.full((7,), 0.1 * (t + 1), dtype=torch.float64)
         other["bias"].grad = params["bias"].grad.clone()
@@ -399,7 +441,10 @@ def test_adamw_tensors_follow_torch(name: str) -> None:
         ({"ns_iters": 0}, "ns_iters=0"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
         ({"embedding_pattern": "("}, "no regular expression"),
-        ({"clip_grad": True, "clip_norm": 2000.0}, "max_grad_norm=2000.0: wanted at most grad_clip_val=1000"),
+        (
+            {"clip_grad": True, "clip_norm": 2000.0},
+            "max_grad_norm=2000.0: wanted at most grad_clip_val=1000",
+        ),
         ({"rmsmult": -1.0}, "rmsmult=-1.0"),
     ],
 )

@@ -1,8 +1,8 @@
 """Tensors cut anywhere give the same step, for every rule.
 
-Every cross-element quantity of a rule is a sum of per-rank partial sums, so any cut of any tensor must reproduce the uncut run to
-the layout tolerance. The cuts here are random: mid-row, one element, empty shards, and the pitched boxes of Shard(k) and of
-Shard(k) cut again on dimension 0.
+Every cross-element quantity of a rule is a sum of per-rank partial sums, so any cut of any tensor
+must reproduce the uncut run to the layout tolerance. The cuts here are random: mid-row, one
+element, empty shards, and the pitched boxes of Shard(k) and of Shard(k) cut again on dimension 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
     rounds = setting.rounds if dtype == torch.float32 or name == "adafac" else 2
     for ranks in RANKS * rounds:
         shards = {fqn: random_shards(rng, fqn, tuple(p.shape), ranks) for fqn, p in params.items()}
-        run = run_virtual(setting.optimizer_class, params, shards, grads, losses=losses, **setting.kwargs)
+        run = run_virtual(
+            setting.optimizer_class, params, shards, grads, losses=losses, **setting.kwargs
+        )
         # a cut into whole slices may be worth a Gram matrix, which is one more sum
         through_gram = any("gram" in row["rule"] for row in run.optimizers[0].report())
         assert run.reductions == [3 if name == "celo2_base" or through_gram else 2] * STEPS
@@ -42,9 +44,12 @@ def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[s
         empty += sum(s.numel == 0 for pieces in shards.values() for s in pieces)
         worst = max(worst, *layout_error(run.params, uncut.params, change, share).values())
         for fqn in params:
-            # a state element is an average of g or g^2, or an LSTM's: measured by the largest of its tensor
+            # a state element is an average of g or g^2, or an LSTM's: measured by the largest of
+            # its tensor
             largest = {key: s.abs().max() for key, s in uncut.state[fqn].items()}
-            worst_state = max(worst_state, *layout_error(run.state[fqn], uncut.state[fqn], largest).values())
+            worst_state = max(
+                worst_state, *layout_error(run.state[fqn], uncut.state[fqn], largest).values()
+            )
     assert cuts == 9 * 4 * rounds
     assert empty > 0
     assert worst <= 1.0, worst
@@ -62,11 +67,15 @@ def test_two_reductions_for_any_number_of_tensors(name: str, ranks: int) -> None
     for tensors in (1, 10, 300):
         params = {f"p{i}": torch.randn(5) if i % 2 else torch.randn(3, 4) for i in range(tensors)}
         grads = [{fqn: torch.randn_like(p) for fqn, p in params.items()} for _ in range(2)]
-        run = run_virtual(setting.optimizer_class, params, ranks, grads, losses=[1.0, 0.9], **setting.kwargs)
+        run = run_virtual(
+            setting.optimizer_class, params, ranks, grads, losses=[1.0, 0.9], **setting.kwargs
+        )
         assert run.reductions == [2, 2]
 
 
 def test_cuts_that_do_not_tile_are_refused() -> None:
     shards = [TensorShard.interval("w", (4, 4), 0, 9), TensorShard.interval("w", (4, 4), 8, 16)]
     with pytest.raises(ValueError, match=r"'w'.*exactly once"):
-        run_virtual(pylo_dist.AdafacLO, {"w": torch.zeros(4, 4)}, {"w": shards}, [], weights=SMALL_FC)
+        run_virtual(
+            pylo_dist.AdafacLO, {"w": torch.zeros(4, 4)}, {"w": shards}, [], weights=SMALL_FC
+        )

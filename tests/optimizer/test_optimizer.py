@@ -1,7 +1,8 @@
 """AdafacLO keeps the contract of a torch optimizer.
 
-Background: training code, schedulers and checkpoints were written for torch.optim; every habit they rely on is one test here.
-One process, whole tensors. Unless a test says otherwise results are compared to the bit: both sides are the same arithmetic.
+Background: training code, schedulers and checkpoints were written for torch.optim; every habit they
+rely on is one test here. One process, whole tensors. Unless a test says otherwise results are
+compared to the bit: both sides are the same arithmetic.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from support.optimizer_cases import (
     values,
 )
 
-# ------------------------------------------------------------------------------------------------ step
+# --------------------------------------------------------------------------------------------- step
 
 
 def test_closure_runs_under_enable_grad_and_its_loss_is_returned() -> None:
@@ -60,7 +61,10 @@ def test_closure_runs_under_enable_grad_and_its_loss_is_returned() -> None:
 def test_a_tensor_in_first_place_is_the_loss() -> None:
     wanted = after(1)
     loss = torch.tensor(2.5)
-    calls: list[Callable[[pylo_dist.AdafacLO], Any]] = [lambda o: o.step(loss), lambda o: o.step(loss=loss)]
+    calls: list[Callable[[pylo_dist.AdafacLO], Any]] = [
+        lambda o: o.step(loss),
+        lambda o: o.step(loss=loss),
+    ]
     for call in calls:
         named = make_params()
         set_gradients(named, 0)
@@ -82,7 +86,9 @@ def test_step_and_state_hooks_run() -> None:
     optimizer.register_step_post_hook(lambda *_: calls.append("step post"))
     optimizer.register_state_dict_pre_hook(lambda *_: calls.append("state pre"))
     optimizer.register_state_dict_post_hook(lambda o, state: {**state, "mine": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, state: {**state, "seen": calls.append("load pre")})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, state: {**state, "seen": calls.append("load pre")}
+    )
     optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load post"))
     train(optimizer, named, 0, 1)
     state = optimizer.state_dict()
@@ -112,7 +118,9 @@ def test_callers_under_no_grad() -> None:
 
 
 def test_grad_scaler_unscales_and_skips() -> None:
-    """The scale is a power of two, so scaling is exact; an overflow is the scaler's to see, before the optimizer is called."""
+    """The scale is a power of two, so scaling is exact; an overflow is the scaler's to see, before
+    the optimizer is called.
+    """
     named, plain = make_params(), make_params()
     optimizer, wanted = adafac(named), adafac(plain)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -132,7 +140,7 @@ def test_grad_scaler_unscales_and_skips() -> None:
         assert same(everything(optimizer), everything(wanted))
 
 
-# ------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def test_schedulers_set_the_step_size() -> None:
@@ -151,7 +159,9 @@ def test_schedulers_set_the_step_size() -> None:
 def test_one_cycle() -> None:
     named = make_params()
     optimizer = adafac(named, lr=0.5)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=4, cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.5, total_steps=4, cycle_momentum=False
+    )
     rates = []
     for step in range(4):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -165,13 +175,17 @@ def test_one_cycle() -> None:
 @pytest.mark.parametrize("tensor_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tensor_lr_is_a_float_lr(tensor_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """To the bit: the step size is taken in float64 either way; the schedule's rate is rounded to the tensor's dtype first."""
+    """To the bit: the step size is taken in float64 either way; the schedule's rate is rounded to
+    the tensor's dtype first.
+    """
     results = []
     for as_tensor in (True, False):
-        named = make_params({**SHAPES, **{f"scalar{i}": () for i in range(16)}}, dtype)  # where torch promotes like a tensor
+        # where torch promotes like a tensor
+        named = make_params({**SHAPES, **{f"scalar{i}": () for i in range(16)}}, dtype)
         rate = torch.tensor(0.3, dtype=tensor_dtype)
         optimizer = adafac(named, lr=rate.clone() if as_tensor else float(rate), weight_decay=0.3)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)  # exact in any dtype
+        # exact in any dtype
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
         for step in range(3):
             train(optimizer, named, step, step + 1)
             scheduler.step()
@@ -180,21 +194,35 @@ def test_a_tensor_lr_is_a_float_lr(tensor_dtype: torch.dtype, dtype: torch.dtype
     assert same(*results)
 
 
-# -------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 
 def test_groups_have_their_own_settings() -> None:
-    settings = [{"lr": 0.5}, {"weight_decay": 0.1}, {"max_grad_norm": 0.01}, {"step_mult": 0.02, "exp_mult": 0.1}, {}]
+    settings = [
+        {"lr": 0.5},
+        {"weight_decay": 0.1},
+        {"max_grad_norm": 0.01},
+        {"step_mult": 0.02, "exp_mult": 0.1},
+        {},
+    ]
     named, alone = make_params(), make_params()
-    grouped = adafac([{"params": [entry], **s} for entry, s in zip(named, settings, strict=True)], clip="per_tensor")
+    grouped = adafac(
+        [{"params": [entry], **s} for entry, s in zip(named, settings, strict=True)],
+        clip="per_tensor",
+    )
     train(grouped, named, 0, 3)
-    single = [adafac([entry], clip="per_tensor", **s) for entry, s in zip(alone, settings, strict=True)]
+    single = [
+        adafac([entry], clip="per_tensor", **s) for entry, s in zip(alone, settings, strict=True)
+    ]
     for step in range(3):
         set_gradients(alone, step)
         for optimizer in single:
             optimizer.step()
     assert same(values(named), values(alone))
-    assert not any(torch.equal(a, b) for a, b in list(zip(values(named).values(), after(3).values(), strict=True))[:4])
+    assert not any(
+        torch.equal(a, b)
+        for a, b in list(zip(values(named).values(), after(3).values(), strict=True))[:4]
+    )
 
 
 def test_add_param_group_later() -> None:
@@ -216,10 +244,20 @@ def test_add_param_group_later() -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"params": [("bad", nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False))]}, "'bad' is torch.int64"),
+        (
+            {
+                "params": [
+                    ("bad", nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False))
+                ]
+            },
+            "'bad' is torch.int64",
+        ),
         ({"params": [("new", nn.Parameter(torch.zeros(3)))], "lr": -1.0}, "lr=-1.0"),
         ({"params": [("new", nn.Parameter(torch.zeros(3)))], "foreach": True}, "foreach=True"),
-        ({"params": [("new", nn.Parameter(torch.zeros(3)))], "max_grad_norm": 0}, "max_grad_norm=0"),
+        (
+            {"params": [("new", nn.Parameter(torch.zeros(3)))], "max_grad_norm": 0},
+            "max_grad_norm=0",
+        ),
     ],
 )
 def test_a_bad_group_leaves_the_optimizer_unchanged(group: dict[str, Any], message: str) -> None:
@@ -253,7 +291,9 @@ def test_duplicates_are_refused_by_name(recwarn: pytest.WarningsRecorder) -> Non
 
 
 def test_groups_given_once_serve_two_optimizers() -> None:
-    """The dicts a caller passes are copied: a second optimizer must not share or inherit the step count of the first."""
+    """The dicts a caller passes are copied: a second optimizer must not share or inherit the step
+    count of the first.
+    """
     named = make_params()
     groups = [{"params": named[:2], "lr": 0.5}, {"params": named[2:]}]
     first = adafac(groups)
@@ -275,8 +315,8 @@ def test_modes_of_torch_optimizers_are_refused(mode: str) -> None:
 
 
 def test_parameters_on_two_devices_step_in_lock_step() -> None:
-    """One rule drives a batch per device, their phases interleaved; nothing may pass from one to the other. Both batches are on
-    the CPU here, made by two optimizers that share the rule."""
+    """One rule drives a batch per device, their phases interleaved; nothing may pass from one to
+    the other. Both batches are on the CPU here, made by two optimizers that share the rule."""
     named, alone = make_params(), make_params()
     first, second = adafac(named[:2], lr=0.5), adafac(named[2:])
     train(second, named[2:], 0, 1)  # another step count
@@ -311,13 +351,23 @@ def test_clipping_may_be_switched_off() -> None:
     assert not same(values(named), values(still_named))
 
 
-# ---------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 def test_report() -> None:
     named = [*make_params(), ("frozen", nn.Parameter(torch.ones(3), requires_grad=False))]
     report = adafac(named).report()
-    keys = {"fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas"}
+    keys = {
+        "fqn",
+        "shape",
+        "start",
+        "numel",
+        "rule",
+        "dtype",
+        "state_bytes",
+        "group_size",
+        "replicas",
+    }
     assert all(set(row) == keys for row in report)
     rows = {row["fqn"]: row for row in report}
     assert list(rows) == [*SHAPES, "frozen"]
@@ -335,11 +385,24 @@ def test_report() -> None:
     assert (rows["frozen"]["rule"], rows["frozen"]["state_bytes"]) == ("frozen", 0)
     text = str(report)
     head, *lines = text.splitlines()[1:]
-    assert head.split() == ["fqn", "shape", "start", "numel", "rule", "dtype", "state_bytes", "group_size", "replicas"]
+    assert head.split() == [
+        "fqn",
+        "shape",
+        "start",
+        "numel",
+        "rule",
+        "dtype",
+        "state_bytes",
+        "group_size",
+        "replicas",
+    ]
     assert [line.split()[0] for line in lines] == [*SHAPES, "frozen", "total:"]
     assert "AdafacLO, weights a mapping (sha256 " in text
     assert report.totals["numel"] == sum(row["numel"] for row in report)
-    sharded, replicated = report.totals["sharded_state_bytes"], report.totals["replicated_state_bytes"]
+    sharded, replicated = (
+        report.totals["sharded_state_bytes"],
+        report.totals["replicated_state_bytes"],
+    )
     assert sharded + replicated == sum(row["state_bytes"] for row in report)
     assert f"numel {report.totals['numel']}" in text
 
@@ -374,7 +437,7 @@ def test_grad_norm_is_that_of_the_raw_gradients() -> None:
     torch.testing.assert_close(optimizer.grad_norm, wanted, rtol=1e-12, atol=0)
 
 
-# ------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
@@ -399,8 +462,14 @@ def test_grad_norm_is_that_of_the_raw_gradients() -> None:
         ({"momentum_decays": (0.1, 0.1)}, r"momentum_decays=\(0.1, 0.1\): wanted 3 finite numbers"),
         ({"rms_decays": (0.1, 0.2)}, r"rms_decays=\(0.1, 0.2\): wanted 1 finite number"),
         ({"rms_decays": 0.1}, "rms_decays=0.1: wanted 1 finite number"),
-        ({"adafactor_decays": (0.1, 0.1, float("inf"))}, r"adafactor_decays=\(0.1, 0.1, inf\): wanted 3 finite numbers"),
-        ({"initial_momentum_decays": (0.9,)}, r"initial_momentum_decays=\(0.9,\): wanted 3 finite numbers"),
+        (
+            {"adafactor_decays": (0.1, 0.1, float("inf"))},
+            r"adafactor_decays=\(0.1, 0.1, inf\): wanted 3 finite numbers",
+        ),
+        (
+            {"initial_momentum_decays": (0.9,)},
+            r"initial_momentum_decays=\(0.9,\): wanted 3 finite numbers",
+        ),
         ({"initial_rms_decays": ("a",)}, r"initial_rms_decays=\('a',\): wanted 1 finite number"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Copies, files and state of an optimizer, and which parameters it serves. Whole tensors, compared to the bit."""
+"""Copies, files and state of an optimizer, and which parameters it serves. Whole tensors, compared
+to the bit.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,27 @@ from support.optimizer_cases import (
     values,
 )
 
-# ------------------------------------------------------------------------------------ copies and files
+# --------------------------------------------------------------------------------- copies and files
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_go_on_to_the_bit(way: str) -> None:
     named = make_params()
-    optimizer = adafac(named, lr=0.5, clip="per_tensor", max_grad_norm=0.05, precision="highest", process_group=False)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # replaces optimizer.step, which no copy may carry
+    optimizer = adafac(
+        named,
+        lr=0.5,
+        clip="per_tensor",
+        max_grad_norm=0.05,
+        precision="highest",
+        process_group=False,
+    )
+    # replaces optimizer.step, which no copy may carry
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     train(optimizer, named, 0, 2)
     pair = (optimizer, named)
-    twin, twin_named = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    twin, twin_named = (
+        copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    )
     assert same(everything(twin), everything(optimizer))
     assert not {p.data_ptr() for _, p in twin_named} & {p.data_ptr() for _, p in named}
     train(optimizer, named, 2, 4)
@@ -83,7 +95,9 @@ def test_named_and_unnamed_state_load_into_each_other() -> None:
 
 
 def test_half_precision_parameters_keep_float32_state() -> None:
-    """torch's load_state_dict casts state to the parameter's dtype; bfloat16 would make 1001 of it 1000."""
+    """torch's load_state_dict casts state to the parameter's dtype; bfloat16 would make 1001 of it
+    1000.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         optimizer = adafac(make_params(dtype=dtype))
         for state in optimizer.state.values():
@@ -93,12 +107,16 @@ def test_half_precision_parameters_keep_float32_state() -> None:
         loaded = adafac(make_params(dtype=dtype))
         loaded.load_state_dict(optimizer.state_dict())
         for state in loaded.state.values():
-            assert all(t.dtype == torch.float32 and bool((t == 1001.0).all()) for t in state.values())
+            assert all(
+                t.dtype == torch.float32 and bool((t == 1001.0).all()) for t in state.values()
+            )
 
 
 def test_float64_parameters_have_float64_state() -> None:
     optimizer = adafac(make_params(dtype=torch.float64))
-    assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {torch.float64}
+    assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {
+        torch.float64
+    }
     loaded = adafac(make_params(dtype=torch.float64))
     loaded.load_state_dict(optimizer.state_dict())
     assert {t.dtype for state in loaded.state.values() for t in state.values()} == {torch.float64}
@@ -107,13 +125,20 @@ def test_float64_parameters_have_float64_state() -> None:
 def test_state_shapes() -> None:
     named = make_params()
     optimizer = adafac(named)
-    shapes = {fqn: {name: tuple(t.shape) for name, t in optimizer.state[p].items()} for fqn, p in named}
+    shapes = {
+        fqn: {name: tuple(t.shape) for name, t in optimizer.state[p].items()} for fqn, p in named
+    }
     assert shapes == {
         "scalar": {"momentum": (3,), "rms": (), "diag": (3,)},
         "bias": {"momentum": (3, 5), "rms": (5,), "diag": (3, 5)},
         "wide": {"momentum": (3, 3, 7), "rms": (3, 7), "row": (3, 3), "col": (3, 7)},
         "square": {"momentum": (3, 4, 4), "rms": (4, 4), "row": (3, 4), "col": (3, 4)},
-        "conv": {"momentum": (3, 5, 2, 3, 3), "rms": (5, 2, 3, 3), "row": (3, 2, 3, 3), "col": (3, 5, 2, 3)},
+        "conv": {
+            "momentum": (3, 5, 2, 3, 3),
+            "rms": (5, 2, 3, 3),
+            "row": (3, 2, 3, 3),
+            "col": (3, 5, 2, 3),
+        },
     }
 
 
@@ -182,7 +207,9 @@ def _no_groups(state: dict[str, Any]) -> None:
         (_no_groups, "'param_groups'"),
     ],
 )
-def test_state_that_does_not_fit_is_refused_and_nothing_changes(damage: Callable[[Any], None], message: str) -> None:
+def test_state_that_does_not_fit_is_refused_and_nothing_changes(
+    damage: Callable[[Any], None], message: str
+) -> None:
     named, other = make_params(), make_params()
     optimizer, donor = adafac(named), adafac(other, lr=0.5)
     train(optimizer, named, 0, 1)
@@ -206,7 +233,9 @@ def test_a_number_as_step_count_loads() -> None:
     state["param_groups"][0]["step"] = 2
     fresh = adafac([(fqn, nn.Parameter(p.detach().clone())) for fqn, p in named])
     fresh.load_state_dict(state)
-    set_gradients([(fqn, p) for fqn, p in zip(SHAPES, fresh.param_groups[0]["params"], strict=True)], 2)
+    set_gradients(
+        [(fqn, p) for fqn, p in zip(SHAPES, fresh.param_groups[0]["params"], strict=True)], 2
+    )
     fresh.step()
     train(optimizer, named, 2, 3)
     assert same(everything(fresh), everything(optimizer))
@@ -232,7 +261,7 @@ def test_state_that_was_replaced_counts() -> None:
     assert same(everything(optimizer), everything(fresh))
 
 
-# ----------------------------------------------------------------------------------- which parameters
+# --------------------------------------------------------------------------------- which parameters
 
 
 def test_none_gradients_are_skipped_and_the_step_counts() -> None:
@@ -262,7 +291,9 @@ def test_frozen_parameters_have_no_state_until_they_are_unfrozen() -> None:
     assert torch.equal(frozen, value)
     assert frozen not in optimizer.state
     assert sorted(optimizer.state_dict()["state"]) == [0, 1, 3, 4]
-    again = adafac([(fqn, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)) for fqn, p in named])
+    again = adafac(
+        [(fqn, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)) for fqn, p in named]
+    )
     again.load_state_dict(optimizer.state_dict())
     assert sorted(again.state_dict()["state"]) == [0, 1, 3, 4]
 
@@ -301,7 +332,21 @@ def test_tied_parameters_are_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (5,), (1, 9), (9, 1), (4, 4), (3, 4, 5), (4, 3, 3, 2), (2, 3, 2, 3, 2), (0, 5), (0,)], ids=str
+    "shape",
+    [
+        (),
+        (1,),
+        (5,),
+        (1, 9),
+        (9, 1),
+        (4, 4),
+        (3, 4, 5),
+        (4, 3, 3, 2),
+        (2, 3, 2, 3, 2),
+        (0, 5),
+        (0,),
+    ],
+    ids=str,
 )
 def test_every_shape_moves_and_resumes(shape: tuple[int, ...]) -> None:
     named = make_params({"p": shape, "beside": (3, 7)})
@@ -342,12 +387,22 @@ def _corner(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("gradients", ["like", "contiguous", "odd"])
 @pytest.mark.parametrize("layout", [_transposed, _channels_last, _every_second, _corner])
 def test_memory_layout_does_not_matter(layout: Callable[[Tensor], Tensor], gradients: str) -> None:
-    """Parameters and gradients laid out in any way equal their contiguous copies, and memory between their elements is kept."""
-    shapes: dict[str, tuple[int, ...]] = {"vector": (5,), "matrix": (3, 7), "conv": (4, 3, 2, 2), "rank3": (2, 3, 4)}
+    """Parameters and gradients laid out in any way equal their contiguous copies, and memory
+    between their elements is kept.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "vector": (5,),
+        "matrix": (3, 7),
+        "conv": (4, 3, 2, 2),
+        "rank3": (2, 3, 4),
+    }
     plain = make_params(shapes)
     odd = [(fqn, nn.Parameter(layout(p.detach().clone()))) for fqn, p in plain]
     assert layout is _channels_last or not all(p.is_contiguous() for _, p in odd)
-    optimizer, wanted = adafac(odd, weight_decay=0.1, max_grad_norm=0.1), adafac(plain, weight_decay=0.1, max_grad_norm=0.1)
+    optimizer, wanted = (
+        adafac(odd, weight_decay=0.1, max_grad_norm=0.1),
+        adafac(plain, weight_decay=0.1, max_grad_norm=0.1),
+    )
     for step in range(2):
         set_gradients(plain, step)
         for (_, a), (_, b) in zip(odd, plain, strict=True):
@@ -368,7 +423,10 @@ def test_memory_layout_does_not_matter(layout: Callable[[Tensor], Tensor], gradi
 
 
 def test_expanded_gradients() -> None:
-    named, other = make_params({"vector": (5,), "matrix": (3, 7)}), make_params({"vector": (5,), "matrix": (3, 7)})
+    named, other = (
+        make_params({"vector": (5,), "matrix": (3, 7)}),
+        make_params({"vector": (5,), "matrix": (3, 7)}),
+    )
     for (_, a), (_, b) in zip(named, other, strict=True):
         a.grad = torch.tensor(0.5).expand(a.shape)
         b.grad = torch.full(b.shape, 0.5)
@@ -398,13 +456,21 @@ def test_sparse_gradients_are_refused_by_name_before_anything_changes() -> None:
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        (nn.Parameter(torch.zeros(3, dtype=torch.complex64)), r"'p' is torch.complex64.*view_as_real"),
-        (nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False), r"'p' is torch.int32.*floating-point"),
+        (
+            nn.Parameter(torch.zeros(3, dtype=torch.complex64)),
+            r"'p' is torch.complex64.*view_as_real",
+        ),
+        (
+            nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False),
+            r"'p' is torch.int32.*floating-point",
+        ),
         (nn.Parameter(torch.zeros(3, dtype=torch.bool), requires_grad=False), r"'p' is torch.bool"),
         (nn.Parameter(torch.eye(3).to_sparse()), r"'p' has layout torch.sparse_coo.*dense"),
     ],
     ids=["complex", "integer", "bool", "sparse"],
 )
-def test_parameters_that_cannot_be_served_are_refused_by_name(param: nn.Parameter, message: str) -> None:
+def test_parameters_that_cannot_be_served_are_refused_by_name(
+    param: nn.Parameter, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         adafac([("good", nn.Parameter(torch.zeros(2))), ("p", param)])

@@ -1,4 +1,6 @@
-"""State dicts of sharded optimizers: elements of whole tensors, other cuts, formats, torch's own functions, masters."""
+"""State dicts of sharded optimizers: elements of whole tensors, other cuts, formats, torch's own
+functions, masters.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_a_rank_takes_its_elements_out_of_whole_tensors() -> None:
             flat = theirs.reshape(3, -1)
             start = mine.shard.start
             assert torch.equal(mine.local, flat[:, start : start + mine.shard.numel]), fqn
-            assert type(state.get("row", state.get("diag"))) is (Tensor if "row" in state else ShardedState)
+            assert type(state.get("row", state.get("diag"))) is (
+                Tensor if "row" in state else ShardedState
+            )
 
 
 def test_another_cut_serves_where_it_covers() -> None:
@@ -99,13 +103,19 @@ def test_another_cut_serves_where_it_covers() -> None:
     wanted.load_state_dict(donor.state_dict())
     assert not differing(*(dict(flat_local(o)) for o in (smaller, wanted)))
     before = dict(flat_local(larger))
-    with pytest.raises(ValueError, match=r"'momentum' of 'embedding': \d+ elements of this rank are on other ranks"):
+    with pytest.raises(
+        ValueError, match=r"'momentum' of 'embedding': \d+ elements of this rank are on other ranks"
+    ):
         larger.load_state_dict(smaller.state_dict())
     assert not differing(dict(flat_local(larger)), before)
 
 
 def flat_local(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    return [(f"{i}.{n}", t.clone()) for i, state in enumerate(optimizer.state.values()) for n, t in state.items()]
+    return [
+        (f"{i}.{n}", t.clone())
+        for i, state in enumerate(optimizer.state.values())
+        for n, t in state.items()
+    ]
 
 
 def test_sharded_state_refuses_what_it_cannot_do() -> None:
@@ -148,9 +158,8 @@ def test_the_state_says_its_format_rule_and_weights() -> None:
     torch.save(state, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    assert json.dumps(
-        {k: v for k, v in loaded["param_groups"][0].items() if k != "step"}
-    )  # numbers and strings, no pickle of ours
+    # numbers and strings, no pickle of ours
+    assert json.dumps({k: v for k, v in loaded["param_groups"][0].items() if k != "step"})
     for key, message in (
         ("state_format", "state_format 7, this optimizer 1; it was saved by another version"),
         ("state_weights", "weights it was saved with"),
@@ -168,14 +177,18 @@ def test_the_state_says_its_format_rule_and_weights() -> None:
 def test_state_of_another_dtype_or_order_is_refused() -> None:
     state = copy.deepcopy(whole().state_dict())
     state["state"][0]["momentum"] = state["state"][0]["momentum"].to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"'momentum' of 'embedding': found torch.bfloat16, wanted torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"'momentum' of 'embedding': found torch.bfloat16, wanted torch.float32"
+    ):
         whole().load_state_dict(state)
     state = whole().state_dict()
     names = state["param_groups"][0]["param_names"]
     names[0], names[1] = names[1], names[0]
     with pytest.raises(ValueError, match="'row' in the place of 'embedding'"):
         whole().load_state_dict(state)
-    state["param_groups"][0]["param_names"] = [f"module._orig_mod.{fqn}" for fqn, _ in Model().trainable()]
+    state["param_groups"][0]["param_names"] = [
+        f"module._orig_mod.{fqn}" for fqn, _ in Model().trainable()
+    ]
     optimizer = whole()
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["param_names"] == [fqn for fqn, _ in Model().trainable()]
@@ -183,7 +196,9 @@ def test_state_of_another_dtype_or_order_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", LEARNED)
 def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
-    """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no second rank."""
+    """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no
+    second rank.
+    """
     run = Run(PLAIN, kind, None)
     run.advance(STEPS)
     wanted = copy.deepcopy(snapshot(run))
@@ -202,14 +217,21 @@ def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
         set_optimizer_state_dict(other.model, other.optimizer, theirs, options=given)
         other.model.load_state_dict(run.model.state_dict())
         assert not differing(snapshot(other), wanted), options
-        assert not differing(snapshot(run), wanted), options  # reading it, and torch's step with zero gradients, changed nothing
+        # reading it, and torch's step with zero gradients, changed nothing
+        assert not differing(snapshot(run), wanted), options
 
 
 def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
     """`AdafacLO(model.parameters())` has no names to save; ZeroOptimizer always has them."""
     model = Model()
-    unnamed = filled(pylo_dist.AdafacLO([p for _, p in model.trainable()], weights=small_fc(), process_group=False))
-    sharded_one = pylo_dist.ZeroOptimizer(Model(1), pylo_dist.AdafacLO, weights=small_fc(), process_group=False)
+    unnamed = filled(
+        pylo_dist.AdafacLO(
+            [p for _, p in model.trainable()], weights=small_fc(), process_group=False
+        )
+    )
+    sharded_one = pylo_dist.ZeroOptimizer(
+        Model(1), pylo_dist.AdafacLO, weights=small_fc(), process_group=False
+    )
     for source, target in ((unnamed, sharded_one), (filled(sharded_one), unnamed)):
         folder = tmp_path / type(source).__name__
         dcp.save({"o": source.state_dict()}, checkpoint_id=folder, no_dist=True)
@@ -226,12 +248,19 @@ def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
 
 def with_masters(model: nn.Module, **kwargs: Any) -> Any:
     return pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=small_fc(), process_group=False, master_weights=True, **kwargs
+        model,
+        pylo_dist.AdafacLO,
+        weights=small_fc(),
+        process_group=False,
+        master_weights=True,
+        **kwargs,
     )
 
 
 def test_masters_travel_where_both_sides_have_them(tmp_path: Path) -> None:
-    """Only some layouts keep float32 masters of bfloat16 parameters: others ignore them; who misses them takes the parameter."""
+    """Only some layouts keep float32 masters of bfloat16 parameters: others ignore them; who misses
+    them takes the parameter.
+    """
 
     def stepped(optimizer: Any, model: Model) -> None:
         for fqn, p in model.trainable():
@@ -242,7 +271,10 @@ def test_masters_travel_where_both_sides_have_them(tmp_path: Path) -> None:
         state = optimizer.state_dict()["state"]
         return {str(i): entry["master"].clone() for i, entry in state.items() if "master" in entry}
 
-    models = {name: Model(i).to(torch.bfloat16) for i, name in enumerate(("sharded", "again", "plain", "back"))}
+    models = {
+        name: Model(i).to(torch.bfloat16)
+        for i, name in enumerate(("sharded", "again", "plain", "back"))
+    }
     first = with_masters(models["sharded"])
     stepped(first, models["sharded"])
     assert {t.dtype for t in masters(first).values()} == {torch.float32}

@@ -1,4 +1,6 @@
-"""Counts what torch.distributed sends, by kind, whoever asks for it: pylo_dist, DTensor operations, FSDP2, DDP."""
+"""Counts what torch.distributed sends, by kind, whoever asks for it: pylo_dist, DTensor operations,
+FSDP2, DDP.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # what it does with its local tensors comes by as well
         if isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES:

@@ -1,4 +1,6 @@
-"""What the DeepSpeed tests share: a model whose gradients are given, its JSON, runs on ranks and on one process."""
+"""What the DeepSpeed tests share: a model whose gradients are given, its JSON, runs on ranks and on
+one process.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from pylo_dist.core.pieces import bound_shard
 from pylo_dist.weights import SMALL_FC
 from support.golden import celo2_weights, load, velo_weights
 
-# Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two dims, one element.
-# (DeepSpeed itself cannot broadcast a 0-d one.)
+# Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two
+# dims, one element. (DeepSpeed itself cannot broadcast a 0-d one.)
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (503, 4),
     "row": (1, 37),
@@ -57,7 +59,8 @@ class Model(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         for name, shape in SHAPES.items():
-            # multiples of 2^-7 below one are bfloat16 numbers, so that every precision starts from the same values
+            # multiples of 2^-7 below one are bfloat16 numbers, so that every precision starts from
+            # the same values
             weight = torch.randint(-127, 128, shape, generator=generator) / 128.0
             self.add_module(name, Leaf(nn.Parameter(weight, requires_grad=name != "frozen")))
         self.head = Leaf(self.embedding.weight)  # tied
@@ -65,20 +68,26 @@ class Model(nn.Module):
 
     def forward(self, coefficients: dict[str, Tensor], loss: float) -> Tensor:
         children = dict(self.named_children())
-        total = sum(children[name](coefficient).float() for name, coefficient in coefficients.items())
+        total = sum(
+            children[name](coefficient).float() for name, coefficient in coefficients.items()
+        )
         return loss + (total - total.detach())
 
 
 def coefficients(step: int, micro: int, rank: int) -> dict[str, Tensor]:
-    """Multiples of 3/1024: sums over ranks and micro-batches, and means over 2 or 3 ranks, are exact in any order.
+    """Multiples of 3/1024: sums over ranks and micro-batches, and means over 2 or 3 ranks, are
+    exact in any order.
 
-    At most 10 of them: the tied tensor's sum over 2 ranks and 2 micro-batches, 80 * 3 / 1024, is exact in bfloat16 too.
+    At most 10 of them: the tied tensor's sum over 2 ranks and 2 micro-batches, 80 * 3 / 1024, is
+        exact in bfloat16 too.
     """
     found = {}
     for name, shape in SHAPES.items():
         if name in ("unused", "frozen"):
             continue
-        generator = torch.Generator().manual_seed(1000 * step + 100 * micro + 10 * rank + sum(map(ord, name)))
+        generator = torch.Generator().manual_seed(
+            1000 * step + 100 * micro + 10 * rank + sum(map(ord, name))
+        )
         found[name] = torch.randint(-10, 11, shape, generator=generator) * (3.0 / 1024.0)
     found["head"] = found["embedding"].flip(0)
     return found
@@ -108,12 +117,18 @@ def write_weights(folder: Path) -> dict[str, str]:
     """Files of learned weights, by architecture."""
     generator = torch.Generator().manual_seed(7)
     tensors = {
-        "small_fc": {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()},
+        "small_fc": {
+            name: 0.2 * torch.randn(shape, generator=generator)
+            for name, shape in SMALL_FC.shapes.items()
+        },
         "velo": velo_weights("small"),
         "celo2": celo2_weights(load("celo2_default_f64")),
     }
     for name, found in tensors.items():
-        save_file({k: v.float().contiguous() for k, v in found.items()}, str(folder / f"{name}.safetensors"))
+        save_file(
+            {k: v.float().contiguous() for k, v in found.items()},
+            str(folder / f"{name}.safetensors"),
+        )
     return {name: str(folder / f"{name}.safetensors") for name in tensors}
 
 
@@ -132,7 +147,9 @@ def rules(files: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A run: ZeRO stage, rule, micro-batches per step, whether in two parameter groups, further JSON, whether under zero.Init."""
+    """A run: ZeRO stage, rule, micro-batches per step, whether in two parameter groups, further
+    JSON, whether under zero.Init.
+    """
 
     stage: int
     rule: str = "adafac"
@@ -203,7 +220,9 @@ def whole_params(engine: Any) -> dict[str, Tensor]:
     import deepspeed
 
     named = dict(engine.module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=engine.zero_optimization_stage() == 3):
+    with deepspeed.zero.GatheredParameters(
+        list(named.values()), enabled=engine.zero_optimization_stage() == 3
+    ):
         return {name: p.detach().clone() for name, p in named.items()}
 
 
@@ -214,7 +233,8 @@ def unsharded(
     scales: Sequence[float] = (),
     rates: Sequence[float] = (),
 ) -> tuple[list[dict[str, Tensor]], pylo_dist.LearnedOptimizer]:
-    """The same steps in one process on the mean gradients: parameters after each, and the optimizer.
+    """The same steps in one process on the mean gradients: parameters after each, and the
+    optimizer.
 
     Args:
         world: number of ranks whose gradients are averaged, or that of every step.
@@ -226,7 +246,10 @@ def unsharded(
     given: Any = [(n, p) for n, p in named.items() if p.requires_grad]
     if case.groups:
         fqns = {p: n for n, p in named.items()}
-        given = [{**g, "params": [(fqns[p], p) for p in g["params"] if p.requires_grad]} for g in split_groups(model)]
+        given = [
+            {**g, "params": [(fqns[p], p) for p in g["params"] if p.requires_grad]}
+            for g in split_groups(model)
+        ]
     own_clip_off = {"clip_grad": False} if name in ("ELO", "CELO2", "ELO_CELO2") else {}
     optimizer = getattr(pylo_dist, name)(given, **params, **own_clip_off)
     history = [{n: p.detach().clone() for n, p in named.items()}]

@@ -40,11 +40,15 @@ def tensor_parallel(model: Net, mesh: Any) -> None:
 def by_last_even_dim(param: nn.Parameter) -> Shard:
     """fully_shard cuts inner dimensions only where that is even."""
     ranks = dist.get_world_size()
-    return Shard(max((dim for dim in range(1, param.dim()) if param.shape[dim] % ranks == 0), default=0))
+    return Shard(
+        max((dim for dim in range(1, param.dim()) if param.shape[dim] % ranks == 0), default=0)
+    )
 
 
 def build(layout: str, world: int) -> tuple[Net, nn.Module, int, int]:
-    """The sharded model, what is called, and this rank's place among the data-parallel ranks, and their number."""
+    """The sharded model, what is called, and this rank's place among the data-parallel ranks, and
+    their number.
+    """
     model, rank = Net(), dist.get_rank()
     if layout == "ddp":
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -54,7 +58,9 @@ def build(layout: str, world: int) -> tuple[Net, nn.Module, int, int]:
     elif layout == "shard_k":
         fully_sharded(model, init_device_mesh("cpu", (world,)), shard_placement_fn=by_last_even_dim)
     elif layout == "hsdp":
-        fully_sharded(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+        fully_sharded(
+            model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        )
     elif layout == "tp":
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
         tensor_parallel(model, mesh)

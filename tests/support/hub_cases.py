@@ -1,6 +1,7 @@
 """Calls in processes of their own: huggingface_hub reads its environment when it is imported.
 
-The processes are forks of one that has imported pylo_dist and much of torch, but never huggingface_hub.
+The processes are forks of one that has imported pylo_dist and much of torch, but never
+huggingface_hub.
 """
 
 from __future__ import annotations
@@ -29,10 +30,17 @@ from support.ranks import CONTEXT
 
 
 class Call:
-    """`function(*arguments, **keywords)` in a fresh process, started; with `held` it imports the client and waits for `go()`."""
+    """`function(*arguments, **keywords)` in a fresh process, started; with `held` it imports the
+    client and waits for `go()`.
+    """
 
     def __init__(
-        self, environment: dict[str, str], function: Callable[..., Any], *arguments: Any, held: bool = False, **keywords: Any
+        self,
+        environment: dict[str, str],
+        function: Callable[..., Any],
+        *arguments: Any,
+        held: bool = False,
+        **keywords: Any,
     ) -> None:
         self.connection, other = CONTEXT.Pipe()
         given = (other, environment, held, function, arguments, keywords)
@@ -74,7 +82,12 @@ def _child(
     for name in [name for name in os.environ if name.startswith("HF_")]:
         del os.environ[name]
     os.environ.update(
-        {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost", **environment}
+        {
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            **environment,
+        }
     )
     if held:
         import huggingface_hub  # noqa: F401
@@ -89,7 +102,9 @@ def _child(
         connection.send(("crash", traceback.format_exc()))
 
 
-def load(name: str, architecture: str = "small_fc", sha256: str = "", **settings: float) -> dict[str, Any]:
+def load(
+    name: str, architecture: str = "small_fc", sha256: str = "", **settings: float
+) -> dict[str, Any]:
     """load_weights with other limits of `pylo_dist.hub`; a WeightsError is in "error"."""
     for key, value in settings.items():
         assert hasattr(hub, key)

@@ -1,7 +1,9 @@
-"""A Hub on loopback: the part of its protocol that downloading and pushing a model takes, and ways to fail.
+"""A Hub on loopback: the part of its protocol that downloading and pushing a model takes, and ways
+to fail.
 
-Written from what the real client asks. Large files (`LFS`) are answered as the Hub does, by a redirect to storage of another
-origin (here another name of the same host), with the commit in X-Repo-Commit, size and sha256 in X-Linked-Size and X-Linked-Etag.
+Written from what the real client asks. Large files (`LFS`) are answered as the Hub does, by a
+redirect to storage of another origin (here another name of the same host), with the commit in
+X-Repo-Commit, size and sha256 in X-Linked-Size and X-Linked-Etag.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def serving() -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield hub
@@ -117,7 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.released.wait(60)
             self.close_connection = True
             return
-        if self.command in ("POST", "PUT") and self.headers.get("Authorization") != f"Bearer {TOKEN}" and "/upload/" not in path:
+        if (
+            self.command in ("POST", "PUT")
+            and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+            and "/upload/" not in path
+        ):
             self._error(401, "", "Invalid username or password.")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
@@ -133,7 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", path):
             files = json.loads(self.body)["files"]
-            modes = [{"path": f["path"], "uploadMode": self._mode(f["path"]), "shouldIgnore": False} for f in files]
+            modes = [
+                {"path": f["path"], "uploadMode": self._mode(f["path"]), "shouldIgnore": False}
+                for f in files
+            ]
             self._json({"files": modes})
         elif re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             self._batch()
@@ -190,7 +201,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[name]
         if self._mode(name) == "regular":
             oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            self._send(200, content, X_Repo_Commit=commit, ETag=f'"{oid}"', Content_Length=str(len(content)))
+            self._send(
+                200,
+                content,
+                X_Repo_Commit=commit,
+                ETag=f'"{oid}"',
+                Content_Length=str(len(content)),
+            )
             return
         self._send(
             302,
@@ -214,13 +231,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repository: str, revision: str) -> None:
         found = self._files(repository, revision)
         if found is not None:
-            self._json([{"type": "file", "path": p, "size": len(c), "oid": sha256(c)[:40]} for p, c in found[1].items()])
+            self._json(
+                [
+                    {"type": "file", "path": p, "size": len(c), "oid": sha256(c)[:40]}
+                    for p, c in found[1].items()
+                ]
+            )
 
     def _info(self, repository: str, revision: str) -> None:
         found = self._files(repository, revision)
         if found is not None:
             siblings = [{"rfilename": name} for name in found[1]]
-            self._json({"id": repository, "sha": found[0], "siblings": siblings, "tags": [], "private": False})
+            self._json(
+                {
+                    "id": repository,
+                    "sha": found[0],
+                    "siblings": siblings,
+                    "tags": [],
+                    "private": False,
+                }
+            )
 
     def _create(self) -> None:
         wanted = json.loads(self.body)
@@ -234,7 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
         objects = json.loads(self.body)["objects"]
         for entry in objects:
             if entry["oid"] not in self.hub.storage:
-                entry["actions"] = {"upload": {"href": f"{self.hub.endpoint}/upload/{entry['oid']}"}}
+                entry["actions"] = {
+                    "upload": {"href": f"{self.hub.endpoint}/upload/{entry['oid']}"}
+                }
         self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, repository: str, branch: str) -> None:
@@ -250,4 +282,6 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.storage[value["oid"]]
         commit = self.hub.commit(repository, files, branch)
-        self._json({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{commit}", "commitOid": commit})
+        self._json(
+            {"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{commit}", "commitOid": commit}
+        )

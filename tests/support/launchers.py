@@ -13,13 +13,21 @@ import pytest
 
 
 def mpirun(ranks: int) -> list[str]:
-    """The words that start them. Skips where this machine has no MPI; fails where tests/run.sh could have set it up."""
+    """The words that start them. Skips where this machine has no MPI; fails where tests/run.sh
+    could have set it up.
+    """
     if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
         reason = "no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi"
         if shutil.which("mpirun") is not None and "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)
-    return ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", str(ranks)]
+    return [
+        "mpirun",
+        *(["--allow-run-as-root"] if os.geteuid() == 0 else []),
+        "--oversubscribe",
+        "-np",
+        str(ranks),
+    ]
 
 
 def wait_for_rows(out: Path, count: int) -> None:

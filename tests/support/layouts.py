@@ -1,7 +1,8 @@
-"""The same training in every layout, for checkpoints: build it, step it, save it, load it, and say what its state is.
+"""The same training in every layout, for checkpoints: build it, step it, save it, load it, and say
+what its state is.
 
-Gradients are the same on every rank and integers over a power of two, so that their mean is exact on any number of ranks and two
-runs differ by the arithmetic of their layouts alone.
+Gradients are the same on every rank and integers over a power of two, so that their mean is exact
+on any number of ranks and two runs differ by the arithmetic of their layouts alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ TIMEOUT = datetime.timedelta(seconds=600)  # ranks without a part wait for the o
 
 
 class Model(nn.Module):
-    """Shapes that break sharded state: uneven vocabulary, tied, [1, N], 0-d, smaller than the ranks, empty, frozen."""
+    """Shapes that break sharded state: uneven vocabulary, tied, [1, N], 0-d, smaller than the
+    ranks, empty, frozen.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -60,14 +63,20 @@ class Model(nn.Module):
 
 def small_fc() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+    return {
+        name: 0.2 * torch.randn(shape, generator=generator)
+        for name, shape in SMALL_FC.shapes.items()
+    }
 
 
 def optimizer_kinds() -> dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
     return {
         "AdafacLO": (pylo_dist.AdafacLO, {"weights": small_fc(), "weight_decay": 0.01}),
         "VeLO": (pylo_dist.VeLO, {"weights": velo_weights("small"), "num_steps": 100}),
-        "CELO2": (pylo_dist.CELO2, {"weights": celo2_weights(load("celo2_default_f64")), "embedding_pattern": "embedding"}),
+        "CELO2": (
+            pylo_dist.CELO2,
+            {"weights": celo2_weights(load("celo2_default_f64")), "embedding_pattern": "embedding"},
+        ),
     }
 
 
@@ -91,16 +100,23 @@ PLAIN = Layout("plain", 1)
 def all_layouts() -> list[Layout]:
     sharded = ("ddp", "zero1", "zero2", "fsdp2")
     everywhere = [Layout(name, ranks) for name in sharded for ranks in RANKS]
-    return [Layout("plain", 1), *everywhere, *(Layout("hsdp", ranks) for ranks in RANKS if ranks % 2 == 0)]
+    return [
+        Layout("plain", 1),
+        *everywhere,
+        *(Layout("hsdp", ranks) for ranks in RANKS if ranks % 2 == 0),
+    ]
 
 
 def new_groups() -> dict[Any, Any]:
-    """For each number of ranks a process group of the first of them, and the meshes of HSDP, in two copies, by layout.
+    """For each number of ranks a process group of the first of them, and the meshes of HSDP, in two
+    copies, by layout.
 
     All ranks of the world call it.
     """
     world = dist.get_world_size()
-    groups: dict[Any, Any] = {r: dist.new_group(list(range(r)), timeout=TIMEOUT) for r in RANKS if r <= world}
+    groups: dict[Any, Any] = {
+        r: dist.new_group(list(range(r)), timeout=TIMEOUT) for r in RANKS if r <= world
+    }
     for ranks in (r for r in groups.copy() if r % 2 == 0):
         mesh = torch.arange(ranks).view(2, ranks // 2)
         rows = [dist.new_group(row, timeout=TIMEOUT) for row in mesh.tolist()]
@@ -122,15 +138,31 @@ class Run:
         mesh: of HSDP; FSDP2 has one of the group.
     """
 
-    def __init__(self, layout: Layout, kind: str, group: Any, *, mesh: Any = None, seed: int = 0, **changes: Any) -> None:
-        optimizer_class, kwargs = optimizer_kinds()[kind] if kind in LEARNED else (torch.optim.AdamW, {"lr": 0.01})
+    def __init__(
+        self,
+        layout: Layout,
+        kind: str,
+        group: Any,
+        *,
+        mesh: Any = None,
+        seed: int = 0,
+        **changes: Any,
+    ) -> None:
+        optimizer_class, kwargs = (
+            optimizer_kinds()[kind] if kind in LEARNED else (torch.optim.AdamW, {"lr": 0.01})
+        )
         kwargs = {**kwargs, **changes}
         self.model, self.taken, self.wrapped = Model(seed), 0, None
         learned = kind in LEARNED
         if layout.name.startswith("zero"):
             stage = {"stage": int(layout.name[-1])}
             self.optimizer: Any = pylo_dist.ZeroOptimizer(
-                self.model, optimizer_class, process_group=group, bucket_cap_mb=0.001, **stage, **kwargs
+                self.model,
+                optimizer_class,
+                process_group=group,
+                bucket_cap_mb=0.001,
+                **stage,
+                **kwargs,
             )
             return
         named = self.model.trainable()
@@ -148,13 +180,19 @@ class Run:
         self.optimizer = optimizer_class(named, **kwargs)
 
     def advance(self, steps: int) -> list[dict[str, Tensor]]:
-        """Take steps on the gradients of their numbers; the parameters before the first and after each."""
+        """Take steps on the gradients of their numbers; the parameters before the first and after
+        each.
+        """
         history = [self.params()]
         for _ in range(steps):
             for place, (_, param) in enumerate(self.model.trainable()):
                 generator = torch.Generator().manual_seed(1000 * self.taken + place)
                 grad = torch.randint(-64, 65, param.shape, generator=generator) / 1024.0
-                param.grad = wrap_like(param, shard_of("", param).take(grad), 0) if isinstance(param, DTensor) else grad
+                param.grad = (
+                    wrap_like(param, shard_of("", param).take(grad), 0)
+                    if isinstance(param, DTensor)
+                    else grad
+                )
             if hasattr(self.optimizer, "set_loss"):
                 self.optimizer.set_loss(torch.tensor(3.0 - 0.0625 * self.taken))
             self.optimizer.step()
@@ -166,7 +204,10 @@ class Run:
     def params(self) -> dict[str, Tensor]:
         """Whole; all ranks of the layout call it."""
         whole = {fqn: p.detach() for fqn, p in self.model.named_parameters()}
-        return {fqn: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for fqn, p in whole.items()}
+        return {
+            fqn: (p.full_tensor() if isinstance(p, DTensor) else p).clone()
+            for fqn, p in whole.items()
+        }
 
     def state(self) -> dict[str, Any]:
         """Whole, on the first rank."""
@@ -194,16 +235,24 @@ def flat_state(full: dict[str, Any]) -> dict[str, Any]:
     """The values of a whole state dict by path; names of parameters without DDP's prefix."""
     if not full:
         return {}
-    flat = {f"{i}.{name}": value for i, state in full["state"].items() for name, value in state.items()}
+    flat = {
+        f"{i}.{name}": value for i, state in full["state"].items() for name, value in state.items()
+    }
     for i, group in enumerate(full["param_groups"]):
         flat |= {f"group {i}.{name}": value for name, value in group.items()}
-        flat[f"group {i}.param_names"] = [name.removeprefix("module.") for name in group["param_names"]]
+        flat[f"group {i}.param_names"] = [
+            name.removeprefix("module.") for name in group["param_names"]
+        ]
     return flat
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Entries that are not the same to the bit."""
-    return [key for key in sorted(a.keys() | b.keys()) if key not in a or key not in b or not same_bits(a[key], b[key])]
+    return [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if key not in a or key not in b or not same_bits(a[key], b[key])
+    ]
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -211,7 +260,9 @@ def same_bits(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (a.cpu(), b.cpu())] if a.numel() else []
+    as_bytes = (
+        [t.contiguous().view(-1).view(torch.uint8) for t in (a.cpu(), b.cpu())] if a.numel() else []
+    )
     return not as_bytes or torch.equal(*as_bytes)
 
 
@@ -225,7 +276,9 @@ class Truth:
 
 
 def save_all(layout: Layout, kind: str, groups: dict[int, Any], folder: str) -> Truth | None:
-    """Train in `layout`, save, go on; on the first rank what a loaded run must equal. Ranks without a part return at once."""
+    """Train in `layout`, save, go on; on the first rank what a loaded run must equal. Ranks without
+    a part return at once.
+    """
     group = groups[layout.ranks]
     if dist.get_rank() >= layout.ranks:
         return None
@@ -237,8 +290,16 @@ def save_all(layout: Layout, kind: str, groups: dict[int, Any], folder: str) -> 
     return Truth(state, params, history) if dist.get_rank() == 0 else None
 
 
-def load_one(source: Layout, target: Layout, kind: str, groups: dict[int, Any], folder: str, truth: Truth | None) -> float:
-    """Load `source`'s checkpoint in `target` and go on: how far its parameters end from the source's, 1 = the layout tolerance.
+def load_one(
+    source: Layout,
+    target: Layout,
+    kind: str,
+    groups: dict[int, Any],
+    folder: str,
+    truth: Truth | None,
+) -> float:
+    """Load `source`'s checkpoint in `target` and go on: how far its parameters end from the
+    source's, 1 = the layout tolerance.
 
     Raises:
         AssertionError: state or parameters that are not those of the source to the bit.
@@ -270,12 +331,21 @@ def fresh(kind: str = "VeLO", **changes: Any) -> Run:
 
 
 def tensors_of(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    return {f"group {i}.{key}": value for i, group in enumerate(groups) for key, value in group.items() if key != "params"}
+    return {
+        f"group {i}.{key}": value
+        for i, group in enumerate(groups)
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def snapshot(run: Run) -> dict[str, Any]:
     """This rank's parameters, state and settings."""
-    state = {f"{i}.{name}": t for i, s in enumerate(run.optimizer.state.values()) for name, t in s.items()}
+    state = {
+        f"{i}.{name}": t
+        for i, s in enumerate(run.optimizer.state.values())
+        for name, t in s.items()
+    }
     return {**run.params(), **state, **tensors_of(run.optimizer.param_groups)}
 
 

@@ -1,4 +1,6 @@
-"""Parameters, gradients and weights of tests that need no golden numbers, and what a step changed."""
+"""Parameters, gradients and weights of tests that need no golden numbers, and what a step
+changed.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,22 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist.weights import SMALL_FC
 
-SHAPES: dict[str, tuple[int, ...]] = {"scalar": (), "bias": (5,), "wide": (3, 7), "square": (4, 4), "conv": (5, 2, 3, 3)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "bias": (5,),
+    "wide": (3, 7),
+    "square": (4, 4),
+    "conv": (5, 2, 3, 3),
+}
 Named = list[tuple[str, nn.Parameter]]
 
 
 def weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+    return {
+        name: 0.2 * torch.randn(shape, generator=generator)
+        for name, shape in SMALL_FC.shapes.items()
+    }
 
 
 def adafac(params: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
@@ -24,11 +35,18 @@ def adafac(params: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def make_params(shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> Named:
-    return [(fqn, nn.Parameter(0.1 * normal(shape, i, dtype))) for i, (fqn, shape) in enumerate(shapes.items())]
+def make_params(
+    shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> Named:
+    return [
+        (fqn, nn.Parameter(0.1 * normal(shape, i, dtype)))
+        for i, (fqn, shape) in enumerate(shapes.items())
+    ]
 
 
 def set_gradients(named: Named, step: int) -> None:
@@ -43,7 +61,9 @@ def train(optimizer: torch.optim.Optimizer, named: Named, first: int, last: int)
 
 
 def values(named: Named) -> dict[str, Tensor]:
-    return {fqn: param.detach().clone(memory_format=torch.contiguous_format) for fqn, param in named}
+    return {
+        fqn: param.detach().clone(memory_format=torch.contiguous_format) for fqn, param in named
+    }
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -61,7 +81,9 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         found[f"{i}.step"] = group["step"].clone()
         for j, param in enumerate(group["params"]):
             found[f"{i}.{j}"] = param.detach().clone()
-            found.update({f"{i}.{j}.{name}": t.clone() for name, t in optimizer.state.get(param, {}).items()})
+            found.update(
+                {f"{i}.{j}.{name}": t.clone() for name, t in optimizer.state.get(param, {}).items()}
+            )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Every learned optimizer by name, with weights of the golden files: what a test builds where each of them must hold."""
+"""Every learned optimizer by name, with weights of the golden files: what a test builds where each
+of them must hold.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A model whose gradients are exact whatever the layout: integers over a power of two, through a real backward.
+"""A model whose gradients are exact whatever the layout: integers over a power of two, through a
+real backward.
 
-Every parameter enters the loss linearly, with coefficients that depend on the step and on the data-parallel rank. Linear layers
-do so in matrix products, so that tensor parallelism cuts them as it does in a transformer.
+Every parameter enters the loss linearly, with coefficients that depend on the step and on the
+data-parallel rank. Linear layers do so in matrix products, so that tensor parallelism cuts them as
+it does in a transformer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ STEPS = 20
 
 def integers(*key: Any, shape: tuple[int, ...]) -> Tensor:
     """Multiples of 3/64: also the third of one is exact."""
-    generator = torch.Generator().manual_seed(hash(sum(ord(c) * (i + 1) for i, c in enumerate(repr(key)))) % 2**31)
+    generator = torch.Generator().manual_seed(
+        hash(sum(ord(c) * (i + 1) for i, c in enumerate(repr(key)))) % 2**31
+    )
     return torch.randint(-16, 17, shape, generator=generator) * 3 / 64.0
 
 
@@ -51,7 +55,9 @@ class Probe(nn.Module):
         total = torch.zeros(())
         for name, p in self.named_parameters(recurse=False):
             if name != "unused" and (self.always or name != "sometimes" or rank == 0):
-                total = total + (p * integers(name, step, rank, shape=tuple(p.shape)).to(p.dtype)).sum()
+                total = (
+                    total + (p * integers(name, step, rank, shape=tuple(p.shape)).to(p.dtype)).sum()
+                )
         return total
 
 
@@ -62,8 +68,17 @@ class Block(nn.Module):
         self.sequence = Scale(width)
         self.up = nn.Linear(width, 3 * width)
         self.down = nn.Linear(3 * width, width)
-        self.odd = Probe({"conv": (5, 3, 3, 3), "row": (1, 37), "tiny": (3, 2), "bias": (41,), "square": (12, 12)})
-        self.part = (0, 1)  # which part of the sequence this tensor-parallel rank sees, and of how many
+        self.odd = Probe(
+            {
+                "conv": (5, 3, 3, 3),
+                "row": (1, 37),
+                "tiny": (3, 2),
+                "bias": (41,),
+                "square": (12, 12),
+            }
+        )
+        # which part of the sequence this tensor-parallel rank sees, and of how many
+        self.part = (0, 1)
 
     def forward(self, step: int, rank: int) -> Tensor:
         width = self.norm.weight.numel()
@@ -81,7 +96,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """An uneven tied embedding, blocks, a 0-d parameter and one that only one rank uses (both for `ignored_params`)."""
+    """An uneven tied embedding, blocks, a 0-d parameter and one that only one rank uses (both for
+    `ignored_params`).
+    """
 
     def __init__(self, seed: int = 0, width: int = 10, blocks: int = 1) -> None:
         super().__init__()
@@ -130,7 +147,9 @@ Gradients = list[dict[str, Union[Tensor, None]]]
 
 
 def backward(model: nn.Module, called: nn.Module, rank: int) -> Gradients:
-    """The gradients of STEPS steps, as the layout leaves them: they do not depend on the parameters."""
+    """The gradients of STEPS steps, as the layout leaves them: they do not depend on the
+    parameters.
+    """
     history: Gradients = []
     for step in range(STEPS):
         model.zero_grad()
@@ -147,8 +166,16 @@ def mean_gradients(ranks: int, always: bool = False) -> Gradients:
     parts = [backward(model, model, rank) for rank in range(ranks)]
     history: Gradients = []
     for step in range(STEPS):
-        present = {fqn: [part[step][fqn] for part in parts if part[step][fqn] is not None] for fqn in parts[0][step]}
-        history.append({fqn: sum(grads[1:], grads[0].clone()) / ranks if grads else None for fqn, grads in present.items()})
+        present = {
+            fqn: [part[step][fqn] for part in parts if part[step][fqn] is not None]
+            for fqn in parts[0][step]
+        }
+        history.append(
+            {
+                fqn: sum(grads[1:], grads[0].clone()) / ranks if grads else None
+                for fqn, grads in present.items()
+            }
+        )
     return history
 
 
@@ -157,8 +184,12 @@ def set_gradients(model: nn.Module, gradients: dict[str, Tensor | None]) -> None
         p.grad = gradients[fqn]
 
 
-def unsharded(ranks: int, gradients: Gradients, optimizer_class: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any, Net]:
-    """The same steps in one process on the mean gradients: parameters after each, the optimizer, the model."""
+def unsharded(
+    ranks: int, gradients: Gradients, optimizer_class: Any, **kwargs: Any
+) -> tuple[list[dict[str, Tensor]], Any, Net]:
+    """The same steps in one process on the mean gradients: parameters after each, the optimizer,
+    the model.
+    """
     model = Net()
     optimizer = optimizer_class(trainable(model), **kwargs)
     history = [snapshot(model)]
@@ -174,7 +205,10 @@ def unsharded(ranks: int, gradients: Gradients, optimizer_class: Any, **kwargs: 
 @functools.cache
 def small_fc_weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+    return {
+        name: 0.2 * torch.randn(shape, generator=generator)
+        for name, shape in SMALL_FC.shapes.items()
+    }
 
 
 Setting = tuple[type[pylo_dist.LearnedOptimizer], dict[str, Any]]
@@ -185,11 +219,29 @@ def rules() -> dict[str, Setting]:
     weights, celo2 = small_fc_weights(), celo2_weights(load("celo2_default_f64"))
     return {
         "adafac": (pylo_dist.AdafacLO, {"weights": weights, "weight_decay": 0.01}),
-        "velo": (pylo_dist.VeLO, {"weights": velo_weights("small"), "num_steps": 100, "max_grad_norm": 1.0}),
-        "per_tensor": (pylo_dist.AdafacLO, {"weights": weights, "max_grad_norm": 0.05, "clip": "per_tensor"}),
-        "mulo": (pylo_dist.MuLO, {"weights": weights, "width_mults": {"blocks.0.up.weight": 4.0, "embedding.weight": 2.0}}),
+        "velo": (
+            pylo_dist.VeLO,
+            {"weights": velo_weights("small"), "num_steps": 100, "max_grad_norm": 1.0},
+        ),
+        "per_tensor": (
+            pylo_dist.AdafacLO,
+            {"weights": weights, "max_grad_norm": 0.05, "clip": "per_tensor"},
+        ),
+        "mulo": (
+            pylo_dist.MuLO,
+            {
+                "weights": weights,
+                "width_mults": {"blocks.0.up.weight": 4.0, "embedding.weight": 2.0},
+            },
+        ),
         "celo2": (pylo_dist.CELO2, {"weights": celo2, "embedding_pattern": "^embedding"}),
         "elo_celo2": (pylo_dist.ELO_CELO2, {"weights": celo2}),
-        "base": (pylo_dist.CELO2, {"weights": celo2, "orthogonalize": False, "param_scale_mult": True}),
-        "elo": (pylo_dist.ELO, {"weights": weights, "lr": 0.01, "weight_decay": 0.1, "clip_grad": True}),
+        "base": (
+            pylo_dist.CELO2,
+            {"weights": celo2, "orthogonalize": False, "param_scale_mult": True},
+        ),
+        "elo": (
+            pylo_dist.ELO,
+            {"weights": weights, "lr": 0.01, "weight_decay": 0.1, "clip_grad": True},
+        ),
     }

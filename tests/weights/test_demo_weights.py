@@ -1,7 +1,9 @@
-"""The built-in demo weights: reproduced to the byte, loaded as a user does, and wired as benchmarks/demo_weights.py says.
+"""The built-in demo weights: reproduced to the byte, loaded as a user does, and wired as
+benchmarks/demo_weights.py says.
 
-The outputs of the network are computed here from the stored tensors, in float64, so that its claims (an odd direction, a
-schedule that depends on the step only) hold for what is shipped and not for the table it was made from.
+The outputs of the network are computed here from the stored tensors, in float64, so that its claims
+(an odd direction, a schedule that depends on the step only) hold for what is shipped and not for
+the table it was made from.
 """
 
 from __future__ import annotations
@@ -39,8 +41,13 @@ def outputs(features: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_the_script_writes_the_committed_file_to_the_byte() -> None:
-    # in a process of its own: neither its hash seed nor what was imported before may show in the bytes
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "demo_weights.py", "--check"], capture_output=True, text=True)
+    # in a process of its own: neither its hash seed nor what was imported before may show in the
+    # bytes
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "demo_weights.py", "--check"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -62,12 +69,18 @@ def test_the_decays_of_the_card_are_in_effect() -> None:
 
     parameter = nn.Parameter(torch.zeros(2, 3))
     optimizer = pylo_dist.AdafacLO([("p", parameter)], weights="demo")
-    assert optimizer.weights.decays == stored != SMALL_FC.decays  # the latter is what a file without a card implies
+    # the latter is what a file without a card implies
+    assert optimizer.weights.decays == stored != SMALL_FC.decays
     parameter.grad = torch.ones(2, 3)
     optimizer.step()
     state = optimizer.state[parameter]
-    # one step from zero leaves (1 - decay) of the gradient 1; offsets 0 stand for 0.9, 0.99, 0.999 and 0.999
-    for name, decays in (("momentum", (0.9, 0.99, 0.999)), ("row", (0.9, 0.99, 0.999)), ("rms", (0.999,))):
+    # one step from zero leaves (1 - decay) of the gradient 1; offsets 0 stand for 0.9, 0.99, 0.999
+    # and 0.999
+    for name, decays in (
+        ("momentum", (0.9, 0.99, 0.999)),
+        ("row", (0.9, 0.99, 0.999)),
+        ("rms", (0.999,)),
+    ):
         wanted = 1 - torch.tensor(decays, dtype=torch.float64)
         got = state[name].double().reshape(len(decays), -1)
         torch.testing.assert_close(got, wanted[:, None].expand_as(got), rtol=1e-6, atol=0)
@@ -85,7 +98,9 @@ def test_the_schedule_warms_up_and_never_grows_again() -> None:
     after = multiplier[peak:]
     assert (after[1:] <= after[:-1] * (1 + 2e-6)).all()
     assert 0 < multiplier[-1] < 0.05 * multiplier[peak]
-    wanted = torch.tensor(demo_weights.multipliers(demo_weights.DEFAULT, steps.int().tolist()), dtype=torch.float64)
+    wanted = torch.tensor(
+        demo_weights.multipliers(demo_weights.DEFAULT, steps.int().tolist()), dtype=torch.float64
+    )
     torch.testing.assert_close(multiplier, wanted, rtol=1e-5, atol=0)
 
 
@@ -104,7 +119,9 @@ def test_the_direction_is_odd_and_the_magnitude_knows_only_the_step() -> None:
 
 
 def test_it_fits_a_small_regression() -> None:
-    """Loss falls 200 times in 200 steps (measured: 1000 times; 25 times at a third of the step, 100 times at ten times it)."""
+    """Loss falls 200 times in 200 steps (measured: 1000 times; 25 times at a third of the step, 100
+    times at ten times it).
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 8, generator=generator)
     y = torch.sin(0.3 * (x @ torch.randn(8, 1, generator=generator)))

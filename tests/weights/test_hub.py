@@ -1,4 +1,6 @@
-"""Weights from a Hub, with the real client against a server on loopback, each case in a fresh process with a cache of its own."""
+"""Weights from a Hub, with the real client against a server on loopback, each case in a fresh
+process with a cache of its own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256
 
 NAME = "btherien/mulo"
-WAYS_OUT = ("Ways out", "weights fetch", "hf download", ".safetensors file or a mapping", 'weights="demo"')
+WAYS_OUT = (
+    "Ways out",
+    "weights fetch",
+    "hf download",
+    ".safetensors file or a mapping",
+    'weights="demo"',
+)
 
 
 def tensors(architecture: Architecture = SMALL_FC, seed: int = 0) -> dict[str, Tensor]:
@@ -53,10 +61,16 @@ class Node:
     """Processes that share a cache."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
-        self.environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN_PATH": str(home / "no_token")}
+        self.environment = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN_PATH": str(home / "no_token"),
+        }
         self.cache = home / "hub"
 
-    def start(self, name: str = NAME, *, environment: dict[str, str] | None = None, **keywords: Any) -> Call:
+    def start(
+        self, name: str = NAME, *, environment: dict[str, str] | None = None, **keywords: Any
+    ) -> Call:
         return Call({**self.environment, **(environment or {})}, hub_cases.load, name, **keywords)
 
     def load(self, name: str = NAME, **keywords: Any) -> dict[str, Any]:
@@ -90,7 +104,9 @@ def test_cold_warm_and_offline(server: Hub, node: Node) -> None:
     assert all(way in cold["error"] for way in WAYS_OUT)
     assert not server.asked
 
-    commit = server.commit(NAME, {"model.safetensors": WEIGHTS, "config.json": b"{}", "big.bin": b"never asked for"})
+    commit = server.commit(
+        NAME, {"model.safetensors": WEIGHTS, "config.json": b"{}", "big.bin": b"never asked for"}
+    )
     first = node.load()
     assert (first["error"], first["digest"], first["source"]) == ("", DIGEST, f"{NAME}@{commit}")
     assert server.count("^GET /storage/") == 1
@@ -104,7 +120,8 @@ def test_cold_warm_and_offline(server: Hub, node: Node) -> None:
     server.asked.clear()
     assert node.load(environment=OFFLINE)["digest"] == DIGEST
     assert node.load(f"{NAME}@{commit}")["digest"] == DIGEST
-    assert not [line for line in server.asked if "agent" not in line]  # a commit in the cache needs no network either
+    # a commit in the cache needs no network either
+    assert not [line for line in server.asked if "agent" not in line]
 
 
 def test_without_a_network(tmp_path: Path, server: Hub) -> None:
@@ -146,7 +163,9 @@ def test_revisions(server: Hub, node: Node) -> None:
     for suffix, commit in wanted.items():
         found = node.load(NAME + suffix)
         assert (found["error"], found["source"]) == ("", f"{NAME}@{commit}")
-        assert found["digest"] == (DIGEST if commit == old else load_weights(newer, SMALL_FC).digest)
+        assert found["digest"] == (
+            DIGEST if commit == old else load_weights(newer, SMALL_FC).digest
+        )
     assert f"{NAME} has no revision 'v2'" in node.load(f"{NAME}@v2")["error"]
 
     third = server.commit(NAME, {"model.safetensors": save(tensors(seed=2))})
@@ -156,8 +175,16 @@ def test_revisions(server: Hub, node: Node) -> None:
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, "HTTP 401, no such repository or a private one: check it, `hf auth login` or set HF_TOKEN"),
-        (404, "HTTP 404, no such repository or a private one: check it, `hf auth login` or set HF_TOKEN"),
+        (
+            401,
+            "HTTP 401, no such repository or a private one: check it, `hf auth login` or set "
+            "HF_TOKEN",
+        ),
+        (
+            404,
+            "HTTP 404, no such repository or a private one: check it, `hf auth login` or set "
+            "HF_TOKEN",
+        ),
         (503, "HTTP 503 from the Hub"),
     ],
 )
@@ -170,12 +197,19 @@ def test_refusals_are_told_at_once(server: Hub, node: Node, status: int, message
 
 
 def test_pickled_files_are_refused_by_name(server: Hub, node: Node) -> None:
-    server.commit("some/pickles", {"pytorch_model.bin": b"\x80", "old/weights.pt": b"\x80", "README.md": b"x"})
+    server.commit(
+        "some/pickles", {"pytorch_model.bin": b"\x80", "old/weights.pt": b"\x80", "README.md": b"x"}
+    )
     server.commit("some/others", {"weights.safetensors": WEIGHTS, "pytorch_model.bin": b"\x80"})
     refused = node.load("some/pickles")["error"]
-    assert "holds only pickled files (old/weights.pt, pytorch_model.bin), which are refused" in refused
+    assert (
+        "holds only pickled files (old/weights.pt, pytorch_model.bin), which are refused" in refused
+    )
     other = node.load("some/others")["error"]
-    assert "some/others holds no model.safetensors, only pytorch_model.bin, weights.safetensors" in other
+    assert (
+        "some/others holds no model.safetensors, only pytorch_model.bin, weights.safetensors"
+        in other
+    )
     assert server.count("/storage/") == 0
 
 
@@ -183,7 +217,10 @@ def test_two_repositories_make_one_network(server: Hub, node: Node) -> None:
     parts: list[dict[str, Tensor]] = [{}, {}]
     for name, tensor in tensors(VELO).items():
         parts[name.endswith("_") or name.startswith("hidden_")][name] = tensor
-    commits = [server.commit(f"some/{part}", {"model.safetensors": save(values)}) for part, values in enumerate(parts)]
+    commits = [
+        server.commit(f"some/{part}", {"model.safetensors": save(values)})
+        for part, values in enumerate(parts)
+    ]
     found = node.load("some/0+some/1", architecture="velo")
     assert found["error"] == ""
     assert found["digest"] == load_weights(tensors(VELO), VELO).digest
@@ -192,11 +229,20 @@ def test_two_repositories_make_one_network(server: Hub, node: Node) -> None:
 
 
 def test_settings_that_are_not_computed_are_refused(server: Hub, node: Node) -> None:
-    files = {"model.safetensors": save(tensors(CELO2)), "config.json": b'{"activation": "tanh", "hidden_size": 8}'}
+    files = {
+        "model.safetensors": save(tensors(CELO2)),
+        "config.json": b'{"activation": "tanh", "hidden_size": 8}',
+    }
     server.commit("some/celo2", files)
-    assert "says activation = 'tanh', celo2 here computes 'relu' only" in node.load("some/celo2", architecture="celo2")["error"]
+    assert (
+        "says activation = 'tanh', celo2 here computes 'relu' only"
+        in node.load("some/celo2", architecture="celo2")["error"]
+    )
     server.commit("some/celo2", {**files, "config.json": b'{"activation": "relu"}'})
-    assert node.load("some/celo2", architecture="celo2")["digest"] == load_weights(tensors(CELO2), CELO2).digest
+    assert (
+        node.load("some/celo2", architecture="celo2")["digest"]
+        == load_weights(tensors(CELO2), CELO2).digest
+    )
 
 
 # ------------------------------------------------------------------------------------------ damage
@@ -206,7 +252,9 @@ def test_registered_sha256(server: Hub, node: Node) -> None:
     server.commit(NAME, {"model.safetensors": WEIGHTS})
     assert node.load(sha256=sha256(WEIGHTS))["digest"] == DIGEST
     wrong = hashlib.sha256(b"something else").hexdigest()
-    assert f"has sha256 {sha256(WEIGHTS)}, registered is {wrong}" in node.load(sha256=wrong)["error"]
+    assert (
+        f"has sha256 {sha256(WEIGHTS)}, registered is {wrong}" in node.load(sha256=wrong)["error"]
+    )
 
 
 def test_what_arrives_is_what_the_hub_has(server: Hub, node: Node) -> None:
@@ -230,7 +278,8 @@ def test_files_that_end_early(server: Hub, node: Node) -> None:
     found = node.load(DEADLINE_S=2.0)
     assert "could not be had from the Hub" in found["error"]
     assert found["seconds"] < 8.0
-    assert "HF_HUB_OFFLINE is set" in node.load(environment=OFFLINE)["error"]  # half a file is no file
+    # half a file is no file
+    assert "HF_HUB_OFFLINE is set" in node.load(environment=OFFLINE)["error"]
     server.drops = False
     assert node.load()["digest"] == DIGEST
 
@@ -253,9 +302,14 @@ def test_processes_that_start_together_download_once(server: Hub, node: Node) ->
     commit = server.commit(NAME, {"model.safetensors": WEIGHTS})
     server.delay_s = 1.0
     for found in node.together(3):
-        assert (found["error"], found["digest"], found["source"]) == ("", DIGEST, f"{NAME}@{commit}")
+        assert (found["error"], found["digest"], found["source"]) == (
+            "",
+            DIGEST,
+            f"{NAME}@{commit}",
+        )
     assert server.count("^GET /storage/") == 1
-    assert server.count("HEAD .*/model.safetensors") == 2  # of the one that downloads; the others ask nothing
+    # of the one that downloads; the others ask nothing
+    assert server.count("HEAD .*/model.safetensors") == 2
 
 
 def test_those_who_wait_report_the_error_of_the_one_who_asked(server: Hub, node: Node) -> None:
@@ -288,8 +342,14 @@ def test_waiting_is_bounded(server: Hub, node: Node) -> None:
 def test_push_then_load(server: Hub, node: Node, tmp_path: Path) -> None:
     folder = tmp_path / "given"
     folder.mkdir()
-    decays = {"momentum_decays": [0.01, 0.02, 0.03], "rms_decays": [0.04], "adafactor_decays": [0.05, 0.06, 0.07]}
-    (folder / "model.safetensors").write_bytes(save(tensors(), {CARD_KEY: json.dumps({"decays": decays})}))
+    decays = {
+        "momentum_decays": [0.01, 0.02, 0.03],
+        "rms_decays": [0.04],
+        "adafactor_decays": [0.05, 0.06, 0.07],
+    }
+    (folder / "model.safetensors").write_bytes(
+        save(tensors(), {CARD_KEY: json.dumps({"decays": decays})})
+    )
 
     with pytest.raises(WeightsError, match=r"could not be pushed to 'me/mine'.*HTTP 401.*Ways out"):
         Call(node.environment, hub_cases.push, folder, "me/mine", "hf_bad").result()
@@ -297,7 +357,11 @@ def test_push_then_load(server: Hub, node: Node, tmp_path: Path) -> None:
 
     pinned = Call(node.environment, hub_cases.push, folder, "me/mine", TOKEN).result()
     assert pinned == f"me/mine@{server.refs['me/mine']['main']}"
-    assert server.count("^POST /me/mine.git/info/lfs/objects/batch") == server.count("^PUT /upload/") == 1
+    assert (
+        server.count("^POST /me/mine.git/info/lfs/objects/batch")
+        == server.count("^PUT /upload/")
+        == 1
+    )
     files = server.trees["me/mine"][server.refs["me/mine"]["main"]]
     assert set(files) == {".gitattributes", "model.safetensors", "README.md"}
     card = files["README.md"].decode()
@@ -310,6 +374,7 @@ def test_push_then_load(server: Hub, node: Node, tmp_path: Path) -> None:
     with safe_open(next(node.cache.rglob("model.safetensors")), framework="pt") as file:
         assert json.loads(file.metadata()[CARD_KEY])["decays"] == decays
 
-    again = Call(node.environment, hub_cases.push, folder, "me/mine", TOKEN).result()  # a repository that is there
+    # a repository that is there
+    again = Call(node.environment, hub_cases.push, folder, "me/mine", TOKEN).result()
     assert again.startswith("me/mine@")
     assert server.count("^PUT /upload/") == 1  # and holds the file

@@ -1,7 +1,8 @@
 """Learned weights: every way to name them, what belongs to them, and errors that say what to do.
 
-Background: PyLO fetches its weights from the Hub and keeps their decays in its constructors. Here a name, a file, a folder and a
-mapping are one thing; decays travel with the weights; nothing is unpickled, and nothing is fetched but at construction.
+Background: PyLO fetches its weights from the Hub and keeps their decays in its constructors. Here a
+name, a file, a folder and a mapping are one thing; decays travel with the weights; nothing is
+unpickled, and nothing is fetched but at construction.
 """
 
 from __future__ import annotations
@@ -39,17 +40,28 @@ from pylo_dist.weights import (
 from pylo_dist.weights import load as weights_load
 from pylo_dist.weights.publish import save_weights
 
-DECAYS = {"momentum_decays": [0.01, 0.02, 0.03], "rms_decays": [0.04], "adafactor_decays": [0.05, 0.06, 0.07]}
+DECAYS = {
+    "momentum_decays": [0.01, 0.02, 0.03],
+    "rms_decays": [0.04],
+    "adafactor_decays": [0.05, 0.06, 0.07],
+}
 
 
 def tensors(seed: int = 7) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+    return {
+        name: 0.2 * torch.randn(shape, generator=generator)
+        for name, shape in SMALL_FC.shapes.items()
+    }
 
 
 def write(path: Path, values: dict[str, Tensor] | None = None, card: Any = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(values if values is not None else tensors(), path, None if card is None else {CARD_KEY: json.dumps(card)})
+    save_file(
+        values if values is not None else tensors(),
+        path,
+        None if card is None else {CARD_KEY: json.dumps(card)},
+    )
     return path
 
 
@@ -67,7 +79,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights_load, "_REGISTRY", dict(weights_load._REGISTRY))
 
 
-# ---------------------------------------------------------------------------------------- where from
+# --------------------------------------------------------------------------------------- where from
 
 
 @pytest.mark.usefixtures("registry")
@@ -79,7 +91,9 @@ def test_every_source_gives_the_same_network(tmp_path: Path) -> None:
     sources = [wanted, file, str(file), file.parent, str(file.parent), "mine", "team/mine"]
     loaded = [load(source) for source in sources]
     for network in loaded:
-        assert {name: t.tolist() for name, t in network.tensors.items()} == {name: t.tolist() for name, t in wanted.items()}
+        assert {name: t.tolist() for name, t in network.tensors.items()} == {
+            name: t.tolist() for name, t in wanted.items()
+        }
         assert all(t.dtype == torch.float32 for t in network.tensors.values())
         assert network.digest == loaded[0].digest
         assert network.architecture == "small_fc"
@@ -146,7 +160,7 @@ def test_registered_names() -> None:
             register_weights(name, Registered("small_fc", "somewhere/else@v2"))
 
 
-# --------------------------------------------------------------------------------------------- decays
+# ------------------------------------------------------------------------------------------- decays
 
 
 def rule_decays(optimizer: pylo_dist.AdafacLO) -> list[tuple[float, ...]]:
@@ -157,7 +171,9 @@ def rule_decays(optimizer: pylo_dist.AdafacLO) -> list[tuple[float, ...]]:
 @pytest.mark.usefixtures("registry")
 def test_stored_decays_win_over_registered_ones_and_arguments_over_both(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.safetensors")
-    carded = write(tmp_path / "carded.safetensors", card={"architecture": "small_fc", "decays": DECAYS})
+    carded = write(
+        tmp_path / "carded.safetensors", card={"architecture": "small_fc", "decays": DECAYS}
+    )
     partial = write(tmp_path / "partial.safetensors", card={"decays": {"rms_decays": [0.04]}})
     registered = {"momentum_decays": (-0.01, -0.02, -0.03), "rms_decays": (-0.04,)}
     for name, file in {"bare": bare, "carded": carded, "partial": partial}.items():
@@ -175,14 +191,20 @@ def test_stored_decays_win_over_registered_ones_and_arguments_over_both(tmp_path
     wanted[1] = effective_decays((0.999,), (0.2,))
     assert rule_decays(adafac("carded", rms_decays=(0.2,))) == wanted
     wanted[0] = effective_decays((0.5, 0.6, 0.7), stored["momentum_decays"])
-    assert rule_decays(adafac("carded", rms_decays=(0.2,), initial_momentum_decays=(0.5, 0.6, 0.7))) == wanted
+    assert (
+        rule_decays(adafac("carded", rms_decays=(0.2,), initial_momentum_decays=(0.5, 0.6, 0.7)))
+        == wanted
+    )
 
 
 @pytest.mark.parametrize(
     ("card", "message"),
     [
         ({"architecture": "velo"}, "are for velo, this optimizer needs small_fc"),
-        ({"decays": {"momentum": [0.1]}}, r"unknown decays \['momentum'\], wanted \['adafactor_decays'"),
+        (
+            {"decays": {"momentum": [0.1]}},
+            r"unknown decays \['momentum'\], wanted \['adafactor_decays'",
+        ),
         ({"decays": {"rms_decays": 0.1}}, "'rms_decays'.*0.1"),
         ({"decays": [0.1]}, "decays"),
         (["small_fc"], "card"),
@@ -200,7 +222,7 @@ def test_stored_decays_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
         adafac(file)
 
 
-# ------------------------------------------------------------------------------- folders as PyLO saves them
+# ----------------------------------------------------------------------- folders as PyLO saves them
 
 SIZES = {"H": 5, "2H": 10, "4H": 20, "P": 3}
 
@@ -208,12 +230,16 @@ SIZES = {"H": 5, "2H": 10, "4H": 20, "P": 3}
 def values(architecture: Architecture, seed: int = 3) -> dict[str, Tensor]:
     """Tensors of any architecture, VeLO's in a small size."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: [SIZES.get(str(n), n) for n in shape] for name, shape in architecture.shapes.items()}
+    shapes = {
+        name: [SIZES.get(str(n), n) for n in shape] for name, shape in architecture.shapes.items()
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}  # type: ignore[arg-type]
 
 
 def pylo_folder(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """What huggingface_hub's PyTorchModelHubMixin.save_pretrained leaves: config.json, model.safetensors, README.md."""
+    """What huggingface_hub's PyTorchModelHubMixin.save_pretrained leaves: config.json,
+    model.safetensors, README.md.
+    """
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     (path / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- learned-optimizer\n---\n")
@@ -239,20 +265,36 @@ def pylo_velo(path: Path, rnn_config: dict[str, Any] = RNN_CONFIG) -> tuple[str,
     scratch = {name: torch.full((2,), float("nan")) for name in VELO.ignored}
     assert {name.replace("_.", ".").removesuffix("_") for name in of_mlp} == set(scratch)
     path.mkdir(exist_ok=True)
-    rnn = pylo_folder(path / "rnn", {name: t for name, t in kept.items() if name not in of_mlp}, rnn_config)
-    mlp = pylo_folder(path / "mlp", {**{name: kept[name] for name in of_mlp}, **scratch}, {"param_inits": 3, "hidden_size": 4})
+    rnn = pylo_folder(
+        path / "rnn", {name: t for name, t in kept.items() if name not in of_mlp}, rnn_config
+    )
+    mlp = pylo_folder(
+        path / "mlp",
+        {**{name: kept[name] for name in of_mlp}, **scratch},
+        {"param_inits": 3, "hidden_size": 4},
+    )
     return f"{rnn}+{mlp}", kept
 
 
 @pytest.mark.parametrize(
     ("optimizer", "config"),
-    [("AdafacLO", MLP_CONFIG), ("MuLO", MLP_CONFIG), ("ELO", MLP_CONFIG), ("CELO2", CELO2_CONFIG), ("ELO_CELO2", CELO2_CONFIG)],
+    [
+        ("AdafacLO", MLP_CONFIG),
+        ("MuLO", MLP_CONFIG),
+        ("ELO", MLP_CONFIG),
+        ("CELO2", CELO2_CONFIG),
+        ("ELO_CELO2", CELO2_CONFIG),
+    ],
 )
-def test_folders_of_pylo_load_unchanged(tmp_path: Path, optimizer: str, config: dict[str, Any]) -> None:
+def test_folders_of_pylo_load_unchanged(
+    tmp_path: Path, optimizer: str, config: dict[str, Any]
+) -> None:
     kept = values(CELO2 if "CELO2" in optimizer else SMALL_FC)
     folder = pylo_folder(tmp_path / "saved", kept, config)
     kwargs = {"width_mults": {"w": 1.0}} if optimizer == "MuLO" else {}
-    built = getattr(pylo_dist, optimizer)([("w", nn.Parameter(torch.ones(3, 4)))], weights=folder, **kwargs)
+    built = getattr(pylo_dist, optimizer)(
+        [("w", nn.Parameter(torch.ones(3, 4)))], weights=folder, **kwargs
+    )
     assert set(built.weights.tensors) == set(kept)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in built.weights.tensors.items())
 
@@ -262,7 +304,8 @@ def test_the_two_folders_of_velo_are_one_network(tmp_path: Path) -> None:
     built = pylo_dist.VeLO([nn.Parameter(torch.ones(3, 4))], num_steps=10, weights=folders)
     assert set(built.weights.tensors) == set(kept)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in built.weights.tensors.items())
-    one = save_weights(tmp_path / "one+folder", folders)  # a "+" in the path of a folder that is there joins nothing
+    # a "+" in the path of a folder that is there joins nothing
+    one = save_weights(tmp_path / "one+folder", folders)
     assert load_weights(tmp_path / "one+folder", VELO).digest == one.digest == built.weights.digest
     rnn, mlp = folders.split("+")
     for wrong, message in {
@@ -276,27 +319,42 @@ def test_the_two_folders_of_velo_are_one_network(tmp_path: Path) -> None:
 
 def test_settings_of_pylo_that_are_not_computed_here_are_refused(tmp_path: Path) -> None:
     folder = pylo_folder(tmp_path / "tanh", values(CELO2), {**CELO2_CONFIG, "activation": "tanh"})
-    with pytest.raises(WeightsError, match="activation = 'tanh', celo2 here computes 'relu' only; use PyLO"):
+    with pytest.raises(
+        WeightsError, match="activation = 'tanh', celo2 here computes 'relu' only; use PyLO"
+    ):
         load_weights(folder, CELO2)
     folders, _ = pylo_velo(tmp_path / "velo", {**RNN_CONFIG, "mix_layers": False})
-    with pytest.raises(WeightsError, match="mix_layers = False, velo here computes True only; use PyLO"):
+    with pytest.raises(
+        WeightsError, match="mix_layers = False, velo here computes True only; use PyLO"
+    ):
         load_weights(folders, VELO)
     (folder / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config.json is not readable JSON.*mend it"):
         load_weights(folder, CELO2)
 
 
-# ---------------------------------------------------------------------------------------------- saved
+# -------------------------------------------------------------------------------------------- saved
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_saved_weights_are_read_back_bit_for_bit(tmp_path: Path, architecture: Architecture) -> None:
+def test_saved_weights_are_read_back_bit_for_bit(
+    tmp_path: Path, architecture: Architecture
+) -> None:
     given = load_weights(values(architecture), architecture)
-    decays = {name: tuple(0.1 * x for x in numbers) for name, numbers in architecture.decays.items()}
+    decays = {
+        name: tuple(0.1 * x for x in numbers) for name, numbers in architecture.decays.items()
+    }
     folder = tmp_path / "a" / "folder"
-    saved = save_weights(folder, given, decays=decays, horizon=1234, licence="mit", description="Some words.")
+    saved = save_weights(
+        folder, given, decays=decays, horizon=1234, licence="mit", description="Some words."
+    )
     read = load_weights(folder)  # knows its architecture
-    for network in (saved, read, load_weights(folder, architecture), load_weights(folder / "model.safetensors", architecture)):
+    for network in (
+        saved,
+        read,
+        load_weights(folder, architecture),
+        load_weights(folder / "model.safetensors", architecture),
+    ):
         assert (network.architecture, network.digest, network.horizon, network.licence) == (
             architecture.name,
             given.digest,
@@ -304,7 +362,9 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path: Path, architecture: A
             "mit",
         )
         assert dict(network.decays) == decays
-        assert all(torch.equal(tensor, given.tensors[name]) for name, tensor in network.tensors.items())
+        assert all(
+            torch.equal(tensor, given.tensors[name]) for name, tensor in network.tensors.items()
+        )
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors"]
     card = (folder / "README.md").read_text()
     for said in (
@@ -317,7 +377,12 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path: Path, architecture: A
     ):
         assert said in card
     again = save_weights(tmp_path / "again", folder)  # what a folder says goes along
-    assert (dict(again.decays), again.horizon, again.licence, again.digest) == (decays, 1234, "mit", given.digest)
+    assert (dict(again.decays), again.horizon, again.licence, again.digest) == (
+        decays,
+        1234,
+        "mit",
+        given.digest,
+    )
 
 
 def test_an_optimizers_weights_can_be_saved(tmp_path: Path) -> None:
@@ -331,15 +396,29 @@ def test_an_optimizers_weights_can_be_saved(tmp_path: Path) -> None:
 
 def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match="of small_fc, elo, celo2, velo the tensors fit small_fc and elo; name the architecture"
+        WeightsError,
+        match="of small_fc, elo, celo2, velo the tensors fit small_fc and elo; name the "
+        "architecture",
     ):
         save_weights(tmp_path / "new", tensors())
     for architecture in ("small_fc", "elo"):
-        assert save_weights(tmp_path / architecture, tensors(), architecture).architecture == architecture
-    with pytest.raises(WeightsError, match="architecture 'mlp': wanted one of small_fc, elo, celo2, velo"):
+        assert (
+            save_weights(tmp_path / architecture, tensors(), architecture).architecture
+            == architecture
+        )
+    with pytest.raises(
+        WeightsError, match="architecture 'mlp': wanted one of small_fc, elo, celo2, velo"
+    ):
         save_weights(tmp_path / "new", tensors(), "mlp")
-    for decays in ({"rms_decay": [0.1]}, {"rms_decays": [0.1, 0.2]}, {"rms_decays": [float("nan")]}):
-        with pytest.raises(WeightsError, match=r"do not belong to small_fc: wanted momentum_decays \(3 finite numbers\)"):
+    for decays in (
+        {"rms_decay": [0.1]},
+        {"rms_decays": [0.1, 0.2]},
+        {"rms_decays": [float("nan")]},
+    ):
+        with pytest.raises(
+            WeightsError,
+            match=r"do not belong to small_fc: wanted momentum_decays \(3 finite numbers\)",
+        ):
             save_weights(tmp_path / "new", tensors(), "small_fc", decays=decays)
     with pytest.raises(WeightsError, match="horizon=0: wanted a number of steps"):
         save_weights(tmp_path / "new", tensors(), "small_fc", horizon=0)
@@ -352,12 +431,20 @@ def test_saving_replaces_nothing_unasked(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     first = save_weights(folder, tensors(1), "small_fc")
     save_weights(folder, tensors(1), "small_fc")  # the same again
-    with pytest.raises(WeightsError, match="holds other weights; name a new folder, or overwrite them"):
+    with pytest.raises(
+        WeightsError, match="holds other weights; name a new folder, or overwrite them"
+    ):
         save_weights(folder, tensors(2), "small_fc")
     assert load(folder).digest == first.digest
-    assert save_weights(folder, tensors(2), "small_fc", overwrite=True).digest == load(folder).digest != first.digest
+    assert (
+        save_weights(folder, tensors(2), "small_fc", overwrite=True).digest
+        == load(folder).digest
+        != first.digest
+    )
     write(tmp_path / "taken" / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"holds other.safetensors, a weights folder holds one such file"):
+    with pytest.raises(
+        WeightsError, match=r"holds other.safetensors, a weights folder holds one such file"
+    ):
         save_weights(tmp_path / "taken", tensors(), "small_fc", overwrite=True)
 
 
@@ -370,7 +457,7 @@ def test_tensors_that_changed_after_they_were_saved_are_refused(tmp_path: Path) 
         load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------- registry
+# ----------------------------------------------------------------------------------------- registry
 
 
 def test_what_the_registry_says() -> None:
@@ -382,7 +469,9 @@ def test_what_the_registry_says() -> None:
         "DiamondXL/elo-celo2": "celo2",
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": "velo",
     }
-    assert {name for name, entry in entries.items() if entry.horizon} == {"Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP"}
+    assert {name for name, entry in entries.items() if entry.horizon} == {
+        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP"
+    }
     assert entries["btherien/mulo"].decays == SMALL_FC.decays
     at_v2 = registered_entry("btherien/mulo@v2")
     assert at_v2 is not None
@@ -406,11 +495,14 @@ def test_registered_files_have_their_sha256(tmp_path: Path) -> None:
     register_weights("mine", Registered("small_fc", str(file), sha256=digest))
     assert load("mine").digest == load(file).digest
     write(file, tensors(8))
-    with pytest.raises(WeightsError, match=f"w.safetensors has sha256 .*, registered is {digest}; it is another file"):
+    with pytest.raises(
+        WeightsError,
+        match=f"w.safetensors has sha256 .*, registered is {digest}; it is another file",
+    ):
         load("mine")
 
 
-# -------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 def _without(name: str) -> dict[str, Any]:
@@ -426,12 +518,23 @@ def _without(name: str) -> dict[str, Any]:
             {**tensors(), "network.input.weight": torch.zeros(39, 32)},
             r"'network.input.weight' is torch.float32 \(39, 32\), wanted floating point \(32, 39\)",
         ),
-        ({**tensors(), "network.input.bias": torch.zeros(32, dtype=torch.int32)}, "'network.input.bias' is torch.int32"),
-        ({**tensors(), "network.output.bias": torch.tensor([0.0, float("nan")])}, "'network.output.bias' holds inf or NaN"),
-        ({**tensors(), "network.output.bias": torch.tensor([0.0, float("inf")])}, "'network.output.bias' holds inf or NaN"),
+        (
+            {**tensors(), "network.input.bias": torch.zeros(32, dtype=torch.int32)},
+            "'network.input.bias' is torch.int32",
+        ),
+        (
+            {**tensors(), "network.output.bias": torch.tensor([0.0, float("nan")])},
+            "'network.output.bias' holds inf or NaN",
+        ),
+        (
+            {**tensors(), "network.output.bias": torch.tensor([0.0, float("inf")])},
+            "'network.output.bias' holds inf or NaN",
+        ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
     for source in (values, write(tmp_path / "w.safetensors", values)):
         with pytest.raises(WeightsError, match=message):
             load(source)
@@ -447,7 +550,9 @@ def test_folders_need_exactly_one_file(tmp_path: Path) -> None:
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"\x80")
     (pickled / "other.pt").write_bytes(b"\x80")
-    with pytest.raises(WeightsError, match=r"only pickled files \(other.pt, pytorch_model.bin\), which are refused"):
+    with pytest.raises(
+        WeightsError, match=r"only pickled files \(other.pt, pytorch_model.bin\), which are refused"
+    ):
         load(pickled)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -475,7 +580,8 @@ def test_unknown_names_list_the_known_ones() -> None:
     register_weights("mine", Registered("small_fc", "somewhere"))
     for name in ("mulo", "missing.safetensors", "./folder/of/weights", "/no/such/folder"):
         with pytest.raises(
-            WeightsError, match=r"no such file or folder, nor a registered name \(demo, btherien/mulo.*mine\)"
+            WeightsError,
+            match=r"no such file or folder, nor a registered name \(demo, btherien/mulo.*mine\)",
         ) as e:
             load(name)
         assert repr(name) in str(e.value)
@@ -488,14 +594,20 @@ def test_names_of_another_architecture_are_refused() -> None:
         load("theirs")
 
 
-# -------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     root = Path(__file__).parents[2]
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -504,21 +616,30 @@ import time, torch, pylo_dist
 start = time.perf_counter()
 for name in (None, "somebody/weights@v1", "no such/name"):
     try:
-        pylo_dist.AdafacLO([torch.nn.Parameter(torch.ones(3))], **({} if name is None else {"weights": name}))
+        given = {} if name is None else {"weights": name}
+        pylo_dist.AdafacLO([torch.nn.Parameter(torch.ones(3))], **given)
     except pylo_dist.WeightsError as error:
         print(error)
 print(time.perf_counter() - start)
 """
 
 
-def test_default_weights_without_a_network_fail_quickly_and_name_the_ways_out(tmp_path: Path) -> None:
+def test_default_weights_without_a_network_fail_quickly_and_name_the_ways_out(
+    tmp_path: Path,
+) -> None:
     done = run(OFFLINE, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     default, other, invalid, took = done.stdout.strip().splitlines()
     assert default.startswith("weights 'btherien/mulo' could not be had from the Hub")
     assert other.startswith("weights 'somebody/weights@v1' could not be had from the Hub")
     assert invalid.startswith("weights 'no such/name' could not be had from the Hub")
-    for way_out in ("connect", "hf download btherien/mulo", ".safetensors file", "a mapping", 'weights="demo"'):
+    for way_out in (
+        "connect",
+        "hf download btherien/mulo",
+        ".safetensors file",
+        "a mapping",
+        'weights="demo"',
+    ):
         assert way_out in default
     assert float(took) < 10.0
 

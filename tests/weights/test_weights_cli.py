@@ -1,4 +1,6 @@
-"""`python -m pylo_dist weights`: what it prints, what it writes, and exit code 2 with one line for wrong input."""
+"""`python -m pylo_dist weights`: what it prints, what it writes, and exit code 2 with one line for
+wrong input.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 def tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator) for name, shape in SMALL_FC.shapes.items()
+    }
 
 
 DIGEST = load_weights(tensors(), SMALL_FC).digest
@@ -33,7 +37,14 @@ DIGEST = load_weights(tensors(), SMALL_FC).digest
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "given.safetensors"
-    save_file(tensors(), path, {CARD_KEY: '{"architecture": "small_fc", "decays": {"rms_decays": [0.25]}, "horizon": 500}'})
+    save_file(
+        tensors(),
+        path,
+        {
+            CARD_KEY: '{"architecture": "small_fc", "decays": {"rms_decays": [0.25]}, "horizon": '
+            "500}"
+        },
+    )
     return path
 
 
@@ -52,7 +63,9 @@ def test_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert "150,000 steps" in lines[-1]
 
 
-def test_show_prints_what_belongs_to_the_weights(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_what_belongs_to_the_weights(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["weights", "show", str(file)]) == 0
     out = capsys.readouterr().out.splitlines()
     for line in (
@@ -82,7 +95,9 @@ def test_show_asks_no_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensors: 20\n" in out
 
 
-def test_fetch_and_verify_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_and_verify_a_file(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "fetched"
     assert main(["weights", "fetch", str(file), "--to", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}: small_fc weights from {file}, digest {DIGEST}\n"
@@ -103,12 +118,28 @@ def test_fetch_and_verify_a_file(file: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nonsense"], "weights 'nonsense': no such file or folder, nor a registered name (demo, btherien/mulo"),
-        (["show", "some/thing"], "weights 'some/thing' could not be had from the Hub (no network was asked for"),
+        (
+            ["show", "nonsense"],
+            "weights 'nonsense': no such file or folder, nor a registered name (demo, "
+            "btherien/mulo",
+        ),
+        (
+            ["show", "some/thing"],
+            "weights 'some/thing' could not be had from the Hub (no network was asked for",
+        ),
         (["show", "demo", "--architecture", "celo2"], "there are no demo weights for celo2"),
-        (["fetch", "FILE", "--to", "FILE"], "is a file, wanted a folder to write model.safetensors to"),
-        (["fetch", "FILE", "--to", "new", "--architecture", "elo"], "are for small_fc, this optimizer needs elo"),
-        (["fetch", "demo", "--to", "OTHERS"], "holds other weights; name a new folder, or overwrite them"),
+        (
+            ["fetch", "FILE", "--to", "FILE"],
+            "is a file, wanted a folder to write model.safetensors to",
+        ),
+        (
+            ["fetch", "FILE", "--to", "new", "--architecture", "elo"],
+            "are for small_fc, this optimizer needs elo",
+        ),
+        (
+            ["fetch", "demo", "--to", "OTHERS"],
+            "holds other weights; name a new folder, or overwrite them",
+        ),
         (["verify", "nowhere"], "nowhere is no folder; wanted one that"),
         (["verify", "OTHERS"], "and none to compare it with: write it with"),
         (["verify", "PICKLED"], "only pickled files (model.pt), which are refused"),
@@ -126,7 +157,9 @@ def test_wrong_input_is_one_line_and_code_2(
     others, pickled = tmp_path / "others", tmp_path / "pickled"
     others.mkdir()
     pickled.mkdir()
-    (others / "model.safetensors").write_bytes(save(tensors(), {CARD_KEY: '{"architecture": "small_fc"}'}))
+    (others / "model.safetensors").write_bytes(
+        save(tensors(), {CARD_KEY: '{"architecture": "small_fc"}'})
+    )
     (pickled / "model.pt").write_bytes(b"\x80")
     places = {"FILE": str(file), "OTHERS": str(others), "PICKLED": str(pickled)}
     assert main(["weights", *(places.get(a, a) for a in arguments)]) == 2
@@ -140,9 +173,17 @@ def test_wrong_input_is_one_line_and_code_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["weights"], ["weights", "sell"], ["weights", "fetch", "demo"], ["weights", "show", "demo", "--architecture", "x"]],
+    [
+        [],
+        ["weights"],
+        ["weights", "sell"],
+        ["weights", "fetch", "demo"],
+        ["weights", "show", "demo", "--architecture", "x"],
+    ],
 )
-def test_commands_that_are_none_have_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_are_none_have_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -151,7 +192,11 @@ def test_commands_that_are_none_have_code_2(arguments: list[str], capsys: pytest
 
 def test_as_a_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pylo_dist", "weights", "show", "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "pylo_dist", "weights", "show", "nonsense"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: weights 'nonsense': no such file or folder")
@@ -163,7 +208,12 @@ def test_a_fetched_folder_loads_without_a_network(tmp_path: Path) -> None:
     with serving() as server:
         commit = server.commit("btherien/mulo", {"model.safetensors": save(tensors())})
         home = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
-        assert Call(home, hub_cases.fetch, ["weights", "fetch", "btherien/mulo", "--to", str(folder)]).result() == 0
+        assert (
+            Call(
+                home, hub_cases.fetch, ["weights", "fetch", "btherien/mulo", "--to", str(folder)]
+            ).result()
+            == 0
+        )
         missing = ["weights", "fetch", "no/thing", "--to", str(tmp_path / "nothing")]
         assert Call(home, hub_cases.fetch, missing).result() == 2
     assert not (tmp_path / "nothing").exists()

@@ -1,4 +1,6 @@
-"""Checkpoints of DeepSpeed engines: the same ranks bit for bit, other ranks, stages and layouts within the layout tolerance."""
+"""Checkpoints of DeepSpeed engines: the same ranks bit for bit, other ranks, stages and layouts
+within the layout tolerance.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from support import deepspeed_cases as cases
 from support.deepspeed_cases import Case
 from support.ranks import run_ranks
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
+pytest.importorskip(
+    "deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed"
+)
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -30,8 +34,16 @@ SAVED = {
     "stage 1, fp32 sums": Case(1, groups=True, extra=FP32_SUMS, steps=END),
     "stage 2": Case(2, "elo_celo2", extra=SCHEDULER, steps=END),
     "stage 2, bfloat16": Case(2, "velo", extra=BF16, steps=END),
-    "stage 3": Case(3, "velo", groups=True, steps=END, zero={"sub_group_size": 50, "stage3_param_persistence_threshold": 30}),
-    "stage 3, bfloat16": Case(3, extra=BF16, steps=END, zero={"stage3_param_persistence_threshold": 30}),
+    "stage 3": Case(
+        3,
+        "velo",
+        groups=True,
+        steps=END,
+        zero={"sub_group_size": 50, "stage3_param_persistence_threshold": 30},
+    ),
+    "stage 3, bfloat16": Case(
+        3, extra=BF16, steps=END, zero={"stage3_param_persistence_threshold": 30}
+    ),
 }
 # Into which stage each of them is loaded on another number of ranks.
 INTO = {
@@ -73,11 +85,18 @@ def save(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
         cases.train(engine, 0, HALF)
         engine.module.seen.fill_(SEEN)
         frozen = engine.module.frozen.weight
-        with deepspeed.zero.GatheredParameters([frozen], modifier_rank=0, enabled=case.stage == 3), torch.no_grad():
+        with (
+            deepspeed.zero.GatheredParameters([frozen], modifier_rank=0, enabled=case.stage == 3),
+            torch.no_grad(),
+        ):
             frozen.fill_(FROZEN)
         engine.save_checkpoint(f"{folder}/{name}", client_state={"note": name})
         if "bfloat16" not in name:
-            checkpoint.save(f"{folder}/{name} canonical", pylo_dist.deepspeed.states(engine), meta={"step": HALF})
+            checkpoint.save(
+                f"{folder}/{name} canonical",
+                pylo_dist.deepspeed.states(engine),
+                meta={"step": HALF},
+            )
         cases.train(engine, HALF, END)
         engine.destroy()
         resumed = cases.build(case, files)
@@ -105,8 +124,17 @@ def save(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
 
 def local_state(engine: Any) -> dict[str, Tensor]:
     state = engine.basic_optimizer.state_dict()["pylo_dist"]["optimizer"]
-    flat = {f"{i}.{k}": v["local"] if isinstance(v, dict) else v for i, entry in state["state"].items() for k, v in entry.items()}
-    groups = {f"{i}.{k}": v for i, g in enumerate(state["param_groups"]) for k, v in g.items() if isinstance(v, Tensor)}
+    flat = {
+        f"{i}.{k}": v["local"] if isinstance(v, dict) else v
+        for i, entry in state["state"].items()
+        for k, v in entry.items()
+    }
+    groups = {
+        f"{i}.{k}": v
+        for i, g in enumerate(state["param_groups"])
+        for k, v in g.items()
+        if isinstance(v, Tensor)
+    }
     return {k: v.clone() for k, v in {**flat, **groups}.items()}
 
 
@@ -120,7 +148,9 @@ def test_the_same_ranks_go_on_bit_for_bit(saved: list[dict[str, Any]]) -> None:
             assert result["state"].keys() == result["resumed state"].keys()
             for key, values in result["state"].items():
                 assert torch.equal(result["resumed state"][key], values), (name, key)
-            assert torch.equal(result["params"]["frozen.weight"].float(), torch.full((3,), FROZEN)), name
+            assert torch.equal(
+                result["params"]["frozen.weight"].float(), torch.full((3,), FROZEN)
+            ), name
             assert result["note"] == name
             assert result["steps"] == END
     for rank in saved:
@@ -153,10 +183,15 @@ def load(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
     for source, stage in (("stage 1", 0), ("stage 3", 2), ("stage 0", 3)):
         case = SAVED[source]
         engine = cases.build(Case(stage, case.rule, groups=case.groups, steps=END), files)
-        _, meta = checkpoint.load(f"{folder}/{source} canonical", pylo_dist.deepspeed.states(engine))
+        _, meta = checkpoint.load(
+            f"{folder}/{source} canonical", pylo_dist.deepspeed.states(engine)
+        )
         assert meta == {"step": HALF}
         cases.train(engine, HALF, END)
-        results[f"canonical {source}"] = {"masters": cases.masters(engine), "params": cases.whole_params(engine)}
+        results[f"canonical {source}"] = {
+            "masters": cases.masters(engine),
+            "params": cases.whole_params(engine),
+        }
         engine.destroy()
     results["without DeepSpeed"] = without_deepspeed(rank, world, folder, files)
     engine = cases.build(SAVED["stage 2"], files)
@@ -170,8 +205,12 @@ def load(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
     return results
 
 
-def without_deepspeed(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str, dict[str, Tensor]]:
-    """The engine of stage 3 goes on as ZeroOptimizer: from DeepSpeed's files, and from the canonical folder."""
+def without_deepspeed(
+    rank: int, world: int, folder: str, files: dict[str, str]
+) -> dict[str, dict[str, Tensor]]:
+    """The engine of stage 3 goes on as ZeroOptimizer: from DeepSpeed's files, and from the
+    canonical folder.
+    """
     import pylo_dist.deepspeed
 
     _, params = cases.rules(files)["velo"]
@@ -180,7 +219,9 @@ def without_deepspeed(rank: int, world: int, folder: str, files: dict[str, str])
         model = cases.Model()
         groups = cases.split_groups(model)
         names = {p: n for n, p in model.named_parameters()}
-        named = [{**g, "params": [(names[p], p) for p in g["params"] if p.requires_grad]} for g in groups]
+        named = [
+            {**g, "params": [(names[p], p) for p in g["params"] if p.requires_grad]} for g in groups
+        ]
         optimizer = pylo_dist.ZeroOptimizer(named, pylo_dist.VeLO, **params)
         if way == "files":
             read = pylo_dist.deepspeed.read_checkpoint(f"{folder}/stage 3")
@@ -219,14 +260,17 @@ def test_other_ranks_and_layouts_go_on(
         history, _ = cases.unsharded(case, files, worlds, rates=rates)
         share = 5e-5 if "celo2" in case.rule else None
         got = cases.joined([rank[name]["masters"] for rank in ranks])
-        errors = layout_error(got, {f: history[-1][f] for f in got}, largest_changes(history), share)
+        errors = layout_error(
+            got, {f: history[-1][f] for f in got}, largest_changes(history), share
+        )
         assert max(errors.values()) <= 1.0, (name, errors)
         worst = max(worst, *errors.values())
         for rank in ranks:
             params = rank[name]["params"]
             assert torch.equal(params["frozen.weight"].float(), torch.full((3,), FROZEN)), name
             assert all(torch.equal(p, ranks[0][name]["params"][f]) for f, p in params.items())
-            for fqn, whole in got.items():  # the model has what the float32 tensors say, rounded once
+            # the model has what the float32 tensors say, rounded once
+            for fqn, whole in got.items():
                 assert torch.equal(params[fqn], whole.to(params[fqn].dtype)), (name, fqn)
             if name in SAVED:
                 assert torch.equal(rank[name]["seen"].float(), torch.full((2,), SEEN))
@@ -236,11 +280,17 @@ def test_other_ranks_and_layouts_go_on(
             assert ranks[0][name]["lr"] == RATES[HALF]
     history, _ = cases.unsharded(SAVED["stage 3"], files, worlds)
     for way, got in ranks[0]["without DeepSpeed"].items():
-        errors = layout_error(got, {f: h for f, h in history[-1].items() if f != "frozen.weight"}, largest_changes(history))
+        errors = layout_error(
+            got,
+            {f: h for f, h in history[-1].items() if f != "frozen.weight"},
+            largest_changes(history),
+        )
         assert max(errors.values()) <= 1.0, (way, errors)
     for rank in ranks:
         other_model, no_tag, nowhere = rank["errors"]
         assert "state_rule" in other_model or "groups" in other_model
         assert "nothing has no *_model_states.pt" in no_tag
         assert "latest is missing" in nowhere
-    figures.append(f"DeepSpeed checkpoints | 2 to {world} ranks | at most {worst:.2g} of the layout tolerance")
+    figures.append(
+        f"DeepSpeed checkpoints | 2 to {world} ranks | at most {worst:.2g} of the layout tolerance"
+    )

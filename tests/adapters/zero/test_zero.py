@@ -1,8 +1,9 @@
 """ZeroOptimizer on real gloo processes equals one process.
 
-Background: every rank holds an arbitrary interval of each tensor, so row and column factors, feature norms, the clip norm and
-the decision whether to step must come out of two packed all-reduces. Gradients differ by rank and are integers over a power of
-two, so that their sum is exact in any order and only the arithmetic of the step is compared.
+Background: every rank holds an arbitrary interval of each tensor, so row and column factors,
+feature norms, the clip norm and the decision whether to step must come out of two packed
+all-reduces. Gradients differ by rank and are integers over a power of two, so that their sum is
+exact in any order and only the arithmetic of the step is compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ VOCABULARY = 50257
 
 
 class Model(nn.Module):
-    """Shapes that break sharded optimizers: uneven vocabulary, tied, [1, N], 0-d, dims below the ranks, empty, frozen."""
+    """Shapes that break sharded optimizers: uneven vocabulary, tied, [1, N], 0-d, dims below the
+    ranks, empty, frozen.
+    """
 
     def __init__(self, seed: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
@@ -56,7 +59,9 @@ class Model(nn.Module):
 def gradient(fqn: str, shape: torch.Size, step: int, rank: int) -> Tensor | None:
     if fqn == "unused" or (fqn == "sometimes" and rank > 0):
         return None
-    generator = torch.Generator().manual_seed(hash((len(fqn), sum(map(ord, fqn)), step, rank)) % 2**31)
+    generator = torch.Generator().manual_seed(
+        hash((len(fqn), sum(map(ord, fqn)), step, rank)) % 2**31
+    )
     return torch.randint(-64, 65, shape, generator=generator) / 1024.0
 
 
@@ -73,13 +78,19 @@ def mean_gradient(fqn: str, shape: torch.Size, step: int, world: int) -> Tensor 
 def unsharded(
     world: int, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any
 ) -> tuple[list[dict[str, Tensor]], torch.optim.Optimizer, Model]:
-    """The same steps in one process on the mean gradients: parameters after each, the optimizer, the model."""
+    """The same steps in one process on the mean gradients: parameters after each, the optimizer,
+    the model.
+    """
     model = Model(0)
-    optimizer = optimizer_class([(n, p) for n, p in model.named_parameters() if p.requires_grad], **kwargs)
+    optimizer = optimizer_class(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], **kwargs
+    )
     history = [snapshot(model)]
     for step in range(STEPS):
         for fqn, param in model.named_parameters():
-            param.grad = mean_gradient(fqn, param.shape, step, world) if param.requires_grad else None
+            param.grad = (
+                mean_gradient(fqn, param.shape, step, world) if param.requires_grad else None
+            )
         if isinstance(optimizer, pylo_dist.LearnedOptimizer):
             optimizer.set_loss(sum(loss_of(step, rank) for rank in range(world)) / world)
         optimizer.step()
@@ -96,18 +107,40 @@ Setting = tuple[type[pylo_dist.LearnedOptimizer], dict[str, Any]]
 
 
 def settings(world: int) -> dict[str, Setting]:
-    """What runs on this many ranks: all rules on 3, where nothing divides evenly, the two with most to sum on all."""
+    """What runs on this many ranks: all rules on 3, where nothing divides evenly, the two with most
+    to sum on all.
+    """
     celo2 = celo2_weights(load("celo2_default_f64"))
     every: dict[str, Setting] = {
         "adafac": (pylo_dist.AdafacLO, {"weights": weights(), "weight_decay": 0.01}),
-        "velo": (pylo_dist.VeLO, {"weights": velo_weights("small"), "num_steps": 100, "max_grad_norm": 1.0}),
+        "velo": (
+            pylo_dist.VeLO,
+            {"weights": velo_weights("small"), "num_steps": 100, "max_grad_norm": 1.0},
+        ),
         "clipped": (pylo_dist.AdafacLO, {"weights": weights(), "max_grad_norm": 1.0}),
-        "per_tensor": (pylo_dist.AdafacLO, {"weights": weights(), "max_grad_norm": 0.05, "clip": "per_tensor"}),
-        "mulo": (pylo_dist.MuLO, {"weights": weights(), "width_mults": {"square": 4.0, "embedding": 2.0}}),
+        "per_tensor": (
+            pylo_dist.AdafacLO,
+            {"weights": weights(), "max_grad_norm": 0.05, "clip": "per_tensor"},
+        ),
+        "mulo": (
+            pylo_dist.MuLO,
+            {"weights": weights(), "width_mults": {"square": 4.0, "embedding": 2.0}},
+        ),
         "celo2": (pylo_dist.CELO2, {"weights": celo2, "embedding_pattern": "^embedding"}),
-        "base": (pylo_dist.CELO2, {"weights": celo2, "orthogonalize": False, "param_scale_mult": True, "weight_decay": 0.1}),
+        "base": (
+            pylo_dist.CELO2,
+            {
+                "weights": celo2,
+                "orthogonalize": False,
+                "param_scale_mult": True,
+                "weight_decay": 0.1,
+            },
+        ),
         "elo_celo2": (pylo_dist.ELO_CELO2, {"weights": celo2}),
-        "elo": (pylo_dist.ELO, {"weights": weights(), "lr": 0.01, "weight_decay": 0.1, "clip_grad": True}),
+        "elo": (
+            pylo_dist.ELO,
+            {"weights": weights(), "lr": 0.01, "weight_decay": 0.1, "clip_grad": True},
+        ),
     }
     some = ("adafac", "velo") if world == 1 else ("adafac", "velo", "celo2", "elo", "mulo")
     return every if world == 3 else {name: every[name] for name in some}
@@ -118,7 +151,11 @@ class Calls:
 
     def __init__(self) -> None:
         self.counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
-        reduce, scatter, gather = dist.all_reduce, collectives._reduce_scatter, collectives._all_gather
+        reduce, scatter, gather = (
+            dist.all_reduce,
+            collectives._reduce_scatter,
+            collectives._all_gather,
+        )
 
         def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.counts["all_reduce"] += 1
@@ -133,7 +170,11 @@ class Calls:
             return gather(*args, **kwargs)
 
         self.originals = reduce, scatter, gather
-        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = all_reduce, reduce_scatter, all_gather
+        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = (
+            all_reduce,
+            reduce_scatter,
+            all_gather,
+        )
 
     def stop(self) -> dict[str, int]:
         dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = self.originals
@@ -146,15 +187,22 @@ def state_of(optimizer: pylo_dist.ZeroOptimizer) -> dict[str, Any]:
     for param, state in optimizer.state.items():
         shard = bound_shard(param).shard
         fields = optimizer.inner.state_fields(param)
-        sharded = {n: fields[n].flat(t).clone() for n, t in state.items() if fields[n].replicated is None}
-        pieces[shard.fqn] = (shard.start, sharded, {n: t.clone() for n, t in state.items() if fields[n].replicated is not None})
+        sharded = {
+            n: fields[n].flat(t).clone() for n, t in state.items() if fields[n].replicated is None
+        }
+        pieces[shard.fqn] = (
+            shard.start,
+            sharded,
+            {n: t.clone() for n, t in state.items() if fields[n].replicated is not None},
+        )
     return pieces
 
 
 def learned_ranks(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, (optimizer_class, kwargs) in settings(world).items():
-        model = Model(seed=rank)  # different on every rank: construction must bring rank 0's everywhere
+        # different on every rank: construction must bring rank 0's everywhere
+        model = Model(seed=rank)
         optimizer = pylo_dist.ZeroOptimizer(model, optimizer_class, bucket_cap_mb=0.002, **kwargs)
         calls = Calls()
         for step in range(STEPS):
@@ -169,7 +217,9 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
             "buckets": len(optimizer.buckets),
             "stats": {fqn: float(row["update_ratio"]) for fqn, row in optimizer.stats().items()},
             "grad_norm": float(optimizer.grad_norm),
-            "run": {k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith("loss_")},
+            "run": {
+                k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith("loss_")
+            },
         }
     results["nonfinite"] = nonfinite_ranks(rank)
     results["failure"] = failure_ranks(rank, world)
@@ -183,7 +233,9 @@ def nonfinite_ranks(rank: int) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     for mode in ("error", "skip"):
         model = Model(0, vocabulary=53)
-        optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), nonfinite=mode)
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=weights(), nonfinite=mode
+        )
         set_gradients(model, 0, rank)
         optimizer.step()
         before, state = snapshot(model), state_of(optimizer)
@@ -209,10 +261,14 @@ def nonfinite_ranks(rank: int) -> dict[str, Any]:
 
 
 def failure_ranks(rank: int, world: int) -> dict[str, Any]:
-    """The last rank alone cannot take a step: all must say so, change nothing, and be able to go on together."""
+    """The last rank alone cannot take a step: all must say so, change nothing, and be able to go on
+    together.
+    """
     outcome: dict[str, Any] = {}
     model = Model(0, vocabulary=53)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.VeLO, num_steps=100, weights=velo_weights("small"))
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.VeLO, num_steps=100, weights=velo_weights("small")
+    )
     for case in ("good", "sparse", "no loss", "loss of two", "good again"):
         set_gradients(model, len(outcome), rank)
         before, state = snapshot(model), str(state_of(optimizer))
@@ -226,9 +282,13 @@ def failure_ranks(rank: int, world: int) -> dict[str, Any]:
             outcome[case] = "step"
         except (ValueError, pylo_dist.PeerError) as error:
             outcome[case] = f"{type(error).__name__}: {error}"
-        same = all(torch.equal(before[f], p) for f, p in snapshot(model).items()) and state == str(state_of(optimizer))
+        same = all(torch.equal(before[f], p) for f, p in snapshot(model).items()) and state == str(
+            state_of(optimizer)
+        )
         outcome[f"{case} changed"] = not same
-        assert all(member.piece.grad is None for bucket in optimizer.buckets for member in bucket.members)
+        assert all(
+            member.piece.grad is None for bucket in optimizer.buckets for member in bucket.members
+        )
     outcome["steps"] = int(optimizer.param_groups[0]["step"])
     return outcome
 
@@ -269,7 +329,9 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             for fqn, tensor in result["params"].items():
                 assert torch.equal(tensor, results[0]["params"][fqn]), (name, fqn)
         # Newton-Schulz amplifies the last bits of what it is given
-        errors = layout_error(results[0]["params"], history[-1], change, 5e-5 if "celo2" in name else None)
+        errors = layout_error(
+            results[0]["params"], history[-1], change, 5e-5 if "celo2" in name else None
+        )
         assert max(errors.values()) <= 1.0, (name, errors)
         assert torch.equal(results[0]["params"]["unused"], history[0]["unused"])
         assert torch.equal(results[0]["params"]["frozen"], torch.ones(3))
@@ -298,22 +360,30 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
                 worst_state = max(worst_state, error)
         for fqn, ratio in results[0]["stats"].items():
             assert ratio == pytest.approx(results[-1]["stats"][fqn], rel=1e-12, nan_ok=True), fqn
-        for key, wanted in ((k, v) for k, v in reference.param_groups[0].items() if k.startswith("loss_")):
+        for key, wanted in (
+            (k, v) for k, v in reference.param_groups[0].items() if k.startswith("loss_")
+        ):
             for result in results:  # float64 means of the averaged loss
                 torch.testing.assert_close(result["run"][key], wanted, rtol=1e-12, atol=0)
         assert (name == "velo") == bool(results[0]["run"])
         wanted_norm = float(reference.grad_norm)
         assert results[0]["grad_norm"] == pytest.approx(wanted_norm, rel=1e-9)
-        # one more small sum: for a slender matrix cut into whole rows, or for the rms of directions that no Newton-Schulz gives
+        # one more small sum: for a slender matrix cut into whole rows, or for the rms of directions
+        # that no Newton-Schulz gives
         per_step = 3 if name == "base" or ", gram" in results[0]["report"] else 2
         shared = per_step * STEPS if world > 1 else 0
         buckets = results[0]["buckets"]
         assert buckets > 2
         if world > 1:
-            assert results[0]["calls"] == {"all_reduce": shared, "reduce_scatter": buckets * STEPS, "all_gather": buckets * STEPS}
+            assert results[0]["calls"] == {
+                "all_reduce": shared,
+                "reduce_scatter": buckets * STEPS,
+                "all_gather": buckets * STEPS,
+            }
         figures.append(
-            f"real ranks | {name} on {world} | {STEPS} steps: {max(errors.values()):.2g} of the layout tolerance, "
-            f"state {worst_state:.2g}; {results[0]['calls']['all_reduce'] / STEPS:g} small all-reduces per step"
+            f"real ranks | {name} on {world} | {STEPS} steps: {max(errors.values()):.2g} of the "
+            f"layout tolerance, state {worst_state:.2g}; "
+            f"{results[0]['calls']['all_reduce'] / STEPS:g} small all-reduces per step"
         )
     for rank in ranks:
         outcome = rank["nonfinite"]
@@ -331,9 +401,13 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
         for case in ("sparse", "no loss", "loss of two"):
             assert not failure[f"{case} changed"], case
         own = rank is ranks[-1]
-        assert ("ValueError: 'square' has a sparse gradient" if own else "PeerError: another rank") in failure["sparse"]
+        assert (
+            "ValueError: 'square' has a sparse gradient" if own else "PeerError: another rank"
+        ) in failure["sparse"]
         assert "some rank gave none" in failure["no loss"]
-        assert ("ValueError: the loss has shape (2,)" if own else "PeerError: another rank") in failure["loss of two"]
+        assert (
+            "ValueError: the loss has shape (2,)" if own else "PeerError: another rank"
+        ) in failure["loss of two"]
     if world > 1:
         for r in ranks:
             different_model, different_weights = r["disagree"].split(" | ")
@@ -341,8 +415,8 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             assert "'weight', [4, 3]" in different_model
             assert "disagree on setting" in different_weights
             assert "sha256" in different_weights
-    # AdamW is elementwise: on integer gradients the sharded step is the same arithmetic; a parameter that never has a gradient
-    # gets zeros, so only weight decay reaches it
+    # AdamW is elementwise: on integer gradients the sharded step is the same arithmetic; a
+    # parameter that never has a gradient gets zeros, so only weight decay reaches it
     history, _, _ = unsharded(world, torch.optim.AdamW, lr=1e-2, foreach=True)
     change = largest_changes(history)
     names = [f for f in history[0] if f not in ("unused", "frozen", "empty")]
@@ -351,7 +425,9 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
 
 
 def gpt2_report(rank: int, world: int) -> dict[str, Any]:
-    """GPT-2's own shapes, small: the fused projections and the vocabulary that no number of ranks divides."""
+    """GPT-2's own shapes, small: the fused projections and the vocabulary that no number of ranks
+    divides.
+    """
     with torch.device("cpu"):
         shapes = {
             "wte": (50257, 16),
@@ -374,7 +450,9 @@ def test_each_rank_holds_its_share_of_the_state(world: int) -> None:
     one_dim = 12 * 64  # the diag accumulator of the 1-D tensors, instead of row and column
     assert sum(r["totals"]["sharded_state_bytes"] for r in ranks) == total + one_dim
     for r in ranks:
-        assert r["totals"]["sharded_state_bytes"] == pytest.approx((total + one_dim) / world, rel=0.01)
+        assert r["totals"]["sharded_state_bytes"] == pytest.approx(
+            (total + one_dim) / world, rel=0.01
+        )
         assert 1.0 <= r["totals"]["work_max_over_mean"] <= 1.01
         assert "work_max_over_mean" in r["text"]
         assert "ZeRO-1, rank" in r["text"]
@@ -383,7 +461,9 @@ def test_each_rank_holds_its_share_of_the_state(world: int) -> None:
 def test_one_process_without_torch_distributed() -> None:
     model, plain = Model(0, vocabulary=53), Model(0, vocabulary=53)
     sharded = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights())
-    whole = pylo_dist.AdafacLO([(n, p) for n, p in plain.named_parameters() if p.requires_grad], weights=weights())
+    whole = pylo_dist.AdafacLO(
+        [(n, p) for n, p in plain.named_parameters() if p.requires_grad], weights=weights()
+    )
     for step in range(3):
         set_gradients(model, step, 0)
         set_gradients(plain, step, 0)
@@ -397,7 +477,9 @@ def test_refusals_name_the_remedy() -> None:
     model = nn.Linear(3, 4)
 
     def build(*args: Any, **kwargs: Any) -> pylo_dist.ZeroOptimizer:
-        return pylo_dist.ZeroOptimizer(model, *(args or (pylo_dist.AdafacLO,)), **{"weights": weights(), **kwargs})
+        return pylo_dist.ZeroOptimizer(
+            model, *(args or (pylo_dist.AdafacLO,)), **{"weights": weights(), **kwargs}
+        )
 
     with pytest.raises(ValueError, match="stage=3"):
         build(stage=3)
@@ -410,13 +492,17 @@ def test_refusals_name_the_remedy() -> None:
     optimizer = build()
     model.double()
     model(torch.zeros(1, 3, dtype=torch.float64)).sum().backward()
-    with pytest.raises(ValueError, match=r"'(weight|bias)' was replaced after ZeroOptimizer was built"):
+    with pytest.raises(
+        ValueError, match=r"'(weight|bias)' was replaced after ZeroOptimizer was built"
+    ):
         optimizer.step()
 
 
 def test_empty_parameters_fill_no_bucket() -> None:
     params = [("empty", nn.Parameter(torch.zeros(0, 5))), ("w", nn.Parameter(torch.randn(30, 30)))]
-    optimizer = pylo_dist.ZeroOptimizer(params, pylo_dist.AdafacLO, weights=weights(), bucket_cap_mb=0.001)
+    optimizer = pylo_dist.ZeroOptimizer(
+        params, pylo_dist.AdafacLO, weights=weights(), bucket_cap_mb=0.001
+    )
     for _, p in params:
         p.grad = torch.ones_like(p)
     before = params[1][1].detach().clone()
@@ -440,7 +526,9 @@ def test_what_is_frozen_is_not_forgotten() -> None:
 
 def test_hooks_extend_and_copies() -> None:
     model = Model(0, vocabulary=53)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.VeLO, num_steps=5, weights=velo_weights("small"))
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.VeLO, num_steps=5, weights=velo_weights("small")
+    )
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("step"))
     optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
@@ -480,7 +568,10 @@ def test_scheduler_groups_and_resume_in_place() -> None:
 
     advance(0, 2)
     saved, params, lr = optimizer.state_dict(), snapshot(model), scheduler.state_dict()
-    saved = {**saved, "state": {k: {n: t.clone() for n, t in v.items()} for k, v in saved["state"].items()}}
+    saved = {
+        **saved,
+        "state": {k: {n: t.clone() for n, t in v.items()} for k, v in saved["state"].items()},
+    }
     import copy
 
     saved = copy.deepcopy(saved)
@@ -495,7 +586,10 @@ def test_scheduler_groups_and_resume_in_place() -> None:
         group["lr"] = factor * 0.25
     advance(2, 4)
     assert all(torch.equal(wanted[f], p) for f, p in snapshot(model).items())
-    broken = {**saved, "param_groups": [{**group, "state_rule": "velo"} for group in saved["param_groups"]]}
+    broken = {
+        **saved,
+        "param_groups": [{**group, "state_rule": "velo"} for group in saved["param_groups"]],
+    }
     with pytest.raises(ValueError, match="state_rule 'velo', this optimizer 'small_fc'"):
         optimizer.load_state_dict(broken)
     optimizer.zero_grad()

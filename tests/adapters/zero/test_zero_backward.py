@@ -1,8 +1,10 @@
-"""ZeroOptimizer with real backward passes on gloo processes: stages 1 and 2, overlap, accumulation, masters, scalers, faults.
+"""ZeroOptimizer with real backward passes on gloo processes: stages 1 and 2, overlap, accumulation,
+masters, scalers, faults.
 
-Background: the loss of a model of parts is sum(p * g) with integer-valued g that differ by rank and micro-batch. Backward then
-gives exactly g, whatever the parameters are, sums over micro-batches and ranks are exact in any order, and the loss itself shows
-at once a parameter that was read before its values had arrived.
+Background: the loss of a model of parts is sum(p * g) with integer-valued g that differ by rank and
+micro-batch. Backward then gives exactly g, whatever the parameters are, sums over micro-batches and
+ranks are exact in any order, and the loss itself shows at once a parameter that was read before its
+values had arrived.
 """
 
 from __future__ import annotations
@@ -39,17 +41,23 @@ class Part(nn.Module):
         super().__init__()
         self.path = name
         for key, shape in shapes.items():
-            self.register_parameter(key, nn.Parameter(0.1 * torch.randn(shape, generator=generator)))
+            self.register_parameter(
+                key, nn.Parameter(0.1 * torch.randn(shape, generator=generator))
+            )
 
     def forward(self, total: Tensor, wanted: Gradients) -> Tensor:
         for key, param in self.named_parameters():
             if f"{self.path}.{key}" in wanted:
-                total = total + (param * wanted[f"{self.path}.{key}"].to(param.dtype)).sum().to(total.dtype)
+                total = total + (param * wanted[f"{self.path}.{key}"].to(param.dtype)).sum().to(
+                    total.dtype
+                )
         return total
 
 
 class Net(nn.Module):
-    """Parts with a tied parameter, a 0-d one, odd sizes, one that is unused everywhere and one that is used now and then."""
+    """Parts with a tied parameter, a 0-d one, odd sizes, one that is unused everywhere and one that
+    is used now and then.
+    """
 
     def __init__(self, seed: int = 0, how: str = "plain") -> None:
         super().__init__()
@@ -99,7 +107,9 @@ def reference(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> list[Gradients]:
-    """Parameters after every step of one process; `scale(step)` multiplies the gradients, None skips the step."""
+    """Parameters after every step of one process; `scale(step)` multiplies the gradients, None
+    skips the step.
+    """
     optimizer_class = kwargs.pop("optimizer_class", pylo_dist.AdafacLO)
     model = Net().to(dtype).to(torch.float32)  # a master starts from the rounded value
     optimizer = optimizer_class(model.named_parameters(), **kwargs)
@@ -117,14 +127,23 @@ def reference(
 
 def kinds() -> dict[str, dict[str, Any]]:
     return {
-        "adafac": {"optimizer_class": pylo_dist.AdafacLO, "weights": weights(), "weight_decay": 0.01},
-        "velo": {
-            "optimizer_class": pylo_dist.VeLO, "weights": velo_weights("small"), "num_steps": 50, "max_grad_norm": 0.5,
+        "adafac": {
+            "optimizer_class": pylo_dist.AdafacLO,
+            "weights": weights(),
+            "weight_decay": 0.01,
         },
-    }  # fmt: skip
+        "velo": {
+            "optimizer_class": pylo_dist.VeLO,
+            "weights": velo_weights("small"),
+            "num_steps": 50,
+            "max_grad_norm": 0.5,
+        },
+    }
 
 
-def backward(model: Net, optimizer: Any, step: int, rank: int, micros: int, no_sync: bool, run: Any = None) -> None:
+def backward(
+    model: Net, optimizer: Any, step: int, rank: int, micros: int, no_sync: bool, run: Any = None
+) -> None:
     call = model if run is None else run
     for micro in range(micros):
         if no_sync and micro < micros - 1:
@@ -134,7 +153,9 @@ def backward(model: Net, optimizer: Any, step: int, rank: int, micros: int, no_s
             call(wanted(model, step, rank, micro)).backward()
 
 
-def train(rank: int, kind: str, *, micros: int = 1, no_sync: bool = False, model: Any = None, **zero: Any) -> dict[str, Any]:
+def train(
+    rank: int, kind: str, *, micros: int = 1, no_sync: bool = False, model: Any = None, **zero: Any
+) -> dict[str, Any]:
     """STEPS steps of ZeroOptimizer; parameters after each, and what was on the model in between."""
     model = model or Net(seed=rank)
     run: Any = zero.pop("run", None)
@@ -155,7 +176,9 @@ def ranks_with_backward(rank: int, world: int) -> dict[str, Any]:
     for stage in (1, 2):
         for overlap in (True, False):
             for kind in kinds():
-                results[f"{kind} {stage} {overlap}"] = train(rank, kind, stage=stage, overlap=overlap)
+                results[f"{kind} {stage} {overlap}"] = train(
+                    rank, kind, stage=stage, overlap=overlap
+                )
             for no_sync in (True, False):
                 results[f"micro {stage} {overlap} {no_sync}"] = train(
                     rank, "adafac", stage=stage, overlap=overlap, micros=MICRO, no_sync=no_sync
@@ -163,7 +186,9 @@ def ranks_with_backward(rank: int, world: int) -> dict[str, Any]:
     for how in ("reentrant", "not reentrant"):
         results[how] = train(rank, "adafac", stage=2, model=Net(seed=rank, how=how))
     model = Net(seed=rank)
-    results["compiled"] = train(rank, "adafac", stage=2, model=model, run=torch.compile(model, backend="aot_eager"))
+    results["compiled"] = train(
+        rank, "adafac", stage=2, model=model, run=torch.compile(model, backend="aot_eager")
+    )
     model = Net(seed=rank)
     compiled = torch.compile(model, backend="aot_eager")
     results["compiled and eager"] = train(
@@ -184,11 +209,15 @@ def ranks_with_backward(rank: int, world: int) -> dict[str, Any]:
 def order_of_launches(rank: int) -> dict[str, Any]:
     """When buckets leave, and in which order."""
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005)
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+    )
     left: list[str] = []
     original = comm.reduce_scatter
 
-    def recorded(shard: Tensor, full: Tensor, group: Any, what: str, timeout: float | None = None) -> comm.Pending:
+    def recorded(
+        shard: Tensor, full: Tensor, group: Any, what: str, timeout: float | None = None
+    ) -> comm.Pending:
         left.append(what.split()[-1])
         return original(shard, full, group, what, timeout)
 
@@ -202,7 +231,8 @@ def order_of_launches(rank: int) -> dict[str, Any]:
         after_all_used = list(left)
         optimizer.step()
         left.clear()
-        model(wanted(model, 1, rank, 0)).backward()  # `unused` is in some bucket, which must wait, and those behind it
+        # `unused` is in some bucket, which must wait, and those behind it
+        model(wanted(model, 1, rank, 0)).backward()
         before_flush = list(left)
         grads = [p.grad is not None for group in optimizer.param_groups for p in group["params"]]
         after_flush = list(left)
@@ -210,15 +240,24 @@ def order_of_launches(rank: int) -> dict[str, Any]:
     finally:
         comm.reduce_scatter = original
     return {
-        "in_backward": in_backward, "after_all_used": after_all_used, "before_flush": before_flush, "after_flush": after_flush,
-        "grads": grads, "kept": kept, "buckets": len(optimizer.buckets),
-    }  # fmt: skip
+        "in_backward": in_backward,
+        "after_all_used": after_all_used,
+        "before_flush": before_flush,
+        "after_flush": after_flush,
+        "grads": grads,
+        "kept": kept,
+        "buckets": len(optimizer.buckets),
+    }
 
 
 def early_pass(rank: int) -> list[list[int]]:
-    """How many tensors the gradient pass reads during backward, and in the step after one piece was changed."""
+    """How many tensors the gradient pass reads during backward, and in the step after one piece was
+    changed.
+    """
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005)
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+    )
     calls: list[int] = []
     rule = optimizer.inner.rule
     original = rule.gradient_pass
@@ -251,7 +290,9 @@ def early_pass(rank: int) -> list[list[int]]:
 def edited_pieces(rank: int) -> list[Gradients]:
     """Gradients of the pieces may be changed between backward and step."""
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005)
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+    )
     history = [snapshot(model)]
     for step in range(STEPS):
         backward(model, optimizer, step, rank, 1, False)
@@ -264,10 +305,14 @@ def edited_pieces(rank: int) -> list[Gradients]:
 
 
 def edited_gradients(rank: int) -> dict[str, Any]:
-    """Full gradients may be changed after backward without overlap; with it this is an error on all ranks."""
+    """Full gradients may be changed after backward without overlap; with it this is an error on all
+    ranks.
+    """
     outcome: dict[str, Any] = {}
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), overlap=False, bucket_cap_mb=0.0005)
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=weights(), overlap=False, bucket_cap_mb=0.0005
+    )
     outcome["history"] = [snapshot(model)]
     for step in range(STEPS):
         backward(model, optimizer, step, rank, 1, False)
@@ -279,7 +324,9 @@ def edited_gradients(rank: int) -> dict[str, Any]:
         outcome["history"].append(snapshot(model))
     for stage in (1, 2):
         model = Net(seed=0)
-        optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005)
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005
+        )
         before = snapshot(model)
         backward(model, optimizer, 0, rank, 1, False)
         if rank == 0:
@@ -288,7 +335,9 @@ def edited_gradients(rank: int) -> dict[str, Any]:
             optimizer.step()
         except (ValueError, pylo_dist.PeerError) as error:
             outcome[f"error {stage}"] = f"{type(error).__name__}: {error}"
-        outcome[f"unchanged {stage}"] = all(torch.equal(before[fqn], p) for fqn, p in model.named_parameters())
+        outcome[f"unchanged {stage}"] = all(
+            torch.equal(before[fqn], p) for fqn, p in model.named_parameters()
+        )
         optimizer.zero_grad()
         backward(model, optimizer, 0, rank, 1, False)
         optimizer.step()  # the error is not remembered
@@ -296,11 +345,15 @@ def edited_gradients(rank: int) -> dict[str, Any]:
 
 
 def scaled(rank: int, world: int) -> dict[str, Any]:
-    """torch's own GradScaler; in step 2 one rank's gradients hold inf: nobody steps, all scales stay equal."""
+    """torch's own GradScaler; in step 2 one rank's gradients hold inf: nobody steps, all scales
+    stay equal.
+    """
     outcome: dict[str, Any] = {}
     for stage in (1, 2):
         model = Net(seed=rank)
-        optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005)
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005
+        )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         history, scales = [snapshot(model)], []
         for step in range(STEPS):
@@ -320,7 +373,9 @@ def scaled(rank: int, world: int) -> dict[str, Any]:
 
 
 def damaged_replica(rank: int, world: int) -> list[str]:
-    """One bit of one rank's row factor flips; every rank hears of it by name at the next comparison."""
+    """One bit of one rank's row factor flips; every rank hears of it by name at the next
+    comparison.
+    """
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
         model, pylo_dist.AdafacLO, weights=weights(), check_replicas_every=2, bucket_cap_mb=0.0005
@@ -328,7 +383,12 @@ def damaged_replica(rank: int, world: int) -> list[str]:
     said = []
     for step in range(4):
         if step == 2 and rank == world - 1:
-            member = next(m for bucket in optimizer.buckets for m in bucket.members if m.fqn == "second.weight")
+            member = next(
+                m
+                for bucket in optimizer.buckets
+                for m in bucket.members
+                if m.fqn == "second.weight"
+            )
             optimizer.state[member.piece]["row"].view(torch.int32)[1, 3] ^= 1 << 20
         backward(model, optimizer, step, rank, 1, False)
         try:
@@ -344,12 +404,16 @@ def failing_construction(rank: int) -> dict[str, str]:
     """What one rank alone cannot do is an error on all, and its model is as before."""
     said = {}
     bad: dict[str, Callable[[], Any]] = {
-        "weights": lambda: pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights="/nowhere" if rank == 1 else weights()),
-        "stage": lambda: pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=3 if rank == 1 else 1),
+        "weights": lambda: pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights="/nowhere" if rank == 1 else weights()
+        ),
+        "stage": lambda: pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=weights(), stage=3 if rank == 1 else 1
+        ),
         "model": lambda: pylo_dist.ZeroOptimizer(
             nn.Linear(2, 3 - rank % 2), pylo_dist.AdafacLO, weights=weights()
         ),
-    }  # fmt: skip
+    }
     for name, build in bad.items():
         model = Net(seed=0)
         before = snapshot(model)
@@ -364,14 +428,20 @@ def failing_construction(rank: int) -> dict[str, str]:
 
 
 def late_group(rank: int) -> bool:
-    """A group added between two steps takes part in the next one, and its parameters were made equal."""
+    """A group added between two steps takes part in the next one, and its parameters were made
+    equal.
+    """
     model, late = Net(seed=rank), Part("late", torch.Generator().manual_seed(rank), weight=(5, 9))
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005)
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+    )
     backward(model, optimizer, 0, rank, 1, False)
     optimizer.step()
     optimizer.add_param_group({"params": [("late.weight", late.weight)], "lr": 0.5})
     before = late.weight.detach().clone()
-    loss = model(wanted(model, 1, rank, 0)) + late(torch.zeros(()), {"late.weight": torch.ones(5, 9)})
+    loss = model(wanted(model, 1, rank, 0)) + late(
+        torch.zeros(()), {"late.weight": torch.ones(5, 9)}
+    )
     loss.backward()
     optimizer.step()
     return bool((late.weight != before).any()) and late.weight.grad is None
@@ -383,7 +453,9 @@ def outcome(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]:
 
 
 def worst(got: list[Gradients], wanted: list[Gradients], alone: bool = False) -> float:
-    """In units of the layout tolerance, over all steps and parameters; every parameter that must move did."""
+    """In units of the layout tolerance, over all steps and parameters; every parameter that must
+    move did.
+    """
     changes = largest_changes(wanted)
     assert all(
         float(change) > 0
@@ -393,27 +465,41 @@ def worst(got: list[Gradients], wanted: list[Gradients], alone: bool = False) ->
     return max(max(layout_error(a, b, changes).values()) for a, b in zip(got, wanted, strict=True))
 
 
-def test_stages_and_overlap_equal_one_process(outcome: tuple[int, list[dict[str, Any]]], figures: list[str]) -> None:
+def test_stages_and_overlap_equal_one_process(
+    outcome: tuple[int, list[dict[str, Any]]], figures: list[str]
+) -> None:
     world, ranks = outcome
     for kind, kwargs in kinds().items():
         expected = reference(world, 1, **kwargs)
         for stage in (1, 2):
             for overlap in (True, False):
-                errors = [worst(result[f"{kind} {stage} {overlap}"]["history"], expected) for result in ranks]
+                errors = [
+                    worst(result[f"{kind} {stage} {overlap}"]["history"], expected)
+                    for result in ranks
+                ]
                 assert max(errors) <= 1.0
                 figures.append(
-                    f"real backward | {kind}, ZeRO-{stage}, overlap {overlap}, {world} ranks | {max(errors):.2g} of the tolerance"
+                    f"real backward | {kind}, ZeRO-{stage}, overlap {overlap}, {world} ranks | "
+                    f"{max(errors):.2g} of the tolerance"
                 )
 
 
 def test_accumulation_equals_one_pass(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """Integer-valued gradients add up exactly, so k = 4 micro-batches are one with their sum, with no_sync() and without."""
+    """Integer-valued gradients add up exactly, so k = 4 micro-batches are one with their sum, with
+    no_sync() and without.
+    """
     world, ranks = outcome
     expected = reference(world, MICRO, **kinds()["adafac"])
     for stage in (1, 2):
         for overlap in (True, False):
             for no_sync in (True, False):
-                assert max(worst(result[f"micro {stage} {overlap} {no_sync}"]["history"], expected) for result in ranks) <= 1.0
+                assert (
+                    max(
+                        worst(result[f"micro {stage} {overlap} {no_sync}"]["history"], expected)
+                        for result in ranks
+                    )
+                    <= 1.0
+                )
 
 
 def test_stage_2_frees_gradients(outcome: tuple[int, list[dict[str, Any]]]) -> None:
@@ -425,8 +511,12 @@ def test_stage_2_frees_gradients(outcome: tuple[int, list[dict[str, Any]]]) -> N
         assert result["order"]["kept"] == [0, 0]
 
 
-def test_parameters_arrive_during_the_next_forward_pass(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """Eager modules wait in their forward pass; compiled code reads parameters unseen, so for it the step waits."""
+def test_parameters_arrive_during_the_next_forward_pass(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
+    """Eager modules wait in their forward pass; compiled code reads parameters unseen, so for it
+    the step waits.
+    """
     _, ranks = outcome
     for result in ranks:
         assert min(result["adafac 2 True"]["pending"]) == len(snapshot(Net()))
@@ -441,8 +531,12 @@ def test_other_ways_through_the_model(how: str, outcome: tuple[int, list[dict[st
     assert max(worst(result[how]["history"], expected) for result in ranks) <= 1.0
 
 
-def test_bfloat16_parameters_have_float32_masters(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """The masters follow a float32 run on the same gradients; the parameters are their rounding, bit for bit."""
+def test_bfloat16_parameters_have_float32_masters(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
+    """The masters follow a float32 run on the same gradients; the parameters are their rounding,
+    bit for bit.
+    """
     world, ranks = outcome
     expected = reference(world, 1, dtype=torch.bfloat16, **kinds()["adafac"])
     for result in ranks:
@@ -459,14 +553,17 @@ def test_buckets_leave_in_order_during_backward(outcome: tuple[int, list[dict[st
         every = [str(b) for b in range(order["buckets"])]
         assert order["buckets"] >= 3
         assert order["in_backward"] == every == order["after_all_used"]
-        assert (
-            order["before_flush"] == every == order["after_flush"]
-        )  # an unused parameter holds buckets up to the end of backward
+        # an unused parameter holds buckets up to the end of backward
+        assert order["before_flush"] == every == order["after_flush"]
         assert all(order["grads"])
 
 
-def test_the_gradient_pass_runs_as_buckets_arrive(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """Every tensor is read once, before the step; what is changed in between is read again with its bucket."""
+def test_the_gradient_pass_runs_as_buckets_arrive(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
+    """Every tensor is read once, before the step; what is changed in between is read again with its
+    bucket.
+    """
     _, ranks = outcome
     for result in ranks:
         seen, (tensors,) = result["early"]
@@ -475,7 +572,9 @@ def test_the_gradient_pass_runs_as_buckets_arrive(outcome: tuple[int, list[dict[
         assert seen[5] == seen[7] == 2 * tensors
 
 
-def test_gradients_may_be_changed_where_it_counts(outcome: tuple[int, list[dict[str, Any]]]) -> None:
+def test_gradients_may_be_changed_where_it_counts(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
     world, ranks = outcome
     halved = reference(world, 1, scale=lambda step: 0.5, weights=weights())
     for rank, result in enumerate(ranks):
@@ -483,36 +582,59 @@ def test_gradients_may_be_changed_where_it_counts(outcome: tuple[int, list[dict[
         assert worst(result["edited"]["history"], halved) <= 1.0
         for stage in (1, 2):
             said = result["edited"][f"error {stage}"]
-            assert ("ValueError: the gradient of 'second.weight' was changed after" in said) if rank == 0 else "PeerError" in said
+            assert (
+                ("ValueError: the gradient of 'second.weight' was changed after" in said)
+                if rank == 0
+                else "PeerError" in said
+            )
             assert result["edited"][f"unchanged {stage}"]
 
 
 def test_grad_scaler_decides_alike_on_all_ranks(outcome: tuple[int, list[dict[str, Any]]]) -> None:
-    """Scaling by powers of two is exact, so the steps are those of one process, without the one that overflowed."""
+    """Scaling by powers of two is exact, so the steps are those of one process, without the one
+    that overflowed.
+    """
     world, ranks = outcome
     expected = reference(world, 1, scale=lambda step: None if step == 2 else 1.0, weights=weights())
     for result in ranks:
         for stage in (1, 2):
             assert worst(result["scaler"][f"history {stage}"], expected) <= 1.0
-            assert result["scaler"][f"scales {stage}"] == [2.0**10, 2.0**11, 2.0**10, 2.0**10, 2.0**11, 2.0**11]
+            assert result["scaler"][f"scales {stage}"] == [
+                2.0**10,
+                2.0**11,
+                2.0**10,
+                2.0**10,
+                2.0**11,
+                2.0**11,
+            ]
 
 
-def test_a_flipped_bit_in_replicated_state_is_named(outcome: tuple[int, list[dict[str, Any]]]) -> None:
+def test_a_flipped_bit_in_replicated_state_is_named(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
     _, ranks = outcome
     for result in ranks:
         said = result["replicas"]
         assert said[:3] == ["", "", ""]
-        assert "replicated state differs between ranks after 4 steps: 'row' of 'second.weight'" in said[3]
+        assert (
+            "replicated state differs between ranks after 4 steps: 'row' of 'second.weight'"
+            in said[3]
+        )
 
 
-def test_what_one_rank_cannot_build_is_an_error_on_all(outcome: tuple[int, list[dict[str, Any]]]) -> None:
+def test_what_one_rank_cannot_build_is_an_error_on_all(
+    outcome: tuple[int, list[dict[str, Any]]],
+) -> None:
     _, ranks = outcome
     for rank, result in enumerate(ranks):
         said = result["build"]
         assert "/nowhere" in said["weights"]
         assert "stage=3: wanted 1 or 2" in said["stage"]
         assert said["weights"].startswith("WeightsError" if rank == 1 else "PeerError: rank 1: ")
-        assert "the ranks disagree on parameter number 1: rank 0 has ['weight', [3, 2]" in said["model"]
+        assert (
+            "the ranks disagree on parameter number 1: rank 0 has ['weight', [3, 2]"
+            in said["model"]
+        )
         assert result["late"]
 
 
@@ -538,15 +660,19 @@ def test_parameters_that_were_exchanged_or_frozen_late() -> None:
     backward(model, optimizer, 1, 0, 1, False)
     optimizer.step()
     model.load_state_dict(before, assign=True)
-    with pytest.raises(ValueError, match=r"Part\.weight is another parameter than when ZeroOptimizer was built"):
+    with pytest.raises(
+        ValueError, match=r"Part\.weight is another parameter than when ZeroOptimizer was built"
+    ):
         optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------ replicas
+# ----------------------------------------------------------------------------------------- replicas
 
 
 def ranks_with_replicas(rank: int, world: int) -> dict[str, Any]:
-    """Two replicas of two ranks each: shards lie on (0, 1) and (2, 3), replicas of a shard on (0, 2) and (1, 3)."""
+    """Two replicas of two ranks each: shards lie on (0, 1) and (2, 3), replicas of a shard on (0,
+    2) and (1, 3).
+    """
     rows = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     columns = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     groups = {"process_group": rows[rank // 2], "replicate_group": columns[rank % 2]}
@@ -558,7 +684,11 @@ def ranks_with_replicas(rank: int, world: int) -> dict[str, Any]:
     results["report"] = str(optimizer.report())
     try:
         pylo_dist.ZeroOptimizer(
-            Net(), pylo_dist.AdafacLO, weights=weights(), process_group=rows[rank // 2], replicate_group=rows[rank // 2]
+            Net(),
+            pylo_dist.AdafacLO,
+            weights=weights(),
+            process_group=rows[rank // 2],
+            replicate_group=rows[rank // 2],
         )
     except ValueError as error:
         results["grid"] = str(error)
@@ -567,7 +697,9 @@ def ranks_with_replicas(rank: int, world: int) -> dict[str, Any]:
 
 
 def left_alone(rank: int) -> dict[str, Any]:
-    """Rank 3 computes for ever; the others must leave in bounded time and say who was missing and where."""
+    """Rank 3 computes for ever; the others must leave in bounded time and say who was missing and
+    where.
+    """
     model = Net(seed=0)
     optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), timeout=2.0)
     began = time.monotonic()
@@ -588,13 +720,16 @@ def test_replicas_of_shards(figures: list[str]) -> None:
         expected = reference(4, 1, **kwargs)
         error = max(worst(result[kind]["history"], expected) for result in ranks)
         assert error <= 1.0
-        figures.append(f"real backward | {kind}, ZeRO-2, 2 replicas of 2 ranks | {error:.2g} of the tolerance")
+        figures.append(
+            f"real backward | {kind}, ZeRO-2, 2 replicas of 2 ranks | {error:.2g} of the tolerance"
+        )
     for rank, result in enumerate(ranks):
         assert "2 replicas: each element is stepped and its state kept 2 times" in result["report"]
         assert "do not form a grid" in result["grid"]
         if rank != 3:
             timeout = result["timeout"]
-            assert timeout["seconds"] < 2.0 + comm.GRACE + 20.0  # busy machines start processes late
+            # busy machines start processes late
+            assert timeout["seconds"] < 2.0 + comm.GRACE + 20.0
             assert "the reduce-scatter of gradients, bucket 0" in timeout["said"]
             assert re.search(r"The missing one is among rank\(s\) [0-9, ]*3,", timeout["said"])
 
