@@ -46,7 +46,8 @@ def test_what_moved_is_the_same_object_and_warns() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     first, second = done.stdout.splitlines()
-    wanted = "DeprecationWarning <string> pylo_dist.{} is {} now; the old path goes with the next version"
+    wanted = "DeprecationWarning <string> pylo_dist.{} is {} now; the old path goes with "
+    wanted += "the next version"
     assert first == wanted.format("optim.base", "pylo_dist.core.rule and pylo_dist.core.requests")
     assert second == wanted.format("shards", "pylo_dist.core.shards and pylo_dist.core.pieces")
 
