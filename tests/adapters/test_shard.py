@@ -478,7 +478,7 @@ def test_shard_and_what_comes_with_it() -> None:
     history, _, _ = unsharded(2, gradients, pylo_dist.VeLO, **kwargs)
     for result in ranks:
         for fqn, p in history[-1].items():
-            # test_dtensor has the exact limits
+            # tests/contracts/test_real_ranks.py has the exact limits
             torch.testing.assert_close(result["params"][fqn], p, rtol=5e-7, atol=1e-7)
     whole_model = Mlp()
     wanted = {**dict(whole_model.named_parameters()), **dict(whole_model.named_buffers())}

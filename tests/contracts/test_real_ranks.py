@@ -39,24 +39,28 @@ from support.sharded_model import (
 )
 
 
-def layouts(world: int) -> list[str]:
-    """ZeRO and Shard(k) on 2 ranks, Shard(k) on 3, the meshes of two axes on 4."""
+def layouts(world: int) -> dict[str, list[str]]:
+    """What runs in which layout: ZeRO and Shard(k) on 2 ranks, Shard(k) on 3, the meshes of two
+    axes on 4; a rule of a test's own in each of them on the fewest ranks.
+    """
     more = {2: ["shard_k", "zero1", "zero2"], 3: ["shard_k"], 4: ["hsdp", "tp_fsdp2"]}
-    return ["fsdp2", "tp", "ddp", *more[world]]
+    built_in = [name for name, case in SETTINGS.items() if case.built_in]
+    first = {2: ["fsdp2", "tp", "ddp", *more[2]], 3: [], 4: more[4]}[world]
+    every = ["fsdp2", "tp", "ddp", *more[world]]
+    return {layout: list(SETTINGS) if layout in first else built_in for layout in every}
 
 
-def runs(layout: str, world: int) -> list[str]:
-    """All optimizers; but under DDP, which sends a loss at most, those without on 2 ranks alone."""
-    return [n for n, case in SETTINGS.items() if case.needs_loss or layout != "ddp" or world == 2]
+# test_checkpoint leaves them to others of the same kinds of state
+RESUMED = [name for name, case in SETTINGS.items() if case.state_as]
 
 
-def train(layout: str, world: int) -> dict[str, Any]:
+def train(layout: str, world: int, names: list[str]) -> dict[str, Any]:
     """Every optimizer from the same start, on the gradients of the same real backward passes."""
     model, called, rank, ranks = build(layout, world)
     initial = {fqn: local(p).clone() for fqn, p in model.named_parameters()}
     gradients = backward(model, called, rank)
     results = {}
-    for name in runs(layout, world):
+    for name in names:
         for fqn, p in model.named_parameters():
             local(p).copy_(initial[fqn])
         results[f"{layout}/{name}"] = steps(model, name, gradients, rank, ranks)
@@ -102,15 +106,20 @@ def place(optimizer: Any, param: Tensor) -> tuple[int, ...]:
     return shard.start, shard.numel, shard.run, shard.pitch
 
 
-def zero(stage: int, name: str, rank: int, world: int, folder: str) -> dict[str, Any]:
-    """The same under ZeroOptimizer, whose own hooks see the backward passes."""
+def zero(
+    stage: int, name: str, gradients: Gradients, rank: int, world: int, folder: str
+) -> dict[str, Any]:
+    """The same under ZeroOptimizer: in stage 2 its own hooks see the backward passes."""
     case, model = SETTINGS[name], Net(seed=rank)  # rank 0's numbers are sent to all
     optimizer = pylo_dist.ZeroOptimizer(
         model, case.face, stage=stage, bucket_cap_mb=0.002, **case.arguments
     )
     calls = Collectives()
-    for step in range(STEPS):
-        model(step, rank).backward()
+    for step, mine in enumerate(gradients):
+        if stage == 2:
+            model(step, rank).backward()
+        else:
+            set_gradients(model, mine)
         with calls if step == STEPS - 1 else nullcontext():
             optimizer.step(torch.tensor(loss_of(step, rank)))
         optimizer.zero_grad()
@@ -120,7 +129,7 @@ def zero(stage: int, name: str, rank: int, world: int, folder: str) -> dict[str,
     state = {fqn: full["state"].get(i, {}) for fqn, i in zip(names, places, strict=True)}
     where = {fqn: (rank,) for fqn, _ in trainable(model)}
     found = {**outcome(model, optimizer, calls), "state": state, "ranks": world, "where": where}
-    if stage == 2:
+    if stage == 2 and name in RESUMED:
         checkpoint.save(f"{folder}/{name}", {"model": model, "optimizer": optimizer})
     return found
 
@@ -137,15 +146,16 @@ def resumed(name: str, rank: int, world: int, folder: str) -> dict[str, Tensor]:
 
 def exact_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for layout in layouts(world):
+    for layout, names in layouts(world).items():
         if layout.startswith("zero"):
-            for name in SETTINGS:
-                results[f"{layout}/{name}"] = zero(int(layout[-1]), name, rank, world, folder)
+            stage, model = int(layout[-1]), Net()
+            mine = backward(model, model, rank)
+            for name in names:
+                results[f"{layout}/{name}"] = zero(stage, name, mine, rank, world, folder)
         else:
-            results |= train(layout, world)
-    if "zero2" in layouts(world):
-        for name in SETTINGS:
-            results[f"zero2/{name}"]["resumed"] = resumed(name, rank, world, folder)
+            results |= train(layout, world, names)
+    for name in RESUMED if "zero2" in layouts(world) else ():
+        results[f"zero2/{name}"]["resumed"] = resumed(name, rank, world, folder)
     return results
 
 

@@ -1,5 +1,5 @@
 """Every optimizer against golden, float32 with the compiled passes and without, see
-golden_cases.
+support/golden.py.
 """
 
 from __future__ import annotations

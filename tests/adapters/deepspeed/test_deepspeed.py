@@ -498,6 +498,12 @@ def test_events(files: dict[str, str]) -> None:
     )
 
 
+def test_the_json_knows_every_optimizer_of_the_list() -> None:
+    from pylo_dist.deepspeed import OPTIMIZERS
+
+    assert OPTIMIZERS.keys() >= {case.face.__name__ for case in cases.SERVED.values()}
+
+
 def test_the_import_is_optional_and_old_versions_are_refused() -> None:
     code = (
         "import sys, types\n"

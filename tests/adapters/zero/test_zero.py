@@ -117,7 +117,7 @@ def settings(world: int) -> dict[str, OptimizerCase]:
         2: ("AdafacLO", "VeLO_clipped"),
         # VeLO_clipped and Tide_clipped do all that the plain ones do
         3: [name for name in VARIANTS if name not in ("VeLO", "Tide")],
-        4: ("AdafacLO", "VeLO_clipped", "CELO2", "ELO", "MuLO"),
+        4: ("AdafacLO", "VeLO_clipped", "CELO2"),
     }
     return cases(ROLES, names[world])
 
