@@ -58,6 +58,19 @@ inline const bool* bools(const Tensor& x, int64_t numel, const char* name) {
   return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
 }
 
+#define PYLO_DIST_NAME_ONE(name) #name " "
+#define PYLO_DIST_NAME_MANY(name, count) #name ":" + std::to_string(count) + " "
+
+// The fields of a row of "items" or "boxes", and the numbers of "rule", in order: "item sizes:5 ...", a field of several with how many.
+inline std::string table_fields(std::string table) {
+  const std::string nothing;
+  if (table == "boxes") return nothing + PYLO_DIST_BOX_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  if (table == "items") return nothing + PYLO_DIST_ITEM_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  if (table == "rule") return nothing + PYLO_DIST_RULE_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  STD_TORCH_CHECK(false, "there is no table '", table, "'; wanted items, boxes or rule");
+  return nothing;
+}
+
 // The tables, which are on the host whatever the device of the other tensors.
 struct Tables {
   const Item* items;
@@ -67,12 +80,11 @@ struct Tables {
   Tables(const Tensor& items_, const Tensor& boxes_)
       : items(static_cast<const Item*>(memory(items_, 0, ScalarType::Long, "items"))),
         boxes(static_cast<const Box*>(memory(boxes_, 0, ScalarType::Long, "boxes"))),
-        num_items(items_.numel() / static_cast<int64_t>(sizeof(Item) / 8)),
-        num_boxes(boxes_.numel() / static_cast<int64_t>(sizeof(Box) / 8)) {
+        num_items(items_.numel() / ITEM_WIDTH),
+        num_boxes(boxes_.numel() / BOX_WIDTH) {
     STD_TORCH_CHECK(items_.is_cpu() && boxes_.is_cpu(), "items and boxes must be on the host");
     STD_TORCH_CHECK(
-        num_items * static_cast<int64_t>(sizeof(Item) / 8) == items_.numel() &&
-            num_boxes * static_cast<int64_t>(sizeof(Box) / 8) == boxes_.numel(),
+        num_items * ITEM_WIDTH == items_.numel() && num_boxes * BOX_WIDTH == boxes_.numel(),
         "items and boxes were not made for this library");
   }
 
@@ -156,8 +168,10 @@ inline FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
 }
 
 inline RuleConstants rule_of(const std::vector<double>& rule) {
-  STD_TORCH_CHECK(rule.size() == RULE_NUMBERS, "rule has ", rule.size(), " numbers, wanted ", RULE_NUMBERS);
-  return rule_constants(rule.data());
+  STD_TORCH_CHECK(rule.size() == RULE_WIDTH, "rule has ", rule.size(), " numbers, wanted ", RULE_WIDTH);
+  RuleNumbers numbers;
+  std::copy(rule.begin(), rule.end(), reinterpret_cast<double*>(&numbers));
+  return rule_constants(numbers);
 }
 
 inline int64_t network_size(bool extended, int64_t hidden) {

@@ -226,7 +226,7 @@ void moment_pass(
 
 void feature_pass(
     Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
-    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
+    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor moves, Tensor scale,
     Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(values[0]);
@@ -238,7 +238,7 @@ void feature_pass(
   const Workspace space(device, workspace, host, FEATURES);
   const Head head = head_of(device, host, active, lists, &a, &b, space);
   const PassArgs args{
-      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
+      space.tables(), rule_of(rule), bools(moves, host.num_items, "moves"), doubles(scale, host.num_items, "scale"),
       floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
   PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
@@ -251,7 +251,7 @@ void feature_pass(
 void update_pass(
     Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
     Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
-    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
+    Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
     Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(values[0]);
@@ -264,7 +264,7 @@ void update_pass(
   const Head head = head_of(device, host, active, lists, nullptr, &b, space);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
   const PassArgs pass{
-      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
+      space.tables(), rule_of(rule), bools(moves, host.num_items, "moves"), doubles(scale, host.num_items, "scale"),
       floats(factors, sizes.factors, "factors"), nullptr};
   const UpdateArgs args{
       pass, floats(networks, 0, "networks"),
@@ -309,10 +309,14 @@ std::string cuda_architectures() { return "unknown"; }
 }  // namespace pylo_dist
 
 #if !defined(PYLO_FIBERS)
-STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) { m.def("cuda_architectures() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) {
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_table_fields(str table) -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&pylo_dist::gpu::cuda_architectures));
+  m.impl("cuda_table_fields", TORCH_BOX(&pylo_dist::table_fields));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CUDA, m) {

@@ -9,7 +9,7 @@ namespace gpu {
 struct PassArgs {
   Tables tables;
   RuleConstants rule;
-  const bool* keep;
+  const bool* moves;
   const double* scale;
   float* factors;
   double* squares;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
   const double *row_sums = live.a + item.a_at, *col_sums = row_sums + item.rows;
   const double by = args.scale[i] * args.scale[i];
   const double row_by = by / static_cast<double>(item.size_d0), col_by = by / static_cast<double>(item.size_d1);
-  const bool keep = args.keep[i];
+  const bool moves = args.moves[i];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   double* squares = args.squares + item.squares_at;
 #pragma unroll 1
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
     double row_square = 0.0, row_rsqrt_square = 0.0, col_square = 0.0, col_rsqrt_square = 0.0;
     for (int64_t r = threadIdx.x; r < item.rows; r += blockDim.x) {
       float x = row_k[r];
-      if (keep) row_k[r] = x = update_factor(x, row_sums[r] * row_by, k, args.rule);
+      if (moves) row_k[r] = x = update_factor(x, row_sums[r] * row_by, k, args.rule);
       const float rsqrt = factor_rsqrt_of(x);
       row_rsqrt[k * item.rows + r] = rsqrt;
       row_square += static_cast<double>(x) * x;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
     }
     for (int64_t c = threadIdx.x; c < item.cols; c += blockDim.x) {
       float x = col_k[c];
-      if (keep) col_k[c] = x = update_factor(x, col_sums[c] * col_by, k, args.rule);
+      if (moves) col_k[c] = x = update_factor(x, col_sums[c] * col_by, k, args.rule);
       const float rsqrt = factor_rsqrt_of(x);
       col_rsqrt[k * item.cols + c] = rsqrt;
       col_scale[k * item.cols + c] = col_scale_of(x);

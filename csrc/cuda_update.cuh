@@ -236,7 +236,7 @@ __device__ __forceinline__ void scalar_job(
   const Live& live = tables.live[i];
   const float* norms = tables.normalisers + tables.normalisers_at[i];
   double change = 0.0;
-  if (args.pass.keep[i]) {  // alike in all threads
+  if (args.pass.moves[i]) {  // alike in all threads
     const int64_t network = args.network_of[i];
     __syncthreads();  // nobody reads the last job's
     if (network != loaded) shared.network.load(args.networks + network * PackedNetwork<Extended, H>::SIZE);
@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
       const Live& live = tables.live[box.item];
       if (!is_active(live) || !fits_tensor_cores(item, box)) continue;
       double change = 0.0;
-      if (args.pass.keep[box.item]) {
+      if (args.pass.moves[box.item]) {
         const int64_t network = args.network_of[box.item];
         if (network != loaded) unpack_weights<kParts>(weights[lane], tables.networks + network * NETWORK_WORDS, lane);
         loaded = network;

@@ -205,7 +205,7 @@ int64_t num_partials(const Item& item, bool extended) {
   return num_sums(item, extended) + (item.moments_at < 0 ? 0 : NUM_MOMENTS - 1);
 }
 
-// EMA of one factor's means (`state` is modified where `keep` holds), K x size.
+// EMA of one factor's means (`state` is modified where `moves` holds), K x size.
 void update_factor_state(float* state, const double* sums, int64_t size, double by, const RuleConstants& rule) {
   for (int k = 0; k < K; ++k) {
     for (int64_t i = 0; i < size; ++i) state[k * size + i] = update_factor(state[k * size + i], sums[i] * by, k, rule);
@@ -245,9 +245,9 @@ void factor_squares(const Item& item, const float* x, bool is_row, double* out) 
 }
 
 void prepare_factors(
-    const Item& item, const Tensors& t, const double* sums, bool keep, double scale, const RuleConstants& rule, float* factors,
+    const Item& item, const Tensors& t, const double* sums, bool moves, double scale, const RuleConstants& rule, float* factors,
     double* squares) {
-  if (keep) {
+  if (moves) {
     update_factor_state(t.row, sums, item.rows, scale * scale / static_cast<double>(item.size_d0), rule);
     update_factor_state(t.col, sums + item.rows, item.cols, scale * scale / static_cast<double>(item.size_d1), rule);
   }
@@ -279,7 +279,7 @@ void prepare_factors(
 
 void feature_pass(
     Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
-    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
+    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor moves, Tensor scale,
     Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   const Tables tables(items, boxes);
   TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
@@ -289,7 +289,7 @@ void feature_pass(
   const FactorSizes sizes = factor_sizes(tables, active);
   float* factors_ = floats(factors, sizes.factors, "factors");
   double* squares_ = doubles(squares, sizes.squares, "squares");
-  const bool* keep_ = bools(keep, tables.num_items, "keep");
+  const bool* moves_ = bools(moves, tables.num_items, "moves");
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;
@@ -301,7 +301,7 @@ void feature_pass(
     const Item& item = tables.items[active[a]];
     if (!item.factored) return;
     const double* sums = a_buffers[item.a_buffer] + item.a_at;
-    prepare_factors(item, tensors[active[a]], sums, keep_[active[a]], args.scale[active[a]], args.rule, factors_, squares_);
+    prepare_factors(item, tensors[active[a]], sums, moves_[active[a]], args.scale[active[a]], args.rule, factors_, squares_);
   });
   const Jobs jobs = deal(tables, active);
   std::vector<IndexRange> leads(jobs.jobs.size());
@@ -356,7 +356,7 @@ void fill_normalisers(const Item& item, bool extended, const double* sums, const
 void update_pass(
     Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
     Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
-    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
+    Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
     Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
@@ -364,7 +364,7 @@ void update_pass(
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
-  const bool* keep_ = bools(keep, tables.num_items, "keep");
+  const bool* moves_ = bools(moves, tables.num_items, "moves");
   const int64_t* network_of_ = static_cast<int64_t*>(memory(network_of, tables.num_items, ScalarType::Long, "network_of"));
   PassArgs args{};
   args.network_size = network_size(extended, hidden);
@@ -392,7 +392,7 @@ void update_pass(
     param_squares_[i] = 0.0;
     for (int64_t l = 0; l < item.leads; ++l) param_squares_[i] += p[l];
     update_squares_[i] = 0.0;
-    if (!keep_[i]) continue;
+    if (!moves_[i]) continue;
     moving.push_back(i);
     normalisers_at[i] = total;
     total += item.leads * num_inputs(extended);
@@ -432,6 +432,7 @@ std::string instruction_set(std::string name) {
 STABLE_TORCH_LIBRARY(pylo_dist, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
   m.def("instruction_set(str name) -> str");
+  m.def("table_fields(str table) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
@@ -441,4 +442,5 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&pylo_dist::instruction_set));
+  m.impl("table_fields", TORCH_BOX(&pylo_dist::table_fields));
 }

@@ -12,12 +12,12 @@
      "Tensor(w!)[] workspace) -> ()")                                                                                            \
   OP(feature_pass,                                                                                                               \
      "(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, Tensor[] values, Tensor[] grads, "                \
-     "Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, Tensor(b!)[] col, Tensor[] sums_a, Tensor keep, "              \
+     "Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, Tensor(b!)[] col, Tensor[] sums_a, Tensor moves, "              \
      "Tensor scale, Tensor(c!) factors, Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()")                \
   OP(update_pass,                                                                                                                \
      "(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, int precision, "                      \
      "Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, "   \
-     "Tensor factors, Tensor squares, Tensor[] sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, "         \
+     "Tensor factors, Tensor squares, Tensor[] sums_b, Tensor moves, Tensor scale, Tensor networks, Tensor network_of, "         \
      "Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, Tensor(g!)[] directions, "                             \
      "Tensor(w!)[] workspace) -> ()")                                                                                            \
   OP(workspace_sizes, "(Tensor items, Tensor boxes, Tensor like) -> int[]") /* for the device of `like` */

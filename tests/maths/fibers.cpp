@@ -3,6 +3,7 @@
 #include "fibers.h"
 
 #include "cuda.cu"
+#include "emulated_warp.h"
 
 namespace fibers {
 

@@ -1,5 +1,5 @@
 // What test_lanes.py calls of csrc/include/pylo_dist/lanes.h, as a C library.
-#include "pylo_dist/lanes.h"
+#include "emulated_warp.h"
 
 using namespace pylo_dist::lanes;
 

@@ -11,8 +11,24 @@
 
 namespace pylo_dist {
 
-// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), from the floats that compiled.py passes.
-// x <- old x + now y with now = 1 - old, taken in double.
+// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), as compiled.py passes them, by name.
+#define PYLO_DIST_RULE_FIELDS(ONE, MANY)                             \
+  MANY(momentum_decays, K)                                           \
+  ONE(rms_decay)                                                     \
+  MANY(factor_decays, K)                                             \
+  ONE(eps_diag) ONE(eps_rms) ONE(eps_normalise)                      \
+  ONE(clamp)
+
+#define PYLO_DIST_DOUBLE_ONE(name) double name;
+#define PYLO_DIST_DOUBLE_MANY(name, count) double name[count];
+
+struct RuleNumbers {
+  PYLO_DIST_RULE_FIELDS(PYLO_DIST_DOUBLE_ONE, PYLO_DIST_DOUBLE_MANY)
+};
+constexpr int64_t RULE_WIDTH = PYLO_DIST_RULE_FIELDS(PYLO_DIST_COUNT_ONE, PYLO_DIST_COUNT_MANY);
+static_assert(sizeof(RuleNumbers) == 8 * RULE_WIDTH, "the numbers are the fields and nothing else");
+
+// The same as the passes use them: x <- old x + now y with now = 1 - old, taken in double.
 struct RuleConstants {
   float momentum_old[K], momentum_new[K];
   float rms_old, rms_new;
@@ -40,22 +56,20 @@ struct Layout {
   static PYLO_HD constexpr int input_of(int e) { return e < FIRST_FACTOR ? e : e + 12; }
 };
 
-constexpr int RULE_NUMBERS = 11;  // momentum x3, rms, factor x3, eps_diag, eps_rms, eps_normalise, clamp
-
-PYLO_HD RuleConstants rule_constants(const double* x) {
+PYLO_HD RuleConstants rule_constants(const RuleNumbers& x) {
   RuleConstants c;
   for (int k = 0; k < K; ++k) {
-    c.momentum_old[k] = static_cast<float>(x[k]);
-    c.momentum_new[k] = static_cast<float>(1.0 - x[k]);
-    c.factor_old[k] = x[4 + k];
-    c.factor_new[k] = 1.0 - x[4 + k];
+    c.momentum_old[k] = static_cast<float>(x.momentum_decays[k]);
+    c.momentum_new[k] = static_cast<float>(1.0 - x.momentum_decays[k]);
+    c.factor_old[k] = x.factor_decays[k];
+    c.factor_new[k] = 1.0 - x.factor_decays[k];
   }
-  c.rms_old = static_cast<float>(x[3]);
-  c.rms_new = static_cast<float>(1.0 - x[3]);
-  c.eps_diag = static_cast<float>(x[7]);
-  c.eps_rms = static_cast<float>(x[8]);
-  c.eps_normalise = x[9];
-  c.clamp = static_cast<float>(x[10]);
+  c.rms_old = static_cast<float>(x.rms_decay);
+  c.rms_new = static_cast<float>(1.0 - x.rms_decay);
+  c.eps_diag = static_cast<float>(x.eps_diag);
+  c.eps_rms = static_cast<float>(x.eps_rms);
+  c.eps_normalise = x.eps_normalise;
+  c.clamp = static_cast<float>(x.clamp);
   return c;
 }
 
