@@ -17,7 +17,7 @@ from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.comm import PeerError
+from pylo_dist.comm import PeerError, meeting
 
 ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first world, and in the next
 
@@ -28,8 +28,8 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     found["late"] = late_for_a_meeting(rank, world)
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
-        meeting = f"file://{folder}/{i}"
-        dist.init_process_group("gloo", init_method=meeting, rank=order[rank], world_size=world, timeout=timedelta(seconds=20))
+        place = f"file://{folder}/{i}"
+        dist.init_process_group("gloo", init_method=place, rank=order[rank], world_size=world, timeout=timedelta(seconds=20))
         if order[rank] < 2:
             total = torch.tensor([float(order[rank] + 1)])
             dist.all_reduce(total, group=comm.group_over((0, 1)))
@@ -122,6 +122,6 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(monk
     store = ComesNow()
     monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(comm, "_next_meeting", lambda ranks: "meeting")
+    monkeypatch.setattr(meeting, "_next_meeting", lambda ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}
