@@ -184,7 +184,7 @@ def test_a_run_that_was_killed_in_a_save_leaves_nothing_behind(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", killed)
+        patch.setattr("pylo_dist.checkpoint.folder._sync", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path / "a", contents)
     assert checkpoint.published(tmp_path) == []
