@@ -2,7 +2,7 @@
 tensor's values.
 
 Legend: N local elements, `fqn` the full parameter name, `dim` a tensor dimension, C order
-    throughout.
+throughout.
 """
 
 from __future__ import annotations

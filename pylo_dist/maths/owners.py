@@ -74,20 +74,24 @@ class OwnedMatrices:
         owned = [sum(shards[i][rank].numel for i in mine) for rank in range(ranks)]
         by_owner = tuple(sorted(range(len(owners)), key=lambda i: (owners[i], i)))
         return cls(
-            first.group,
-            first.rank,
-            ranks,
-            tuple(items),
-            shards,
-            tuple(owners),
-            mine,
-            by_owner,
-            held,
-            owned,
+            group=first.group,
+            rank=first.rank,
+            ranks=ranks,
+            items=tuple(items),
+            shards=shards,
+            owners=tuple(owners),
+            mine=mine,
+            by_owner=by_owner,
+            held=held,
+            owned=owned,
         )
 
     def to_owners(self, pieces: dict[int, Tensor], like: Tensor) -> Exchange:
-        """Bring this rank's pieces (by item, (N,), dtype of `like`) to the owners."""
+        """Bring this rank's pieces (by item, (N,)) to the owners.
+
+        Args:
+            like: an empty tensor, of the dtype and device in which they travel.
+        """
         send = torch.cat([like, *(pieces[self.items[i]].to(like.dtype) for i in self.by_owner)])
         return Exchange(
             [Transfer(self.group, send, self.held, like.new_empty(sum(self.owned)), self.owned)]
