@@ -64,7 +64,7 @@ def _gathered(
     tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only: bool, cpu: bool
 ) -> dict[str, Any]:
     bindings = _bindings(optimizer)
-    keep = not (rank0_only and comm.rank(comm.default_group()))
+    wanted = not (rank0_only and comm.rank(comm.default_group()))
 
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -72,20 +72,20 @@ def _gathered(
         if isinstance(value, list):
             return [whole(entry) for entry in value]
         if isinstance(value, ShardedState):
-            value = _whole_tensor(value, bindings[value.shard.fqn], keep)
+            value = _whole_tensor(value, bindings[value.shard.fqn], wanted)
         elif is_dtensor(value):
             value = value.full_tensor()
-        if isinstance(value, Tensor) and keep:
+        if isinstance(value, Tensor) and wanted:
             return value.detach().to("cpu" if cpu else value.device, copy=True)
         return value
 
     result: dict[str, Any] = whole(tree)
-    return result if keep else {}
+    return result if wanted else {}
 
 
-def _whole_tensor(state: ShardedState, binding: ShardBinding, keep: bool) -> Tensor | None:
-    """A state tensor whole, from the ranks that have its pieces; None where it is not to be kept."""
-    result = state.local.new_empty(state.shape) if keep else None
+def _whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Tensor | None:
+    """A state tensor whole, from the ranks that have its pieces; None where it is not wanted."""
+    result = state.local.new_empty(state.shape) if wanted else None
     for source, peer in enumerate(binding.peers or (binding.shard,)):
         if peer.numel:
             piece = (

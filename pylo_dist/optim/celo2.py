@@ -122,7 +122,7 @@ class CELO2Rule(FactoredRule):
         kernels = self.kernels(batch)
         matrices, others = self._stacks(batch)
         for stack in others:
-            values = stacks.gather([batch.items[i].param.value for i in stack.items])
+            values = stacks.stacked([batch.items[i].param.value for i in stack.items])
             squares = torch.zeros(len(values), 1, dtype=torch.float64, device=batch.device)
             for part in reference.parts(values):
                 squares += values[:, part].to(torch.float64).square().sum(-1, keepdim=True)
@@ -177,9 +177,9 @@ class CELO2Rule(FactoredRule):
             yield c
             self._to_factors(batch, c)
         for stack in matrices:
-            s = stacks.gather([directions[i] for i in stack.items])
+            s = stacks.stacked([directions[i] for i in stack.items])
             if c is not None:
-                factors = stacks.gather([c.vectors[i] for i in stack.items])
+                factors = stacks.stacked([c.vectors[i] for i in stack.items])
                 stacks.scale_matrices(
                     s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype)
                 )
@@ -224,7 +224,7 @@ class CELO2Rule(FactoredRule):
             batch.items[stack.items[0]].hyper,
             [batch.items[i].param.value for i in stack.items],
         )
-        value = stacks.gather(values)
+        value = stacks.stacked(values)
         lr, decay = reference.in_dtype(hyper["lr"], s.dtype), hyper["weight_decay"]
         moves, squares = (
             stack.of(batch.moves),
@@ -234,7 +234,7 @@ class CELO2Rule(FactoredRule):
             old = value[:, part].to(s.dtype, copy=True)
             change = s[:, part] * hyper["rmsmult"] + decay * old
             reference.move_rows(value[:, part], old, old - lr * change, moves, squares)
-        stacks.scatter(value, values)
+        stacks.put_back(value, values)
         batch.update_squares.index_copy_(0, stack.places, squares)
 
     def extra_sums(self, item: Item) -> int:
@@ -318,7 +318,7 @@ class CELO2Rule(FactoredRule):
             self.newton_schulz.whole_(wholes)
         yield from self._through_gram(batch, directions)
         for owned in self._ways(batch)[1]:
-            there = owned.gather(directions, like)
+            there = owned.to_owners(directions, like)
             yield there
             mine = {
                 i: w.to(batch.items[i].state["momentum"].dtype)
@@ -391,7 +391,7 @@ class CELO2Rule(FactoredRule):
         for stack in matrices:
             shard = batch.items[stack.items[0]].param.shard
             sums = stacks.matrix_square_sums(
-                stacks.gather([directions[i] for i in stack.items]), shard
+                stacks.stacked([directions[i] for i in stack.items]), shard
             )
             torch._foreach_copy_([c.vectors[i] for i in stack.items], list(sums.unbind()))
         return c
@@ -421,9 +421,9 @@ class CELO2Rule(FactoredRule):
             [item.param.value for item in items],
             [item.param.grad for item in items if item.param.grad is not None],
         )
-        value, grad, mean, square = (stacks.gather(tensors) for tensors in (values, grads, *taken))
+        value, grad, mean, square = (stacks.stacked(tensors) for tensors in (values, grads, *taken))
         counters = [] if group_counter else [state["adam_step"] for state in states]
-        counter = hyper["step"] if group_counter else stacks.gather(counters)
+        counter = hyper["step"] if group_counter else stacks.stacked(counters)
         moves, squares = (
             stack.of(batch.moves),
             torch.zeros(len(items), dtype=torch.float64, device=batch.device),
@@ -445,9 +445,9 @@ class CELO2Rule(FactoredRule):
         )
         if counters:
             reference.commit(counter, counter + 1, moves)
-            stacks.scatter(counter, counters)
+            stacks.put_back(counter, counters)
         for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
-            stacks.scatter(tensor, tensors)
+            stacks.put_back(tensor, tensors)
         batch.update_squares.index_copy_(0, stack.places, squares)
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
