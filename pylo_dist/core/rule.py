@@ -243,9 +243,9 @@ class LearnedRule(ABC):
 
         Called before the step, as gradients arrive and as often as some do, when neither
         `batch.moves` nor `batch.scale` is known. A rule that implements it adds the indices to
-        `batch.summed` and leaves these items out of what `step` does before its first request.
-        Whatever it has computed counts for items of `batch.summed` only: where that was emptied,
-        the step begins from nothing.
+        `batch.summed`, and leaves these items out when `step` does the same for the others. What it
+        has computed, such as sums in a `batch.reused_sum`, counts for items of `batch.summed`
+        alone: where that is empty, all begins from nothing.
         """
 
     def forget_gradient(self, batch: Batch, i: int) -> None:  # noqa: B027

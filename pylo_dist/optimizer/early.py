@@ -17,9 +17,8 @@ from .lineup import Lineup, Member
 class EarlyPass:
     """For adapters whose gradients arrive bit by bit.
 
-    It is never wrong to be silent about a gradient: the step reads what was not read before. Nor to
-    change one that was read, where its version counter shows it; what leaves no trace there
-    (torch's GradScaler) needs `forget`.
+    Whatever it is not told the step reads by itself, and it reads a gradient again if its version
+    counter shows a change. What leaves no trace there (torch's GradScaler) needs `forget`.
 
     Args:
         lineup: the parameters that gradients may be of.
@@ -60,8 +59,8 @@ class EarlyPass:
                     member.item.param.grad = None
 
     def taken(self) -> set[int]:
-        """Parameters, by id, of which the coming step has all it needs of their gradient. Those
-        whose gradient or memory changed since are forgotten, and what is returned is asked once.
+        """Parameters, by id, of whose gradient the coming step has all it needs; those whose
+        gradient or memory is another one by now are forgotten. Asked once a step.
         """
         read, self._read = self._read, {}
         taken = set()

@@ -113,7 +113,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         group["step"] = torch.as_tensor(
             group.get("step", 0), dtype=torch.int64, device=device
         ).clone()
-        group.update(loading.marks(self.rule, self.weights))
+        group.update(loading.marks_of(self.rule, self.weights))
         self._params.admit(group, bindings)
         self._ready()
 
@@ -296,7 +296,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         settings = (name for name in self.defaults if name not in REFUSED)
         keys = ("step", *self.group_keys, *self.rule.group_state(), *settings)
         loading.check_groups(
-            groups, self.param_groups, keys, loading.marks(self.rule, self.weights)
+            groups, self.param_groups, keys, loading.marks_of(self.rule, self.weights)
         )
 
     def state_template(self, param: Tensor) -> State:

@@ -32,7 +32,7 @@ class Member:
 
 class Lineup:
     """The trainable, non-empty parameters in batches by device, under one engine; made again when
-    they or their state tensors are others.
+    they, their groups or their state tensors are others.
 
     Args:
         parameters: knows who takes part.
@@ -58,9 +58,7 @@ class Lineup:
         self._groups: Groups = []
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._key: list[tuple[int, int]] = []
-        self._held: list[
-            Tensor
-        ] = []  # state tensors, so that no other has the id of one in the key
+        self._held: list[Tensor] = []  # so that no other tensor gets the id of one in the key
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> Engine:
         """The engine over the parameters there are now; their state is made where there is none.
@@ -71,8 +69,8 @@ class Lineup:
         trainable = self._parameters.trainable(groups)
         params = [param for param, _ in trainable]
         described = self._parameters.bindings
-        known = self._bindings is described and self._groups is groups
-        if self.engine is not None and known and _key(params, state) == self._key:
+        same = self._bindings is described and [*map(id, self._groups)] == [*map(id, groups)]
+        if self.engine is not None and same and _key(params, state) == self._key:
             return self.engine
         self.retire()
         by_device: dict[torch.device, list[tuple[Tensor, Item]]] = {}
@@ -99,7 +97,8 @@ class Lineup:
                 self._by_id[id(param)] = Member(described[param], param, item, batch, place)
         self.members = [self._by_id[id(param)] for param in params]
         self.bound = [(member.binding, member.param) for member in self.members]
-        self._groups, self._bindings, self._key = groups, described, _key(params, state)
+        self._groups, self._bindings = list(groups), described
+        self._key = _key(params, state)
         self._held = [tensor for param in params for tensor in state[param].values()]
         self.engine = Engine(
             [(self.rule, batch) for batch in self.batches], self._nonfinite, self._clip

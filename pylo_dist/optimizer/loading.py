@@ -30,7 +30,7 @@ OTHER_MARKS = {
 _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
 
 
-def marks(rule: LearnedRule, weights: MetaNetwork) -> dict[str, Any]:
+def marks_of(rule: LearnedRule, weights: MetaNetwork) -> dict[str, Any]:
     """What every group says about its state, so that every format of a checkpoint holds it."""
     return {
         "state_format": STATE_FORMAT,
