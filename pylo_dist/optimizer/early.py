@@ -101,7 +101,7 @@ def _bring(member: Member) -> Tensor | None:
         item.param = plain.collect(member.binding, param, None, item.param, item.state)
     except ValueError:  # the step will say it
         return None
-    return grad if _is_view(member) else None
+    return grad
 
 
 def _is_view(member: Member) -> bool:
