@@ -33,7 +33,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "adapters.gradients": ("layouts.gradients",),
     "adapters.construction": ("layouts.construction",),
     "engine": ("optimizer.engine",),
-    "sharded_state": ("optimizer.sharded_state",),
+    "sharded_state": ("optimizer.sharded_state", "optimizer.loading"),
     "clip": ("optimizer.clip",),
     "report": ("optimizer.report",),
     "gather": ("checkpoint.full_state",),

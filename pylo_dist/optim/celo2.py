@@ -118,7 +118,6 @@ class CELO2Rule(FactoredRule):
         # A: sums of g^2 along rows and columns of the matrices, p^2 of the others
         a = self.first_sum(batch)
         self.gradient_pass(batch, [i for i, _ in batch.candidates() if i not in batch.summed])
-        batch.summed.clear()
         kernels = self.kernels(batch)
         matrices, others = self._stacks(batch)
         for stack in others:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.rule import Item
+from ..optimizer.parameters import names_of
 from .adafac import AdafacLO, AdafacRule
 
 
@@ -55,7 +56,7 @@ class MuLO(AdafacLO):
         self._unclaimed = frozenset(width_mults or ())
         super().__init__(params, **kwargs)
         if self._unclaimed:
-            names = [binding.shard.fqn for binding in self._bindings.values()]
+            names = [binding.shard.fqn for binding, _ in self.layouts()]
             raise ValueError(
                 f"width_mults names {sorted(self._unclaimed)}, which are no parameters here; "
                 f"wanted some of {names[:8]} (pass model.named_parameters() so that parameters "
@@ -72,7 +73,7 @@ class MuLO(AdafacLO):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        names = self._names(group)
+        names = names_of(self.param_groups, group)
         if "width_mults" not in group:
             known = self._width_mults
             group["width_mults"] = {

@@ -368,7 +368,7 @@ class VeLO(LearnedOptimizer):
             nonfinite=nonfinite,
             process_group=process_group,
         )
-        numel = sum(binding.shard.global_numel for binding in self._bindings.values())
+        numel = sum(binding.shard.global_numel for binding, _ in self.layouts())
         if numel > LARGEST_MODEL:
             warnings.warn(
                 f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..comm import Collective, PeerError, Reduction
 from ..core.requests import (
     AUDIT_SLOTS,
@@ -38,6 +39,14 @@ class LossSum:
         self.group = group
         self.loss = loss
 
+    @classmethod
+    def over(cls, process_group: Any, loss: Tensor | None) -> LossSum:
+        """As an optimizer's user says it: None for the world once torch.distributed is initialised,
+        False for this rank alone.
+        """
+        group = comm.default_group() if process_group is None else process_group or None
+        return cls(loss, group)
+
     def buffer(self, device: torch.device, failed: bool) -> Tensor:
         """A new buffer, float64 (4,); what the host knows is written without a copy from its
         memory.
@@ -54,7 +63,9 @@ class LossSum:
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was changed."""
+    """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was
+    changed.
+    """
 
 
 class Engine:
@@ -64,8 +75,8 @@ class Engine:
     Args:
         work: each rule with the batch it drives. All ranks hold the same items in the same order.
         nonfinite: what to do about inf and NaN in raw gradients. "error" and "skip" leave all
-        parameters and state as they were. clip: whether `max_grad_norm` of a group bounds the norm
-        over all tensors or that of each.
+            parameters and state as they were.
+        clip: whether `max_grad_norm` of a group bounds the norm over all tensors or that of each.
 
     Attributes:
         taken: bool 0-d, whether the last step was taken.
@@ -85,7 +96,7 @@ class Engine:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
-        self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
+        self._pending = _PendingErrors([batch for _, batch in work if batch.items], device)
         self._steps_begun = self._captured = False
         self.shared = any(
             item.param.holders is not None for _, batch in self.work for item in batch.items
@@ -111,13 +122,14 @@ class Engine:
         if is_capturing(self.taken.device):
             self._check_capture(losses)
         else:
-            self._outcome.raise_last()
+            self._pending.raise_last()
         self._steps_begun = True
         if problem is not None and not self.shared and (losses is None or losses.group is None):
             raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
         requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
+            batch.summed.clear()  # what was read early is in the request, and counts once
             _fill_audits(request, batch, failed=problem is not None)
         loss = None if losses is None else losses.buffer(self.taken.device, problem is not None)
         yield from self._serve(
@@ -189,13 +201,13 @@ class Engine:
                 if loss is None
                 else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
             )
-        flags = torch.stack([failed, without_loss, nonfinite, probe])
-        self.taken = ~flags.any()
+        reasons = torch.stack([failed, without_loss, nonfinite, probe])  # not to take the step
+        self.taken = ~reasons.any()
         # elsewhere than on a CPU the others do not know yet, and go on to collectives that this
         # rank must not leave
         error = self.nonfinite == "error"
-        self._outcome.note(
-            flags[: 2 + error],
+        self._pending.note(
+            reasons[: 2 + error],
             bad if error else [],
             problem,
             problem is not None and not self.shared,
@@ -205,28 +217,37 @@ class Engine:
             batch.moves = (audit[:, PRESENT] > 0) & batch.taken
             if loss is not None:
                 batch.loss = (loss[0] / loss[2]).to(batch.device)
-            limits = [item.hyper.get("max_grad_norm") for item in batch.items]
-            clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
-            if batch.clips:
-                bounds = tuple(float("inf") if limit is None else limit for limit in limits)
-                bound = batch.on_device("engine: bounds", bounds, torch.float64)
-                norm = (
-                    self.grad_norm.to(batch.device)
-                    if self.clip == "global"
-                    else audit[:, SQUARES].sqrt()
-                )
-                # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside
-                # an infinite norm
-                scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
-                # of a norm that is no number nothing is left: s g is NaN, which counts as 0
-                if rule.replaces_nonfinite:
-                    scale = torch.where(
-                        torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale
-                    )
-                batch.scale = torch.where(bound.isinf(), 1.0, scale)
-            elif clipped:  # before: the groups were changed
-                batch.scale = torch.ones_like(batch.scale)
+            self._scale(rule, batch, audit, bad)
             stats.after_judgement(audit)
+
+    def _scale(self, rule: LearnedRule, batch: Batch, audit: Tensor, bad: Sequence[Tensor]) -> None:
+        """Say by what clipping multiplies the gradients of a batch.
+
+        Args:
+            audit: float64 (items, slots), reduced.
+            bad: per batch, bool (items,), which gradients are no numbers.
+        """
+        limits = [item.hyper.get("max_grad_norm") for item in batch.items]
+        clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
+        if batch.clips:
+            bounds = tuple(float("inf") if limit is None else limit for limit in limits)
+            bound = batch.on_device("engine: bounds", bounds, torch.float64)
+            norm = (
+                self.grad_norm.to(batch.device)
+                if self.clip == "global"
+                else audit[:, SQUARES].sqrt()
+            )
+            # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside an
+            # infinite norm
+            scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
+            # of a norm that is no number nothing is left: s g is NaN, which counts as 0
+            if rule.replaces_nonfinite:
+                scale = torch.where(
+                    torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale
+                )
+            batch.scale = torch.where(bound.isinf(), 1.0, scale)
+        elif clipped:  # before: the groups were changed
+            batch.scale = torch.ones_like(batch.scale)
 
     def _is_probe(self) -> Tensor:
         """bool 0-d: zero gradients everywhere and lr 0.
@@ -274,7 +295,7 @@ class Engine:
 
         It is alike on all ranks, but for a rank's own problem.
         """
-        self._outcome.raise_now()
+        self._pending.raise_now()
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """Per parameter, as 0-d tensors on its device, see `LearnedOptimizer.stats`."""
@@ -284,10 +305,10 @@ class Engine:
         return merged
 
 
-class _Outcome:
+class _PendingErrors:
     """What is wrong with steps that the host has not asked about yet.
 
-    On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host
+    On a CPU it asks at once. Elsewhere flags are gathered on the device and copied to the host
     behind the step, which nobody waits for; the next step looks at them. Flags stay until they are
     raised, so that replays of a CUDA graph, in which the host takes no part, are heard of at the
     second step outside of it, or by `raise_now`.

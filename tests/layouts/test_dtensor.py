@@ -126,7 +126,7 @@ def steps(model: Net, name: str, gradients: Gradients, rank: int, ranks: int) ->
 
 
 def where(optimizer: Any, param: Tensor) -> tuple[int, ...]:
-    shard = optimizer._bindings[param].shard
+    shard = next(binding for binding, p in optimizer.layouts() if p is param).shard
     return shard.start, shard.numel, shard.run, shard.pitch
 
 

@@ -177,7 +177,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._reducer.flush()
             if self._reducer.spread_nonfinite() and isinstance(self.inner, LearnedOptimizer):
                 # whoever looks may change them, not always in a way that leaves a trace
-                self.inner.forget_gradients()
+                self.inner.early.forget()
             return self.inner.param_groups
         return cast("list[dict[str, Any]]", self.__dict__.get("_groups", []))
 
@@ -392,12 +392,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         may begin.
         """
         if isinstance(self.inner, LearnedOptimizer) and self._overlap:
-            self.inner.gradients_arrived(member.piece for member in bucket.members)
+            self.inner.early.arrived(member.piece for member in bucket.members)
 
     def _forget_gradients(self) -> None:
         self._reducer.forget()
         if isinstance(self.inner, LearnedOptimizer):
-            self.inner.forget_gradients()
+            self.inner.early.forget()
 
     def _problem(self) -> ValueError | None:
         """Why this rank cannot take a step."""
