@@ -17,7 +17,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist import comm
+from pylo_dist.comm import collectives
 from pylo_dist.core.pieces import bound_shard
 from pylo_dist.testing import largest_changes, layout_error
 from pylo_dist.weights import SMALL_FC
@@ -127,7 +127,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
-        reduce, scatter, gather = dist.all_reduce, comm._reduce_scatter, comm._all_gather
+        reduce, scatter, gather = dist.all_reduce, collectives._reduce_scatter, collectives._all_gather
 
         def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.counts["all_reduce"] += 1
@@ -142,10 +142,10 @@ class Calls:
             return gather(*args, **kwargs)
 
         self.originals = reduce, scatter, gather
-        dist.all_reduce, comm._reduce_scatter, comm._all_gather = all_reduce, reduce_scatter, all_gather
+        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = all_reduce, reduce_scatter, all_gather
 
     def stop(self) -> dict[str, int]:
-        dist.all_reduce, comm._reduce_scatter, comm._all_gather = self.originals
+        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = self.originals
         return self.counts
 
 
