@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ... import comm
 from ...core.state import state_dtype
-from .buckets import ALIGNMENT, Bucket, Member, Sharing
+from .agreement import Sharing
+from .buckets import ALIGNMENT, Bucket, BucketParam
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory.
 MAX_IN_FLIGHT = 2
@@ -48,7 +49,7 @@ class GradientReducer:
         overlap: whether buckets leave while backward goes on, or when the round is closed.
         dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and
             float16.
-        landed: called with a bucket whose gradient has arrived.
+        landed: called with a bucket whose gradient has arrived; None: nobody waits for it.
 
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
@@ -64,7 +65,7 @@ class GradientReducer:
         overlap: bool,
         dtype: torch.dtype | None,
         timeout: float | None,
-        landed: Callable[[Bucket], None],
+        landed: Callable[[Bucket], None] | None,
     ) -> None:
         self.buckets = buckets
         self.synchronizing = True
@@ -153,7 +154,7 @@ class GradientReducer:
         self._left.clear()
         self.problem = None
 
-    def _unreduced(self, member: Member) -> ValueError | None:
+    def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What came to a parameter's gradient after it had been reduced, and would be lost."""
         grad = member.param.grad
         left, version = self._left.get(id(member.param), (None, 0))
@@ -193,7 +194,7 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, bucket: Bucket, member: Member, full: Tensor) -> None:
+    def _take(self, bucket: Bucket, member: BucketParam, full: Tensor) -> None:
         """Copy a gradient to its places in `full` (ranks, ...), which is modified in place."""
         param, grad = member.param, member.param.grad
         present = grad is not None
@@ -248,7 +249,8 @@ class GradientReducer:
                     member.piece.grad = bucket.piece_of(member, bucket.grad)
         else:
             bucket.show_gradient(grad)
-        self._landed(bucket)
+        if self._landed is not None:
+            self._landed(bucket)
 
     @torch.no_grad()
     def spread_nonfinite(self) -> bool:
