@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ... import comm
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
 from ...core.shards import TensorShard
-from .agreement import Sharing
+from .sharing import Sharing
 
 T = TypeVar("T")
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
-from .agreement import Sharing
+from ...core import trace
 from .buckets import Bucket
+from .sharing import Sharing
 
 _ARRIVAL = "_pylo_dist_arrival"
 
@@ -100,6 +101,7 @@ class ParameterGatherer:
                 for param in own:
                     self._owners.setdefault(id(param), set()).add(id(module))
 
+    @trace.phased("gather: start")
     @torch.no_grad()
     def start(self) -> None:
         """Send the updated parts; each bucket's parameters wait for their values when they are
@@ -123,7 +125,8 @@ class ParameterGatherer:
                 setattr(member.param, _ARRIVAL, arrive)
                 member.param.__class__ = PendingParameter
         for pending in at_once:  # only now, with all of them on their way
-            pending.wait()
+            with trace.phase("gather: wait"):
+                pending.wait()
 
     def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
         params = [member.param for member in bucket.members]
@@ -142,7 +145,8 @@ class ParameterGatherer:
 
 def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
     def arrive() -> None:
-        pending.wait()
+        with trace.phase("gather: wait"):
+            pending.wait()
         for param in params:
             param.__class__ = nn.Parameter
             delattr(param, _ARRIVAL)

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...core import trace
 from ...optimizer import LearnedOptimizer
 from ...optimizer.report import Report, group_settings, report_row
 from ...optimizer.sharded_state import elementwise_local_state, elementwise_state_dict
-from .agreement import Sharing, raise_alike
 from .buckets import Bucket, Named
 from .masters import without_masters
+from .sharing import Sharing, raise_alike
 
 # Optimizers of torch whose update of an element depends on that element alone; any other would be
 # silently wrong on a shard.
@@ -160,6 +161,7 @@ class LearnedInner:
             raise _no_length(self.optimizer)
         extend(num_steps)
 
+    @trace.phased("step: early")
     def gradients_arrived(self, bucket: Bucket) -> None:
         self.optimizer.gradients_arrived(member.piece for member in bucket.members)
 

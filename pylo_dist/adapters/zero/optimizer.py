@@ -3,7 +3,7 @@ parameters are all-gathered.
 
 The optimizer users see, and the order of things in a step. Memory is in `buckets`, gradients in
 `reduction`, parameters in `gathering`, the optimizer that steps on the shard in `inner`, what ranks
-must agree on in `agreement`.
+must agree on in `sharing`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
+from ...core import trace
 from ...optimizer.report import Report
-from .agreement import (
-    Settings,
-    Sharing,
-    check_same_parameters,
-    check_same_settings,
-    check_same_state,
-)
 from .buckets import Bucket, add_together, shard_group, share_first_values
 from .gathering import ParameterGatherer
 from .groups import check_params, named_group, named_groups
 from .inner import Inner, kind_of
 from .masters import add_masters, check_masters, load_masters, without_masters
 from .reduction import GradientReducer
+from .sharing import (
+    Settings,
+    Sharing,
+    check_same_parameters,
+    check_same_settings,
+    check_same_state,
+)
 from .watch import ModelWatch
 
 
@@ -245,7 +246,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             bucket.refresh_master()
         try:
-            self._inner.step(loss, problem)
+            with trace.phase("step: inner"):
+                self._inner.step(loss, problem)
         finally:  # what is left would be taken for the gradient of the next step
             self._forget_gradients()
         for bucket in self.buckets:

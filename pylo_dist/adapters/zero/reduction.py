@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ... import comm
+from ...core import trace
 from ...core.state import state_dtype
-from .agreement import Sharing
 from .buckets import ALIGNMENT, Bucket, BucketParam
+from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory.
 MAX_IN_FLIGHT = 2
@@ -168,6 +169,7 @@ class GradientReducer:
 
     # -------------------------------------------------------------------------------------- buckets
 
+    @trace.phased("reduce: launch")
     @torch.no_grad()
     def _launch_next(self) -> None:
         b, bucket = self._next, self.buckets[self._next]
@@ -223,15 +225,19 @@ class GradientReducer:
         else:
             self._left[id(param)] = (grad, grad._version)
 
+    @trace.phased("reduce: land")
     @torch.no_grad()
     def _land(self) -> None:
         flight, sharing = self._flights.popleft(), self._sharing
-        flight.pending.wait()
+        with trace.phase("reduce: wait"):
+            flight.pending.wait()
         bucket, mine = flight.bucket, flight.mine
         if sharing.replicate_group is not None:
-            comm.all_reduce(
+            pending = comm.all_reduce(
                 mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout
-            ).wait()
+            )
+            with trace.phase("reduce: wait"):
+                pending.wait()
         copies = sharing.ranks * sharing.replicas
         if copies > 1:
             # once, after the sum: the rounding of an average then does not depend on the backend

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import comm
+from ...core import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,9 @@ def raise_alike(
             raise problem
         return
     failed = torch.tensor([float(problem is not None)], device=device)
-    comm.all_reduce(failed, sharing.holders, "the agreement on a step", timeout).wait()
+    pending = comm.all_reduce(failed, sharing.holders, "the agreement on a step", timeout)
+    with trace.phase("sums: wait"):
+        pending.wait()
     if problem is not None:
         raise problem
     if float(failed):
