@@ -31,13 +31,14 @@ for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
         sys.path.insert(0, str(_folder))
 
 from bench_memory import memory_formula, shapes_of  # noqa: E402
-from bench_zero import MINI, Clock, wrap_package  # noqa: E402
+from bench_zero import MINI, Clock  # noqa: E402
 from presets import PRESETS  # noqa: E402
 from record import RESULTS, environment, markdown, write  # noqa: E402
 from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes  # noqa: E402
 from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks  # noqa: E402
 
 from pylo_dist import comm  # noqa: E402
+from pylo_dist.core import trace  # noqa: E402
 
 CONFIGS = {"tiny": TINY, "mini": MINI}
 GOAL, GOAL_RANKS = 0.97, 8  # of AdamW's tokens per second, see bench_train.py
@@ -63,7 +64,6 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     """Steps and their bytes on these ranks, collectives alone, and on one rank the parts."""
     device, config = device_of(rank), CONFIGS[settings.preset]
     watch, clock = Stopwatch(device), Clock()
-    wrap_package(clock)
     length = min(settings.tokens, config.block_size)
     trainees = [
         Trainee("zero1", name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device) for name in settings.optimizers
@@ -78,7 +78,8 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             for _ in range(settings.steps):
                 clock.start()
                 watch.start()
-                trainee.train(idx)
+                with trace.observe(clock):
+                    trainee.train(idx)
                 found["steps"][name].append(watch.stop()[0])
                 found["payload"][name] = dict(clock.payload)
             trainee.settle()

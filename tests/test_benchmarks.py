@@ -57,14 +57,14 @@ class SettledProfile(torch.profiler.profile):
 
 def _measure(rank: int, world: int) -> dict[str, Any]:
     """All that the benchmarks measure on ranks, by the name of what measures it."""
-    found: dict[str, Any] = {"scaling": None}
+    found: dict[str, Any] = {}
     bench_memory.profile = SettledProfile
     if world > 1:
         found["measure_cases"] = bench_memory.measure_cases(rank, world, TINY, bench_memory.CASES, CAP_MB, 2)
         found["measure_layouts"] = bench_memory.measure_layouts(rank, world, TINY, LAYOUTS, CAP_MB)
         found["sharded"] = sharded_step.measure_runs(rank, world, [SHARDED])
         found["train"] = bench_train.measure_rank(rank, world, TRAIN)
-    found["scaling"] = scaling.measure_rank(rank, world, SCALING)  # last: it wraps the package's collectives
+    found["scaling"] = scaling.measure_rank(rank, world, SCALING)
     return found
 
 
