@@ -1,15 +1,20 @@
-"""Measure where the time of a sharded training step goes; write results/zero.json and print the tables of the README.
+"""Measure where the time of a sharded training step goes; write results/zero.json and print the
+tables of the README.
 
     python benchmarks/bench_zero.py                            # 2 and then 4 gloo ranks of its own
-    torchrun --nproc_per_node=2 benchmarks/bench_zero.py       # torchrun's ranks; NCCL where each has a GPU, else gloo
-    python benchmarks/bench_zero.py --trace traces             # also torch.profiler traces with and without overlap
+    torchrun --nproc_per_node=2 benchmarks/bench_zero.py       # torchrun's ranks; NCCL where each
+                                                               # has a GPU, else gloo
+    python benchmarks/bench_zero.py --trace traces             # also torch.profiler traces with and
+                                                               # without overlap
 
-Model, loss and backward pass are those of launch/gpt2.py. All contenders are alive at once and take turns of a few steps each, so
-that a busy machine hurts all alike; of a turn the first step is not counted, so that every counted forward pass waits for the
-all-gather of a step before it. Times are medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases
-are exclusive: what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing but wait for
-others: communication that nothing hides, and the slowness of other ranks. The package has no timers; it names its phases, see
-pylo_dist/core/trace.py. On a GPU phases are told apart only without overlap, where the benchmark may wait for the device at every mark.
+Model, loss and backward pass are those of launch/gpt2.py. All contenders are alive at once and take
+turns of a few steps each, so that a busy machine hurts all alike; of a turn the first step is not
+counted, so that every counted forward pass waits for the all-gather of a step before it. Times are
+medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases are exclusive:
+what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing
+but wait for others: communication that nothing hides, and the slowness of other ranks. The package
+has no timers; it names its phases, see pylo_dist/core/trace.py. On a GPU they are told apart only
+without overlap, where the benchmark may wait for the device at every mark.
 """
 
 from __future__ import annotations
@@ -30,34 +35,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported later it would keep the process group alive beyond its end
+
+# imported later it would keep the process group alive beyond its end
+import torch.distributed.nn.functional
+from bench_memory import formula_of, num_bytes, raw_events
+from model import build
+from presets import PRESETS, GPTConfig
+from record import environment, markdown, write
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import pylo_dist
+from pylo_dist.core import trace
+from pylo_dist.core.rule import LearnedRule
+from support.golden import velo_weights
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
-from golden_cases import velo_weights  # noqa: E402
-from model import build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.core import trace  # noqa: E402
-from pylo_dist.core.rule import LearnedRule  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores
 MINI = GPTConfig(vocab_size=256, block_size=128, n_layer=8, n_head=4, n_embd=128, init_std=0.05)
 CONFIGS = {"mini": MINI, **PRESETS}
 PROFILED_STEPS = 3
 
-# ------------------------------------------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------- phases
 
 FORWARD, BACKWARD, OTHER = "forward", "backward", "other"
 PACK, SCATTER_WAIT = "reduce-scatter: pack", "reduce-scatter: wait"
@@ -86,7 +88,9 @@ PAYLOADS = {
 
 
 class Clock:
-    """Exclusive seconds by phase, and bytes handed to collectives, since `start`; an observer of the package."""
+    """Exclusive seconds by phase, and bytes handed to collectives, since `start`; an observer of
+    the package.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -112,8 +116,9 @@ class Clock:
             self.payload[PAYLOADS[name]] += num_bytes(buffer)
         if name in PARTS:
             self._switch()
-            self._stack.append((PARTS[name], record_function(f"bench: {name}")))
-            self._stack[-1][1].__enter__()
+            recorded = record_function(f"bench: {name}")
+            self._stack.append((PARTS[name], recorded))
+            recorded.__enter__()
 
     def end(self, name: str) -> None:
         if name in PARTS:
@@ -130,7 +135,7 @@ class Clock:
             self.end(name)
 
 
-# --------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +156,16 @@ class Contender:
     def name(self) -> str:
         if self.layout == "zero":
             return f"ZeRO-{self.stage} {self.optimizer}" + ("" if self.overlap else ", no overlap")
-        return f"DDP + {self.optimizer}" if self.layout == "ddp" else f"DDP + ZeroRedundancyOptimizer {self.optimizer}"
+        return (
+            f"DDP + {self.optimizer}"
+            if self.layout == "ddp"
+            else f"DDP + ZeroRedundancyOptimizer {self.optimizer}"
+        )
 
 
-OVERLAPS = [Contender("zero", "AdafacLO", stage, overlap) for stage in (1, 2) for overlap in (True, False)]
+OVERLAPS = [
+    Contender("zero", "AdafacLO", stage, overlap) for stage in (1, 2) for overlap in (True, False)
+]
 CONTENDERS = [
     *OVERLAPS,
     Contender("zero", "VeLO", 2),
@@ -184,7 +195,9 @@ class Settings:
 class Trainee:
     """A contender with its model, on this rank."""
 
-    def __init__(self, contender: Contender, settings: Settings, clock: Clock, device: torch.device) -> None:
+    def __init__(
+        self, contender: Contender, settings: Settings, clock: Clock, device: torch.device
+    ) -> None:
         self.contender, self._clock = contender, clock
         self.config = CONFIGS[settings.preset]
         self.model = build(self.config, 0).to(device)
@@ -198,7 +211,12 @@ class Trainee:
         cap = settings.bucket_cap_mb
         if contender.layout == "zero":
             self.optimizer: Any = pylo_dist.ZeroOptimizer(
-                self.model, kind, stage=contender.stage, overlap=contender.overlap, bucket_cap_mb=cap, **arguments
+                self.model,
+                kind,
+                stage=contender.stage,
+                overlap=contender.overlap,
+                bucket_cap_mb=cap,
+                **arguments,
             )
             inner = self.optimizer.inner
         else:
@@ -209,7 +227,9 @@ class Trainee:
                 self.optimizer = ZeroRedundancyOptimizer(self.model.parameters(), kind, **arguments)
                 inner = self.optimizer.optim
         self._inner, self._learned = inner, isinstance(getattr(inner, "rule", None), LearnedRule)
-        generator = torch.Generator().manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
+        generator = torch.Generator().manual_seed(
+            1 + (dist.get_rank() if dist.is_initialized() else 0)
+        )
         shape = (settings.batch, settings.tokens + 1)
         self._idx = torch.randint(0, self.config.vocab_size, shape, generator=generator).to(device)
         self.losses: list[float] = []
@@ -225,7 +245,9 @@ class Trainee:
                 self.optimizer.step(loss=loss)
             else:
                 self.optimizer.step()
-            self.gradients = sum(num_bytes(param.grad) for param in self.model.parameters() if param.grad is not None)
+            self.gradients = sum(
+                num_bytes(param.grad) for param in self.model.parameters() if param.grad is not None
+            )
             self.optimizer.zero_grad()
         self.losses.append(float(loss.detach()))
 
@@ -239,23 +261,39 @@ class Trainee:
         self.model.state_dict()
 
     def memory(self) -> dict[str, Any]:
-        """Bytes of this rank between steps; `full_gradients` those on the parameters when the optimizer stepped."""
-        state = sum(num_bytes(t) for entries in self._inner.state.values() for t in entries.values() if t.dim())
-        found = {"parameters": sum(map(num_bytes, self.model.parameters())), "full_gradients": self.gradients, "state": state}
+        """Bytes of this rank between steps; `full_gradients` those on the parameters when the
+        optimizer stepped.
+        """
+        state = sum(
+            num_bytes(t)
+            for entries in self._inner.state.values()
+            for t in entries.values()
+            if t.dim()
+        )
+        found = {
+            "parameters": sum(map(num_bytes, self.model.parameters())),
+            "full_gradients": self.gradients,
+            "state": state,
+        }
         if not self._learned:
             return found
         report = self.optimizer.report()
         totals = report.totals
         found["state_by_report"] = sum(row["state_bytes"] for row in report)
-        found["sharded_state"], found["replicated_state"] = totals["sharded_state_bytes"], totals["replicated_state_bytes"]
+        found["sharded_state"], found["replicated_state"] = (
+            totals["sharded_state_bytes"],
+            totals["replicated_state_bytes"],
+        )
         return found
 
 
-# -------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 
 
 def bytes_written() -> int | None:
-    """What this process has written in its life, sockets included; None where the system does not say."""
+    """What this process has written in its life, sockets included; None where the system does not
+    say.
+    """
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -265,7 +303,9 @@ def bytes_written() -> int | None:
 
 @dataclass(slots=True)
 class Sample:
-    """One step of a contender on one rank: seconds, and bytes handed to collectives and written to sockets."""
+    """One step of a contender on one rank: seconds, and bytes handed to collectives and written to
+    sockets.
+    """
 
     round: int
     wall_s: float
@@ -284,7 +324,11 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
 
 def _measure(rank: int, world: int, settings: Settings, clock: Clock) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     trainees = [Trainee(contender, settings, clock, device) for contender in settings.contenders]
@@ -295,7 +339,9 @@ def _measure(rank: int, world: int, settings: Settings, clock: Clock) -> dict[st
     for number in range(settings.rounds):
         place = number % len(trainees)
         for trainee in trainees[place:] + trainees[:place]:
-            samples[trainee.contender.name] += take_turn(trainee, clock, settings.steps, number, device)
+            samples[trainee.contender.name] += take_turn(
+                trainee, clock, settings.steps, number, device
+            )
     profiles: dict[str, Any] = {}
     if settings.profiles:
         for trainee in (trainee for trainee in trainees if trainee.contender in OVERLAPS):
@@ -313,8 +359,12 @@ def _measure(rank: int, world: int, settings: Settings, clock: Clock) -> dict[st
     return result
 
 
-def take_turn(trainee: Trainee, clock: Clock, steps: int, number: int, device: torch.device) -> list[Sample]:
-    """Steps one after the other; the first, which begins with all parameters in place, does not count."""
+def take_turn(
+    trainee: Trainee, clock: Clock, steps: int, number: int, device: torch.device
+) -> list[Sample]:
+    """Steps one after the other; the first, which begins with all parameters in place, does not
+    count.
+    """
     clock.waits_for_device = device.type == "cuda" and not trainee.contender.overlap
     dist.barrier()
     trainee.step()
@@ -349,19 +399,25 @@ def common(first: Sequence[Span], second: Sequence[Span]) -> float:
 
 
 def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) -> dict[str, float]:
-    """When communication took place, from the events of torch.profiler over some steps: milliseconds of a step.
+    """When communication took place, from the events of torch.profiler over some steps:
+    milliseconds of a step.
 
-    `inside`: of it within the backward pass (reduce-scatter) or the next forward pass (all-gather). `hidden`: of that, while
-    this rank was not waiting for it.
+    `inside`: of it within the backward pass (reduce-scatter) or the next forward pass (all-gather).
+    `hidden`: of that, while this rank was not waiting for it.
     """
     cuda = torch.cuda.is_available()
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    ) as profiler:
         for _ in range(PROFILED_STEPS):
             trainee.step()
         trainee.look()  # the last all-gather has a forward pass to arrive in, as the others do
         trainee.settle()  # before the profiler stops, see bench_memory.py
-    events = [(e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6)) for e in raw_events(profiler)]
+    events = [
+        (e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6))
+        for e in raw_events(profiler)
+    ]
 
     def spans(wanted: str) -> list[Span]:
         return union([span for name, span in events if name == wanted])
@@ -370,11 +426,18 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     carried = [
         (name.lower(), span)
         for name, span in events
-        if (name.startswith("gloo:") if dist.get_backend() == "gloo" else name.lower().startswith("nccldevkernel"))
+        if (
+            name.startswith("gloo:")
+            if dist.get_backend() == "gloo"
+            else name.lower().startswith("nccldevkernel")
+        )
     ]
-    outside = [(name, span) for name, span in carried if not any(a <= span[0] < b for a, b in inner)]
+    outside = [
+        (name, span) for name, span in carried if not any(a <= span[0] < b for a, b in inner)
+    ]
     gathers = union([span for name, span in outside if "gather" in name])
-    scatters = union([span for name, span in outside if "gather" not in name])  # gloo's is an all-reduce
+    # gloo's is an all-reduce
+    scatters = union([span for name, span in outside if "gather" not in name])
     found: dict[str, float] = {}
     for what, taken, range_, wait in (
         ("reduce_scatter", scatters, BACKWARD, "reduce: wait"),
@@ -384,7 +447,9 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
         waits = [span for span in spans(f"bench: {wait}") if common([span], inside)]
         found[f"{what}_ms"] = sum(end - start for start, end in taken) / PROFILED_STEPS
         found[f"{what}_inside_ms"] = common(taken, inside) / PROFILED_STEPS
-        found[f"{what}_hidden_ms"] = found[f"{what}_inside_ms"] - common(taken, waits) / PROFILED_STEPS
+        found[f"{what}_hidden_ms"] = (
+            found[f"{what}_inside_ms"] - common(taken, waits) / PROFILED_STEPS
+        )
     if trace is not None:
         name = trainee.contender.name.replace(", ", "_").replace(" ", "_")
         Path(trace).mkdir(parents=True, exist_ok=True)
@@ -392,7 +457,7 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     return {name: round(value, 3) for name, value in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------ results
 
 
 def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -402,25 +467,36 @@ def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, A
     for contender in settings.contenders:
         name = contender.name
         taken = [result["samples"][name] for result in per_rank]  # ranks x steps
-        slowest[name] = [(steps[0]["round"], max(s["wall_s"] for s in steps)) for steps in zip(*taken, strict=True)]
+        slowest[name] = [
+            (steps[0]["round"], max(s["wall_s"] for s in steps))
+            for steps in zip(*taken, strict=True)
+        ]
         phases = {
-            phase: 1e3 * fmean(median(s["phases"].get(phase, 0.0) for s in steps) for steps in taken)
+            phase: 1e3
+            * fmean(median(s["phases"].get(phase, 0.0) for s in steps) for steps in taken)
             for phase in PHASES
             if any(phase in s["phases"] for steps in taken for s in steps)
         }
         row: dict[str, Any] = {
             "step_ms": round(1e3 * median(wall for _, wall in slowest[name]), 2),
-            "cpu_ms_of_all_ranks": round(1e3 * sum(median(s["cpu_s"] for s in steps) for steps in taken), 2),
+            "cpu_ms_of_all_ranks": round(
+                1e3 * sum(median(s["cpu_s"] for s in steps) for steps in taken), 2
+            ),
             "phases_ms": {phase: round(value, 3) for phase, value in phases.items()},
             "memory_bytes_by_rank": [result["memory"][name] for result in per_rank],
             "loss": [round(loss, 5) for loss in per_rank[0]["losses"][name]],
         }
         if contender.layout == "zero":
-            row["exposed_ms"] = round(phases.get(SCATTER_WAIT, 0.0) + phases.get(GATHER_WAIT, 0.0), 3)
+            row["exposed_ms"] = round(
+                phases.get(SCATTER_WAIT, 0.0) + phases.get(GATHER_WAIT, 0.0), 3
+            )
             payload = taken[0][0]["payload"]
-            share = {"reduce-scatter": 1, "all-gather": 1, "small syncs": 2}  # of (ranks - 1) / ranks, sent by a ring
+            # of (ranks - 1) / ranks, sent by a ring
+            share = {"reduce-scatter": 1, "all-gather": 1, "small syncs": 2}
             row["payload_bytes"] = payload
-            row["ring_bytes_sent"] = {kind: round(n * share[kind] * (world - 1) / world) for kind, n in payload.items()}
+            row["ring_bytes_sent"] = {
+                kind: round(n * share[kind] * (world - 1) / world) for kind, n in payload.items()
+            }
         written = [s["written"] for steps in taken for s in steps]
         row["bytes_written_to_sockets"] = None if None in written else round(median(written))
         rows[name] = row
@@ -429,7 +505,14 @@ def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, A
             row["profile"] = {key: round(fmean(p[key] for p in profiles), 3) for key in profiles[0]}
     ratios = {}
     for on in (c for c in settings.contenders if c in OVERLAPS and c.overlap):
-        off = next((c for c in settings.contenders if c == Contender(on.layout, on.optimizer, on.stage, False)), None)
+        off = next(
+            (
+                c
+                for c in settings.contenders
+                if c == Contender(on.layout, on.optimizer, on.stage, False)
+            ),
+            None,
+        )
         if off is not None:
             ratios[on.name] = round(_round_ratio(slowest[on.name], slowest[off.name]), 4)
     return {"ranks": world, "backend": per_rank[0]["backend"], "device": per_rank[0]["device"]} | {
@@ -449,11 +532,17 @@ def _round_ratio(first: list[tuple[int, float]], second: list[tuple[int, float]]
 
 
 def promise(run: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """State bytes of every rank beside what `report()` and the formula say, by contender with AdafacLO."""
+    """State bytes of every rank beside what `report()` and the formula say, by contender with
+    AdafacLO.
+    """
     rows = {}
-    for contender in (c for c in settings.contenders if c.optimizer == "AdafacLO" and c.layout == "zero"):
+    for contender in (
+        c for c in settings.contenders if c.optimizer == "AdafacLO" and c.layout == "zero"
+    ):
         memory = run["contenders"][contender.name]["memory_bytes_by_rank"]
-        computed = formula_of(CONFIGS[settings.preset], "AdafacLO", ranks=run["ranks"], stage=contender.stage)
+        computed = formula_of(
+            CONFIGS[settings.preset], "AdafacLO", ranks=run["ranks"], stage=contender.stage
+        )
         rows[contender.name] = {
             "state_bytes": [m["state"] for m in memory],
             "report_bytes": [m["state_by_report"] for m in memory],
@@ -470,18 +559,43 @@ def tables(run: dict[str, Any], settings: Settings) -> str:
     split = [["ms per step", "step", *used]]
     for name in of_zero:
         phases = rows[name]["phases_ms"]
-        split.append([name, f"{rows[name]['step_ms']:.0f}", *(f"{phases[p]:.1f}" if p in phases else "" for p in used)])
-    beside = [["", "step, ms", "CPU of all ranks, ms", "MB written", "state per rank, MB", "full gradients, MB"]]
+        split.append(
+            [
+                name,
+                f"{rows[name]['step_ms']:.0f}",
+                *(f"{phases[p]:.1f}" if p in phases else "" for p in used),
+            ]
+        )
+    beside = [
+        [
+            "",
+            "step, ms",
+            "CPU of all ranks, ms",
+            "MB written",
+            "state per rank, MB",
+            "full gradients, MB",
+        ]
+    ]
     for name, row in rows.items():
         written = row["bytes_written_to_sockets"]
-        memory = [max(m[key] for m in row["memory_bytes_by_rank"]) / 1e6 for key in ("state", "full_gradients")]
+        memory = [
+            max(m[key] for m in row["memory_bytes_by_rank"]) / 1e6
+            for key in ("state", "full_gradients")
+        ]
         numbers = [
             f"{row['step_ms']:.0f}",
             f"{row['cpu_ms_of_all_ranks']:.0f}",
             "-" if written is None else f"{written / 1e6:.1f}",
         ]
         beside.append([name, *numbers, *(f"{m:.1f}" for m in memory)])
-    exposed = [["", "exposed, ms", "reduce-scatter: ms, in backward, hidden", "all-gather: ms, in forward, hidden"]]
+    exposed = [
+        [
+            "",
+            "exposed, ms",
+            "reduce-scatter: ms, in backward, hidden",
+            "all-gather: ms, in forward, hidden",
+        ]
+    ]
     for name in (name for name in of_zero if "profile" in rows[name]):
         p = rows[name]["profile"]
         cells = []
@@ -491,22 +605,45 @@ def tables(run: dict[str, Any], settings: Settings) -> str:
             cells.append(f"{total:.1f}, {shares[0]:.0%}, {shares[1]:.0%}")
         exposed.append([name, f"{rows[name]['exposed_ms']:.1f}", *cells])
     title = f"{run['ranks']} ranks, {run['backend']}, {settings.preset}"
-    found = [f"### {title}", markdown(split), markdown(beside), *([markdown(exposed)] if len(exposed) > 1 else [])]
-    ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in run["step_time_with_over_without_overlap"].items())
-    return "\n\n".join([*found, *([f"step time with over without overlap: {ratios}"] if ratios else [])])
+    found = [
+        f"### {title}",
+        markdown(split),
+        markdown(beside),
+        *([markdown(exposed)] if len(exposed) > 1 else []),
+    ]
+    ratios = ", ".join(
+        f"{name} {ratio:.3f}" for name, ratio in run["step_time_with_over_without_overlap"].items()
+    )
+    return "\n\n".join(
+        [*found, *([f"step time with over without overlap: {ratios}"] if ratios else [])]
+    )
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure where the time of a sharded training step goes.")
+    parser = argparse.ArgumentParser(
+        description="Measure where the time of a sharded training step goes."
+    )
     parser.add_argument("--preset", choices=list(CONFIGS), default="mini")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="without torchrun: how many gloo ranks to start")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        help="without torchrun: how many gloo ranks to start",
+    )
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank")
     parser.add_argument("--tokens", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1, help="of every rank")
-    parser.add_argument("--only", nargs="+", choices=[c.name for c in CONTENDERS], metavar="NAME", help="contenders by name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[c.name for c in CONTENDERS],
+        metavar="NAME",
+        help="contenders by name",
+    )
     parser.add_argument("--trace", help="folder for traces of torch.profiler")
     parser.add_argument("--no-profiles", action="store_true", help="time only")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -531,7 +668,9 @@ def main() -> int:
     start = time.perf_counter()
     if "RANK" in os.environ:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        nccl = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nccl = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+            os.environ.get("LOCAL_WORLD_SIZE", world)
+        )
         dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=10))
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, measure_rank(rank, world, settings))
@@ -542,10 +681,13 @@ def main() -> int:
     else:
         for world in args.ranks:
             runs.append(summarize(run_ranks(world, measure_rank, settings), settings))
-            print(f"{world} ranks: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{world} ranks: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
+            )
     config = CONFIGS[settings.preset]
     result = {
-        "what": "a training step of launch/model.py's GPT on several ranks, by phase; see bench_zero.py for what the words mean",
+        "what": "a training step of launch/model.py's GPT on several ranks, by phase; see "
+        "bench_zero.py for what the words mean",
         **found,
         "load_average_after": os.getloadavg()[0],
         "settings": {
