@@ -28,7 +28,7 @@ FLOORS = (
 GROUND = {"_version"}  # a number, for anybody
 ROOMS = 16  # at most so many names at the top level
 # packages that are a docstring and nothing else
-BARE = {"core", "maths", "layouts", "optim", "adapters", "adapters.deepspeed"}
+BARE = {"core", "maths", "layouts", "optim", "adapters"}
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
     "optimizer.sharded_state": "torch.distributed.checkpoint",
     "checkpoint.full_state": "torch.distributed.checkpoint",

@@ -41,9 +41,10 @@ def shard(
 
     Args:
         model: modified in place. Tensor parallelism (`parallelize_module`) comes before, activation
-        checkpointing too. optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on
-        DTensors; or a callable that takes named parameters and `optimizer_kwargs`. Frozen
-        parameters are left out.
+            checkpointing too.
+        optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on DTensors; or a
+            callable that takes named parameters and `optimizer_kwargs`. Frozen parameters are left
+            out.
         mesh: 1-D: sharded over it; 2-D with named dimensions: copies along the first, sharded along
             the second (HSDP). None: all ranks.
         wrap: which modules are units: classes, or a callable that is asked of each module. None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core import trace
 from ..core.requests import Transfer
 from .meeting import CommunicationError, counted, digest, lost, timeout_of
 
@@ -175,7 +176,8 @@ def serve(phases: Iterable[list[Collective]], timeout: float | None = None) -> A
         number += 1
         what = PHASES.get(number, f"phase {number} of the step")
         for pending in [_start(collective, what, timeout) for collective in collectives]:
-            pending.wait()
+            with trace.phase("sums: wait"):
+                pending.wait()
 
 
 def _start(collective: Collective, what: str, timeout: float | None) -> Pending:
@@ -217,9 +219,14 @@ def _call(
 
 def all_reduce(buffer: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
     """Start adding `buffer` over the ranks (modified in place)."""
-    return _call(
-        lambda: dist.all_reduce(buffer, group=group, async_op=True), what, group, [buffer], timeout
-    )
+    with trace.phase("collective: all_reduce", buffer):
+        return _call(
+            lambda: dist.all_reduce(buffer, group=group, async_op=True),
+            what,
+            group,
+            [buffer],
+            timeout,
+        )
 
 
 def reduce_scatter(
@@ -230,13 +237,14 @@ def reduce_scatter(
     Args:
         shard: (numel,), full: (ranks * numel,).
     """
-    return _call(
-        lambda: _reduce_scatter(shard, full, group=group, async_op=True),
-        what,
-        group,
-        [shard, full],
-        timeout,
-    )
+    with trace.phase("collective: reduce_scatter", full):
+        return _call(
+            lambda: _reduce_scatter(shard, full, group=group, async_op=True),
+            what,
+            group,
+            [shard, full],
+            timeout,
+        )
 
 
 def all_gather(
@@ -245,13 +253,14 @@ def all_gather(
     """Start full <- the shards of all ranks, in rank order (`full` is modified in place; `shard`
     may be a view of it).
     """
-    return _call(
-        lambda: _all_gather(full, shard, group=group, async_op=True),
-        what,
-        group,
-        [full, shard],
-        timeout,
-    )
+    with trace.phase("collective: all_gather", full):
+        return _call(
+            lambda: _all_gather(full, shard, group=group, async_op=True),
+            what,
+            group,
+            [full, shard],
+            timeout,
+        )
 
 
 def broadcast(tensor: Tensor, source: int, group: Any) -> None:

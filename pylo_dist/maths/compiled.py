@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import trace
 from ..core.requests import Sum
 from ..core.rule import Batch
 from . import tables
@@ -251,6 +252,7 @@ class Kernels:
             for size, pinned in zip(sizes, (False, True, *[False] * len(sizes)), strict=False)
         ]
 
+    @trace.phased("kernels: gradient_pass")
     def gradient_pass(
         self,
         batch: Batch,
@@ -275,6 +277,7 @@ class Kernels:
         )
         torch.ops.pylo_dist.gradient_pass(*args)
 
+    @trace.phased("kernels: moment_pass")
     def moment_pass(self, batch: Batch, indices: Sequence[int]) -> None:
         """The nine sums of VeLO's tensors for items that pass B leaves out."""
         values = [item.param.value for item in batch.items]
@@ -290,6 +293,7 @@ class Kernels:
         )
         torch.ops.pylo_dist.moment_pass(*args)
 
+    @trace.phased("kernels: feature_pass")
     def feature_pass(self, batch: Batch, indices: Sequence[int]) -> None:
         """Row and column factors of some items, then pass B, with the moments where they were asked
         for.
@@ -310,6 +314,7 @@ class Kernels:
             ),
         )
 
+    @trace.phased("kernels: update_pass")
     def update_pass(
         self,
         batch: Batch,

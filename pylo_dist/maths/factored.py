@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import trace
 from ..core.requests import Request, Sum
 from ..core.rule import Batch, Item, LearnedRule
 from ..core.shards import Shape, TensorShard, drop_dim, factored_dims
@@ -318,7 +319,8 @@ class ThreePassRule(FactoredRule):
                     item.param.value, item.state["momentum"], item.state["rms"], b.vectors[i][:own]
                 )
         yield b
-        self.prepare(batch, b.heads(own) if own and batch.items else None)
+        with trace.phase("step: prepare"):
+            self.prepare(batch, b.heads(own) if own and batch.items else None)
 
         # C: normalise, run the network, write
         if kernels is not None and candidates:

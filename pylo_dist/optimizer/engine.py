@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import comm
 from ..comm import Collective, PeerError, Reduction
+from ..core import trace
 from ..core.requests import (
     AUDIT_SLOTS,
     FAILED,
@@ -127,7 +128,8 @@ class Engine:
         if problem is not None and not self.shared and (losses is None or losses.group is None):
             raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
-        requests = [_first_sum(next(step)) for step in steps]
+        with trace.phase("step: A"):
+            requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
             batch.summed.clear()  # what was read early is in the request, and counts once
             _fill_audits(request, batch, failed=problem is not None)
@@ -135,9 +137,13 @@ class Engine:
         yield from self._serve(
             requests, [] if losses is None or loss is None else [(losses.group, loss)]
         )
-        self._judge(requests, loss, problem)
+        with trace.phase("step: judge"):
+            self._judge(requests, loss, problem)
+        second = True
         while steps:
-            running = [(step, next(step, None)) for step in steps]
+            with trace.phase("step: B" if second else "step: C"):
+                running = [(step, next(step, None)) for step in steps]
+            second = False
             steps = [step for step, request in running if request is not None]
             yield from self._serve([request for _, request in running if request is not None])
 

@@ -73,7 +73,6 @@ def _measure(rank: int, world: int) -> dict[str, Any]:
         found["measure_layouts"] = bench_memory.measure_layouts(rank, world, TINY, LAYOUTS, CAP_MB)
         found["sharded"] = sharded_step.measure_runs(rank, world, [SHARDED])
         found["train"] = bench_train.measure_rank(rank, world, TRAIN)
-    # last: it wraps the package's collectives
     found["scaling"] = scaling.measure_rank(rank, world, SCALING)
     return found
 

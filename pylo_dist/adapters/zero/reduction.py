@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ... import comm
+from ...core import trace
 from ...core.state import state_dtype
-from .buckets import ALIGNMENT, Bucket, Member, Sharing
+from .buckets import ALIGNMENT, Bucket, BucketParam
+from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory.
 MAX_IN_FLIGHT = 2
@@ -48,7 +50,7 @@ class GradientReducer:
         overlap: whether buckets leave while backward goes on, or when the round is closed.
         dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and
             float16.
-        landed: called with a bucket whose gradient has arrived.
+        landed: called with a bucket whose gradient has arrived; None: nobody waits for it.
 
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
@@ -64,7 +66,7 @@ class GradientReducer:
         overlap: bool,
         dtype: torch.dtype | None,
         timeout: float | None,
-        landed: Callable[[Bucket], None],
+        landed: Callable[[Bucket], None] | None,
     ) -> None:
         self.buckets = buckets
         self.synchronizing = True
@@ -153,7 +155,7 @@ class GradientReducer:
         self._left.clear()
         self.problem = None
 
-    def _unreduced(self, member: Member) -> ValueError | None:
+    def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What came to a parameter's gradient after it had been reduced, and would be lost."""
         grad = member.param.grad
         left, version = self._left.get(id(member.param), (None, 0))
@@ -167,6 +169,7 @@ class GradientReducer:
 
     # -------------------------------------------------------------------------------------- buckets
 
+    @trace.phased("reduce: launch")
     @torch.no_grad()
     def _launch_next(self) -> None:
         b, bucket = self._next, self.buckets[self._next]
@@ -193,7 +196,7 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, bucket: Bucket, member: Member, full: Tensor) -> None:
+    def _take(self, bucket: Bucket, member: BucketParam, full: Tensor) -> None:
         """Copy a gradient to its places in `full` (ranks, ...), which is modified in place."""
         param, grad = member.param, member.param.grad
         present = grad is not None
@@ -222,15 +225,19 @@ class GradientReducer:
         else:
             self._left[id(param)] = (grad, grad._version)
 
+    @trace.phased("reduce: land")
     @torch.no_grad()
     def _land(self) -> None:
         flight, sharing = self._flights.popleft(), self._sharing
-        flight.pending.wait()
+        with trace.phase("reduce: wait"):
+            flight.pending.wait()
         bucket, mine = flight.bucket, flight.mine
         if sharing.replicate_group is not None:
-            comm.all_reduce(
+            pending = comm.all_reduce(
                 mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout
-            ).wait()
+            )
+            with trace.phase("reduce: wait"):
+                pending.wait()
         copies = sharing.ranks * sharing.replicas
         if copies > 1:
             # once, after the sum: the rounding of an average then does not depend on the backend
@@ -248,7 +255,8 @@ class GradientReducer:
                     member.piece.grad = bucket.piece_of(member, bucket.grad)
         else:
             bucket.show_gradient(grad)
-        self._landed(bucket)
+        if self._landed is not None:
+            self._landed(bucket)
 
     @torch.no_grad()
     def spread_nonfinite(self) -> bool:
