@@ -13,8 +13,11 @@ import gpt2
 import pytest
 import torch
 from data import Tokens
+from learner import Learner
+from loop import TRAIN
 from model import build
 from options import LEARNED, OPTIMIZERS, parse
+from place import Place
 from presets import PRESETS, GPTConfig
 from torch import nn
 
@@ -52,7 +55,7 @@ def losses_by_hand(name: str, config: GPTConfig, weights: Path, tokens: Path) ->
     base_lr, losses = optimizer.param_groups[0]["lr"], []
     for step, factor in enumerate((0.5, 1.0, 0.1), start=1):
         optimizer.param_groups[0]["lr"] = base_lr * factor
-        windows = torch.from_numpy(text.read(text.windows(0, gpt2.TRAIN, step, 4)))
+        windows = torch.from_numpy(text.read(text.windows(0, TRAIN, step, 4)))
         loss = model(windows[:, :-1], windows[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()
@@ -110,10 +113,10 @@ def test_a_run_is_that_of_the_class_by_hand(
     )
 
 
-def learner(name: str, weights: dict[str, Path], *flags: str) -> gpt2.Learner:
+def learner(name: str, weights: dict[str, Path], *flags: str) -> Learner:
     chosen = [] if name == "adamw" else ["--weights", str(weights[name])]
     options = parse([*SMALL, "--optimizer", name, *chosen, "--steps", "10", *flags])
-    return gpt2.Learner(options, gpt2.Place.find(options))
+    return Learner(options, Place.find(options))
 
 
 def matrix_after_a_step(name: str, weights: dict[str, Path], *flags: str) -> nn.Parameter:
