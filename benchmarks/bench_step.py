@@ -44,7 +44,7 @@ from bench_demo import environment, markdown  # noqa: E402
 
 import pylo_dist  # noqa: E402
 from pylo_dist.maths import compiled, reference  # noqa: E402
-from pylo_dist.weights import ARCHITECTURES  # noqa: E402
+from pylo_dist.weights import architecture_named  # noqa: E402
 
 Shapes = list[tuple[int, ...]]
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
@@ -78,7 +78,7 @@ def random_weights(architecture: str) -> dict[str, torch.Tensor]:
     """Weights of the published sizes (LSTM 512, 256 sets of weights)."""
     sizes = {"H": 512, "2H": 1024, "4H": 2048, "P": 256}
     generator = torch.Generator().manual_seed(0)
-    shapes = ARCHITECTURES[architecture].shapes
+    shapes = architecture_named(architecture).shapes
     return {
         name: 0.05 * torch.randn([sizes[s] if isinstance(s, str) else s for s in shape], generator=generator)
         for name, shape in shapes.items()

@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pylo_dist.maths.reference import TIME_SCALES  # noqa: E402
-from pylo_dist.weights import CARD_KEY, SMALL_FC  # noqa: E402
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC  # noqa: E402
+from pylo_dist.weights import CARD_KEY  # noqa: E402
 
 TARGET = ROOT / "pylo_dist" / "data" / "demo_small_fc.safetensors"
 

@@ -18,7 +18,14 @@ from typing import Any
 from ranks import CONTEXT
 
 import pylo_dist
-from pylo_dist.weights import ARCHITECTURES, Registered, WeightsError, hub, load_weights, register_weights
+from pylo_dist.weights import (
+    Registered,
+    WeightsError,
+    architecture_named,
+    hub,
+    load_weights,
+    register_weights,
+)
 from pylo_dist.weights.publish import push_to_hub
 
 
@@ -98,7 +105,7 @@ def load(name: str, architecture: str = "small_fc", sha256: str = "", **settings
     start = time.perf_counter()
     found: dict[str, Any]
     try:
-        network = load_weights(name, ARCHITECTURES[architecture])
+        network = load_weights(name, architecture_named(architecture))
         found = {"digest": network.digest, "source": network.source, "error": ""}
     except WeightsError as error:
         found = {"digest": "", "source": "", "error": str(error)}

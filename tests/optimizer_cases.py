@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 
 SHAPES: dict[str, tuple[int, ...]] = {"scalar": (), "bias": (5,), "wide": (3, 7), "square": (4, 4), "conv": (5, 2, 3, 3)}
 Named = list[tuple[str, nn.Parameter]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import pylo_dist
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 
 STEPS = 20
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.maths.reference import TIME_SCALES, time_features
-from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import CARD_KEY, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -18,7 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pylo_dist.weights import CARD_KEY, CELO2, SMALL_FC, VELO, Architecture, WeightsError, load_weights
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
+from pylo_dist.optim.velo import ARCHITECTURE as VELO
+from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, load_weights
 
 NAME = "btherien/mulo"
 WAYS_OUT = ("Ways out", "weights fetch", "hf download", ".safetensors file or a mapping", 'weights="demo"')

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import pylo_dist
 from pylo_dist.__main__ import main
-from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights, read_file
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import CARD_KEY, load_weights, read_file
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist import comm
 from pylo_dist.core.pieces import bound_shard
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.testing import largest_changes, layout_error
-from pylo_dist.weights import SMALL_FC
 
 STEPS = 20
 VOCABULARY = 50257

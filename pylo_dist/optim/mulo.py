@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ..core.rule import Item
-from .adafac import AdafacLO, AdafacRule
+from ..optimizer import Registration, register_optimizer
+from .adafac import ARCHITECTURE, WEIGHTS, AdafacLO, AdafacRule
 
 
 class MuLORule(AdafacRule):
@@ -99,3 +100,6 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
             "2"
         )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0
+
+
+register_optimizer(Registration("mulo", MuLO, ARCHITECTURE, WEIGHTS))

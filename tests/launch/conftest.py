@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pylo_dist import weights
+import pylo_dist
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "launch", ROOT):
@@ -38,14 +38,7 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By name of the optimizer on the command line a folder of random weights of its architecture, the same in every session."""
-    architectures = {
-        "adafaclo": weights.SMALL_FC,
-        "mulo": weights.SMALL_FC,
-        "velo": weights.VELO,
-        "elo": weights.ELO,
-        "celo2": weights.CELO2,
-        "elo-celo2": weights.CELO2,
-    }
+    architectures = {name: entry.architecture for name, entry in pylo_dist.registered_optimizers().items()}
     sizes = {"H": 16, "P": 8}  # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
     folder = tmp_path_factory.mktemp("weights")
     for name, architecture in architectures.items():
