@@ -44,7 +44,7 @@ from ds import DeepSpeedLearner
 from environment import Environment
 from feed import Feed
 from model import GPT, build
-from options import LEARNED, Options, WrongInput, command_for_more_ranks, parse
+from options import Options, WrongInput, command_for_more_ranks, parse
 from parallel import accumulation, data_rank, data_ranks, spread, whole_model
 from torch import Tensor
 from watch import (
@@ -211,7 +211,8 @@ class Learner:
 
     def __init__(self, options: Options, place: Place) -> None:
         """Raises WrongInput for arguments or weights that the optimizer refuses."""
-        sharded, learned = place.world_size > 1, options.optimizer in LEARNED
+        chosen = options.chosen()
+        sharded, learned = place.world_size > 1, chosen.entry is not None
         self._learned = learned
         package: Any = None
         if learned or sharded:
@@ -221,17 +222,15 @@ class Learner:
         optimizer_class: Any = torch.optim.AdamW
         arguments: dict[str, Any] = {"lr": options.base_lr(), "betas": (0.9, 0.95)}
         if learned:
-            optimizer_class = getattr(package, LEARNED[options.optimizer].class_name)
+            optimizer_class = chosen.entry.face
             arguments = options.learned_arguments()
-            if options.optimizer == "mulo":
-                arguments["width_mults"] = {}  # the model's, once there is one
             # Tried on one number first: a rank that failed among the collectives of a sharded
             # optimizer would leave the others waiting. Rank 0 before the rest: they find in the
             # cache what it downloads.
             place.together(lambda: try_out(optimizer_class, arguments) if place.rank == 0 else None)
             self.weights = place.together(lambda: try_out(optimizer_class, arguments))
         self.model: GPT = build(options.config(), options.seed).to(place.device)
-        if options.optimizer == "mulo":
+        if "width_mults" in arguments:
             arguments["width_mults"] = self.model.width_mults()
 
         def grouped(named: list[tuple[str, Any]]) -> Any:
@@ -480,7 +479,7 @@ def describe(
         "lr": options.base_lr(),
         "weight_decay": options.decay(),
         "max_grad_norm": options.clip_norm(),
-        "num_steps": options.planned_steps() if options.optimizer == "velo" else None,
+        "num_steps": options.planned_steps(),
         "batch_size": plan.global_batch,
         "micro_batch_size": plan.micro_batch,
         "block_size": options.sequence_length(),

@@ -6,6 +6,10 @@ import dataclasses
 import inspect
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,17 @@ import pytest
 import torch
 from data import Tokens
 from model import build
-from options import LEARNED, OPTIMIZERS, parse
+from optimizers import ADAMW
+from options import parse
 from presets import PRESETS, GPTConfig
 from torch import nn
 
 import pylo_dist
 
+ROOT = Path(__file__).resolve().parents[2]
 NANO = PRESETS["nano"]
+LEARNED = pylo_dist.registered_optimizers()
+OPTIMIZERS = (*LEARNED, ADAMW)
 SMALL = ["--preset", "nano", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
 HIDDEN = ("attention.qkv.weight", "attention.proj.weight", "mlp.fc.weight", "mlp.proj.weight")
 
@@ -76,7 +84,7 @@ def test_a_run_is_that_of_the_class_by_hand(
     wanted = losses_by_hand(name, model, weights, tokens_folder)
     assert [row["loss"] for row in rows] == wanted
     report = (tmp_path / "o" / "optimizer.txt").read_text().splitlines()
-    assert report[0].startswith(f"{LEARNED[name].class_name}, weights ")
+    assert report[0].startswith(f"{BY_HAND[name][0].__name__}, weights ")
     by_adamw = {line.split()[0] for line in report if "adamw" in line.split()}
     vectors = {n for n, p in build(NANO, seed=0).named_parameters() if p.ndim < 2}
     assert by_adamw == ({"tokens.weight", "positions.weight", *vectors} if "celo2" in name else set())
@@ -127,16 +135,100 @@ def test_the_flag_bounds_the_gradient(name: str, learned_weights: dict[str, Path
     torch.testing.assert_close(tight, loose * (0.5 / norm), rtol=1e-5, atol=0)
 
 
-def test_the_table_holds_what_the_classes_do() -> None:
-    for name, entry in LEARNED.items():
-        optimizer_class = getattr(pylo_dist, entry.class_name)
-        assert optimizer_class is BY_HAND[name][0]
-        known = defaults_of(optimizer_class)
-        assert (entry.lr, entry.weight_decay) == (known["lr"], known["weight_decay"])
-        assert entry.clip_arguments == ("clip_grad" in known)
+def test_defaults_are_those_of_the_classes() -> None:
+    assert set(BY_HAND) == set(LEARNED)
+    for name, (optimizer_class, told, _) in BY_HAND.items():
+        known, options = defaults_of(optimizer_class), parse(["--optimizer", name, "--steps", "3"])
+        assert options.chosen().entry.face is optimizer_class
+        assert (options.base_lr(), options.decay()) == (known["lr"], known["weight_decay"])
         bound = known["clip_norm"] if known.get("clip_grad") else known.get("max_grad_norm")
-        assert entry.max_grad_norm == bound
-        assert parse(["--optimizer", name]).base_lr() == entry.lr
+        assert options.clip_norm() == bound
+        given = options.learned_arguments()
+        assert {key: given.pop(key) for key in ("lr", "weight_decay")} == {key: known[key] for key in ("lr", "weight_decay")}
+        assert {given.pop(key) for key in ("clip_grad", "clip_norm") if key in given} == ({True, bound} if bound else set())
+        assert set(given) == set(told), name  # what it must be told, and nothing else
+
+
+def test_help_says_what_is_registered(tmp_path: Path) -> None:
+    plugin = tmp_path / "eager.py"
+    plugin.write_text(EAGER)
+    built_in, with_plugin = (
+        " ".join(re.sub(r"-\n +", "-", python("import sys, options; options.parse(sys.argv[1:])", *words).stdout).split())
+        for words in (["--help"], ["--help", "--plugin", str(plugin)])
+    )
+    for said in (
+        "adafaclo, celo2, elo-celo2, elo, mulo, velo or adamw; default: adafaclo",
+        "default: 1 for adafaclo, mulo and velo, 0.001 for celo2, elo-celo2 and elo, the preset's for adamw",
+        "default: 0.1 for elo-celo2 and adamw, 0 for others",
+        "default: 1 for elo-celo2, no clipping for others",
+        "of velo: length of the run",
+        "of mulo: heads at that width",
+    ):
+        assert said in built_in
+    for said in ("velo, eager or adamw; default: adafaclo", "0.25 for eager", "of velo and eager: length of the run"):
+        assert said in with_plugin
+
+
+def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own that finds the scripts of launch/."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "launch")])
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=90, check=False)
+
+
+def test_reading_a_command_needs_no_pytorch() -> None:
+    code = """
+import sys, options
+found = options.read(sys.argv[1:])
+assert "torch" not in sys.modules and "pylo_dist" not in sys.modules
+print(found.optimizer, found.plugin)
+"""
+    done = python(code, "--optimizer", "anything", "--plugin", "nowhere.py", "--num-steps", "3")
+    assert done.stdout == "anything nowhere.py\n", done.stderr
+
+
+# A user's own optimizer, as --plugin brings it in: ELO that asks for the length of the run, and for a number that no flag has.
+EAGER = """
+import pylo_dist
+from pylo_dist.optim.elo import ARCHITECTURE
+
+class Eager(pylo_dist.ELO):
+    def __init__(self, params, *, num_steps, lr=0.25, zeal=2, clip="global", **others):
+        assert num_steps > 1
+        super().__init__(params, lr=lr, clip=clip, **others)
+
+pylo_dist.register_optimizer(pylo_dist.Registration("eager", Eager, ARCHITECTURE))
+"""
+
+
+def test_a_plugin_brings_its_optimizer(learned_weights: dict[str, Path], tmp_path: Path) -> None:
+    plugin, out = tmp_path / "eager.py", tmp_path / "out"
+    plugin.write_text(EAGER)
+    words = [*SMALL, "--plugin", str(plugin), "--optimizer", "eager", "--weights", str(learned_weights["elo"])]
+    done = python("import sys, gpt2; sys.exit(gpt2.main(sys.argv[1:]))", *words, "--steps", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["optimizer"], config["lr"], config["num_steps"]) == ("eager", 0.25, 2)
+    assert (out / "optimizer.txt").read_text().startswith("Eager, weights ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optimizer", "sgd"], "invalid choice: 'sgd' (choose from adafaclo, "),
+        (["--optimizer", "eager"], "eager has no default for zeal; give it one, there is no flag for it"),
+        (["--optimizer", "eager", "--mup-base-width", "32"], "--mup-base-width is for --optimizer mulo and means nothing to eager"),
+        (["--plugin", "no.such.module", "--optimizer", "eager"], "plugin no.such.module cannot be imported (ModuleNotFoundError"),
+        (["--plugin", "gone.py"], "plugin gone.py cannot be imported (FileNotFoundError"),
+    ],
+)
+def test_mistakes_of_plugins_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
+    plugin = tmp_path / "eager.py"
+    plugin.write_text(EAGER.replace("zeal=2", "zeal"))
+    done = python("import sys, gpt2; sys.exit(gpt2.main(sys.argv[1:]))", *SMALL, "--plugin", str(plugin), *words)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def defaults_of(optimizer_class: type) -> dict[str, Any]:
