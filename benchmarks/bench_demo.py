@@ -1,11 +1,13 @@
-"""Measure the demo weights against AdamW on the quickstart's model; write results/demo_vs_adamw.json and print a table.
+"""Measure the demo weights against AdamW on the quickstart's model; write
+results/demo_vs_adamw.json and print a table.
 
-The loop, the model and the data are those of launch/gpt2.py. AdamW: betas 0.9 / 0.95, weight decay 0.1 on matrices, 20 steps of
-linear warm-up, then a constant rate. Demo weights: lr 1, nothing else; their own schedule warms up and decays. For each seed all
-optimizers see the same initial parameters, the same samples in the same order, and the same validation samples.
+The loop, the model and the data are those of launch/gpt2.py. AdamW: betas 0.9 / 0.95, weight decay
+0.1 on matrices, 20 steps of linear warm-up, then a constant rate. Demo weights: lr 1, nothing else;
+their own schedule warms up and decays. For each seed all optimizers see the same initial
+parameters, the same samples in the same order, and the same validation samples.
 
-Losses are in nats per byte. Times are CPU seconds of a run of one thread, validation included: on an idle machine its wall clock,
-on a busy one still comparable.
+Losses are in nats per byte. Times are CPU seconds of a run of one thread, validation included: on
+an idle machine its wall clock, on a busy one still comparable.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import gpt2
 import torch
+from options import parse
+from presets import PRESETS
+from record import environment, markdown, write
+from watch import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch"):
-    sys.path.insert(0, str(_folder))
-
-import gpt2  # noqa: E402
-from options import parse  # noqa: E402
-from presets import PRESETS  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-from watch import Row  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "demo_vs_adamw.json"
-SETTINGS = {"preset": "micro", "steps": 300, "eval_every": 100, "eval_batches": 16, "device": "cpu", "threads": 1}
+SETTINGS = {
+    "preset": "micro",
+    "steps": 300,
+    "eval_every": 100,
+    "eval_batches": 16,
+    "device": "cpu",
+    "threads": 1,
+}
 SEEDS = (0, 1, 2)  # none of those that the weights were calibrated on, see demo_weights.py
 ADAMW_LRS = (3e-4, 1e-3, 3e-3)
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -68,8 +73,16 @@ class Run:
 
 
 def run_once(**flags: Any) -> Run:
-    """Train and validate as `launch/gpt2.py --flag value ...` does, in this process; a diverged run has the loss inf."""
-    options = parse([word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))])
+    """Train and validate as `launch/gpt2.py --flag value ...` does, in this process; a diverged run
+    has the loss inf.
+    """
+    options = parse(
+        [
+            word
+            for name, value in flags.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+    )
     torch.set_num_threads(options.threads or 1)
     place, plan = gpt2.Place.find(options), options.plan(1)
     rows = Rows()
@@ -89,7 +102,9 @@ def run_once(**flags: Any) -> Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the demo weights against AdamW; about 20 minutes on one CPU core.")
+    parser = argparse.ArgumentParser(
+        description="Measure the demo weights against AdamW; about 20 minutes on one CPU core."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -111,7 +126,11 @@ def main() -> int:
                     "optimizer_share": round(run.optimizer_share, 3),
                 }
             )
-            print(f"seed {seed}, {name}: {run.final:.4f} nats per byte, {run.cpu_seconds:.0f} CPU-s", file=sys.stderr, flush=True)
+            print(
+                f"seed {seed}, {name}: {run.final:.4f} nats per byte, {run.cpu_seconds:.0f} CPU-s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def finals(name: str) -> list[float]:
         return [run["val_loss"][str(args.steps)] for run in runs if run["name"] == name]
@@ -121,7 +140,8 @@ def main() -> int:
     config = PRESETS[settings["preset"]]
     plan = parse(["--preset", settings["preset"]]).plan(1)
     result = {
-        "what": "validation loss in nats per byte of launch/gpt2.py's model after the same steps, built-in text",
+        "what": "validation loss in nats per byte of launch/gpt2.py's model after the same steps, "
+        "built-in text",
         **found,
         "weights": gpt2.try_out(gpt2.import_package().AdafacLO, {"weights": "demo"}),
         "settings": {
@@ -131,7 +151,11 @@ def main() -> int:
             "n_layer": config.n_layer,
             "n_embd": config.n_embd,
             "validation_bytes": settings["eval_batches"] * plan.global_batch * config.block_size,
-            "adamw": {"betas": [0.9, 0.95], "weight_decay_of_matrices": 0.1, "schedule": "constant after the warm-up"},
+            "adamw": {
+                "betas": [0.9, 0.95],
+                "weight_decay_of_matrices": 0.1,
+                "schedule": "constant after the warm-up",
+            },
         },
         "means": means,
         "demo_over_best_adamw": round(means["demo weights"] / best, 4),
@@ -140,13 +164,30 @@ def main() -> int:
     write(result, args.out)
 
     middle = list(range(settings["eval_every"], args.steps, settings["eval_every"]))
-    head = ["optimizer", *(f"step {step}" for step in middle), f"step {args.steps}", "spread (sd)", "CPU seconds per run"]
+    head = [
+        "optimizer",
+        *(f"step {step}" for step in middle),
+        f"step {args.steps}",
+        "spread (sd)",
+        "CPU seconds per run",
+    ]
     lines = [head]
     for name in CONTENDERS:
         own = [run for run in runs if run["name"] == name]
         spread = f"{stdev(finals(name)):.3f}" if len(own) > 1 else "-"
-        losses = [f"{mean(run['val_loss'].get(str(step), float('inf')) for run in own):.3f}" for step in middle]
-        lines.append([name, *losses, f"{means[name]:.3f}", spread, f"{mean(run['cpu_seconds'] for run in own):.0f}"])
+        losses = [
+            f"{mean(run['val_loss'].get(str(step), float('inf')) for run in own):.3f}"
+            for step in middle
+        ]
+        lines.append(
+            [
+                name,
+                *losses,
+                f"{means[name]:.3f}",
+                spread,
+                f"{mean(run['cpu_seconds'] for run in own):.0f}",
+            ]
+        )
     print(markdown(lines))
     print(f"\ndemo weights / best AdamW: {result['demo_over_best_adamw']:.3f}")
     return 0

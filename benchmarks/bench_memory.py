@@ -1,11 +1,14 @@
-"""Measure what a rank holds against a formula; write results/memory.json and print the table of the README.
+"""Measure what a rank holds against a formula; write results/memory.json and print the table of the
+README.
 
     python benchmarks/bench_memory.py               # about 4 minutes on two CPU cores
-    python benchmarks/bench_memory.py --large       # GPT-2 124m on two ranks too: 7 GB, 3 minutes more
+    python benchmarks/bench_memory.py --large       # GPT-2 124m on two ranks too: 7 GB, 3 minutes
+                                                    # more
 
-Counted are the bytes that torch allocates, from before the model is built, by torch.profiler's memory events: parameters,
-gradients, state, buckets on their way, scratch, whoever holds them. Not counted is what the communication library allocates for
-itself. Activations are counted too, and kept below one per cent by a batch of one short sequence.
+Counted are the bytes that torch allocates, from before the model is built, by torch.profiler's
+memory events: parameters, gradients, state, buckets on their way, scratch, whoever holds them. Not
+counted is what the communication library allocates for itself. Activations are counted too, and
+kept below one per cent by a batch of one short sequence.
 """
 
 from __future__ import annotations
@@ -21,31 +24,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import GPT, build
+from presets import PRESETS, GPTConfig
+from record import environment, markdown, write
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import pylo_dist
+from pylo_dist.adapters.zero.buckets import fill
+from pylo_dist.maths import compiled
+from pylo_dist.maths.reference import CHUNK_CPU
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from model import GPT, build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.adapters.zero.buckets import fill  # noqa: E402
-from pylo_dist.maths import compiled  # noqa: E402
-from pylo_dist.maths.reference import CHUNK_CPU  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 MB = 1e6
-# Of a learned optimizer's step on a CPU: chunks of features in plain PyTorch (see reference.py), none in the compiled passes.
+# Of a learned optimizer's step on a CPU: chunks of features in plain PyTorch (see reference.py),
+# none in the compiled passes.
 SCRATCH = 120 * 4 * CHUNK_CPU if compiled.library("cpu") else 0  # library() says why there is none
 # 6.4M parameters, of which no tensor is large: what is measured is the layout, not one embedding.
-LAYOUTS = ("ddp", "zero1", "zero2", "fsdp2", "hsdp", "tp", "torch zero", "deepspeed1", "deepspeed2", "deepspeed3")
+LAYOUTS = (
+    "ddp",
+    "zero1",
+    "zero2",
+    "fsdp2",
+    "hsdp",
+    "tp",
+    "torch zero",
+    "deepspeed1",
+    "deepspeed2",
+    "deepspeed3",
+)
 LAYOUT_CASES = [(layout, optimizer) for layout in LAYOUTS for optimizer in ("AdafacLO", "AdamW")]
 SMALL = GPTConfig(vocab_size=256, block_size=32, n_layer=8, n_head=4, n_embd=256, init_std=0.03)
 TOKENS = 8
@@ -53,12 +63,14 @@ TOKENS = 8
 Shapes = Mapping[str, Sequence[int]]
 
 
-# ------------------------------------------------------------------------------------------------ formula
+# ------------------------------------------------------------------------------------------ formula
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank. `peak` is of all at once, transients included; `gradients` are what is there when the step begins."""
+    """Bytes of one rank. `peak` is of all at once, transients included; `gradients` are what is
+    there when the step begins.
+    """
 
     parameters: int
     gradients: int
@@ -80,18 +92,18 @@ def memory_formula(
 
         parameters   4 N
         gradients    4 N (plain), 4 N + 4 N / R (stage 1), 4 N / R (stage 2)
-        state        AdafacLO: 16 N / R and 12 (rows + columns) of every factored tensor, 28 N / R for tensors below two dims
-                     AdamW: 8 N / R
-        peak         the larger of: all of these with the scratch of a step; and the worst moment of backward, when two buckets
-                     are on their way and a third one fills
+        state        AdafacLO: 16 N / R and 12 (rows + columns) of every factored tensor, 28 N / R
+                     for tensors below two dims AdamW: 8 N / R
+        peak         the larger of: all of these with the scratch of a step; and the worst moment of
+                     backward, when two buckets are on their way and a third one fills
 
     Args:
         shapes: of the parameters by name, in the order of the model.
         optimizer: "AdafacLO" or "AdamW". stage: 0: not sharded.
-        tied: elements of a parameter that is used at both ends of the model. Autograd holds its first gradient all through
-            backward, until it has made the second one, of the same size.
-        wire_copies: how many copies of a bucket the backend makes to send it: gloo, whose reduce-scatter is an all-reduce of a
-            copy, 1; NCCL 0.
+        tied: elements of a parameter that is used at both ends of the model. Autograd holds its
+            first gradient all through backward, until it has made the second one, of the same size.
+        wire_copies: how many copies of a bucket the backend makes to send it: gloo, whose
+            reduce-scatter is an all-reduce of a copy, 1; NCCL 0.
     """
     numel = sum(math.prod(shape) for shape in shapes.values())
     ranks = ranks if stage else 1
@@ -100,7 +112,11 @@ def memory_formula(
     full, shard = 4 * numel, 4 * numel // ranks
     gradients = {0: full, 1: full + shard, 2: shard}[stage]
     held = 4 * numel + state + (SCRATCH if learned else 0)
-    backward = full + 4 * tied if stage == 0 else _backward(_buckets(shapes, bucket_cap_mb), ranks, stage, 4 * tied, wire_copies)
+    backward = (
+        full + 4 * tied
+        if stage == 0
+        else _backward(_buckets(shapes, bucket_cap_mb), ranks, stage, 4 * tied, wire_copies)
+    )
     return Memory(full, gradients, state, held + max(gradients, backward))
 
 
@@ -126,12 +142,15 @@ def _backward(buckets: list[int], ranks: int, stage: int, tied: int, wire_copies
     flights = [0, 0]  # full buckets on their way, with the copies of the backend
     for i, size in enumerate(buckets):
         last = i == len(buckets) - 1
-        other = tied  # the first gradient of the tied parameter; at the end, where both are there, one is in the bucket
+        # the first gradient of the tied parameter; at the end, where both are there, one is in the
+        # bucket
+        other = tied
         worst = max(worst, kept + size + other + sum(flights) + round(shards))
         other = 0 if last else tied
         shards += size / ranks
         flights = [flights[1], size]
-        worst = max(worst, kept + size + other + sum(flights) + round(shards))  # packed: the gradients are there twice
+        # packed: the gradients are there twice
+        worst = max(worst, kept + size + other + sum(flights) + round(shards))
         kept += size if stage == 1 else 0
         flights[1] += wire_copies * size
         worst = max(worst, kept + other + sum(flights) + round(shards))
@@ -144,7 +163,7 @@ def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return {fqn: tuple(param.shape) for fqn, param in model.named_parameters()}
 
 
-# -------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +171,8 @@ class Measured(Memory):
     """What one rank held.
 
     Attributes:
-        by_phase: the peak in the building, and in "forward", "backward" and "step" once there was a step.
+        by_phase: the peak in the building, and in "forward", "backward" and "step" once there was a
+            step.
         report: what the optimizer's `report()` says about its state in bytes; 0 for AdamW.
     """
 
@@ -160,7 +180,9 @@ class Measured(Memory):
     report: int
 
 
-def measure(config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float, steps: int = 3) -> Measured:
+def measure(
+    config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float, steps: int = 3
+) -> Measured:
     """Train on one sequence of TOKENS tokens under the profiler.
 
     Args:
@@ -171,7 +193,9 @@ def measure(config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float,
         with record_function("memory: build"):
             model = build(config, 0)
             chosen = make_optimizer(model, optimizer, stage, bucket_cap_mb)
-        idx = torch.randint(0, config.vocab_size, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+        idx = torch.randint(
+            0, config.vocab_size, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0)
+        )
         gradients = 0
         for step in range(max(steps, 1)):
             suffix = "" if step == max(steps, 1) - 1 else ", earlier"
@@ -185,8 +209,11 @@ def measure(config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float,
                 with record_function(f"memory: step{suffix}"):
                     chosen.step()
                 chosen.zero_grad()
-        model.state_dict()  # or gloo's threads record what goes on into memory that the profiler frees when it stops
-    state = sum(num_bytes(t) for entries in chosen.state.values() for t in entries.values() if t.dim())
+        # or gloo's threads record what goes on into memory that the profiler frees when it stops
+        model.state_dict()
+    state = sum(
+        num_bytes(t) for entries in chosen.state.values() for t in entries.values() if t.dim()
+    )
     report = chosen.report() if hasattr(chosen, "report") else []
     peaks = peaks_of(profiler)
     at_work = [peak for name, peak in peaks.items() if name in ("forward", "backward", "step")]
@@ -211,14 +238,20 @@ def make_optimizer(model: nn.Module, optimizer: str, stage: int, bucket_cap_mb: 
     optimizer_class, arguments = kinds[optimizer]
     if stage == 0:
         return optimizer_class(model.named_parameters(), **arguments)
-    return pylo_dist.ZeroOptimizer(model, optimizer_class, stage=stage, bucket_cap_mb=bucket_cap_mb, **arguments)
+    return pylo_dist.ZeroOptimizer(
+        model, optimizer_class, stage=stage, bucket_cap_mb=bucket_cap_mb, **arguments
+    )
 
 
 def gradient_bytes(model: nn.Module, groups: list[dict[str, Any]]) -> int:
     """Of the parameters' gradients and of the shards', what they share counted once."""
     own = [param.grad for param in model.parameters()]
     pieces = [param.grad for group in groups for param in group["params"]]
-    distinct = {(grad.data_ptr(), grad.numel()): num_bytes(grad) for grad in (*own, *pieces) if grad is not None and grad.numel()}
+    distinct = {
+        (grad.data_ptr(), grad.numel()): num_bytes(grad)
+        for grad in (*own, *pieces)
+        if grad is not None and grad.numel()
+    }
     return sum(distinct.values())
 
 
@@ -228,7 +261,9 @@ def num_bytes(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bytes of one rank in a layout: of parameters and state between steps, and the peak of a step, transients included."""
+    """Bytes of one rank in a layout: of parameters and state between steps, and the peak of a step,
+    transients included.
+    """
 
     parameters: int
     state: int
@@ -238,7 +273,9 @@ class Held:
 def measure_layouts(
     rank: int, world: int, config: GPTConfig, cases: Sequence[tuple[str, str]], bucket_cap_mb: float
 ) -> dict[str, Held | str]:
-    """By "optimizer, layout" what this rank holds, or why it could not be had; for `run_ranks`. `cases`: layout and optimizer."""
+    """By "optimizer, layout" what this rank holds, or why it could not be had; for `run_ranks`.
+    `cases`: layout and optimizer.
+    """
     from trainees import Trainee  # which needs what only some of these layouts need
 
     warnings.simplefilter("ignore")
@@ -247,7 +284,13 @@ def measure_layouts(
         name, trainee = f"{optimizer}, {layout}", None
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             try:
-                trainee = Trainee(layout, optimizer, config, bucket_cap_mb=bucket_cap_mb, device=torch.device("cpu"))
+                trainee = Trainee(
+                    layout,
+                    optimizer,
+                    config,
+                    bucket_cap_mb=bucket_cap_mb,
+                    device=torch.device("cpu"),
+                )
             except ImportError as error:  # alike on all ranks: one installation
                 found[name] = str(error)
                 continue
@@ -255,8 +298,12 @@ def measure_layouts(
             trainee.train(idx)
             with record_function("memory: step"):
                 trainee.train(idx)
-            trainee.settle()  # or gloo's threads record what goes on into memory that the profiler frees when it stops
-        found[name] = Held(trainee.parameter_bytes(), trainee.state_bytes(), peaks_of(profiler)["step"])
+            # or gloo's threads record what goes on into memory that the profiler frees when it
+            # stops
+            trainee.settle()
+        found[name] = Held(
+            trainee.parameter_bytes(), trainee.state_bytes(), peaks_of(profiler)["step"]
+        )
         del trainee
         gc.collect()
         if rank == 0:
@@ -267,7 +314,9 @@ def measure_layouts(
 def by_layout(
     config: GPTConfig, ranks: int, cases: Sequence[tuple[str, str]], bucket_cap_mb: float
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Bytes per parameter of the model on the rank with the highest peak, by layout and optimizer; and why some are absent."""
+    """Bytes per parameter of the model on the rank with the highest peak, by layout and optimizer;
+    and why some are absent.
+    """
     per_rank = run_ranks(ranks, measure_layouts, config, list(cases), bucket_cap_mb)
     elements = sum(math.prod(shape) for shape in shapes_of(config).values())
     rows, absent = [], {}
@@ -297,18 +346,32 @@ def layout_table(rows: list[dict[str, Any]]) -> str:
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
     keys = ("parameters", "state", "peak")
-    lines = [["bytes per parameter and rank", *(f"{optimizer}: {', '.join(keys)}" for optimizer in optimizers)]]
+    lines = [
+        [
+            "bytes per parameter and rank",
+            *(f"{optimizer}: {', '.join(keys)}" for optimizer in optimizers),
+        ]
+    ]
     for layout in layouts:
         cells = []
         for optimizer in optimizers:
-            own = next((r["bytes_per_parameter"] for r in rows if (r["layout"], r["optimizer"]) == (layout, optimizer)), None)
+            own = next(
+                (
+                    r["bytes_per_parameter"]
+                    for r in rows
+                    if (r["layout"], r["optimizer"]) == (layout, optimizer)
+                ),
+                None,
+            )
             cells.append("-" if own is None else ", ".join(f"{own[key]:.2f}" for key in keys))
         lines.append([layout, *cells])
     return markdown(lines)
 
 
 def raw_events(profiler: profile) -> list[Any]:
-    """The events of a profile as they were taken; `profiler.events()` would first sort them into a tree, which takes minutes."""
+    """The events of a profile as they were taken; `profiler.events()` would first sort them into a
+    tree, which takes minutes.
+    """
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     return list(profiler.profiler.kineto_results.events())
@@ -317,8 +380,8 @@ def raw_events(profiler: profile) -> list[Any]:
 def changes_of(profiler: profile) -> list[tuple[int, int]]:
     """(time in ns, bytes) of every allocation and release, in order.
 
-    The profiler does not see a release in a thread of the backend. Where memory is handed out that seems to be in use, it has
-    been released just before.
+    The profiler does not see a release in a thread of the backend. Where memory is handed out that
+    seems to be in use, it has been released just before.
     """
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
@@ -327,7 +390,9 @@ def changes_of(profiler: profile) -> list[tuple[int, int]]:
         event = todo.pop()
         todo += event.children
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            found.append(
+                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+            )
     alive: dict[int, int] = {}
     changes = []
     for when, address, size in sorted(found, key=lambda entry: entry[0]):
@@ -341,7 +406,11 @@ def changes_of(profiler: profile) -> list[tuple[int, int]]:
 def peaks_of(profiler: profile) -> dict[str, int]:
     """The most bytes alive in every range "memory: ..." of a profile."""
     events, changes = raw_events(profiler), changes_of(profiler)
-    ranges = [(e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in events if e.name().startswith("memory: ")]
+    ranges = [
+        (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
+        for e in events
+        if e.name().startswith("memory: ")
+    ]
     peaks: dict[str, int] = {}
     live = place = 0
     for start, end, name in sorted(ranges):
@@ -357,24 +426,32 @@ def peaks_of(profiler: profile) -> dict[str, int]:
     return peaks
 
 
-# ------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 Case = tuple[str, int]  # optimizer and stage
-CASES: list[Case] = [(optimizer, stage) for optimizer in ("AdafacLO", "AdamW") for stage in (0, 1, 2)]
+CASES: list[Case] = [
+    (optimizer, stage) for optimizer in ("AdafacLO", "AdamW") for stage in (0, 1, 2)
+]
 
 
-def measure_cases(rank: int, world: int, config: GPTConfig, cases: list[Case], cap_mb: float, steps: int) -> list[Measured]:
+def measure_cases(
+    rank: int, world: int, config: GPTConfig, cases: list[Case], cap_mb: float, steps: int
+) -> list[Measured]:
     """For `run_ranks`."""
     return [measure(config, optimizer, stage, cap_mb, steps) for optimizer, stage in cases]
 
 
-def compare(name: str, config: GPTConfig, ranks: int, cases: list[Case], cap_mb: float, steps: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, config: GPTConfig, ranks: int, cases: list[Case], cap_mb: float, steps: int
+) -> list[dict[str, Any]]:
     """Measured beside computed, by case; of the rank with the highest peak."""
     per_rank = run_ranks(ranks, measure_cases, config, cases, cap_mb, steps)
     rows = []
     for i, (optimizer, stage) in enumerate(cases):
         found = max((measured[i] for measured in per_rank), key=lambda m: m.peak)
-        computed = formula_of(config, optimizer, ranks=ranks, stage=stage, cap_mb=cap_mb, wire_copies=1)
+        computed = formula_of(
+            config, optimizer, ranks=ranks, stage=stage, cap_mb=cap_mb, wire_copies=1
+        )
         rows.append(
             {
                 "model": name,
@@ -388,17 +465,33 @@ def compare(name: str, config: GPTConfig, ranks: int, cases: list[Case], cap_mb:
                 "peak_measured_over_computed": round(found.peak / computed.peak, 4),
             }
         )
-        print(f"{name} {optimizer} stage {stage} on {ranks}: {found.peak / computed.peak:.4f}", file=sys.stderr, flush=True)
+        print(
+            f"{name} {optimizer} stage {stage} on {ranks}: {found.peak / computed.peak:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
     return rows
 
 
 def formula_of(
-    config: GPTConfig, optimizer: str, *, ranks: int, stage: int, cap_mb: float = 25.0, wire_copies: int = 0
+    config: GPTConfig,
+    optimizer: str,
+    *,
+    ranks: int,
+    stage: int,
+    cap_mb: float = 25.0,
+    wire_copies: int = 0,
 ) -> Memory:
     """`memory_formula` of launch/model.py's GPT, whose token embedding is its output layer too."""
     tied = config.vocab_size * config.n_embd
     return memory_formula(
-        shapes_of(config), optimizer, ranks=ranks, stage=stage, bucket_cap_mb=cap_mb, tied=tied, wire_copies=wire_copies
+        shapes_of(config),
+        optimizer,
+        ranks=ranks,
+        stage=stage,
+        bucket_cap_mb=cap_mb,
+        tied=tied,
+        wire_copies=wire_copies,
     )
 
 
@@ -408,12 +501,32 @@ def megabytes(bytes_: float) -> str:
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
     names = ("parameters", "gradients", "state", "peak")
-    head = ["model", "optimizer", "stage", "ranks", *(f"{name}, MB" for name in names), "peak computed", "measured / computed"]
+    head = [
+        "model",
+        "optimizer",
+        "stage",
+        "ranks",
+        *(f"{name}, MB" for name in names),
+        "peak computed",
+        "measured / computed",
+    ]
     lines = [head]
     for row in rows:
         stage = "-" if row["stage"] == 0 else str(row["stage"])
-        cells = [row["model"], row["optimizer"], stage, str(row["ranks"]), *(megabytes(row["measured"][name]) for name in names)]
-        lines.append([*cells, megabytes(row["computed"]["peak"]), f"{row['peak_measured_over_computed']:.3f}"])
+        cells = [
+            row["model"],
+            row["optimizer"],
+            stage,
+            str(row["ranks"]),
+            *(megabytes(row["measured"][name]) for name in names),
+        ]
+        lines.append(
+            [
+                *cells,
+                megabytes(row["computed"]["peak"]),
+                f"{row['peak_measured_over_computed']:.3f}",
+            ]
+        )
     return markdown(lines)
 
 
@@ -424,43 +537,84 @@ def computed_rows() -> list[dict[str, Any]]:
             for optimizer in ("AdafacLO", "AdamW"):
                 for stage in (0,) if ranks == 1 else (1, 2):
                     computed = formula_of(PRESETS[model], optimizer, ranks=ranks, stage=stage)
-                    rows.append({"model": model, "optimizer": optimizer, "stage": stage, "ranks": ranks, **asdict(computed)})
+                    rows.append(
+                        {
+                            "model": model,
+                            "optimizer": optimizer,
+                            "stage": stage,
+                            "ranks": ranks,
+                            **asdict(computed),
+                        }
+                    )
     return rows
 
 
 def computed_table(rows: list[dict[str, Any]]) -> str:
     def of(optimizer: str, row: dict[str, Any]) -> dict[str, Any]:
         key = (row["model"], row["stage"], row["ranks"])
-        return next(r for r in rows if r["optimizer"] == optimizer and (r["model"], r["stage"], r["ranks"]) == key)
+        return next(
+            r
+            for r in rows
+            if r["optimizer"] == optimizer and (r["model"], r["stage"], r["ranks"]) == key
+        )
 
     lines = [
-        ["model", "ranks", "stage", "parameters", "gradients", "state", "peak", "AdamW: state", "AdamW: peak"],
+        [
+            "model",
+            "ranks",
+            "stage",
+            "parameters",
+            "gradients",
+            "state",
+            "peak",
+            "AdamW: state",
+            "AdamW: peak",
+        ],
     ]
     for row in (r for r in rows if r["optimizer"] == "AdafacLO"):
         beside = of("AdamW", row)
         stage = "-" if row["stage"] == 0 else str(row["stage"])
-        numbers = [row["parameters"], row["gradients"], row["state"], row["peak"], beside["state"], beside["peak"]]
+        numbers = [
+            row["parameters"],
+            row["gradients"],
+            row["state"],
+            row["peak"],
+            beside["state"],
+            beside["peak"],
+        ]
         lines.append([row["model"], str(row["ranks"]), stage, *(f"{n / 1e9:.3f}" for n in numbers)])
     return markdown(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the memory of a rank against the formula.")
-    parser.add_argument("--quick", action="store_true", help="ZeRO on two ranks only, layouts with two blocks of the model")
-    parser.add_argument("--layout-ranks", type=int, default=4, help="of the table by layout; a multiple of 2")
+    parser = argparse.ArgumentParser(
+        description="Measure the memory of a rank against the formula."
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="ZeRO on two ranks only, layouts with two blocks of the model",
+    )
+    parser.add_argument(
+        "--layout-ranks", type=int, default=4, help="of the table by layout; a multiple of 2"
+    )
     parser.add_argument("--large", action="store_true", help="GPT-2 124m on two ranks too")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     found = environment()  # before the runs: the commit that was measured
     rows = compare("6.4M", SMALL, 2, CASES, 0.5, 2)
     if not args.quick:
-        rows += compare("6.4M", SMALL, 4, [case for case in CASES if case[0] == "AdafacLO" and case[1]], 0.5, 2)
+        rows += compare(
+            "6.4M", SMALL, 4, [case for case in CASES if case[0] == "AdafacLO" and case[1]], 0.5, 2
+        )
     if args.large:
         rows += compare("124m", PRESETS["124m"], 2, [case for case in CASES if case[1]], 25.0, 0)
-    layout_config = replace(SMALL, qkv="split", n_layer=2 if args.quick else SMALL.n_layer)  # split, for tensor parallelism
+    # split, for tensor parallelism
+    layout_config = replace(SMALL, qkv="split", n_layer=2 if args.quick else SMALL.n_layer)
     layout_rows, absent = by_layout(layout_config, args.layout_ranks, LAYOUT_CASES, 0.5)
     result = {
-        "what": "bytes that torch allocates on a rank, measured with torch.profiler, beside the formula of bench_memory.py",
+        "what": "bytes that torch allocates on a rank, measured with torch.profiler, beside the "
+        "formula of bench_memory.py",
         **found,
         "quick": args.quick,
         "backend": "gloo",
@@ -477,7 +631,10 @@ def main() -> int:
     }
     write(result, args.out)
     print(measured_table(rows))
-    print(f"\n{args.layout_ranks} ranks, {result['layouts']['parameters']:,} parameters:\n\n{layout_table(layout_rows)}")
+    print(
+        f"\n{args.layout_ranks} ranks, {result['layouts']['parameters']:,} "
+        f"parameters:\n\n{layout_table(layout_rows)}"
+    )
     print("\nComputed, GB (NCCL, float32, buckets of 25 MB):\n")
     print(computed_table(result["computed"]))
     return 0

@@ -1,19 +1,23 @@
-"""Tokens per second of whole training steps: learned optimizers beside AdamW, layout by layout; write results/train.json.
+"""Tokens per second of whole training steps: learned optimizers beside AdamW, layout by layout;
+write results/train.json.
 
-    python benchmarks/bench_train.py                                   # 2 gloo ranks of its own, a small model
-    torchrun --nproc_per_node=8 benchmarks/bench_train.py --preset 124m --tokens 4096 16384    # on GPUs with NCCL
+    python benchmarks/bench_train.py          # 2 gloo ranks of its own, a small model
+    torchrun --nproc_per_node=8 benchmarks/bench_train.py \\
+        --preset 124m --tokens 4096 16384         # on GPUs with NCCL
 
-Model and loss are those of launch/gpt2.py. All contenders are alive at once and take turns of a few steps, so that a busy machine
-hurts all alike; the first step of a turn does not count. A step's time is the slowest rank's; medians.
+Model and loss are those of launch/gpt2.py. All contenders are alive at once and take turns of a few
+steps, so that a busy machine hurts all alike; the first step of a turn does not count. A step's
+time is the slowest rank's; medians.
 
-**The goal**: at 16384 tokens per GPU on 8 ranks at least 0.97 of the tokens per second of AdamW under ZeRO-1, GPT-2 124M. Where
-these 8 GPUs are, it is measured. Elsewhere it is computed from parts measured on one device, and marked so:
+**The goal**: at 16384 tokens per GPU on 8 ranks at least 0.97 of the tokens per second of AdamW
+under ZeRO-1, GPT-2 124M. Where these 8 GPUs are, it is measured. Elsewhere it is computed from
+parts measured on one device, and marked so:
 
     ratio = (T t + N a / 8 + c) / (T t + N o / 8 + s + c)
 
-T tokens per rank, t seconds per token of forward and backward, N parameters, a and o seconds per parameter of AdamW's step and of
-the learned one, s the seconds of the learned optimizer's two small all-reduces, c what both send besides. c is taken as 0, which
-can only lower the ratio.
+T tokens per rank, t seconds per token of forward and backward, N parameters, a and o seconds per
+parameter of AdamW's step and of the learned one, s the seconds of the learned optimizer's two small
+all-reduces, c what both send besides. c is taken as 0, which can only lower the ratio.
 """
 
 from __future__ import annotations
@@ -31,32 +35,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import shapes_of  # noqa: E402
-from bench_step import Contender, tensor_lists  # noqa: E402
-from bench_zero import MINI  # noqa: E402
-from model import build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from scaling import GOAL, GOAL_RANKS  # noqa: E402
-from step_model import small_syncs  # noqa: E402
-from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks, optimizer_of  # noqa: E402
+from bench_memory import shapes_of
+from bench_step import Contender, tensor_lists
+from bench_zero import MINI
+from model import build
+from presets import PRESETS, GPTConfig
+from record import RESULTS, environment, markdown, write
+from scaling import GOAL, GOAL_RANKS
+from step_model import small_syncs
+from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks, optimizer_of
 
 CONFIGS = {"tiny": TINY, "mini": MINI, **PRESETS}
 BASELINES = (("AdamW", "torch zero"), ("AdamW", "zero1"))
-LEARNED = tuple((name, layout) for name in ("AdafacLO", "VeLO") for layout in ("zero1", "zero2", "fsdp2", "deepspeed2"))
+LEARNED = tuple(
+    (name, layout)
+    for name in ("AdafacLO", "VeLO")
+    for layout in ("zero1", "zero2", "fsdp2", "deepspeed2")
+)
 CONTENDERS = (*BASELINES, ("AdamW", "fsdp2"), ("AdamW", "deepspeed2"), *LEARNED)
 GOAL_TOKENS, GOAL_MODEL = 16384, "124m"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all ranks must know. `tokens`: per rank and step; sequences are as long as the model allows, or as that number."""
+    """What all ranks must know. `tokens`: per rank and step; sequences are as long as the model
+    allows, or as that number.
+    """
 
     preset: str
     tokens: tuple[int, ...]
@@ -67,18 +71,24 @@ class Settings:
 
 
 def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
-    """Wall seconds of every counted step by contender and tokens, and the time of the small all-reduces."""
+    """Wall seconds of every counted step by contender and tokens, and the time of the small
+    all-reduces.
+    """
     device, config = device_of(rank), CONFIGS[settings.preset]
     watch = Stopwatch(device)
     trainees, absent = {}, {}
     for name, layout in settings.contenders:
         try:
-            trainee = Trainee(layout, name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device)
+            trainee = Trainee(
+                layout, name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device
+            )
         except ImportError as error:  # alike on all ranks: one installation
             absent[f"{name}, {layout}"] = str(error)
             continue
         trainees[trainee.name] = trainee
-    taken: dict[str, dict[int, list[float]]] = {name: {tokens: [] for tokens in settings.tokens} for name in trainees}
+    taken: dict[str, dict[int, list[float]]] = {
+        name: {tokens: [] for tokens in settings.tokens} for name in trainees
+    }
     losses: dict[str, list[float]] = {name: [] for name in trainees}
     order = list(trainees)
     for number in range(settings.rounds):
@@ -99,7 +109,9 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
         "seconds": taken,
         "losses": losses,
         "absent": absent,
-        "small_seconds": small_all_reduces(small_syncs(shapes_of(PRESETS[GOAL_MODEL]), "AdafacLO"), device),
+        "small_seconds": small_all_reduces(
+            small_syncs(shapes_of(PRESETS[GOAL_MODEL]), "AdafacLO"), device
+        ),
         "backend": dist.get_backend(),
         "device": str(device),
     }
@@ -125,9 +137,17 @@ def summarize(world: int, per_rank: list[dict[str, Any]], settings: Settings) ->
     for name in per_rank[0]["seconds"]:
         by_tokens = {}
         for tokens in settings.tokens:
-            slowest = [max(steps) for steps in zip(*(result["seconds"][name][tokens] for result in per_rank), strict=True)]
+            slowest = [
+                max(steps)
+                for steps in zip(
+                    *(result["seconds"][name][tokens] for result in per_rank), strict=True
+                )
+            ]
             seconds = median(slowest)
-            by_tokens[str(tokens)] = {"step_ms": round(1e3 * seconds, 2), "tokens_per_s": round(world * tokens / seconds, 1)}
+            by_tokens[str(tokens)] = {
+                "step_ms": round(1e3 * seconds, 2),
+                "tokens_per_s": round(world * tokens / seconds, 1),
+            }
         rows[name] = {"by_tokens_per_rank": by_tokens, "last_loss": per_rank[0]["losses"][name][-1]}
     baseline = next((f"{n}, {layout}" for n, layout in BASELINES if f"{n}, {layout}" in rows), None)
     for row in rows.values():
@@ -146,13 +166,17 @@ def summarize(world: int, per_rank: list[dict[str, Any]], settings: Settings) ->
     }
 
 
-# --------------------------------------------------------------------------------------------------- goal
+# --------------------------------------------------------------------------------------------- goal
 
 
 def seconds_per_token(config: GPTConfig, tokens: int, device: torch.device, repeats: int) -> float:
-    """Forward and backward of a model on one device (CPU time on a CPU); median, the first pass not counted."""
+    """Forward and backward of a model on one device (CPU time on a CPU); median, the first pass not
+    counted.
+    """
     model, watch = build(config, 0).to(device), Stopwatch(device)
-    idx = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    idx = torch.randint(
+        0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     found = []
     for _ in range(repeats + 1):
         model.zero_grad()
@@ -162,15 +186,22 @@ def seconds_per_token(config: GPTConfig, tokens: int, device: torch.device, repe
     return median(found[1:]) / tokens
 
 
-def seconds_per_parameter(device: torch.device, rounds: int, blocks: int | None) -> dict[str, float]:
-    """Of a plain step over GPT-2 124M's tensors, by optimizer; in turns (CPU time on a CPU). `blocks`: see bench_step.py."""
+def seconds_per_parameter(
+    device: torch.device, rounds: int, blocks: int | None
+) -> dict[str, float]:
+    """Of a plain step over GPT-2 124M's tensors, by optimizer; in turns (CPU time on a CPU).
+    `blocks`: see bench_step.py.
+    """
     shapes = tensor_lists(blocks)["GPT-2 124M"]
 
     def make(name: str, params: Any) -> Any:
         kind, arguments = optimizer_of(name)
         return kind(params, **arguments)
 
-    entries = [Contender(name, shapes, device.type, partial(make, name)) for name in ("AdamW", "AdafacLO", "VeLO")]
+    entries = [
+        Contender(name, shapes, device.type, partial(make, name))
+        for name in ("AdamW", "AdafacLO", "VeLO")
+    ]
     for entry in entries:
         entry.step()
     for _ in range(rounds):
@@ -179,7 +210,9 @@ def seconds_per_parameter(device: torch.device, rounds: int, blocks: int | None)
     return {entry.name: median(entry.seconds["step"]) / entry.numel for entry in entries}
 
 
-def goal_ratio(token_s: float, adamw_s: float, learned_s: float, small_s: float, parameters: int) -> float:
+def goal_ratio(
+    token_s: float, adamw_s: float, learned_s: float, small_s: float, parameters: int
+) -> float:
     """The learned optimizer's tokens per second over AdamW's, see the top of this file."""
     shared, share = GOAL_TOKENS * token_s, parameters / GOAL_RANKS
     return (shared + share * adamw_s) / (shared + share * learned_s + small_s)
@@ -188,18 +221,30 @@ def goal_ratio(token_s: float, adamw_s: float, learned_s: float, small_s: float,
 def goal(runs: Sequence[dict[str, Any]], settings: Settings, quick: bool) -> dict[str, Any]:
     """The goal, measured where its 8 GPUs were, else computed from parts."""
     found: dict[str, Any] = {
-        "what": f"tokens per second over those of AdamW under ZeRO-1; GPT-2 {GOAL_MODEL}, {GOAL_TOKENS} tokens per GPU, "
-        f"{GOAL_RANKS} ranks",
+        "what": f"tokens per second over those of AdamW under ZeRO-1; GPT-2 {GOAL_MODEL}, "
+        f"{GOAL_TOKENS} tokens per GPU, {GOAL_RANKS} ranks",
         "wanted": GOAL,
     }
     for run in runs:
-        at_goal = run["ranks"] == GOAL_RANKS and settings.preset == GOAL_MODEL and GOAL_TOKENS in settings.tokens
+        at_goal = (
+            run["ranks"] == GOAL_RANKS
+            and settings.preset == GOAL_MODEL
+            and GOAL_TOKENS in settings.tokens
+        )
         if at_goal and run["device"].startswith("cuda"):
             ratios = {
-                name: row["by_tokens_per_rank"][str(GOAL_TOKENS)]["over_baseline"] for name, row in run["contenders"].items()
+                name: row["by_tokens_per_rank"][str(GOAL_TOKENS)]["over_baseline"]
+                for name, row in run["contenders"].items()
             }
-            learned = {name: ratio for name, ratio in ratios.items() if not name.startswith("AdamW")}
-            return {**found, "computed": False, "ratio": learned, "met": all(ratio >= GOAL for ratio in learned.values())}
+            learned = {
+                name: ratio for name, ratio in ratios.items() if not name.startswith("AdamW")
+            }
+            return {
+                **found,
+                "computed": False,
+                "ratio": learned,
+                "met": all(ratio >= GOAL for ratio in learned.values()),
+            }
     device = device_of(0)
     config = PRESETS[GOAL_MODEL]
     tokens, blocks = (256, 2) if device.type == "cpu" else (config.block_size, None)
@@ -210,16 +255,21 @@ def goal(runs: Sequence[dict[str, Any]], settings: Settings, quick: bool) -> dic
     step_s = seconds_per_parameter(device, 3 if quick else 7, blocks)
     small_s = max((run["small_all_reduces_ms"] for run in runs), default=0.0) * 1e-3
     ratio = {
-        name: round(goal_ratio(token_s, step_s["AdamW"], step_s[name], small_s, parameters), 4) for name in ("AdafacLO", "VeLO")
+        name: round(goal_ratio(token_s, step_s["AdamW"], step_s[name], small_s, parameters), 4)
+        for name in ("AdafacLO", "VeLO")
     }
     return {
         **found,
         "computed": True,
-        "on": "one core of this CPU for every rank" if device.type == "cpu" else torch.cuda.get_device_name(),
+        "on": "one core of this CPU for every rank"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
         "parts": {
             "forward_and_backward_us_per_token": round(1e6 * token_s, 3),
             "measured_at_tokens": tokens,
-            "step_ns_per_parameter": {name: round(1e9 * seconds, 3) for name, seconds in step_s.items()},
+            "step_ns_per_parameter": {
+                name: round(1e9 * seconds, 3) for name, seconds in step_s.items()
+            },
             "small_all_reduces_ms": round(1e3 * small_s, 4),
             "parameters": parameters,
         },
@@ -229,22 +279,53 @@ def goal(runs: Sequence[dict[str, Any]], settings: Settings, quick: bool) -> dic
 
 
 def table(run: dict[str, Any], settings: Settings) -> str:
-    lines = [["tokens/s (of the baseline)", *(f"{tokens} tokens per rank" for tokens in settings.tokens)]]
+    lines = [
+        ["tokens/s (of the baseline)", *(f"{tokens} tokens per rank" for tokens in settings.tokens)]
+    ]
     for name, row in run["contenders"].items():
         cells = [row["by_tokens_per_rank"][str(tokens)] for tokens in settings.tokens]
-        lines.append([name, *(f"{cell['tokens_per_s']:,.0f} ({cell.get('over_baseline', float('nan')):.3f})" for cell in cells)])
-    return f"### {run['ranks']} ranks, {run['backend']}, {settings.preset}; baseline: {run['baseline']}\n\n{markdown(lines)}"
+        lines.append(
+            [
+                name,
+                *(
+                    f"{cell['tokens_per_s']:,.0f} ({cell.get('over_baseline', float('nan')):.3f})"
+                    for cell in cells
+                ),
+            ]
+        )
+    title = (
+        f"{run['ranks']} ranks, {run['backend']}, {settings.preset}; baseline: {run['baseline']}"
+    )
+    return f"### {title}\n\n{markdown(lines)}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tokens per second of whole training steps beside AdamW.")
+    parser = argparse.ArgumentParser(
+        description="Tokens per second of whole training steps beside AdamW."
+    )
     parser.add_argument("--preset", choices=list(CONFIGS), default="mini")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="without torchrun: how many gloo ranks to start")
-    parser.add_argument("--tokens", type=int, nargs="+", help="per rank and step; default: 128 512 2048, with --quick 128 1024")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2],
+        help="without torchrun: how many gloo ranks to start",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="per rank and step; default: 128 512 2048, with --quick 128 1024",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
-    parser.add_argument("--only", nargs="+", metavar="LAYOUT", help="layouts of the learned optimizers, e.g. zero1 fsdp2")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="LAYOUT",
+        help="layouts of the learned optimizers, e.g. zero1 fsdp2",
+    )
     parser.add_argument("--no-goal", action="store_true", help="leave the goal out")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
     parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
@@ -256,7 +337,9 @@ def main() -> int:
         rounds=min(args.rounds, 3) if args.quick else args.rounds,
         steps=args.steps,
         bucket_cap_mb=args.bucket_cap_mb,
-        contenders=tuple(c for c in CONTENDERS if not args.only or c in BASELINES or c[1] in args.only),
+        contenders=tuple(
+            c for c in CONTENDERS if not args.only or c in BASELINES or c[1] in args.only
+        ),
     )
     found, runs = environment(), []
     for world, per_rank in on_ranks(args.ranks, measure_rank, settings):
@@ -265,7 +348,8 @@ def main() -> int:
     if not runs:  # not the first of torchrun's ranks
         return 0
     result = {
-        "what": "tokens per second of training steps of launch/model.py's GPT on all ranks together; see bench_train.py",
+        "what": "tokens per second of training steps of launch/model.py's GPT on all ranks "
+        "together; see bench_train.py",
         **found,
         "quick": args.quick,
         "settings": {**asdict(settings), "model": asdict(CONFIGS[settings.preset])},

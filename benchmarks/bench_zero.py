@@ -1,15 +1,20 @@
-"""Measure where the time of a sharded training step goes; write results/zero.json and print the tables of the README.
+"""Measure where the time of a sharded training step goes; write results/zero.json and print the
+tables of the README.
 
     python benchmarks/bench_zero.py                            # 2 and then 4 gloo ranks of its own
-    torchrun --nproc_per_node=2 benchmarks/bench_zero.py       # torchrun's ranks; NCCL where each has a GPU, else gloo
-    python benchmarks/bench_zero.py --trace traces             # also torch.profiler traces with and without overlap
+    torchrun --nproc_per_node=2 benchmarks/bench_zero.py       # torchrun's ranks; NCCL where each
+                                                               # has a GPU, else gloo
+    python benchmarks/bench_zero.py --trace traces             # also torch.profiler traces with and
+                                                               # without overlap
 
-Model, loss and backward pass are those of launch/gpt2.py. All contenders are alive at once and take turns of a few steps each, so
-that a busy machine hurts all alike; of a turn the first step is not counted, so that every counted forward pass waits for the
-all-gather of a step before it. Times are medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases
-are exclusive: what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing but wait for
-others: communication that nothing hides, and the slowness of other ranks. The package has no timers; the benchmark wraps it. On a
-GPU phases are told apart only without overlap, where the benchmark may wait for the device at every mark.
+Model, loss and backward pass are those of launch/gpt2.py. All contenders are alive at once and take
+turns of a few steps each, so that a busy machine hurts all alike; of a turn the first step is not
+counted, so that every counted forward pass waits for the all-gather of a step before it. Times are
+medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases are exclusive:
+what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing
+but wait for others: communication that nothing hides, and the slowness of other ranks. The package
+has no timers; the benchmark wraps it. On a GPU phases are told apart only without overlap, where
+the benchmark may wait for the device at every mark.
 """
 
 from __future__ import annotations
@@ -31,43 +36,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported later it would keep the process group alive beyond its end
+
+# imported later it would keep the process group alive beyond its end
+import torch.distributed.nn.functional
+from bench_memory import formula_of, num_bytes, raw_events
+from model import build
+from presets import PRESETS, GPTConfig
+from record import environment, markdown, write
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import pylo_dist
+from pylo_dist import comm
+from pylo_dist.adapters.zero.gathering import ParameterGatherer
+from pylo_dist.adapters.zero.reduction import GradientReducer
+from pylo_dist.comm import collectives
+from pylo_dist.core.rule import LearnedRule
+from support.golden import velo_weights
+from support.ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import formula_of, num_bytes, raw_events  # noqa: E402
-from golden_cases import velo_weights  # noqa: E402
-from model import build  # noqa: E402
-from presets import PRESETS, GPTConfig  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-from record import environment, markdown, write  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist import comm  # noqa: E402
-from pylo_dist.adapters.zero.gathering import ParameterGatherer  # noqa: E402
-from pylo_dist.adapters.zero.reduction import GradientReducer  # noqa: E402
-from pylo_dist.core.rule import LearnedRule  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores
 MINI = GPTConfig(vocab_size=256, block_size=128, n_layer=8, n_head=4, n_embd=128, init_std=0.05)
 CONFIGS = {"mini": MINI, **PRESETS}
 PROFILED_STEPS = 3
 
-# ------------------------------------------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------- phases
 
 FORWARD, BACKWARD, OTHER = "forward", "backward", "other"
 PACK, SCATTER_WAIT = "reduce-scatter: pack", "reduce-scatter: wait"
 A, B, C, SYNC_WAIT = "A", "B", "C", "small syncs: wait"
 GATHER, GATHER_WAIT = "all-gather: start", "all-gather: wait"
 PHASES = (FORWARD, BACKWARD, PACK, SCATTER_WAIT, A, B, C, SYNC_WAIT, GATHER, GATHER_WAIT, OTHER)
-WAITS = {"the reduce-scatter": SCATTER_WAIT, "the sum of gradients over": SCATTER_WAIT, "the all-gather": GATHER_WAIT}
+WAITS = {
+    "the reduce-scatter": SCATTER_WAIT,
+    "the sum of gradients over": SCATTER_WAIT,
+    "the all-gather": GATHER_WAIT,
+}
 
 
 class Clock:
@@ -104,7 +111,9 @@ class Clock:
             self._stack.pop()
 
 
-def _timed(function: Callable[..., Any], clock: Clock, name: Callable[..., str]) -> Callable[..., Any]:
+def _timed(
+    function: Callable[..., Any], clock: Clock, name: Callable[..., str]
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with clock.phase(name(*args)):
@@ -113,7 +122,9 @@ def _timed(function: Callable[..., Any], clock: Clock, name: Callable[..., str])
     return call
 
 
-def _counted(function: Callable[..., Any], clock: Clock, name: str, which: int) -> Callable[..., Any]:
+def _counted(
+    function: Callable[..., Any], clock: Clock, name: str, which: int
+) -> Callable[..., Any]:
     """Count the bytes of the buffer that holds all ranks' parts, argument `which`."""
 
     @functools.wraps(function)
@@ -128,7 +139,9 @@ def wrap_package(clock: Clock) -> None:
     """Have the package's communication tell `clock` where its time goes."""
 
     def waited(pending: comm.Pending, *_: Any) -> str:
-        return next((phase for start, phase in WAITS.items() if pending._what.startswith(start)), SYNC_WAIT)
+        return next(
+            (phase for start, phase in WAITS.items() if pending._what.startswith(start)), SYNC_WAIT
+        )
 
     comm.Pending.wait = _timed(comm.Pending.wait, clock, waited)  # type: ignore[method-assign]
     for owner, method, phase in (
@@ -137,13 +150,20 @@ def wrap_package(clock: Clock) -> None:
         (ParameterGatherer, "start", GATHER),
     ):
         setattr(owner, method, _timed(getattr(owner, method), clock, lambda *_, phase=phase: phase))
-    comm.reduce_scatter = _counted(comm.reduce_scatter, clock, "reduce-scatter", 1)
-    comm.all_gather = _counted(comm.all_gather, clock, "all-gather", 0)
-    comm.all_reduce = _counted(comm.all_reduce, clock, "small syncs", 0)
+    for name, phase, sent in (
+        ("reduce_scatter", "reduce-scatter", 1),
+        ("all_gather", "all-gather", 0),
+        ("all_reduce", "small syncs", 0),
+    ):
+        counted = _counted(getattr(comm, name), clock, phase, sent)
+        setattr(comm, name, counted)
+        setattr(collectives, name, counted)  # which calls its own
 
 
 def wrap_rule(rule: LearnedRule, clock: Clock) -> None:
-    """The same for the passes of a rule: what runs up to its first request is A, up to the second B, the rest C."""
+    """The same for the passes of a rule: what runs up to its first request is A, up to the second
+    B, the rest C.
+    """
     plain = rule.step
 
     def step(batch: Any) -> Iterator[Any]:
@@ -159,7 +179,7 @@ def wrap_rule(rule: LearnedRule, clock: Clock) -> None:
     rule.step = step  # type: ignore[method-assign, assignment]
 
 
-# --------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +200,16 @@ class Contender:
     def name(self) -> str:
         if self.layout == "zero":
             return f"ZeRO-{self.stage} {self.optimizer}" + ("" if self.overlap else ", no overlap")
-        return f"DDP + {self.optimizer}" if self.layout == "ddp" else f"DDP + ZeroRedundancyOptimizer {self.optimizer}"
+        return (
+            f"DDP + {self.optimizer}"
+            if self.layout == "ddp"
+            else f"DDP + ZeroRedundancyOptimizer {self.optimizer}"
+        )
 
 
-OVERLAPS = [Contender("zero", "AdafacLO", stage, overlap) for stage in (1, 2) for overlap in (True, False)]
+OVERLAPS = [
+    Contender("zero", "AdafacLO", stage, overlap) for stage in (1, 2) for overlap in (True, False)
+]
 CONTENDERS = [
     *OVERLAPS,
     Contender("zero", "VeLO", 2),
@@ -213,7 +239,9 @@ class Settings:
 class Trainee:
     """A contender with its model, on this rank."""
 
-    def __init__(self, contender: Contender, settings: Settings, clock: Clock, device: torch.device) -> None:
+    def __init__(
+        self, contender: Contender, settings: Settings, clock: Clock, device: torch.device
+    ) -> None:
         self.contender, self._clock = contender, clock
         self.config = CONFIGS[settings.preset]
         self.model = build(self.config, 0).to(device)
@@ -227,7 +255,12 @@ class Trainee:
         cap = settings.bucket_cap_mb
         if contender.layout == "zero":
             self.optimizer: Any = pylo_dist.ZeroOptimizer(
-                self.model, kind, stage=contender.stage, overlap=contender.overlap, bucket_cap_mb=cap, **arguments
+                self.model,
+                kind,
+                stage=contender.stage,
+                overlap=contender.overlap,
+                bucket_cap_mb=cap,
+                **arguments,
             )
             inner = self.optimizer.inner
         else:
@@ -240,9 +273,14 @@ class Trainee:
         self._inner, self._learned = inner, isinstance(getattr(inner, "rule", None), LearnedRule)
         if self._learned:
             wrap_rule(inner.rule, clock)
-            plain = inner.step  # marked in profiles, where gloo's small sums look like its reduce-scatters
-            inner.step = lambda *args, **kwargs: _marked("bench: inner step", plain, *args, **kwargs)
-        generator = torch.Generator().manual_seed(1 + (dist.get_rank() if dist.is_initialized() else 0))
+            # marked in profiles, where gloo's small sums look like its reduce-scatters
+            plain = inner.step
+            inner.step = lambda *args, **kwargs: _marked(
+                "bench: inner step", plain, *args, **kwargs
+            )
+        generator = torch.Generator().manual_seed(
+            1 + (dist.get_rank() if dist.is_initialized() else 0)
+        )
         shape = (settings.batch, settings.tokens + 1)
         self._idx = torch.randint(0, self.config.vocab_size, shape, generator=generator).to(device)
         self.losses: list[float] = []
@@ -258,7 +296,9 @@ class Trainee:
                 self.optimizer.step(loss=loss)
             else:
                 self.optimizer.step()
-            self.gradients = sum(num_bytes(param.grad) for param in self.model.parameters() if param.grad is not None)
+            self.gradients = sum(
+                num_bytes(param.grad) for param in self.model.parameters() if param.grad is not None
+            )
             self.optimizer.zero_grad()
         self.losses.append(float(loss.detach()))
 
@@ -272,15 +312,29 @@ class Trainee:
         self.model.state_dict()
 
     def memory(self) -> dict[str, Any]:
-        """Bytes of this rank between steps; `full_gradients` those on the parameters when the optimizer stepped."""
-        state = sum(num_bytes(t) for entries in self._inner.state.values() for t in entries.values() if t.dim())
-        found = {"parameters": sum(map(num_bytes, self.model.parameters())), "full_gradients": self.gradients, "state": state}
+        """Bytes of this rank between steps; `full_gradients` those on the parameters when the
+        optimizer stepped.
+        """
+        state = sum(
+            num_bytes(t)
+            for entries in self._inner.state.values()
+            for t in entries.values()
+            if t.dim()
+        )
+        found = {
+            "parameters": sum(map(num_bytes, self.model.parameters())),
+            "full_gradients": self.gradients,
+            "state": state,
+        }
         if not self._learned:
             return found
         report = self.optimizer.report()
         totals = report.totals
         found["state_by_report"] = sum(row["state_bytes"] for row in report)
-        found["sharded_state"], found["replicated_state"] = totals["sharded_state_bytes"], totals["replicated_state_bytes"]
+        found["sharded_state"], found["replicated_state"] = (
+            totals["sharded_state_bytes"],
+            totals["replicated_state_bytes"],
+        )
         return found
 
 
@@ -289,11 +343,13 @@ def _marked(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
         return function(*args, **kwargs)
 
 
-# -------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 
 
 def bytes_written() -> int | None:
-    """What this process has written in its life, sockets included; None where the system does not say."""
+    """What this process has written in its life, sockets included; None where the system does not
+    say.
+    """
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -303,7 +359,9 @@ def bytes_written() -> int | None:
 
 @dataclass(slots=True)
 class Sample:
-    """One step of a contender on one rank: seconds, and bytes handed to collectives and written to sockets."""
+    """One step of a contender on one rank: seconds, and bytes handed to collectives and written to
+    sockets.
+    """
 
     round: int
     wall_s: float
@@ -316,7 +374,11 @@ class Sample:
 def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     """Everything one rank measures; for `run_ranks`."""
     torch.set_num_threads(settings.threads)
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     clock = Clock()
@@ -329,7 +391,9 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     for number in range(settings.rounds):
         place = number % len(trainees)
         for trainee in trainees[place:] + trainees[:place]:
-            samples[trainee.contender.name] += take_turn(trainee, clock, settings.steps, number, device)
+            samples[trainee.contender.name] += take_turn(
+                trainee, clock, settings.steps, number, device
+            )
     profiles: dict[str, Any] = {}
     if settings.profiles:
         for trainee in (trainee for trainee in trainees if trainee.contender in OVERLAPS):
@@ -347,8 +411,12 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def take_turn(trainee: Trainee, clock: Clock, steps: int, number: int, device: torch.device) -> list[Sample]:
-    """Steps one after the other; the first, which begins with all parameters in place, does not count."""
+def take_turn(
+    trainee: Trainee, clock: Clock, steps: int, number: int, device: torch.device
+) -> list[Sample]:
+    """Steps one after the other; the first, which begins with all parameters in place, does not
+    count.
+    """
     clock.waits_for_device = device.type == "cuda" and not trainee.contender.overlap
     dist.barrier()
     trainee.step()
@@ -383,19 +451,25 @@ def common(first: Sequence[Span], second: Sequence[Span]) -> float:
 
 
 def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) -> dict[str, float]:
-    """When communication took place, from the events of torch.profiler over some steps: milliseconds of a step.
+    """When communication took place, from the events of torch.profiler over some steps:
+    milliseconds of a step.
 
-    `inside`: of it within the backward pass (reduce-scatter) or the next forward pass (all-gather). `hidden`: of that, while
-    this rank was not waiting for it.
+    `inside`: of it within the backward pass (reduce-scatter) or the next forward pass (all-gather).
+    `hidden`: of that, while this rank was not waiting for it.
     """
     cuda = torch.cuda.is_available()
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    ) as profiler:
         for _ in range(PROFILED_STEPS):
             trainee.step()
         trainee.look()  # the last all-gather has a forward pass to arrive in, as the others do
         trainee.settle()  # before the profiler stops, see bench_memory.py
-    events = [(e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6)) for e in raw_events(profiler)]
+    events = [
+        (e.name(), (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6))
+        for e in raw_events(profiler)
+    ]
 
     def spans(wanted: str) -> list[Span]:
         return union([span for name, span in events if name == wanted])
@@ -404,11 +478,18 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     carried = [
         (name.lower(), span)
         for name, span in events
-        if (name.startswith("gloo:") if dist.get_backend() == "gloo" else name.lower().startswith("nccldevkernel"))
+        if (
+            name.startswith("gloo:")
+            if dist.get_backend() == "gloo"
+            else name.lower().startswith("nccldevkernel")
+        )
     ]
-    outside = [(name, span) for name, span in carried if not any(a <= span[0] < b for a, b in inner)]
+    outside = [
+        (name, span) for name, span in carried if not any(a <= span[0] < b for a, b in inner)
+    ]
     gathers = union([span for name, span in outside if "gather" in name])
-    scatters = union([span for name, span in outside if "gather" not in name])  # gloo's is an all-reduce
+    # gloo's is an all-reduce
+    scatters = union([span for name, span in outside if "gather" not in name])
     found: dict[str, float] = {}
     for what, taken, range_, wait in (
         ("reduce_scatter", scatters, BACKWARD, SCATTER_WAIT),
@@ -418,7 +499,9 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
         waits = [span for span in spans(f"bench: {wait}") if common([span], inside)]
         found[f"{what}_ms"] = sum(end - start for start, end in taken) / PROFILED_STEPS
         found[f"{what}_inside_ms"] = common(taken, inside) / PROFILED_STEPS
-        found[f"{what}_hidden_ms"] = found[f"{what}_inside_ms"] - common(taken, waits) / PROFILED_STEPS
+        found[f"{what}_hidden_ms"] = (
+            found[f"{what}_inside_ms"] - common(taken, waits) / PROFILED_STEPS
+        )
     if trace is not None:
         name = trainee.contender.name.replace(", ", "_").replace(" ", "_")
         Path(trace).mkdir(parents=True, exist_ok=True)
@@ -426,7 +509,7 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     return {name: round(value, 3) for name, value in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------ results
 
 
 def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -436,25 +519,36 @@ def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, A
     for contender in settings.contenders:
         name = contender.name
         taken = [result["samples"][name] for result in per_rank]  # ranks x steps
-        slowest[name] = [(steps[0]["round"], max(s["wall_s"] for s in steps)) for steps in zip(*taken, strict=True)]
+        slowest[name] = [
+            (steps[0]["round"], max(s["wall_s"] for s in steps))
+            for steps in zip(*taken, strict=True)
+        ]
         phases = {
-            phase: 1e3 * fmean(median(s["phases"].get(phase, 0.0) for s in steps) for steps in taken)
+            phase: 1e3
+            * fmean(median(s["phases"].get(phase, 0.0) for s in steps) for steps in taken)
             for phase in PHASES
             if any(phase in s["phases"] for steps in taken for s in steps)
         }
         row: dict[str, Any] = {
             "step_ms": round(1e3 * median(wall for _, wall in slowest[name]), 2),
-            "cpu_ms_of_all_ranks": round(1e3 * sum(median(s["cpu_s"] for s in steps) for steps in taken), 2),
+            "cpu_ms_of_all_ranks": round(
+                1e3 * sum(median(s["cpu_s"] for s in steps) for steps in taken), 2
+            ),
             "phases_ms": {phase: round(value, 3) for phase, value in phases.items()},
             "memory_bytes_by_rank": [result["memory"][name] for result in per_rank],
             "loss": [round(loss, 5) for loss in per_rank[0]["losses"][name]],
         }
         if contender.layout == "zero":
-            row["exposed_ms"] = round(phases.get(SCATTER_WAIT, 0.0) + phases.get(GATHER_WAIT, 0.0), 3)
+            row["exposed_ms"] = round(
+                phases.get(SCATTER_WAIT, 0.0) + phases.get(GATHER_WAIT, 0.0), 3
+            )
             payload = taken[0][0]["payload"]
-            share = {"reduce-scatter": 1, "all-gather": 1, "small syncs": 2}  # of (ranks - 1) / ranks, sent by a ring
+            # of (ranks - 1) / ranks, sent by a ring
+            share = {"reduce-scatter": 1, "all-gather": 1, "small syncs": 2}
             row["payload_bytes"] = payload
-            row["ring_bytes_sent"] = {kind: round(n * share[kind] * (world - 1) / world) for kind, n in payload.items()}
+            row["ring_bytes_sent"] = {
+                kind: round(n * share[kind] * (world - 1) / world) for kind, n in payload.items()
+            }
         written = [s["written"] for steps in taken for s in steps]
         row["bytes_written_to_sockets"] = None if None in written else round(median(written))
         rows[name] = row
@@ -463,7 +557,14 @@ def summarize(per_rank: list[dict[str, Any]], settings: Settings) -> dict[str, A
             row["profile"] = {key: round(fmean(p[key] for p in profiles), 3) for key in profiles[0]}
     ratios = {}
     for on in (c for c in settings.contenders if c in OVERLAPS and c.overlap):
-        off = next((c for c in settings.contenders if c == Contender(on.layout, on.optimizer, on.stage, False)), None)
+        off = next(
+            (
+                c
+                for c in settings.contenders
+                if c == Contender(on.layout, on.optimizer, on.stage, False)
+            ),
+            None,
+        )
         if off is not None:
             ratios[on.name] = round(_round_ratio(slowest[on.name], slowest[off.name]), 4)
     return {"ranks": world, "backend": per_rank[0]["backend"], "device": per_rank[0]["device"]} | {
@@ -483,11 +584,17 @@ def _round_ratio(first: list[tuple[int, float]], second: list[tuple[int, float]]
 
 
 def promise(run: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """State bytes of every rank beside what `report()` and the formula say, by contender with AdafacLO."""
+    """State bytes of every rank beside what `report()` and the formula say, by contender with
+    AdafacLO.
+    """
     rows = {}
-    for contender in (c for c in settings.contenders if c.optimizer == "AdafacLO" and c.layout == "zero"):
+    for contender in (
+        c for c in settings.contenders if c.optimizer == "AdafacLO" and c.layout == "zero"
+    ):
         memory = run["contenders"][contender.name]["memory_bytes_by_rank"]
-        computed = formula_of(CONFIGS[settings.preset], "AdafacLO", ranks=run["ranks"], stage=contender.stage)
+        computed = formula_of(
+            CONFIGS[settings.preset], "AdafacLO", ranks=run["ranks"], stage=contender.stage
+        )
         rows[contender.name] = {
             "state_bytes": [m["state"] for m in memory],
             "report_bytes": [m["state_by_report"] for m in memory],
@@ -504,18 +611,43 @@ def tables(run: dict[str, Any], settings: Settings) -> str:
     split = [["ms per step", "step", *used]]
     for name in of_zero:
         phases = rows[name]["phases_ms"]
-        split.append([name, f"{rows[name]['step_ms']:.0f}", *(f"{phases[p]:.1f}" if p in phases else "" for p in used)])
-    beside = [["", "step, ms", "CPU of all ranks, ms", "MB written", "state per rank, MB", "full gradients, MB"]]
+        split.append(
+            [
+                name,
+                f"{rows[name]['step_ms']:.0f}",
+                *(f"{phases[p]:.1f}" if p in phases else "" for p in used),
+            ]
+        )
+    beside = [
+        [
+            "",
+            "step, ms",
+            "CPU of all ranks, ms",
+            "MB written",
+            "state per rank, MB",
+            "full gradients, MB",
+        ]
+    ]
     for name, row in rows.items():
         written = row["bytes_written_to_sockets"]
-        memory = [max(m[key] for m in row["memory_bytes_by_rank"]) / 1e6 for key in ("state", "full_gradients")]
+        memory = [
+            max(m[key] for m in row["memory_bytes_by_rank"]) / 1e6
+            for key in ("state", "full_gradients")
+        ]
         numbers = [
             f"{row['step_ms']:.0f}",
             f"{row['cpu_ms_of_all_ranks']:.0f}",
             "-" if written is None else f"{written / 1e6:.1f}",
         ]
         beside.append([name, *numbers, *(f"{m:.1f}" for m in memory)])
-    exposed = [["", "exposed, ms", "reduce-scatter: ms, in backward, hidden", "all-gather: ms, in forward, hidden"]]
+    exposed = [
+        [
+            "",
+            "exposed, ms",
+            "reduce-scatter: ms, in backward, hidden",
+            "all-gather: ms, in forward, hidden",
+        ]
+    ]
     for name in (name for name in of_zero if "profile" in rows[name]):
         p = rows[name]["profile"]
         cells = []
@@ -525,22 +657,45 @@ def tables(run: dict[str, Any], settings: Settings) -> str:
             cells.append(f"{total:.1f}, {shares[0]:.0%}, {shares[1]:.0%}")
         exposed.append([name, f"{rows[name]['exposed_ms']:.1f}", *cells])
     title = f"{run['ranks']} ranks, {run['backend']}, {settings.preset}"
-    found = [f"### {title}", markdown(split), markdown(beside), *([markdown(exposed)] if len(exposed) > 1 else [])]
-    ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in run["step_time_with_over_without_overlap"].items())
-    return "\n\n".join([*found, *([f"step time with over without overlap: {ratios}"] if ratios else [])])
+    found = [
+        f"### {title}",
+        markdown(split),
+        markdown(beside),
+        *([markdown(exposed)] if len(exposed) > 1 else []),
+    ]
+    ratios = ", ".join(
+        f"{name} {ratio:.3f}" for name, ratio in run["step_time_with_over_without_overlap"].items()
+    )
+    return "\n\n".join(
+        [*found, *([f"step time with over without overlap: {ratios}"] if ratios else [])]
+    )
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure where the time of a sharded training step goes.")
+    parser = argparse.ArgumentParser(
+        description="Measure where the time of a sharded training step goes."
+    )
     parser.add_argument("--preset", choices=list(CONFIGS), default="mini")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="without torchrun: how many gloo ranks to start")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        help="without torchrun: how many gloo ranks to start",
+    )
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank")
     parser.add_argument("--tokens", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1, help="of every rank")
-    parser.add_argument("--only", nargs="+", choices=[c.name for c in CONTENDERS], metavar="NAME", help="contenders by name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[c.name for c in CONTENDERS],
+        metavar="NAME",
+        help="contenders by name",
+    )
     parser.add_argument("--trace", help="folder for traces of torch.profiler")
     parser.add_argument("--no-profiles", action="store_true", help="time only")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -565,7 +720,9 @@ def main() -> int:
     start = time.perf_counter()
     if "RANK" in os.environ:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        nccl = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nccl = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+            os.environ.get("LOCAL_WORLD_SIZE", world)
+        )
         dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=10))
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, measure_rank(rank, world, settings))
@@ -576,10 +733,13 @@ def main() -> int:
     else:
         for world in args.ranks:
             runs.append(summarize(run_ranks(world, measure_rank, settings), settings))
-            print(f"{world} ranks: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{world} ranks: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
+            )
     config = CONFIGS[settings.preset]
     result = {
-        "what": "a training step of launch/model.py's GPT on several ranks, by phase; see bench_zero.py for what the words mean",
+        "what": "a training step of launch/model.py's GPT on several ranks, by phase; see "
+        "bench_zero.py for what the words mean",
         **found,
         "load_average_after": os.getloadavg()[0],
         "settings": {

@@ -1,11 +1,14 @@
-"""Kill a rank of a training run at a random point of a step or a save, start the run again, and compare: bit for bit the same.
+"""Kill a rank of a training run at a random point of a step or a save, start the run again, and
+compare: bit for bit the same.
 
     python benchmarks/faults.py                     # 50 trials, about 10 minutes on two CPU cores
 
-Every trial is a run of launch/gpt2.py on real gloo processes. One rank gets SIGKILL: at a random moment between two rows of
-metrics.jsonl ("step"), or before a random file operation among its checkpoints ("save": create, open, rename, remove). The others
-must leave by themselves, with exit code 1. The same command with --resume auto then has to end with the parameters, the state and
-the losses of a run that nothing disturbed. Processes are forked from one that has imported PyTorch, which saves seconds in each.
+Every trial is a run of launch/gpt2.py on real gloo processes. One rank gets SIGKILL: at a random
+moment between two rows of metrics.jsonl ("step"), or before a random file operation among its
+checkpoints ("save": create, open, rename, remove). The others must leave by themselves, with exit
+code 1. The same command with --resume auto then has to end with the parameters, the state and the
+losses of a run that nothing disturbed. Processes are forked from one that has imported PyTorch,
+which saves seconds in each.
 """
 
 from __future__ import annotations
@@ -26,32 +29,39 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import gpt2
+import numpy as np
+import torch
+from bench_demo import environment
+from checkpoints import FOLDER, published_in
+from data import write_tokens
+from environment import free_port
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-import gpt2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from bench_demo import environment  # noqa: E402
-from checkpoints import FOLDER, published_in  # noqa: E402
-from data import write_tokens  # noqa: E402
-from environment import free_port  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
-OPTIMIZERS = {"adafaclo": ["--optimizer", "adafaclo", "--weights", "demo"], "adamw": ["--optimizer", "adamw"]}
+OPTIMIZERS = {
+    "adafaclo": ["--optimizer", "adafaclo", "--weights", "demo"],
+    "adamw": ["--optimizer", "adamw"],
+}
 # What a run imports sooner or later, in the order of its weight.
-PRELOAD = ["gpt2", "torch._dynamo", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "pylo_dist.checkpoint"]
+PRELOAD = [
+    "gpt2",
+    "torch._dynamo",
+    "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
+    "pylo_dist.checkpoint",
+]
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 TIMEOUT_S = 30  # --timeout: the longest that a rank may wait for one that is dead
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A run to disturb: so small that starting it takes most of the time, and nothing of it is left out."""
+    """A run to disturb: so small that starting it takes most of the time, and nothing of it is left
+    out.
+    """
 
     folder: Path  # of all its files
     optimizer: str
@@ -61,9 +71,40 @@ class Setup:
     extra: tuple[str, ...] = ()  # arguments
 
     def command(self, out: Path) -> list[str]:
-        size = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--steps", self.steps, "--eval-every", "4"]
-        run = ["--eval-batches", "1", "--device", "cpu", "--threads", "1", "--timeout", TIMEOUT_S, "--schedule", "cosine"]
-        files = ["--data", self.folder / "tokens", "--out", out, "--save-every", self.save_every, "--keep", 2]
+        size = [
+            "--preset",
+            "nano",
+            "--block-size",
+            "16",
+            "--batch-size",
+            "4",
+            "--steps",
+            self.steps,
+            "--eval-every",
+            "4",
+        ]
+        run = [
+            "--eval-batches",
+            "1",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--timeout",
+            TIMEOUT_S,
+            "--schedule",
+            "cosine",
+        ]
+        files = [
+            "--data",
+            self.folder / "tokens",
+            "--out",
+            out,
+            "--save-every",
+            self.save_every,
+            "--keep",
+            2,
+        ]
         words = (*size, *run, *files, "--resume", "auto", *OPTIMIZERS[self.optimizer], *self.extra)
         return [str(word) for word in words]
 
@@ -74,8 +115,8 @@ class Kill:
 
     Attributes:
         rank: the victim.
-        where: "step": `delay_s` after the row of step `point` was written; "save": before the `point`-th file operation of the
-            victim in the folder of checkpoints, counted from 1.
+        where: "step": `delay_s` after the row of step `point` was written; "save": before the
+            `point`-th file operation of the victim in the folder of checkpoints, counted from 1.
         number: of the signal.
     """
 
@@ -120,12 +161,18 @@ class Trial:
         return left and self.resumed == self.saved and not self.differences
 
 
-# -------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
-def rank_main(rank: int, ranks: int, port: int, command: list[str], log: str, kill: Kill | None, counted: str) -> None:
-    """One rank, as torchrun would start it; it sends itself the signal of a `kill` that is for it and "save"."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+def rank_main(
+    rank: int, ranks: int, port: int, command: list[str], log: str, kill: Kill | None, counted: str
+) -> None:
+    """One rank, as torchrun would start it; it sends itself the signal of a `kill` that is for it
+    and "save".
+    """
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks)
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
@@ -150,7 +197,9 @@ def rank_main(rank: int, ranks: int, port: int, command: list[str], log: str, ki
 
 
 @contextmanager
-def started(setup: Setup, out: Path, *, kill: Kill | None = None, counted: Path | None = None) -> Iterator[list[Any]]:
+def started(
+    setup: Setup, out: Path, *, kill: Kill | None = None, counted: Path | None = None
+) -> Iterator[list[Any]]:
     """The processes of a run; none is left when the block ends."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -170,12 +219,16 @@ def started(setup: Setup, out: Path, *, kill: Kill | None = None, counted: Path 
 
 
 def codes_of(processes: list[Any], out: Path, limit_s: float) -> list[int]:
-    """Exit codes of processes that leave by themselves. RuntimeError with their log when one is still there after `limit_s`."""
+    """Exit codes of processes that leave by themselves. RuntimeError with their log when one is
+    still there after `limit_s`.
+    """
     end = time.monotonic() + limit_s
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
-            raise RuntimeError(f"a rank is still there after {limit_s} s:\n{Path(f'{out}.log').read_text()}")
+            raise RuntimeError(
+                f"a rank is still there after {limit_s} s:\n{Path(f'{out}.log').read_text()}"
+            )
     return [process.exitcode for process in processes]
 
 
@@ -187,13 +240,15 @@ def run(setup: Setup, out: Path, counted: Path | None = None) -> None:
         raise RuntimeError(f"exit codes {codes}:\n{Path(f'{out}.log').read_text()}")
 
 
-# ----------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without its clocks."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "val_loss", "lr") if key in row} for row in rows]
+    return [
+        {key: row[key] for key in ("step", "loss", "val_loss", "lr") if key in row} for row in rows
+    ]
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
@@ -201,7 +256,9 @@ def flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict | list | tuple):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for inner, entry in items for key, leaf in flat(f"{name}/{inner}", entry).items()}
+    return {
+        key: leaf for inner, entry in items for key, leaf in flat(f"{name}/{inner}", entry).items()
+    }
 
 
 def content(checkpoint: Path) -> dict[str, Any]:
@@ -212,7 +269,9 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(reference: Path, out: Path, steps: int) -> list[str]:
-    """Names of what the two runs did not end with alike: rows and last checkpoint to the bit, and which checkpoints there are."""
+    """Names of what the two runs did not end with alike: rows and last checkpoint to the bit, and
+    which checkpoints there are.
+    """
     found = [] if rows_of(reference) == rows_of(out) else ["metrics.jsonl"]
     if sorted(os.listdir(reference / FOLDER)) != sorted(os.listdir(out / FOLDER)):
         found.append(FOLDER)
@@ -223,7 +282,11 @@ def differences(reference: Path, out: Path, steps: int) -> list[str]:
         a, b = wanted[name], got[name]
         if isinstance(a, Tensor):
             # as bytes: a NaN equals itself, and 0 is not -0
-            same = a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+            same = (
+                a.shape == b.shape
+                and a.dtype == b.dtype
+                and a.numpy().tobytes() == b.numpy().tobytes()
+            )
         else:
             same = a == b
         if not same:
@@ -231,7 +294,7 @@ def differences(reference: Path, out: Path, steps: int) -> list[str]:
     return sorted(found)
 
 
-# -------------------------------------------------------------------------------------------------- trials
+# ------------------------------------------------------------------------------------------- trials
 
 
 class Faults:
@@ -244,8 +307,12 @@ class Faults:
         counted = setup.folder / "count"
         run(setup, self.reference, counted)
         # of each rank, in its whole run
-        self.file_operations = [int(Path(f"{counted}.{rank}").read_text()) for rank in range(setup.ranks)]
-        written = [(path.stat().st_mtime, step) for step, path in published_in(self.reference).items()]
+        self.file_operations = [
+            int(Path(f"{counted}.{rank}").read_text()) for rank in range(setup.ranks)
+        ]
+        written = [
+            (path.stat().st_mtime, step) for step, path in published_in(self.reference).items()
+        ]
         (first, at), (last, end) = min(written), max(written)
         self.step_s = (last - first) / (end - at)  # with its share of a save
 
@@ -254,7 +321,12 @@ class Faults:
         rank = generator.randrange(self.setup.ranks)
         if where == "save":
             return Kill(rank, where, generator.randint(1, self.file_operations[rank]))
-        return Kill(rank, where, generator.randint(0, self.setup.steps - 1), generator.uniform(0, self.step_s))
+        return Kill(
+            rank,
+            where,
+            generator.randint(0, self.setup.steps - 1),
+            generator.uniform(0, self.step_s),
+        )
 
     def trial(self, kill: Kill, out: Path) -> Trial:
         """One run that is killed and one that goes on."""
@@ -262,7 +334,10 @@ class Faults:
         with started(self.setup, out, kill=kill) as processes:
             victim = processes[kill.rank]
             if kill.where == "step":
-                while victim.is_alive() and (metrics.read_text().count("\n") if metrics.is_file() else -1) < kill.point:
+                while (
+                    victim.is_alive()
+                    and (metrics.read_text().count("\n") if metrics.is_file() else -1) < kill.point
+                ):
                     time.sleep(0.001)
                 time.sleep(kill.delay_s)
                 victim.kill()
@@ -273,7 +348,9 @@ class Faults:
         saved = max(published_in(out), default=0)
         names = [path.name for path in (out / FOLDER).iterdir()] if (out / FOLDER).is_dir() else []
         run(self.setup, out)
-        resumed = json.loads((out / "config.json").read_text()).get("resumed_from", {"step": 0})["step"]
+        resumed = json.loads((out / "config.json").read_text()).get("resumed_from", {"step": 0})[
+            "step"
+        ]
         return Trial(
             optimizer=self.setup.optimizer,
             kill=kill,
@@ -315,12 +392,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = [Faults(Setup(folder, optimizer, args.ranks)) for optimizer in OPTIMIZERS]
         for i in range(args.trials):
             this = faults[i % len(faults)]
-            trial = this.trial(this.draw(generator, ("step", "save")[i // len(faults) % 2]), folder / f"trial{i}")
+            trial = this.trial(
+                this.draw(generator, ("step", "save")[i // len(faults) % 2]), folder / f"trial{i}"
+            )
             trials.append(trial)
-            print(f"{i + 1}/{args.trials} {'passed' if trial.passed else 'FAILED'}: {trial}", file=sys.stderr, flush=True)
+            print(
+                f"{i + 1}/{args.trials} {'passed' if trial.passed else 'FAILED'}: {trial}",
+                file=sys.stderr,
+                flush=True,
+            )
     hits = [trial for trial in trials if trial.hit]
     result = {
-        "what": "kill -9 of a rank of launch/gpt2.py, restart with --resume auto, compared bit for bit with an undisturbed run",
+        "what": "kill -9 of a rank of launch/gpt2.py, restart with --resume auto, compared bit for "
+        "bit with an undisturbed run",
         **found,
         "settings": {
             "ranks": args.ranks,
@@ -339,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "runs": [asdict(trial) for trial in trials],
     }
-    result["settings"]["command"] = [word.replace(name, "FOLDER") for word in result["settings"]["command"]]
+    result["settings"]["command"] = [
+        word.replace(name, "FOLDER") for word in result["settings"]["command"]
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=2))

@@ -19,7 +19,8 @@ fi
 logs=runs/gpu_check
 mkdir -p "$logs"
 rm -rf "${logs:?}"/*
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# the interpreter may be one that launch/setup.sh has not set up
+export PYTHONPATH="$PWD:$PWD/launch:$PWD/benchmarks:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1
 began=$SECONDS
 most=590 # seconds, with a GPU
@@ -74,7 +75,6 @@ try:
 except ImportError:
     result["torch"] = result["device"] = None
 try:
-    sys.path.insert(0, "benchmarks")
     from bench_demo import environment
 
     result.update(environment())
@@ -131,7 +131,7 @@ if [ "$has_gpu" -eq 0 ]; then
     skip compile "$python lacks: $missing"
   else
     for arch in 80 90 100; do
-      part "compile_sm_$arch" 900 env PYLO_DIST_CUDA_ARCH="$arch" "$python" -m pytest -q tests/test_cuda_build.py
+      part "compile_sm_$arch" 900 env PYLO_DIST_CUDA_ARCH="$arch" "$python" -m pytest -q tests/maths/test_cuda_build.py
     done
   fi
   summary
@@ -177,10 +177,10 @@ if [[ " $missing " == *" pytest "* ]]; then
 else
   # without the GPU, as on any machine; tests/launch has installations to make, the build was checked above
   part tests_cpu 240 env CUDA_VISIBLE_DEVICES= "$python" -m pytest -q -p no:cacheprovider ${most_of[@]+"${most_of[@]}"} tests \
-    --ignore tests/launch --ignore tests/test_cuda_build.py --ignore tests/test_gpu.py &
+    --ignore tests/launch --ignore tests/maths/test_cuda_build.py --ignore tests/maths/test_gpu.py &
   suite=$!
-  part tests_gpu 150 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} tests/test_gpu.py -k "not real_ranks"
-  part ranks 90 "$python" -m pytest -q tests/test_gpu.py -k real_ranks
+  part tests_gpu 150 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} tests/maths/test_gpu.py -k "not real_ranks"
+  part ranks 90 "$python" -m pytest -q tests/maths/test_gpu.py -k real_ranks
   once=("$python" -c "import torch; torch.ones(8, device='cuda').sum().item()")
   if ! command -v compute-sanitizer >/dev/null 2>&1; then
     skip sanitizer "no compute-sanitizer"
@@ -188,7 +188,7 @@ else
     skip sanitizer "compute-sanitizer cannot watch this device, see probe.log"
     cp "$logs/probe.log" "$logs/sanitizer.log"
   else
-    small=(-m pytest -q tests/test_gpu.py -k "nan_and_extremes or 16_bits and bfloat16")
+    small=(-m pytest -q tests/maths/test_gpu.py -k "nan_and_extremes or 16_bits and bfloat16")
     for tool in memcheck racecheck; do
       part "sanitizer_$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         --kernel-regex kns=pylo_dist "$python" "${small[@]}"

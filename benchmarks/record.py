@@ -1,4 +1,6 @@
-"""What every benchmark's JSON holds beside its figures: hardware, versions, commit, load. Writes the file it is given."""
+"""What every benchmark's JSON holds beside its figures: hardware, versions, commit, load. Writes
+the file it is given.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,37 @@ REQUIRED = ("what", "hardware", "versions", "commit")  # of every JSON in RESULT
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and load. Taken before the runs: it is the commit that was measured."""
+    """Hardware, versions, commit and load. Taken before the runs: it is the commit that was
+    measured.
+    """
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+        cpu = next(
+            (
+                x.split(":", 1)[1].strip()
+                for x in info.read_text().splitlines()
+                if x.startswith("model name")
+            ),
+            cpu,
+        )
     hardware: dict[str, Any] = {"cpu": cpu, "cores": os.cpu_count()}
     if torch.cuda.is_available():
         hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     load = os.getloadavg()[0]
     return {
         "hardware": hardware,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
         "load_average_before": round(load, 2),

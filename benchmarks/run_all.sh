@@ -68,7 +68,8 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
 export OMP_NUM_THREADS=1
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# --python may name one that launch/setup.sh has not set up
+export PYTHONPATH="$root:$root/launch:$here:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
 device=cpu
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=cuda; fi
 

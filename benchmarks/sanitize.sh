@@ -9,7 +9,7 @@ trap 'rm -rf "$copy"' EXIT
 cp -r setup.py pyproject.toml README.md LICENSE constraints.txt csrc tests pylo_dist benchmarks "$copy"
 cd "$copy"
 sed -i "s/-O3/-O1/" setup.py # a sanitized -O3 takes very long to compile
-export OMP_NUM_THREADS=1 PYLO_DIST_CUDA=0 PYTHONPATH=$copy PYTHONMALLOC=malloc
+export OMP_NUM_THREADS=1 PYLO_DIST_CUDA=0 PYTHONPATH=$copy:$copy/tests PYTHONMALLOC=malloc
 for sanitizer in address undefined; do
   rm -rf build pylo_dist/_kernels_*
   flags="-fsanitize=$sanitizer -fno-sanitize-recover=all -fno-omit-frame-pointer"
@@ -17,6 +17,6 @@ for sanitizer in address undefined; do
   library=$(gcc -print-file-name="$([ "$sanitizer" = address ] && echo libasan.so || echo libubsan.so)")
   # Python itself leaks; torch and Python throw across libraries that were not built with the sanitizer
   LD_PRELOAD="$library $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$root/.venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_kernels.py "$@"
+    "$root/.venv/bin/python" -m pytest -q -p no:cacheprovider tests/maths/test_kernels.py "$@"
   echo "$sanitizer: clean"
 done

@@ -1,11 +1,14 @@
-"""Model step time and bytes on many ranks, check the model on the ranks that are here, predict; write results/scaling.json.
+"""Model step time and bytes on many ranks, check the model on the ranks that are here, predict;
+write results/scaling.json.
 
-    python benchmarks/scaling.py                              # parts and check on 1, 2 and 4 gloo ranks
-    python benchmarks/scaling.py --parts train.json           # predictions from the parts that bench_train.py measured on a GPU
+    python benchmarks/scaling.py                              # parts and check on 1, 2 and 4 gloo
+                                                              # ranks
+    python benchmarks/scaling.py --parts train.json           # predictions from the parts that
+                                                              # bench_train.py measured on a GPU
 
-The model is in step_model.py. What is measured, what is assumed (networks and GPUs, with their sources) and what is predicted
-stand apart in the file. Ranks that share this machine's cores slow each other down: the check multiplies what computes by ranks
-over cores where that is above 1.
+The model is in step_model.py. What is measured, what is assumed (networks and GPUs, with their
+sources) and what is predicted stand apart in the file. Ranks that share this machine's cores slow
+each other down: the check multiplies what computes by ranks over cores where that is above 1.
 """
 
 from __future__ import annotations
@@ -24,26 +27,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_memory import memory_formula, shapes_of
+from bench_zero import MINI, Clock, wrap_package
+from presets import PRESETS
+from record import RESULTS, environment, markdown, write
+from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes
+from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_memory import memory_formula, shapes_of  # noqa: E402
-from bench_zero import MINI, Clock, wrap_package  # noqa: E402
-from presets import PRESETS  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes  # noqa: E402
-from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks  # noqa: E402
-
-from pylo_dist import comm  # noqa: E402
+from pylo_dist import comm
 
 CONFIGS = {"tiny": TINY, "mini": MINI}
 GOAL, GOAL_RANKS = 0.97, 8  # of AdamW's tokens per second, see bench_train.py
 
 
-# -------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,8 @@ class Settings:
     steps: int
     bucket_cap_mb: float
     optimizers: tuple[str, ...] = ("AdafacLO", "VeLO", "AdamW")
-    sizes: tuple[int, ...] = (1 << 12, 1 << 16, 1 << 20, 1 << 22)  # bytes of the collectives that are timed alone
+    # bytes of the collectives that are timed alone
+    sizes: tuple[int, ...] = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 
 
 def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
@@ -66,7 +64,8 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     wrap_package(clock)
     length = min(settings.tokens, config.block_size)
     trainees = [
-        Trainee("zero1", name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device) for name in settings.optimizers
+        Trainee("zero1", name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device)
+        for name in settings.optimizers
     ]
     found: dict[str, Any] = {"steps": {}, "payload": {}, "alone": {}, "compute": [], "plain": {}}
     found["steps"] = {name: [] for name in settings.optimizers}
@@ -85,14 +84,22 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
         if world == 1:
             _measure_parts(found, trainees, settings, watch, length)
     if world > 1:
-        found["alone"] = {size: _collectives_alone(size, world, device, watch) for size in settings.sizes}
+        found["alone"] = {
+            size: _collectives_alone(size, world, device, watch) for size in settings.sizes
+        }
     found["device"], found["backend"] = str(device), dist.get_backend()
     del trainees, trainee
     gc.collect()
     return found
 
 
-def _measure_parts(found: dict[str, Any], trainees: Sequence[Trainee], settings: Settings, watch: Stopwatch, length: int) -> None:
+def _measure_parts(
+    found: dict[str, Any],
+    trainees: Sequence[Trainee],
+    settings: Settings,
+    watch: Stopwatch,
+    length: int,
+) -> None:
     """Forward with backward, and the steps of plain optimizers; in turns with everything else."""
     first = trainees[0]
     plain = Trainee("plain", "AdamW", first.config, bucket_cap_mb=1.0, device=first.device)
@@ -112,8 +119,12 @@ def _measure_parts(found: dict[str, Any], trainees: Sequence[Trainee], settings:
             found["plain"].setdefault(name, []).append(watch.stop()[0])
 
 
-def _collectives_alone(size: int, world: int, device: torch.device, watch: Stopwatch, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of a reduce-scatter, an all-gather and an all-reduce over `size` bytes, nothing else going on."""
+def _collectives_alone(
+    size: int, world: int, device: torch.device, watch: Stopwatch, repeats: int = 7
+) -> dict[str, float]:
+    """Median seconds of a reduce-scatter, an all-gather and an all-reduce over `size` bytes,
+    nothing else going on.
+    """
     full = torch.ones(max(1, size // 4 // world) * world, device=device)
     shard, group = torch.ones(full.numel() // world, device=device), dist.group.WORLD
     calls = {
@@ -134,21 +145,32 @@ def _collectives_alone(size: int, world: int, device: torch.device, watch: Stopw
 
 
 def network_here(per_rank: Sequence[dict[str, Any]], world: int) -> tuple[Network, dict[str, Any]]:
-    """The loopback of this machine as a Network, from the collectives timed alone on `world` ranks."""
+    """The loopback of this machine as a Network, from the collectives timed alone on `world`
+    ranks.
+    """
     rings, trees = [], []
     for size in per_rank[0]["alone"]:
-        slowest = {name: max(r["alone"][size][name] for r in per_rank) for name in per_rank[0]["alone"][size]}
-        rings.append((size * (world - 1) / world, (slowest["reduce_scatter"] + slowest["all_gather"]) / 2))
+        slowest = {
+            name: max(r["alone"][size][name] for r in per_rank)
+            for name in per_rank[0]["alone"][size]
+        }
+        rings.append(
+            (size * (world - 1) / world, (slowest["reduce_scatter"] + slowest["all_gather"]) / 2)
+        )
         trees.append((2.0 * size, slowest["all_reduce"]))
     start, per_byte = fit(rings)
     hop = max(0.0, fit(trees)[0] - start) / (2 * (world - 1))
     link = Link(latency=hop, bandwidth=1.0 / max(per_byte, 1e-15))
-    network = Network("this machine", world, max(0.0, start - (world - 1) * hop), link, link, "measured here")
+    network = Network(
+        "this machine", world, max(0.0, start - (world - 1) * hop), link, link, "measured here"
+    )
     return network, {"ring_bytes_and_seconds": rings, "tree_bytes_and_seconds": trees}
 
 
 def parts_here(alone: dict[str, Any], settings: Settings, numel: int) -> dict[str, Parts]:
-    """Parts by optimizer from the run on one rank; `rest` is what its ZeroOptimizer step takes beside."""
+    """Parts by optimizer from the run on one rank; `rest` is what its ZeroOptimizer step takes
+    beside.
+    """
     token_s = median(alone["compute"]) / settings.tokens
     found = {}
     for name in settings.optimizers:
@@ -165,12 +187,19 @@ def check(runs: Sequence[tuple[int, list[dict[str, Any]]]], settings: Settings) 
     parts = parts_here(next(per_rank[0] for world, per_rank in runs if world == 1), settings, numel)
     rows, networks = [], {}
     for world, per_rank in runs:
-        network, points = network_here(per_rank, world) if world > 1 else (NETWORKS["H200 NVLink + NDR InfiniBand"], {})
+        network, points = (
+            network_here(per_rank, world)
+            if world > 1
+            else (NETWORKS["H200 NVLink + NDR InfiniBand"], {})
+        )
         if world > 1:
             networks[str(world)] = {**asdict(network), **points}
         on_cpu = per_rank[0]["device"] == "cpu"
         for name in settings.optimizers:
-            slowest = [max(steps) for steps in zip(*(result["steps"][name] for result in per_rank), strict=True)]
+            slowest = [
+                max(steps)
+                for steps in zip(*(result["steps"][name] for result in per_rank), strict=True)
+            ]
             times = step_times(
                 parts[name],
                 network,
@@ -181,18 +210,26 @@ def check(runs: Sequence[tuple[int, list[dict[str, Any]]]], settings: Settings) 
                 bucket_cap_mb=settings.bucket_cap_mb,
                 slowdown=max(1.0, world / cores) if on_cpu else 1.0,
             )
-            counted, moved = per_rank[0]["payload"][name], zero_bytes(shapes, name, world, settings.bucket_cap_mb)
+            counted, moved = (
+                per_rank[0]["payload"][name],
+                zero_bytes(shapes, name, world, settings.bucket_cap_mb),
+            )
             measured = median(slowest)
             rows.append(
                 {
                     "ranks": world,
                     "optimizer": name,
                     "measured_ms": round(1e3 * measured, 2),
-                    "modelled_ms": {"exposed": round(1e3 * times.exposed, 2), "hidden": round(1e3 * times.hidden, 2)},
+                    "modelled_ms": {
+                        "exposed": round(1e3 * times.exposed, 2),
+                        "hidden": round(1e3 * times.hidden, 2),
+                    },
                     "error_exposed": round(times.exposed / measured - 1, 4),
                     "error_hidden": round(times.hidden / measured - 1, 4),
                     "calibrated": world == 1,
-                    "parts_ms": {part: round(1e3 * seconds, 3) for part, seconds in asdict(times).items()},
+                    "parts_ms": {
+                        part: round(1e3 * seconds, 3) for part, seconds in asdict(times).items()
+                    },
                     "counted_bytes": counted,
                     "modelled_bytes": {
                         "reduce-scatter": sum(moved.scatters),
@@ -203,8 +240,8 @@ def check(runs: Sequence[tuple[int, list[dict[str, Any]]]], settings: Settings) 
             )
     errors = [abs(row["error_exposed"]) for row in rows if not row["calibrated"]]
     return {
-        "what": "steps of ZeroOptimizer, stage 1, on ranks of this machine; one rank is where 'rest' is taken from, so that its "
-        "error says nothing",
+        "what": "steps of ZeroOptimizer, stage 1, on ranks of this machine; one rank is where "
+        "'rest' is taken from, so that its error says nothing",
         "cores": cores,
         "rows": rows,
         "networks": networks,
@@ -214,7 +251,7 @@ def check(runs: Sequence[tuple[int, list[dict[str, Any]]]], settings: Settings) 
     }
 
 
-# -------------------------------------------------------------------------------------------- predictions
+# -------------------------------------------------------------------------------------- predictions
 
 
 def exchange_predictions(models: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
@@ -228,7 +265,11 @@ def exchange_predictions(models: Sequence[str], ranks: Sequence[int]) -> list[di
                 for optimizer in ("AdafacLO", "VeLO", "AdamW"):
                     moved = zero_bytes(shapes, optimizer, world, 25.0)
                     times = step_times(nothing, network, shapes, optimizer, ranks=world, tokens=0)
-                    memory = {} if optimizer == "VeLO" else asdict(memory_formula(shapes, optimizer, ranks=world, stage=2))
+                    memory = (
+                        {}
+                        if optimizer == "VeLO"
+                        else asdict(memory_formula(shapes, optimizer, ranks=world, stage=2))
+                    )
                     rows.append(
                         {
                             "predicted": True,
@@ -247,14 +288,18 @@ def exchange_predictions(models: Sequence[str], ranks: Sequence[int]) -> list[di
     return rows
 
 
-def step_predictions(parts: Parts, network: Network, model: str, ranks: Sequence[int], tokens: int) -> list[dict[str, Any]]:
+def step_predictions(
+    parts: Parts, network: Network, model: str, ranks: Sequence[int], tokens: int
+) -> list[dict[str, Any]]:
     """Whole steps, learned beside AdamW, sharded beside replicated."""
     shapes, rows = shapes_of(PRESETS[model]), []
     for world in ranks:
         beside = step_times(parts, network, shapes, "AdamW", ranks=world, tokens=tokens)
         for optimizer in parts.step_s:
             for layout in ("zero", "fsdp2", "replicated"):
-                times = step_times(parts, network, shapes, optimizer, ranks=world, tokens=tokens, layout=layout)
+                times = step_times(
+                    parts, network, shapes, optimizer, ranks=world, tokens=tokens, layout=layout
+                )
                 rows.append(
                     {
                         "predicted": True,
@@ -266,7 +311,9 @@ def step_predictions(parts: Parts, network: Network, model: str, ranks: Sequence
                         "tokens_per_rank": tokens,
                         "exposed_ms": round(1e3 * times.exposed, 3),
                         "hidden_ms": round(1e3 * times.hidden, 3),
-                        "parts_ms": {part: round(1e3 * seconds, 4) for part, seconds in asdict(times).items()},
+                        "parts_ms": {
+                            part: round(1e3 * seconds, 4) for part, seconds in asdict(times).items()
+                        },
                         "tokens_per_s_over_adamw_zero1": round(beside.hidden / times.hidden, 4),
                     }
                 )
@@ -291,9 +338,11 @@ ADAMW_BYTES = 28  # read and written per parameter, float32
 
 
 def allowances(models: Sequence[str], goal: float, ranks: int, tokens: int) -> list[dict[str, Any]]:
-    """How long a rank's learned step may take on GPUs for the goal of bench_train.py, if nothing else differs from AdamW.
+    """How long a rank's learned step may take on GPUs for the goal of bench_train.py, if nothing
+    else differs from AdamW.
 
-    Forward and backward take 6 N T FLOP at USED of the datasheet's rate, AdamW's step moves its bytes at the memory's.
+    Forward and backward take 6 N T FLOP at USED of the datasheet's rate, AdamW's step moves its
+    bytes at the memory's.
     """
     rows = []
     for model in models:
@@ -303,21 +352,26 @@ def allowances(models: Sequence[str], goal: float, ranks: int, tokens: int) -> l
             adamw = ADAMW_BYTES * numel / ranks / gpu.memory
             rows.append(
                 {
-                    "assumed": f"{USED} of {gpu.flops / 1e12:g} TFLOP/s, {gpu.memory / 1e12:g} TB/s ({gpu.source})",
+                    "assumed": f"{USED} of {gpu.flops / 1e12:g} TFLOP/s, {gpu.memory / 1e12:g} "
+                    f"TB/s ({gpu.source})",
                     "gpu": name,
                     "model": model,
                     "ranks": ranks,
                     "tokens_per_rank": tokens,
                     "forward_and_backward_ms": round(1e3 * compute, 3),
                     "adamw_step_ms": round(1e3 * adamw, 4),
-                    "learned_step_may_take_ms": round(1e3 * ((compute + adamw) / goal - compute), 4),
+                    "learned_step_may_take_ms": round(
+                        1e3 * ((compute + adamw) / goal - compute), 4
+                    ),
                 }
             )
     return rows
 
 
 def read_parts(path: Path | None) -> tuple[Parts | None, str]:
-    """The parts in a train.json whose goal was computed, and what they were measured on, or why there are none."""
+    """The parts in a train.json whose goal was computed, and what they were measured on, or why
+    there are none.
+    """
     if path is None or not path.is_file():
         return None, "no file of bench_train.py was named with --parts"
     goal = json.loads(path.read_text()).get("goal") or {}
@@ -325,10 +379,16 @@ def read_parts(path: Path | None) -> tuple[Parts | None, str]:
         return None, f"{path.name} holds no parts: its goal was measured, or left out"
     found = goal["parts"]
     step_s = {name: 1e-9 * value for name, value in found["step_ns_per_parameter"].items()}
-    return Parts(1e-6 * found["forward_and_backward_us_per_token"], step_s, source=f"{path.name}: {goal['on']}"), goal["on"]
+    return Parts(
+        1e-6 * found["forward_and_backward_us_per_token"],
+        step_s,
+        source=f"{path.name}: {goal['on']}",
+    ), goal["on"]
 
 
-def predictions(parts: Parts | None, where: str, models: Sequence[str], ranks: Sequence[int], tokens: int) -> dict[str, Any]:
+def predictions(
+    parts: Parts | None, where: str, models: Sequence[str], ranks: Sequence[int], tokens: int
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "predicted": True,
         "networks": {name: asdict(network) for name, network in NETWORKS.items()},
@@ -350,36 +410,76 @@ def predictions(parts: Parts | None, where: str, models: Sequence[str], ranks: S
 
 
 def tables(result: dict[str, Any]) -> str:
-    lines = [["ranks", "optimizer", "measured, ms", "modelled, ms (exposed)", "error", "bytes counted", "bytes modelled"]]
+    lines = [
+        [
+            "ranks",
+            "optimizer",
+            "measured, ms",
+            "modelled, ms (exposed)",
+            "error",
+            "bytes counted",
+            "bytes modelled",
+        ]
+    ]
     for row in result["check"]["rows"]:
         error = "calibrated here" if row["calibrated"] else f"{row['error_exposed']:+.0%}"
         counted, modelled = (sum(row[key].values()) for key in ("counted_bytes", "modelled_bytes"))
-        cells = [str(row["ranks"]), row["optimizer"], f"{row['measured_ms']:.1f}", f"{row['modelled_ms']['exposed']:.1f}", error]
+        cells = [
+            str(row["ranks"]),
+            row["optimizer"],
+            f"{row['measured_ms']:.1f}",
+            f"{row['modelled_ms']['exposed']:.1f}",
+            error,
+        ]
         lines.append([*cells, f"{counted:,}", f"{modelled:,}"])
     ahead = [
-        ["predicted: network, model", "ranks", "MB sent per rank", "reduce-scatter + all-gather, ms", "small all-reduces, ms"]
+        [
+            "predicted: network, model",
+            "ranks",
+            "MB sent per rank",
+            "reduce-scatter + all-gather, ms",
+            "small all-reduces, ms",
+        ]
     ]
     for row in result["predictions"]["exchange"]:
         if row["optimizer"] == "AdafacLO":
             exchange = row["reduce_scatter_ms"] + row["all_gather_ms"]
-            cells = [f"{row['network']}, {row['model']}", str(row["ranks"]), f"{row['sent_bytes_per_rank'] / 1e6:,.0f}"]
+            cells = [
+                f"{row['network']}, {row['model']}",
+                str(row["ranks"]),
+                f"{row['sent_bytes_per_rank'] / 1e6:,.0f}",
+            ]
             ahead.append([*cells, f"{exchange:.2f}", f"{row['small_all_reduces_ms']:.3f}"])
     return f"{markdown(lines)}\n\n{markdown(ahead)}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Model step time and bytes on many ranks, check it here, predict.")
+    parser = argparse.ArgumentParser(
+        description="Model step time and bytes on many ranks, check it here, predict."
+    )
     parser.add_argument("--preset", choices=list(CONFIGS), default="mini")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="gloo ranks of the check; 1 must be among them")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="gloo ranks of the check; 1 must be among them",
+    )
     parser.add_argument("--predict", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--models", nargs="+", default=["124m", "355m", "1.5b"], choices=list(PRESETS))
+    parser.add_argument(
+        "--models", nargs="+", default=["124m", "355m", "1.5b"], choices=list(PRESETS)
+    )
     parser.add_argument("--tokens", type=int, default=128, help="per rank, in the check")
-    parser.add_argument("--predict-tokens", type=int, default=16384, help="per rank, in predictions")
+    parser.add_argument(
+        "--predict-tokens", type=int, default=16384, help="per rank, in predictions"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0, help="in the check")
     parser.add_argument(
-        "--parts", type=Path, help="a train.json of bench_train.py; predictions of whole steps come from its parts"
+        "--parts",
+        type=Path,
+        help="a train.json of bench_train.py; predictions of whole steps come from its parts",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
@@ -393,7 +493,8 @@ def main() -> int:
     runs = list(on_ranks(sorted(args.ranks), measure_rank, settings))
     parts, where = read_parts(args.parts)
     result = {
-        "what": "a model of step time and bytes, its error on the ranks of this machine, and predictions; see scaling.py",
+        "what": "a model of step time and bytes, its error on the ranks of this machine, and "
+        "predictions; see scaling.py",
         **found,
         "quick": args.quick,
         "settings": asdict(settings),

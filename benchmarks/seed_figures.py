@@ -1,18 +1,22 @@
 """The figures a learned optimizer's backend is judged by; write results/seed_figures_<device>.json.
 
-    python benchmarks/seed_figures.py --pylo ../pylo                # a CPU takes parts of the models, a GPU all of them
+    python benchmarks/seed_figures.py --pylo ../pylo                # a CPU takes parts of the
+                                                                    # models, a GPU all of them
     torchrun --nproc_per_node=8 benchmarks/seed_figures.py --sections sharded
 
     vit        forward, backward and optimizer of ViT-B/16 by batch size
-    layer      one 1000 x 1000 layer: time of a step and launches; plain PyTorch, the compiled passes, PyLO
+    layer      one 1000 x 1000 layer: time of a step and launches; plain PyTorch, the compiled
+               passes, PyLO
     gpt2       the optimizer's step by GPT-2 size
     sharded    the step on several ranks, ours and others, see sharded_step.py
-    jax        the step on one device, ours and google/learned_optimization's, where that is installed
+    jax        the step on one device, ours and google/learned_optimization's, where that is
+               installed
 
-On a CPU times are CPU time of one thread, on a GPU those between device events; contenders take turns, medians. A launch on a CPU
-is an operator that called no other one and did more than look at memory; on a GPU a kernel. (On a CPU our plain PyTorch goes
-through a tensor in chunks of 16384 elements, so that a large one takes thousands.) Meta-weights are random of the published
-sizes, where they are not the demo's: they cost what learned ones do.
+On a CPU times are CPU time of one thread, on a GPU those between device events; contenders take
+turns, medians. A launch on a CPU is an operator that called no other one and did more than look at
+memory; on a GPU a kernel. (On a CPU our plain PyTorch goes through a tensor in chunks of 16384
+elements, so that a large one takes thousands.) Meta-weights are random of the published sizes,
+where they are not the demo's: they cost what learned ones do.
 """
 
 from __future__ import annotations
@@ -27,29 +31,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import sharded_step
 import torch
+from bench_step import Contender, ours, pylo_makers, transformer
+from record import RESULTS, environment, markdown, write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from trainees import Stopwatch, on_ranks, optimizer_of
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-import sharded_step  # noqa: E402
-from bench_step import Contender, ours, pylo_makers, transformer  # noqa: E402
-from record import RESULTS, environment, markdown, write  # noqa: E402
-from trainees import Stopwatch, on_ranks, optimizer_of  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.maths import compiled  # noqa: E402
+import pylo_dist
+from pylo_dist.maths import compiled
 
 SECTIONS = ("vit", "layer", "gpt2", "sharded", "jax")
 OPTIMIZERS = ("AdafacLO", "VeLO", "AdamW")
-GPT2 = {"124m": (768, 12), "355m": (1024, 24), "774m": (1280, 36), "1.5b": (1600, 48)}  # width, blocks
+# width, blocks
+GPT2 = {"124m": (768, 12), "355m": (1024, 24), "774m": (1280, 36), "1.5b": (1600, 48)}
 # operators that only look at memory or make it, and launch nothing
 LOOKS = {
-    *("alias", "as_strided", "broadcast_to", "chunk", "detach", "detach_", "diagonal", "empty", "empty_like", "empty_strided"),
+    *(
+        "alias",
+        "as_strided",
+        "broadcast_to",
+        "chunk",
+        "detach",
+        "detach_",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+    ),
     *(
         "expand",
         "expand_as",
@@ -77,15 +87,25 @@ LOOKS = {
         "unbind",
         "unfold",
     ),
-    *("unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "is_nonzero", "item", "_local_scalar_dense"),
+    *(
+        "unsqueeze",
+        "view",
+        "view_as",
+        "_reshape_alias",
+        "_unsafe_view",
+        "is_nonzero",
+        "item",
+        "_local_scalar_dense",
+    ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------- ViT
+# ---------------------------------------------------------------------------------------------- ViT
 
 
 class ViT(nn.Module):
-    """A vision transformer, 16 x 16 patches of 224 x 224 images, 1000 classes: images (B, 3, 224, 224) to logits (B, 1000).
+    """A vision transformer, 16 x 16 patches of 224 x 224 images, 1000 classes: images (B, 3, 224,
+    224) to logits (B, 1000).
 
     With the defaults it is ViT-B/16, 86,567,656 parameters.
     """
@@ -96,7 +116,15 @@ class ViT(nn.Module):
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 197, width))
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(
+                width,
+                heads,
+                4 * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
             for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(width)
@@ -112,7 +140,9 @@ class ViT(nn.Module):
 
 
 def vit(device: torch.device, blocks: int, batches: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Milliseconds of forward, backward and the steps of all optimizers, by batch size. One model, one optimizer at a time."""
+    """Milliseconds of forward, backward and the steps of all optimizers, by batch size. One model,
+    one optimizer at a time.
+    """
     torch.manual_seed(0)
     model, watch = ViT(blocks=blocks).to(device), Stopwatch(device)
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -122,7 +152,9 @@ def vit(device: torch.device, blocks: int, batches: Sequence[int], rounds: int) 
         kind, arguments = optimizer_of(name)
         optimizer = kind(model.named_parameters(), **arguments)
         for batch in batches:
-            images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(batch)).to(device)
+            images = torch.randn(
+                batch, 3, 224, 224, generator=torch.Generator().manual_seed(batch)
+            ).to(device)
             labels = torch.arange(batch, device=device) % 1000
             taken: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
             for _ in range(rounds + 1):  # the first allocates
@@ -133,16 +165,24 @@ def vit(device: torch.device, blocks: int, batches: Sequence[int], rounds: int) 
                 loss.backward()
                 taken["backward"].append(watch.stop()[1])
                 watch.start()
-                optimizer.step(*((loss.detach(),) if isinstance(optimizer, pylo_dist.LearnedOptimizer) else ()))
+                optimizer.step(
+                    *((loss.detach(),) if isinstance(optimizer, pylo_dist.LearnedOptimizer) else ())
+                )
                 taken["step"].append(watch.stop()[1])
                 optimizer.zero_grad()
-            rows[str(batch)][name] = {part: round(1e3 * median(seconds[1:]), 3) for part, seconds in taken.items()}
+            rows[str(batch)][name] = {
+                part: round(1e3 * median(seconds[1:]), 3) for part, seconds in taken.items()
+            }
         del optimizer
     parameters = sum(p.numel() for p in model.parameters())
-    return {"model": f"ViT-B/16, {blocks} of 12 blocks", "parameters": parameters, "ms_by_batch": rows}
+    return {
+        "model": f"ViT-B/16, {blocks} of 12 blocks",
+        "parameters": parameters,
+        "ms_by_batch": rows,
+    }
 
 
-# -------------------------------------------------------------------------------------------------- layer
+# -------------------------------------------------------------------------------------------- layer
 
 
 def launches_on_cpu(step: Callable[[], Any]) -> int:
@@ -162,13 +202,27 @@ def layer(device: torch.device, rounds: int, pylo: str | None) -> dict[str, Any]
     shapes = [(1000, 1000)]
     makers: dict[str, Callable[[], Contender]] = {}
     for rule in ("small_fc", "velo"):
-        makers[f"{rule}, compiled passes"] = partial(Contender, rule, shapes, device.type, ours(rule))
-        makers[f"{rule}, plain PyTorch"] = partial(Contender, rule, shapes, device.type, ours(rule), kernels=False)
+        makers[f"{rule}, compiled passes"] = partial(
+            Contender, rule, shapes, device.type, ours(rule)
+        )
+        makers[f"{rule}, plain PyTorch"] = partial(
+            Contender, rule, shapes, device.type, ours(rule), kernels=False
+        )
     for rule, make in (pylo_makers(pylo) if pylo else {}).items():
         makers[f"{rule}, PyLO naive"] = partial(Contender, rule, shapes, device.type, make)
-    makers["AdamW fused"] = partial(Contender, "AdamW", shapes, device.type, lambda params: torch.optim.AdamW(params, fused=True))
+    makers["AdamW fused"] = partial(
+        Contender,
+        "AdamW",
+        shapes,
+        device.type,
+        lambda params: torch.optim.AdamW(params, fused=True),
+    )
     makers["AdamW foreach"] = partial(
-        Contender, "AdamW", shapes, device.type, lambda params: torch.optim.AdamW(params, foreach=True)
+        Contender,
+        "AdamW",
+        shapes,
+        device.type,
+        lambda params: torch.optim.AdamW(params, foreach=True),
     )
     entries = {name: make() for name, make in makers.items()}
     for entry in entries.values():
@@ -179,16 +233,21 @@ def layer(device: torch.device, rounds: int, pylo: str | None) -> dict[str, Any]
     rows = {}
     for name, entry in entries.items():
         launches = entry.row()["launches"] if device.type == "cuda" else launches_on_cpu(entry.step)
-        rows[name] = {"step_ms": round(1e3 * median(entry.seconds["step"]), 4), "launches": launches}
+        rows[name] = {
+            "step_ms": round(1e3 * median(entry.seconds["step"]), 4),
+            "launches": launches,
+        }
     absent = {} if pylo else {"PyLO naive": "no folder with PyLO's source was named (--pylo)"}
     return {"paths": compiled.paths(), "rows": rows, "absent": absent}
 
 
-# --------------------------------------------------------------------------------------------------- GPT-2
+# -------------------------------------------------------------------------------------------- GPT-2
 
 
 def gpt2(device: torch.device, blocks: int | None, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step by GPT-2 size. `blocks`: so many of each and no token embedding; the whole is then computed."""
+    """Milliseconds of a step by GPT-2 size. `blocks`: so many of each and no token embedding; the
+    whole is then computed.
+    """
     sizes = {}
     for model, (width, all_blocks) in GPT2.items():
         shapes = transformer(width, blocks or all_blocks, 1024, 0 if blocks else 50257)
@@ -198,7 +257,9 @@ def gpt2(device: torch.device, blocks: int | None, rounds: int) -> dict[str, Any
             kind, arguments = optimizer_of(name)
             return kind(params, **arguments)
 
-        entries = {name: Contender(name, shapes, device.type, partial(make, name)) for name in OPTIMIZERS}
+        entries = {
+            name: Contender(name, shapes, device.type, partial(make, name)) for name in OPTIMIZERS
+        }
         for entry in entries.values():
             entry.step()
         for _ in range(rounds):
@@ -219,7 +280,7 @@ def gpt2(device: torch.device, blocks: int | None, rounds: int) -> dict[str, Any
     return sizes
 
 
-# ------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def settings_of(args: argparse.Namespace) -> sharded_step.Settings:
@@ -244,19 +305,40 @@ def sharded(args: argparse.Namespace) -> dict[str, Any] | None:
 def tables(result: dict[str, Any]) -> str:
     found = []
     if "vit" in result:
-        lines = [["batch", "forward, ms", "backward, ms", *(f"step of {name}, ms" for name in OPTIMIZERS)]]
+        lines = [
+            [
+                "batch",
+                "forward, ms",
+                "backward, ms",
+                *(f"step of {name}, ms" for name in OPTIMIZERS),
+            ]
+        ]
         for batch, rows in result["vit"]["ms_by_batch"].items():
-            parts = [median(rows[name][part] for name in OPTIMIZERS) for part in ("forward", "backward")]
-            lines.append([batch, *(f"{ms:.1f}" for ms in (*parts, *(rows[name]["step"] for name in OPTIMIZERS)))])
+            parts = [
+                median(rows[name][part] for name in OPTIMIZERS) for part in ("forward", "backward")
+            ]
+            lines.append(
+                [
+                    batch,
+                    *(f"{ms:.1f}" for ms in (*parts, *(rows[name]["step"] for name in OPTIMIZERS))),
+                ]
+            )
         found.append(f"### {result['vit']['model']}\n\n{markdown(lines)}")
     if "layer" in result:
         lines = [["1000 x 1000", "step, ms", "launches"]]
-        lines += [[name, f"{row['step_ms']:.2f}", str(row["launches"])] for name, row in result["layer"]["rows"].items()]
+        lines += [
+            [name, f"{row['step_ms']:.2f}", str(row["launches"])]
+            for name, row in result["layer"]["rows"].items()
+        ]
         found.append(markdown(lines))
     if "gpt2" in result:
         lines = [["GPT-2", "parameters", *(f"{name}: ns per parameter, ms" for name in OPTIMIZERS)]]
         for model, size in result["gpt2"].items():
-            cells = [f"{size['rows'][n]['ns_per_parameter']:.2f}, {size['rows'][n]['whole_model_ms']:,.0f}" for n in OPTIMIZERS]
+            cells = [
+                f"{size['rows'][n]['ns_per_parameter']:.2f}, "
+                f"{size['rows'][n]['whole_model_ms']:,.0f}"
+                for n in OPTIMIZERS
+            ]
             lines.append([model, f"{size['parameters']:,}", *cells])
         found.append(markdown(lines))
     found += [sharded_step.table(run) for run in (result.get("sharded") or {}).get("runs", ())]
@@ -266,17 +348,31 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The figures a learned optimizer's backend is judged by.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = argparse.ArgumentParser(
+        description="The figures a learned optimizer's backend is judged by."
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--pylo", help="folder with PyLO's source")
     parser.add_argument("--dion", help="folder with the source of microsoft/dion")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--blocks", type=int, help="of ViT-B/16's 12; default: 12 on a GPU, 2 on a CPU")
-    parser.add_argument("--gpt2-blocks", type=int, help="of every GPT-2; default: all on a GPU, 1 on a CPU")
-    parser.add_argument("--batches", type=int, nargs="+", help="of ViT; default: 1 4 16 on a CPU, 1 to 256 on a GPU")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="of the sharded step, without torchrun")
-    parser.add_argument("--width", type=int, default=256, help="of the transformer of the sharded step")
+    parser.add_argument(
+        "--blocks", type=int, help="of ViT-B/16's 12; default: 12 on a GPU, 2 on a CPU"
+    )
+    parser.add_argument(
+        "--gpt2-blocks", type=int, help="of every GPT-2; default: all on a GPU, 1 on a CPU"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help="of ViT; default: 1 4 16 on a CPU, 1 to 256 on a GPU"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4], help="of the sharded step, without torchrun"
+    )
+    parser.add_argument(
+        "--width", type=int, default=256, help="of the transformer of the sharded step"
+    )
     parser.add_argument("--sharded-blocks", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and batches")
     parser.add_argument("--out", type=Path)
@@ -287,10 +383,13 @@ def main() -> int:
     device, on_cpu = torch.device(args.device), args.device == "cpu"
     if args.quick:
         args.rounds = min(args.rounds, 3)
-    batches = args.batches or ((1, 4) if args.quick else (1, 4, 16) if on_cpu else (1, 4, 16, 64, 256))
+    batches = args.batches or (
+        (1, 4) if args.quick else (1, 4, 16) if on_cpu else (1, 4, 16, 64, 256)
+    )
     found = environment()
     result: dict[str, Any] = {
-        "what": f"figures of optimizer steps, {'CPU time of one thread' if on_cpu else 'device time'}; see seed_figures.py",
+        "what": "figures of optimizer steps, "
+        f"{'CPU time of one thread' if on_cpu else 'device time'}; see seed_figures.py",
         **found,
         "quick": args.quick,
         "device": args.device if on_cpu else torch.cuda.get_device_name(),

@@ -1,20 +1,26 @@
-"""The optimizer's step alone on several ranks: ours sharded, the same replicated, and how others deal the work out.
+"""The optimizer's step alone on several ranks: ours sharded, the same replicated, and how others
+deal the work out.
 
-Used by seed_figures.py. Every contender steps the same tensors with the same gradients, averaged already; its step is timed with
-the publication of parameters. The exchange of gradients is left out: an all-reduce where whole tensors are dealt out or all is
-replicated, a reduce-scatter, half of that, where tensors are cut.
+Used by seed_figures.py. Every contender steps the same tensors with the same gradients, averaged
+already; its step is timed with the publication of parameters. The exchange of gradients is left
+out: an all-reduce where whole tensors are dealt out or all is replicated, a reduce-scatter, half of
+that, where tensors are cut.
 
     replicated        every rank steps everything: plain optimizers under DDP
     ours              ZeroOptimizer, stage 1
-    whole tensors     by shape: tensors of one shape are dealt round robin, each kind beginning with rank 0, and their owners
-                      broadcast them. The rule of the script behind PyLO's published runs, from its description
-    torch             ZeroRedundancyOptimizer: whole tensors, the largest first, to the rank with the least
-    Dion              Muon of microsoft/dion, from a folder you name: whole tensors by shape, all-gathers
-    PyLO              its plain classes, from a folder you name, replicated: a run of their own, with an eighth of the tensors
+    whole tensors     by shape: tensors of one shape are dealt round robin, each kind beginning with
+                      rank 0, and their owners broadcast them. The rule of the script behind PyLO's
+                      published runs, from its description
+    torch             ZeroRedundancyOptimizer: whole tensors, the largest first, to the rank with
+                      the least
+    Dion              Muon of microsoft/dion, from a folder you name: whole tensors by shape,
+                      all-gathers
+    PyLO              its plain classes, from a folder you name, replicated: a run of their own,
+                      with an eighth of the tensors
     JAX               google/learned_optimization's small_fc on one device, where it is installed
 
-Whole tensors are exact for rules that look at one tensor at a time, so VeLO is not dealt out. After the steps the contenders
-with a rule's own weights are compared with the replicated run.
+Whole tensors are exact for rules that look at one tensor at a time, so VeLO is not dealt out. After
+the steps the contenders with a rule's own weights are compared with the replicated run.
 """
 
 from __future__ import annotations
@@ -26,35 +32,30 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from bench_step import pylo_makers, transformer
+from record import markdown
 from torch import Tensor, nn
+from trainees import Stopwatch, device_of, optimizer_of
 
-ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "launch", ROOT / "benchmarks", ROOT / "tests"):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
-
-from bench_step import pylo_makers, transformer  # noqa: E402
-from record import markdown  # noqa: E402
-from trainees import Stopwatch, device_of, optimizer_of  # noqa: E402
-
-import pylo_dist  # noqa: E402
-from pylo_dist.weights import load_weights  # noqa: E402
+import pylo_dist
+from pylo_dist.weights import load_weights
 
 Shape = tuple[int, ...]
 
 
-# ------------------------------------------------------------------------------------------------ dealing
+# ------------------------------------------------------------------------------------------ dealing
 
 
 def deal_by_shape(shapes: Sequence[Shape], ranks: int) -> list[int]:
-    """The owner of every tensor: those of one shape round robin, each kind beginning with rank 0."""
+    """The owner of every tensor: those of one shape round robin, each kind beginning with rank
+    0.
+    """
     seen: dict[Shape, int] = defaultdict(int)
     owners = []
     for shape in shapes:
@@ -91,15 +92,19 @@ def computed_balance(ranks: Sequence[int] = (2, 4, 8, 64)) -> list[dict[str, Any
                     "computed": True,
                     "model": model,
                     "ranks": world,
-                    "whole tensors by shape": round(balance(shapes, deal_by_shape(shapes, world), world), 3),
-                    "whole tensors, largest first": round(balance(shapes, deal_largest_first(shapes, world), world), 3),
+                    "whole tensors by shape": round(
+                        balance(shapes, deal_by_shape(shapes, world), world), 3
+                    ),
+                    "whole tensors, largest first": round(
+                        balance(shapes, deal_largest_first(shapes, world), world), 3
+                    ),
                     "flat shards": 1.0,  # but for padding, 16 elements per bucket and rank at most
                 }
             )
     return rows
 
 
-# --------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
 
 
 class Tensors(nn.Module):
@@ -109,9 +114,12 @@ class Tensors(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.list = nn.ParameterList(
-            nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes
+            nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device))
+            for shape in shapes
         )
-        self.grads = [(1e-2 * torch.randn(shape, generator=generator)).to(device) for shape in shapes]
+        self.grads = [
+            (1e-2 * torch.randn(shape, generator=generator)).to(device) for shape in shapes
+        ]
         self.loss = torch.tensor(1.0, device=device)
 
     def backward(self) -> None:
@@ -124,7 +132,9 @@ class Tensors(nn.Module):
 
 
 class Entry:
-    """A contender on this rank: its tensors, what brings the gradients, its step, and how many elements it moves."""
+    """A contender on this rank: its tensors, what brings the gradients, its step, and how many
+    elements it moves.
+    """
 
     def __init__(self, shapes: Sequence[Shape], device: torch.device) -> None:
         self.tensors = Tensors(shapes, device)
@@ -142,7 +152,13 @@ class Entry:
 class Replicated(Entry):
     """A plain optimizer. `make`: from parameters."""
 
-    def __init__(self, shapes: Sequence[Shape], device: torch.device, make: Callable[[Any], Any], with_loss: bool) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        device: torch.device,
+        make: Callable[[Any], Any],
+        with_loss: bool,
+    ) -> None:
         super().__init__(shapes, device)
         self.optimizer = make(list(self.tensors.list))
         self._arguments = (self.tensors.loss,) if with_loss else ()
@@ -152,14 +168,18 @@ class Replicated(Entry):
 
 
 class Ours(Entry):
-    """Under ZeroOptimizer; the gradients are there when the step begins, the parameters when it ends."""
+    """Under ZeroOptimizer; the gradients are there when the step begins, the parameters when it
+    ends.
+    """
 
     def __init__(self, shapes: Sequence[Shape], device: torch.device, name: str) -> None:
         super().__init__(shapes, device)
         kind, arguments = optimizer_of(name)
         self.rule, self._learned = name, issubclass(kind, pylo_dist.LearnedOptimizer)
         self.optimizer = pylo_dist.ZeroOptimizer(self.tensors, kind, stage=1, **arguments)
-        self.elements = sum(bucket.elements_of(dist.get_rank()) for bucket in self.optimizer.buckets)
+        self.elements = sum(
+            bucket.elements_of(dist.get_rank()) for bucket in self.optimizer.buckets
+        )
 
     def bring_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -180,7 +200,11 @@ class WholeTensors(Entry):
         super().__init__(shapes, device)
         self.rule = "AdafacLO"
         self._owners = deal_by_shape(shapes, dist.get_world_size())
-        own = [p for p, owner in zip(self.tensors.list, self._owners, strict=True) if owner == dist.get_rank()]
+        own = [
+            p
+            for p, owner in zip(self.tensors.list, self._owners, strict=True)
+            if owner == dist.get_rank()
+        ]
         self.elements = sum(p.numel() for p in own)
         kind, arguments = optimizer_of("AdafacLO")
         self._optimizer = kind(own, **arguments) if own else None
@@ -190,7 +214,10 @@ class WholeTensors(Entry):
         if self._optimizer is not None:
             self._optimizer.process_group = False
             self._optimizer.step()
-        works = [dist.broadcast(p, owner, async_op=True) for p, owner in zip(self.tensors.list, self._owners, strict=True)]
+        works = [
+            dist.broadcast(p, owner, async_op=True)
+            for p, owner in zip(self.tensors.list, self._owners, strict=True)
+        ]
         for work in works:
             work.wait()
 
@@ -205,7 +232,9 @@ class Torch(Entry):
         kind, arguments = optimizer_of(name)
         self.rule = name
         self.optimizer = ZeroRedundancyOptimizer(self.tensors.parameters(), kind, **arguments)
-        self.elements = sum(p.numel() for group in self.optimizer.optim.param_groups for p in group["params"])
+        self.elements = sum(
+            p.numel() for group in self.optimizer.optim.param_groups for p in group["params"]
+        )
 
     def step(self) -> None:
         self.optimizer.step()
@@ -223,10 +252,14 @@ class Dion(Entry):
         matrices = [p for p in self.tensors.list if p.dim() == 2]
         others = [p for p in self.tensors.list if p.dim() != 2]
         self.optimizer = Muon(
-            [{"params": matrices}, {"params": others, "algorithm": "adamw"}], distributed_mesh=dist.group.WORLD, lr=0.01
+            [{"params": matrices}, {"params": others, "algorithm": "adamw"}],
+            distributed_mesh=dist.group.WORLD,
+            lr=0.01,
         )
         owners = deal_by_shape([tuple(p.shape) for p in matrices], dist.get_world_size())
-        mine = sum(p.numel() for p, owner in zip(matrices, owners, strict=True) if owner == dist.get_rank())
+        mine = sum(
+            p.numel() for p, owner in zip(matrices, owners, strict=True) if owner == dist.get_rank()
+        )
         self.elements = mine + sum(p.numel() for p in others)
 
     def step(self) -> None:
@@ -235,8 +268,9 @@ class Dion(Entry):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all ranks must know. `pylo`, `dion`: folders with their source. By default 3 in 10 elements are the embedding's, as in
-    GPT-2 124M, with the default width and blocks of seed_figures.py."""
+    """What all ranks must know. `pylo`, `dion`: folders with their source. By default 3 in 10
+    elements are the embedding's, as in GPT-2 124M, with the default width and blocks of
+    seed_figures.py."""
 
     width: int
     blocks: int
@@ -250,9 +284,15 @@ class Settings:
         return transformer(self.width, self.blocks, self.positions, self.vocabulary)
 
     def beside_pylo(self, pylo: str) -> Settings:
-        """An eighth of it, for the learned rules alone: PyLO's plain classes on every rank take minutes for the whole."""
-        width, blocks, vocabulary = (max(1, n // d) for n, d in ((self.width, 2), (self.blocks, 2), (self.vocabulary, 4)))
-        return replace(self, width=width, blocks=blocks, vocabulary=vocabulary, pylo=pylo, dion=None)
+        """An eighth of it, for the learned rules alone: PyLO's plain classes on every rank take
+        minutes for the whole.
+        """
+        width, blocks, vocabulary = (
+            max(1, n // d) for n, d in ((self.width, 2), (self.blocks, 2), (self.vocabulary, 4))
+        )
+        return replace(
+            self, width=width, blocks=blocks, vocabulary=vocabulary, pylo=pylo, dion=None
+        )
 
 
 def replicated(shapes: Sequence[Shape], device: torch.device, name: str) -> Replicated:
@@ -265,7 +305,9 @@ def replicated(shapes: Sequence[Shape], device: torch.device, name: str) -> Repl
     return entry
 
 
-def makers(settings: Settings, device: torch.device) -> tuple[dict[str, Callable[[], Entry]], dict[str, str]]:
+def makers(
+    settings: Settings, device: torch.device
+) -> tuple[dict[str, Callable[[], Entry]], dict[str, str]]:
     """What makes each contender by name, and why some are absent."""
     shapes, absent = settings.shapes(), {}
     found: dict[str, Callable[[], Entry]] = {}
@@ -274,21 +316,29 @@ def makers(settings: Settings, device: torch.device) -> tuple[dict[str, Callable
         found[f"{name}, ours"] = lambda name=name: Ours(shapes, device, name)
     if settings.pylo is not None:
         for name, make in pylo_makers(settings.pylo).items():
-            found[f"{name}, PyLO naive, replicated"] = lambda make=make: Replicated(shapes, device, make, with_loss=True)
+            found[f"{name}, PyLO naive, replicated"] = lambda make=make: Replicated(
+                shapes, device, make, with_loss=True
+            )
         return found, absent
-    absent["small_fc and velo, PyLO naive, replicated"] = "in a smaller run, where a folder with PyLO's source is named (--pylo)"
+    absent["small_fc and velo, PyLO naive, replicated"] = (
+        "in a smaller run, where a folder with PyLO's source is named (--pylo)"
+    )
     found["AdafacLO, whole tensors by shape"] = lambda: WholeTensors(shapes, device)
     for name in ("AdafacLO", "AdamW"):
-        found[f"{name}, torch ZeroRedundancyOptimizer"] = lambda name=name: Torch(shapes, device, name)
+        found[f"{name}, torch ZeroRedundancyOptimizer"] = lambda name=name: Torch(
+            shapes, device, name
+        )
     if settings.dion is None:
-        absent["Muon, Dion"] = "no folder with microsoft/dion was named (--dion); pip knows no such package"
+        absent["Muon, Dion"] = (
+            "no folder with microsoft/dion was named (--dion); pip knows no such package"
+        )
     else:
         folder = settings.dion
         found["Muon, Dion"] = lambda: Dion(shapes, device, folder)
     return found, absent
 
 
-# -------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 
 
 def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
@@ -310,7 +360,11 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             watch.start()
             entry.step()
             taken[name].append(watch.stop())
-    truths = {entry.rule: entry.tensors.values() for name, entry in entries.items() if name.endswith(", replicated")}
+    truths = {
+        entry.rule: entry.tensors.values()
+        for name, entry in entries.items()
+        if name.endswith(", replicated")
+    }
     differences = {}
     for name, entry in entries.items():
         if entry.rule is not None and not name.endswith(", replicated"):
@@ -333,7 +387,9 @@ def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[
 
 
 def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, elements, by contender."""
+    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank,
+    elements, by contender.
+    """
     rows = {}
     for name in per_rank[0]["seconds"]:
         taken = [result["seconds"][name] for result in per_rank]
@@ -345,7 +401,9 @@ def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings
             "cpu_ms_busiest_rank": round(1e3 * max(cpu), 3),
             "cpu_ms_mean_rank": round(1e3 * fmean(cpu), 3),
             "elements_max_over_mean": round(max(elements) / fmean(elements), 4),
-            "largest_difference_from_replicated": max((r["differences"].get(name, 0.0) for r in per_rank), default=0.0)
+            "largest_difference_from_replicated": max(
+                (r["differences"].get(name, 0.0) for r in per_rank), default=0.0
+            )
             if name in per_rank[0]["differences"]
             else None,
         }
@@ -363,29 +421,38 @@ def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings
 
 
 def jax_row(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
-    """AdafacLO and, in turns with it, the same by google/learned_optimization, compiled by JAX; or why there is none.
+    """AdafacLO and, in turns with it, the same by google/learned_optimization, compiled by JAX; or
+    why there is none.
 
-    Both step the same tensors with the same gradients and weights on one device and are compared at the end. JAX takes all cores
-    and PyTorch one, so that on a CPU what compares is their CPU time.
+    Both step the same tensors with the same gradients and weights on one device and are compared at
+    the end. JAX takes all cores and PyTorch one, so that on a CPU what compares is their CPU time.
     """
     try:
         import jax
         from learned_optimization.learned_optimizers import adafac_mlp_lopt
-    except (ImportError, AttributeError) as error:  # AttributeError: of versions that do not fit each other
+    except (ImportError, AttributeError) as error:
+        # AttributeError: of versions that do not fit each other
         return {"absent": f"{error}; pip install jax and google/learned_optimization"}
-    device = torch.device("cpu" if jax.devices()[0].platform == "cpu" or not torch.cuda.is_available() else "cuda")
+    device = torch.device(
+        "cpu" if jax.devices()[0].platform == "cpu" or not torch.cuda.is_available() else "cuda"
+    )
     ours, watch = replicated(shapes, device, "AdafacLO"), Stopwatch(device)
     weights = load_weights(optimizer_of("AdafacLO")[1]["weights"])
     layers = [f"network.{name}" for name in ("input", "linear_0", "output")]
-    network = {f"w{i}": weights.tensors[f"{layer}.weight"].T.numpy() for i, layer in enumerate(layers)}
+    network = {
+        f"w{i}": weights.tensors[f"{layer}.weight"].T.numpy() for i, layer in enumerate(layers)
+    }
     network |= {f"b{i}": weights.tensors[f"{layer}.bias"].numpy() for i, layer in enumerate(layers)}
     scales = {name: ours.optimizer.param_groups[0][name] for name in ("exp_mult", "step_mult")}
     learned = adafac_mlp_lopt.AdafacMLPLOpt(hidden_size=32, hidden_layers=2, **scales)
-    theta = {name: jax.numpy.asarray(offsets) for name, offsets in weights.decays.items()} | {"nn": {"~": network}}
+    theta = {name: jax.numpy.asarray(offsets) for name, offsets in weights.decays.items()} | {
+        "nn": {"~": network}
+    }
     optimizer = learned.opt_fn(jax.tree_util.tree_map(jax.numpy.asarray, theta))
     grads = {str(i): jax.numpy.asarray(g.cpu().numpy()) for i, g in enumerate(ours.tensors.grads)}
     state = optimizer.init(
-        {str(i): jax.numpy.array(p.cpu().numpy()) for i, p in enumerate(ours.tensors.values())}, num_steps=10_000
+        {str(i): jax.numpy.array(p.cpu().numpy()) for i, p in enumerate(ours.tensors.values())},
+        num_steps=10_000,
     )
     update = jax.jit(optimizer.update, donate_argnums=0)
     ours.bring_gradients()
@@ -400,7 +467,10 @@ def jax_row(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
         ours.step()
         taken[1].append(watch.stop())
     params = optimizer.get_params(state)
-    pairs = [(torch.from_numpy(np.array(params[str(i)])), p.cpu()) for i, p in enumerate(ours.tensors.values())]
+    pairs = [
+        (torch.from_numpy(np.array(params[str(i)])), p.cpu())
+        for i, p in enumerate(ours.tensors.values())
+    ]
     rows = {
         name: {
             "step_ms": round(1e3 * median(wall for wall, _ in times[1:]), 3),
@@ -416,19 +486,35 @@ def jax_row(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
         "steps": rounds + 1,
         "rows": rows,
         "largest_difference_from_ours": max(float((a - b).abs().max()) for a, b in pairs),
-        "largest_update": max(float((a - b.cpu()).abs().max()) for (_, a), b in zip(pairs, start, strict=True)),
+        "largest_update": max(
+            float((a - b.cpu()).abs().max()) for (_, a), b in zip(pairs, start, strict=True)
+        ),
     }
 
 
 def jax_table(found: dict[str, Any]) -> str:
     lines = [["step alone, one device", "wall clock, ms", "CPU, ms"]]
-    lines += [[name, f"{row['step_ms']:.1f}", f"{row['cpu_ms']:.1f}"] for name, row in found["rows"].items()]
-    return f"### JAX {found['versions']['jax']} on {found['device']}, {found['parameters']:,} parameters\n\n{markdown(lines)}"
+    lines += [
+        [name, f"{row['step_ms']:.1f}", f"{row['cpu_ms']:.1f}"]
+        for name, row in found["rows"].items()
+    ]
+    where = f"JAX {found['versions']['jax']} on {found['device']}"
+    return f"### {where}, {found['parameters']:,} parameters\n\n{markdown(lines)}"
 
 
 def table(run: dict[str, Any]) -> str:
-    lines = [["step alone", "slowest rank, ms", "CPU of the busiest rank, ms", "of the mean rank, ms", "elements, max / mean"]]
+    lines = [
+        [
+            "step alone",
+            "slowest rank, ms",
+            "CPU of the busiest rank, ms",
+            "of the mean rank, ms",
+            "elements, max / mean",
+        ]
+    ]
     for name, row in run["contenders"].items():
-        numbers = [f"{row[key]:.1f}" for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank")]
+        numbers = [
+            f"{row[key]:.1f}" for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank")
+        ]
         lines.append([name, *numbers, f"{row['elements_max_over_mean']:.2f}"])
     return f"### {run['ranks']} ranks, {run['parameters']:,} parameters\n\n{markdown(lines)}"

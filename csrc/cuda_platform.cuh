@@ -1,5 +1,5 @@
-// What the GPU kernels need of their platform: CUDA, or (PYLO_FIBERS) the emulation in tests/fibers.h, which runs blocks one after
-// the other and the threads of a block as fibers, so that the same kernels and launchers run on a CPU.
+// What the GPU kernels need of their platform: CUDA, or (PYLO_FIBERS) the emulation in tests/maths/fibers.h, which runs blocks one
+// after the other and the threads of a block as fibers, so that the same kernels and launchers run on a CPU.
 #pragma once
 
 #if defined(PYLO_FIBERS)

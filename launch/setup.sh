@@ -4,13 +4,14 @@
 #
 #   launch/setup.sh EXTRAS        e.g. launch/setup.sh launch,dev
 #
-# Does nothing when an earlier call with the same EXTRAS, constraints.txt, pyproject.toml and csrc finished. PYTHON names the interpreter.
+# Does nothing when an earlier call with the same EXTRAS, constraints.txt, csrc and pyproject.toml files finished. PYTHON names the
+# interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=$1
 python=${PYTHON:-python3}
-sources=(constraints.txt pyproject.toml setup.py csrc/*.* csrc/include/pylo_dist/*)
+sources=(constraints.txt ./{,launch/,benchmarks/,tests/support/}pyproject.toml setup.py csrc/*.* csrc/include/pylo_dist/*)
 stamp=.venv/.done-$(printf "%s\n" "$extras" "$PWD" | cat - "${sources[@]}" | cksum | cut -d " " -f 1)
 [ -e "$stamp" ] && exit 0
 
@@ -30,8 +31,12 @@ export DS_BUILD_OPS=0 # deepspeed would compile its kernels, which take minutes 
 nvidia-smi >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 [ -n "${PYLO_DIST_CUDA:-}" ] || { nvidia-smi >/dev/null 2>&1 || export PYLO_DIST_CUDA=0; }
 "${pip[@]}" --no-build-isolation --editable ".[$extras]"
-# alone: by torchvision, which it never imports, it would bring another torch along
-[[ ",$extras," != *,dev,* ]] || "${pip[@]}" --no-build-isolation --no-deps mup
+if [[ ",$extras," == *,dev,* ]]; then
+  # alone: by torchvision, which it never imports, it would bring another torch along
+  "${pip[@]}" --no-build-isolation --no-deps mup
+  # what tests and benchmarks import beside the package
+  "${pip[@]}" --no-build-isolation --no-deps --editable ./tests/support --editable ./launch --editable ./benchmarks
+fi
 wanted=$(sed -n 's/^torch==//p' constraints.txt)
 .venv/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$wanted', torch.__version__" || {
   echo "a requirement replaced torch $wanted; remove .venv and try again" >&2

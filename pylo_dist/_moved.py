@@ -97,17 +97,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         targets = [f"{__package__}.{new}" for new in MODULES[spec.name.partition(".")[2]]]
-        _warn(spec.name, " and ".join(targets))
+        _warn(spec.name, " and ".join(targets), "path")
         return _Moved(spec.name, targets)
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
 
 
-def _warn(old: str, new: str) -> None:
+def _warn(old: str, new: str, what: str = "name") -> None:
     """Of whoever wrote the old name: frames of importlib between are passed over by warnings."""
     warnings.warn(
-        f"{old} is {new} now; the old name goes with the next version",
+        f"{old} is {new} now; the old {what} goes with the next version",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -1,7 +1,8 @@
-"""Hugging Face Trainer and accelerate drive a learned optimizer, and a factory as torchtitan has it; tiny models made here.
+"""Hugging Face Trainer and accelerate drive a learned optimizer, and a factory as torchtitan has
+it; tiny models made here.
 
-The recipes of the README: `optimizer_cls_and_kwargs`, a callback that brings VeLO its loss, and accelerate with FSDP2, which
-builds the optimizer before it shards the model.
+The recipes of the README: `optimizer_cls_and_kwargs`, a callback that brings VeLO its loss, and
+accelerate with FSDP2, which builds the optimizer before it shards the model.
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import velo_weights
-from ranks import run_ranks
-from sharded_model import small_fc_weights
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import pylo_dist
 from pylo_dist.optim.velo import LossBuffer
+from support.golden import velo_weights
+from support.ranks import run_ranks
+from support.sharded_model import small_fc_weights
 
-transformers = pytest.importorskip("transformers", reason="the recipes for Hugging Face need transformers")
-accelerate = pytest.importorskip("accelerate", reason="the recipes for Hugging Face need accelerate")
+transformers = pytest.importorskip(
+    "transformers", reason="the recipes for Hugging Face need transformers"
+)
+accelerate = pytest.importorskip(
+    "accelerate", reason="the recipes for Hugging Face need accelerate"
+)
 
 VOCABULARY, LENGTH = 53, 8
 
@@ -32,7 +41,14 @@ VOCABULARY, LENGTH = 53, 8
 def gpt2() -> Any:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -46,17 +62,24 @@ def samples(count: int) -> list[dict[str, Tensor]]:
 class LossForOptimizer(transformers.TrainerCallback):
     """Brings the optimizer the loss of each step: the Trainer calls step() without it.
 
-    The model divides by the number of tokens of the whole accumulated batch, so that the parts of a batch add up.
+    The model divides by the number of tokens of the whole accumulated batch, so that the parts of a
+    batch add up.
     """
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
         self.losses: list[float] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.register_forward_hook(lambda _, inputs, output: self.parts.append(output.loss.detach()))
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        model.register_forward_hook(
+            lambda _, inputs, output: self.parts.append(output.loss.detach())
+        )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
         loss = torch.stack(self.parts).sum()
         getattr(optimizer, "optimizer", optimizer).set_loss(loss)  # accelerate wraps it
         self.losses.append(float(loss))
@@ -96,9 +119,14 @@ def test_trainer(tmp_path: Path) -> None:
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert logged == pytest.approx(callback.losses, abs=1e-3)  # the Trainer rounds what it logs
     # the loss buffer holds what the steps were given
-    means, minima = torch.zeros(10, dtype=torch.float64), torch.full((10,), 999999999999.0, dtype=torch.float64)
+    means, minima = (
+        torch.zeros(10, dtype=torch.float64),
+        torch.full((10,), 999999999999.0, dtype=torch.float64),
+    )
     for step, loss in enumerate(callback.losses):
-        means, minima = LossBuffer(steps, torch.tensor(step)).updated(means, minima, torch.tensor(loss, dtype=torch.float64))
+        means, minima = LossBuffer(steps, torch.tensor(step)).updated(
+            means, minima, torch.tensor(loss, dtype=torch.float64)
+        )
     torch.testing.assert_close(group["loss_means"], means, rtol=1e-12, atol=0)
     assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
     # and resumes from what it saved
@@ -119,9 +147,13 @@ def accelerated(rank: int, world: int) -> dict[str, Any]:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     accelerator = accelerate.Accelerator(cpu=True)
-    # accelerate offers FSDP2 on accelerators only; what it does to models and optimizers is the same here
+    # accelerate offers FSDP2 on accelerators only; what it does to models and optimizers is the
+    # same here
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False, reshard_after_forward=True
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        reshard_after_forward=True,
     )
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model = gpt2()
@@ -129,7 +161,10 @@ def accelerated(rank: int, world: int) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(model, optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     assert all(isinstance(p, DTensor) for p in params)  # they were swapped
-    batch = {k: torch.stack([row[k] for row in samples(4)[2 * rank : 2 * rank + 2]]) for k in ("input_ids", "labels")}
+    batch = {
+        k: torch.stack([row[k] for row in samples(4)[2 * rank : 2 * rank + 2]])
+        for k in ("input_ids", "labels")
+    }
     for _ in range(4):
         loss = model(**batch).loss
         accelerator.backward(loss)
@@ -141,21 +176,31 @@ def accelerated(rank: int, world: int) -> dict[str, Any]:
 
 
 def titan(rank: int, world: int) -> dict[str, Any]:
-    """A factory over model parts, and the state dict of each, flattened by parameter names, with the probe step it may take."""
+    """A factory over model parts, and the state dict of each, flattened by parameter names, with
+    the probe step it may take.
+    """
 
-    def build_optimizers(parts: list[nn.Module], optimizer_class: Any, **kwargs: Any) -> list[torch.optim.Optimizer]:
-        return [optimizer_class([p for p in part.parameters() if p.requires_grad], **kwargs) for part in parts]
+    def build_optimizers(
+        parts: list[nn.Module], optimizer_class: Any, **kwargs: Any
+    ) -> list[torch.optim.Optimizer]:
+        return [
+            optimizer_class([p for p in part.parameters() if p.requires_grad], **kwargs)
+            for part in parts
+        ]
 
     torch.manual_seed(0)
     part: nn.Module = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
     fully_shard(part)
-    factory = functools.partial(build_optimizers, optimizer_class=pylo_dist.AdafacLO, weights=small_fc_weights())
+    factory = functools.partial(
+        build_optimizers, optimizer_class=pylo_dist.AdafacLO, weights=small_fc_weights()
+    )
     (optimizer,) = factory([part])
     part(torch.randn(4, 7)).square().sum().backward()
     optimizer.step()
     before = {name: p.full_tensor() for name, p in part.named_parameters()}
     lr = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:  # what torch does to an optimizer whose state is made in its first step
+    # what torch does to an optimizer whose state is made in its first step
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
     for p in part.parameters():
         p.grad = torch.zeros_like(p)
@@ -167,11 +212,16 @@ def titan(rank: int, world: int) -> dict[str, Any]:
     (again,) = factory([part])
     set_optimizer_state_dict(part, again, saved, options=options)
     return {
-        "probe changed nothing": all(torch.equal(before[name], p.full_tensor()) for name, p in part.named_parameters()),
+        "probe changed nothing": all(
+            torch.equal(before[name], p.full_tensor()) for name, p in part.named_parameters()
+        ),
         "steps": [int(o.param_groups[0]["step"]) for o in (optimizer, again)],
         "keys": sorted(key for key in saved if key.startswith("state.0.weight")),
         "same": all(
-            torch.equal(getattr(a, "_local_tensor", a), getattr(again.state[p][name], "_local_tensor", again.state[p][name]))
+            torch.equal(
+                getattr(a, "_local_tensor", a),
+                getattr(again.state[p][name], "_local_tensor", again.state[p][name]),
+            )
             for p in part.parameters()
             for name, a in optimizer.state[p].items()
         ),
@@ -191,7 +241,13 @@ def test_accelerate_and_titan_on_fsdp2() -> None:
     for _ in range(4):
         optimizer.zero_grad()
         losses = [
-            model(**{k: torch.stack([row[k] for row in rows[i : i + 2]]) for k in ("input_ids", "labels")}).loss for i in (0, 2)
+            model(
+                **{
+                    k: torch.stack([row[k] for row in rows[i : i + 2]])
+                    for k in ("input_ids", "labels")
+                }
+            ).loss
+            for i in (0, 2)
         ]
         loss = torch.stack(losses).mean()
         loss.backward()
@@ -201,7 +257,10 @@ def test_accelerate_and_titan_on_fsdp2() -> None:
         assert titan["probe changed nothing"]
         assert titan["same"]
         assert titan["steps"] == [1, 1]
-        assert titan["keys"] == [f"state.0.weight.{name}" for name in ("col", "momentum", "rms", "row")]
-        for name, p in model.named_parameters():  # gradients of a transformer differ in their last bits
+        assert titan["keys"] == [
+            f"state.0.weight.{name}" for name in ("col", "momentum", "rms", "row")
+        ]
+        # gradients of a transformer differ in their last bits
+        for name, p in model.named_parameters():
             change = (p - start[name]).abs().max()
             assert (result["params"][name] - p).abs().max() <= 2e-3 * change + 1e-7, name

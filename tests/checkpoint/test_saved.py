@@ -1,8 +1,10 @@
-"""Checkpoints that earlier versions wrote, loaded to the bit: folders, and state dicts that went through torch.save."""
+"""Checkpoints that earlier versions wrote, loaded to the bit: folders, and state dicts that went
+through torch.save.
+"""
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ import pylo_dist
 from pylo_dist import checkpoint
 
 SAVED = Path(__file__).parent / "saved"
-sys.path.insert(0, str(SAVED))
-import write  # noqa: E402  (which uses the public contract alone)
+
+_spec = importlib.util.spec_from_file_location("write", SAVED / "write.py")
+assert _spec is not None
+assert _spec.loader is not None
+write = importlib.util.module_from_spec(_spec)  # it uses the public contract alone
+_spec.loader.exec_module(write)
 
 FOLDERS = sorted(path.parent for path in SAVED.glob("*/*/checkpoint"))
 ZERO = "_zero2_bfloat16"
@@ -37,7 +43,9 @@ def test_there_are_checkpoints_of_every_optimizer() -> None:
     assert {folder.name for folder in FOLDERS} >= {*write.OPTIMIZERS, f"adafac{ZERO}"}
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+@pytest.mark.parametrize(
+    "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+)
 def test_a_folder_loads_to_the_bit(folder: Path) -> None:
     model, optimizer = build(folder)
     checkpoint.load(folder / "checkpoint", {"model": model, "optimizer": optimizer})

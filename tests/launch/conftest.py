@@ -1,21 +1,16 @@
-"""Makes the scripts of launch/ importable, and gives tests small token files and learned weights."""
+"""Small token files and learned weights for the tests of launch/."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data import write_tokens
 from safetensors.torch import save_file
 
 import pylo_dist
-
-ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT / "launch", ROOT):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 # More threads than free cores stall PyTorch; these models are too small to gain from a second one.
 torch.set_num_threads(1)
@@ -24,8 +19,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.bin and val.bin of bytes with structure to learn: a word list in random order."""
-    from data import write_tokens
-
     folder = tmp_path_factory.mktemp("tokens")
     words = [b"the ", b"cat ", b"sat ", b"on ", b"a ", b"mat.\n"]
     generator = np.random.default_rng(0)
@@ -37,9 +30,13 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By name of the optimizer on the command line a folder of random weights of its architecture, the same in every session."""
-    architectures = {name: entry.architecture for name, entry in pylo_dist.registered_optimizers().items()}
-    sizes = {"H": 16, "P": 8}  # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
+    """By name of the optimizer on the command line a folder of random weights of its architecture,
+    the same in every session.
+    """
+    optimizers = pylo_dist.registered_optimizers()
+    architectures = {name: entry.architecture for name, entry in optimizers.items()}
+    # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
+    sizes = {"H": 16, "P": 8}
     folder = tmp_path_factory.mktemp("weights")
     for name, architecture in architectures.items():
         generator = torch.Generator().manual_seed(7)

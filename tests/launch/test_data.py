@@ -13,7 +13,16 @@ import huggingface_hub
 import numpy as np
 import prepare_data
 import pytest
-from data import HEADER_BYTES, MAGIC, BatchPlan, Tokens, builtin_text, find_files, read_tokens, write_tokens
+from data import (
+    HEADER_BYTES,
+    MAGIC,
+    BatchPlan,
+    Tokens,
+    builtin_text,
+    find_files,
+    read_tokens,
+    write_tokens,
+)
 from feed import Feed
 
 
@@ -52,7 +61,10 @@ BROKEN = {
     "count": (header(MAGIC, 1, 5) + bytes(8), "counts 5 tokens, the file holds 4"),
     "negative count": (header(MAGIC, 1, -1) + bytes(8), "counts -1 tokens"),
     "no tokens": (header(MAGIC, 1, 0), "a header and no tokens"),
-    "cut header": (header(MAGIC, 1, 5)[:100], f"ends inside its header, 100 of {HEADER_BYTES} bytes"),
+    "cut header": (
+        header(MAGIC, 1, 5)[:100],
+        f"ends inside its header, 100 of {HEADER_BYTES} bytes",
+    ),
 }
 
 
@@ -84,11 +96,13 @@ def pool(*sizes: int, block_size: int = 8, vocab_size: int = 65536) -> Tokens:
 
 
 def test_windows_in_order_lie_end_to_end() -> None:
-    tokens = pool(17, 9, 26)  # 2, 1 and 3 windows of 8, each with the token after it; one token of the last file is left over
+    # 2, 1 and 3 windows of 8, each with the token after it; one token of the last file is left over
+    tokens = pool(17, 9, 26)
     windows = tokens.read(tokens.in_order(0, 6))
     assert windows[:, 0].tolist() == [0, 8, 17, 26, 34, 42]
     assert (np.diff(windows, axis=1) == 1).all()  # none crosses files
-    assert tokens.read(tokens.in_order(4, 5))[:, 0].tolist() == [34, 42, 0, 8, 17]  # from anywhere, and round
+    # from anywhere, and round
+    assert tokens.read(tokens.in_order(4, 5))[:, 0].tolist() == [34, 42, 0, 8, 17]
     in_parts = np.concatenate([tokens.in_order(first, 3) for first in range(0, 60, 3)])
     assert in_parts.tolist() == tokens.in_order(0, 60).tolist()
 
@@ -104,7 +118,9 @@ def saved(folder: Path, **files: int) -> Path:
     return folder / "tokens"
 
 
-def test_arrays_become_files_that_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arrays_become_files_that_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved(tmp_path, set_train_0=40, set_train_1=20, set_val_0=30)
     sizes = {"block_size": 8, "vocab_size": 65536}
     assert Tokens.from_path(folder, "train", **sizes).num_tokens == 60
@@ -112,7 +128,8 @@ def test_arrays_become_files_that_are_listed(tmp_path: Path, capsys: pytest.Capt
     assert prepare_data.main(["--check", str(folder)]) == 0
     assert "3 file(s), 90 tokens, as they were written" in capsys.readouterr().out
 
-    # one flipped bit, which only the hash sees; a cut file, another one in its place, and none, which the length tells
+    # one flipped bit, which only the hash sees; a cut file, another one in its place, and none,
+    # which the length tells
     path = folder / "set_train_1.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -120,10 +137,14 @@ def test_arrays_become_files_that_are_listed(tmp_path: Path, capsys: pytest.Capt
     assert prepare_data.main(["--check", str(folder)]) == 2
     assert "set_train_1.bin: missing, cut or damaged" in one_line(capsys)
     path.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"set_train_1\.bin: the header counts 20 tokens, the file holds 18"):
+    with pytest.raises(
+        ValueError, match=r"set_train_1\.bin: the header counts 20 tokens, the file holds 18"
+    ):
         Tokens.from_path(folder, "train", **sizes)
     write_tokens(path, np.arange(19))
-    with pytest.raises(ValueError, match=r"set_train_1\.bin: 19 tokens found, 20 wanted by tokens\.json"):
+    with pytest.raises(
+        ValueError, match=r"set_train_1\.bin: 19 tokens found, 20 wanted by tokens\.json"
+    ):
         Tokens.from_path(folder, "train", **sizes)
     path.unlink()
     with pytest.raises(ValueError, match=r"set_train_1\.bin: no such file, 20 wanted"):
@@ -132,12 +153,18 @@ def test_arrays_become_files_that_are_listed(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ValueError, match=r"tokens\.json cannot be read"):
         Tokens.from_path(folder, "train", **sizes)
 
-    for content, words in ((np.zeros((2, 2), np.uint16), "one-dimensional"), (np.array([70000]), "from 70000 to 70000")):
+    for content, words in (
+        (np.zeros((2, 2), np.uint16), "one-dimensional"),
+        (np.array([70000]), "from 70000 to 70000"),
+    ):
         np.save(tmp_path / "x_train.npy", content)
         assert prepare_data.main([str(tmp_path / "x_train.npy"), "--out", str(tmp_path / "x")]) == 2
         assert words in one_line(capsys)
     (tmp_path / "other.npy").write_bytes(b"no array")
-    for name, words in (("other.npy", 'neither "train" nor "val"'), ("gone_train.npy", "cannot be read")):
+    for name, words in (
+        ("other.npy", 'neither "train" nor "val"'),
+        ("gone_train.npy", "cannot be read"),
+    ):
         assert prepare_data.main([str(tmp_path / name), "--out", str(tmp_path / "x")]) == 2
         assert words in one_line(capsys)
 
@@ -146,10 +173,15 @@ def test_a_file_that_is_cut_during_a_run_is_named(tmp_path: Path) -> None:
     """Reading mapped memory beyond its end would kill the process without a word."""
     folder = saved(tmp_path, train_0=9_000, train_1=9_000)
     tokens = Tokens.from_path(folder, "train", block_size=8, vocab_size=65536)
-    with Feed(tokens, lambda step: tokens.in_order(100 * step, 4), [slice(0, 2), slice(2, 4)], range(40)) as feed:
+    with Feed(
+        tokens, lambda step: tokens.in_order(100 * step, 4), [slice(0, 2), slice(2, 4)], range(40)
+    ) as feed:
         assert [part[:, 0].tolist() for part in feed.next()] == [[0, 8], [16, 24]]
         (folder / "train_1.bin").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"train_1\.bin: 0 bytes found, 19024 when the run began; the file was cut"):
+        with pytest.raises(
+            ValueError,
+            match=r"train_1\.bin: 0 bytes found, 19024 when the run began; the file was cut",
+        ):
             [feed.next() for _ in range(39)]
     with pytest.raises(ValueError, match=r"train_1\.bin"):
         tokens.read(np.array([12_000]))
@@ -172,7 +204,8 @@ def test_the_feed_reads_ahead_and_ends() -> None:
         assert "feed" in {thread.name for thread in threading.enumerate()}
     assert asked == list(range(1, len(asked) + 1))
     assert 6 <= len(asked) + 1 <= 12
-    assert "feed" not in {thread.name for thread in threading.enumerate()}  # also with much left to read
+    # also with much left to read
+    assert "feed" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_download_goes_on_where_it_stopped(
@@ -190,18 +223,26 @@ def test_a_download_goes_on_where_it_stopped(
         (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
         return shutil.copy(hub / name, local_dir / name)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: sorted(p.name for p in hub.iterdir()))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "list_repo_files",
+        lambda repo, repo_type: sorted(p.name for p in hub.iterdir()),
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     out = tmp_path / "tokens"
     command = ["org/set", "--out", str(out), "--tokens", "250"]
     assert download_tokens.main(command) == 1
-    assert "set_train_10.npy of org/set cannot be had from the Hub (ConnectionError: no route to host)" in one_line(capsys)
+    assert (
+        "set_train_10.npy of org/set cannot be had from the Hub (ConnectionError: no route to host)"
+        in one_line(capsys)
+    )
+    # by number, and no more than needed
     assert asked == [
         "set_val_0.npy",
         "set_train_0.npy",
         "set_train_2.npy",
         "set_train_10.npy",
-    ]  # by number, and no more than needed
+    ]
     asked.clear()
     broken.clear()
     assert download_tokens.main(command) == 0
@@ -218,7 +259,11 @@ def test_a_download_goes_on_where_it_stopped(
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: names)
     out = tmp_path / "in folders"
     assert download_tokens.main(["org/set", "--out", str(out), "--tokens", "200"]) == 0
-    assert sorted(path.name for path in out.glob("*.bin")) == ["train-0.bin", "train-1.bin", "val-0.bin"]
+    assert sorted(path.name for path in out.glob("*.bin")) == [
+        "train-0.bin",
+        "train-1.bin",
+        "val-0.bin",
+    ]
     (out / "tokens.json").write_text("{")
     assert prepare_data.main([str(hub / "train" / "0.npy"), "--out", str(tmp_path / "x")]) == 2
     assert prepare_data.main([str(hub / "set_train_0.npy"), "--out", str(out)]) == 2
@@ -226,7 +271,9 @@ def test_a_download_goes_on_where_it_stopped(
 
 
 def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each one that is mapped stays open: the soft limit is raised; and where there is no room, the folder is named."""
+    """Each one that is mapped stays open: the soft limit is raised; and where there is no room, the
+    folder is named.
+    """
     for i in range(40):
         write_tokens(tmp_path / f"train_{i}.bin", np.arange(20, dtype=np.uint16))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -246,7 +293,9 @@ def test_too_few_tokens_and_too_small_a_vocabulary_are_refused() -> None:
     pool(9)  # exactly one window
     with pytest.raises(ValueError, match="file1: 8 tokens found, 9 or more wanted"):
         pool(9, 8)
-    with pytest.raises(ValueError, match=r"file0: token 99 found, tokens below 99 wanted.*--vocab-size 100"):
+    with pytest.raises(
+        ValueError, match=r"file0: token 99 found, tokens below 99 wanted.*--vocab-size 100"
+    ):
         pool(100, vocab_size=99)
 
 
@@ -313,7 +362,9 @@ def test_builtin_text_is_split_by_module() -> None:
     assert builtin_text() == (train, validation)
 
 
-def test_prepare_data_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_data_writes_both_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     texts[0].write_bytes(bytes(range(200)))
     texts[1].write_bytes(b"x" * 100)
@@ -328,7 +379,9 @@ def test_prepare_data_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureF
     assert prepare_data.main([*command, "--overwrite"]) == 0
 
 
-def test_prepare_data_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_data_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "a.txt"
     text.write_text("abc")
     for arguments, words in (
@@ -344,7 +397,9 @@ def test_prepare_data_refuses_in_one_line(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "o").exists()
 
 
-def test_gpt2_tokens_without_network(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2_tokens_without_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiktoken = pytest.importorskip("tiktoken")
 
     def unreachable(name: str) -> None:
@@ -367,7 +422,15 @@ def test_gpt2_tokens_open_each_document(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
     text = tmp_path / "a.txt"
     text.write_text("ab cd")
-    arguments = [str(text), "--out", str(tmp_path / "o"), "--tokenizer", "gpt2", "--val-fraction", "0.5"]
+    arguments = [
+        str(text),
+        "--out",
+        str(tmp_path / "o"),
+        "--tokenizer",
+        "gpt2",
+        "--val-fraction",
+        "0.5",
+    ]
     assert prepare_data.main(arguments) == 0
     assert read_tokens(tmp_path / "o" / "train.bin").tolist() == [50256, *b"ab"]
     assert read_tokens(tmp_path / "o" / "val.bin").tolist() == [*b" cd"]

@@ -1,4 +1,6 @@
-"""gpt2.py under DeepSpeed follows the run without it, on other ranks too, under three launchers; and the Trainer's example."""
+"""gpt2.py under DeepSpeed follows the run without it, on other ranks too, under three launchers;
+and the Trainer's example.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,25 @@ import gpt2
 import pytest
 from environment import free_port
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed")
+pytest.importorskip(
+    "deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed"
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 JSONS = ROOT / "launch" / "deepspeed"
 STEPS, HALF = 20, 10
-COMMON = ["--preset", "nano", "--batch-size", "12", "--micro-batch-size", "2", "--block-size", "16", "--eval-every", "0"]
+COMMON = [
+    "--preset",
+    "nano",
+    "--batch-size",
+    "12",
+    "--micro-batch-size",
+    "2",
+    "--block-size",
+    "16",
+    "--eval-every",
+    "0",
+]
 COMMON += ["--device", "cpu", "--threads", "1"]
 RUN = [*COMMON, "--weights", "demo", "--steps", str(STEPS)]
 
@@ -30,17 +45,27 @@ def launch(launcher: list[str], words: list[str], script: str = "gpt2.py") -> st
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [*launcher, str(ROOT / "launch" / script), *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=300)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, errors="replace", timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 def torchrun(num_ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_ranks}",
+    ]
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def worst(folder: Path, other: Path) -> float:
@@ -49,15 +74,20 @@ def worst(folder: Path, other: Path) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(tmp_path: Path, figures: list[str]) -> None:
+def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(
+    tmp_path: Path, figures: list[str]
+) -> None:
     zero, three = tmp_path / "zero", tmp_path / "ds3"
     zero_2 = ["--parallel", "zero2"]
     launch(torchrun(2), [*RUN, *zero_2, "--out", str(zero)])
     stage_3 = ["--deepspeed", str(JSONS / "zero3.json")]
     printed = launch(torchrun(2), [*RUN, *stage_3, "--save-every", str(HALF), "--out", str(three)])
     assert "2 rank(s)" in printed
-    assert "DeepSpeed stage 3 (DeepSpeedZeroOptimizer_Stage3)" in (three / "optimizer.txt").read_text()
-    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
+    assert (
+        "DeepSpeed stage 3 (DeepSpeedZeroOptimizer_Stage3)" in (three / "optimizer.txt").read_text()
+    )
+    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader
+    # cannot see.
     apart = {"stage 3 on 2 ranks": worst(three, zero)}
     assert losses(zero)[-1] < losses(zero)[0] - 0.5  # a curve of learning
     half = ["--resume", str(three / "checkpoints" / f"step-{HALF:08d}")]
@@ -67,18 +97,38 @@ def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(tmp_path: Path, figures
         ("ZeroOptimizer, stage 2, on 2 ranks", 2, zero_2),
     ):
         out = tmp_path / re.sub(r"\W+", "_", name)
-        launch([sys.executable] if num_ranks == 1 else torchrun(num_ranks), [*RUN, *words, *half, "--out", str(out)])
+        launch(
+            [sys.executable] if num_ranks == 1 else torchrun(num_ranks),
+            [*RUN, *words, *half, "--out", str(out)],
+        )
         apart[name] = worst(out, zero)
     assert max(apart.values()) <= 1e-4, apart
     figures += [
-        f"DeepSpeed launch | {name} | {STEPS} steps: {value:.1e} nats from --parallel zero2" for name, value in apart.items()
+        f"DeepSpeed launch | {name} | {STEPS} steps: {value:.1e} nats from --parallel zero2"
+        for name, value in apart.items()
     ]
 
 
 def test_deepspeeds_own_launcher(tmp_path: Path, learned_weights: dict[str, Path]) -> None:
-    words = [*COMMON, "--optimizer", "velo", "--weights", str(learned_weights["velo"]), "--steps", "3"]
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    printed = launch(command, [*words, "--deepspeed", str(JSONS / "zero1.json"), "--out", str(tmp_path / "run")])
+    words = [
+        *COMMON,
+        "--optimizer",
+        "velo",
+        "--weights",
+        str(learned_weights["velo"]),
+        "--steps",
+        "3",
+    ]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    printed = launch(
+        command, [*words, "--deepspeed", str(JSONS / "zero1.json"), "--out", str(tmp_path / "run")]
+    )
     assert "2 rank(s)" in printed
     assert len(losses(tmp_path / "run")) == 3
 
@@ -91,7 +141,14 @@ def test_mpirun_in_bfloat16(tmp_path: Path) -> None:
     command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable]
     if os.geteuid() == 0:
         command.insert(1, "--allow-run-as-root")
-    words = [*RUN[:-1], "3", "--deepspeed", str(JSONS / "zero2_bf16.json"), "--out", str(tmp_path / "run")]
+    words = [
+        *RUN[:-1],
+        "3",
+        "--deepspeed",
+        str(JSONS / "zero2_bf16.json"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert "2 rank(s)" in launch(command, words)
     found = losses(tmp_path / "run")
     assert len(found) == 3
@@ -99,16 +156,26 @@ def test_mpirun_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_the_trainers_example(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers accelerate")
-    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install transformers accelerate")
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install transformers accelerate"
+    )
+    pytest.importorskip(
+        "accelerate", reason="accelerate is not installed: pip install transformers accelerate"
+    )
     config = json.loads((JSONS / "trainer.json").read_text())
     config["zero_optimization"]["stage"] = 3
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps(config))
-    printed = launch(torchrun(2), ["--deepspeed", str(path), "--steps", "10", "--out", str(tmp_path / "out")], "trainer.py")
+    printed = launch(
+        torchrun(2),
+        ["--deepspeed", str(path), "--steps", "10", "--out", str(tmp_path / "out")],
+        "trainer.py",
+    )
     assert "AdafacLO, weights demo" in printed
     assert "gradient_clipping 1 by DeepSpeed, none by pylo_dist" in printed
-    assert re.search(r"transformer\.h\.0\.attn\.c_attn\.weight +\(64, 192\) +0 +6,144 +small_fc", printed)
+    assert re.search(
+        r"transformer\.h\.0\.attn\.c_attn\.weight +\(64, 192\) +0 +6,144 +small_fc", printed
+    )
     found = [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", printed)]
     assert len(found) == 2
     assert found[1] < found[0] < 6.0
@@ -123,8 +190,14 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--deepspeed", str(broken)], "cannot be read"),
         (["--deepspeed", str(tmp_path / "none.json")], "cannot be read"),
         (["--deepspeed", str(JSONS / "zero2.json"), "--optimizer", "adamw"], "adamw is none"),
-        (["--deepspeed", str(JSONS / "zero2.json"), "--parallel", "ddp"], "--parallel ddp came with --deepspeed"),
-        (["--deepspeed", str(JSONS / "zero2.json"), "--dtype", "bfloat16"], '"bf16": {"enabled": true}'),
+        (
+            ["--deepspeed", str(JSONS / "zero2.json"), "--parallel", "ddp"],
+            "--parallel ddp came with --deepspeed",
+        ),
+        (
+            ["--deepspeed", str(JSONS / "zero2.json"), "--dtype", "bfloat16"],
+            '"bf16": {"enabled": true}',
+        ),
     ):
         weights = [] if "adamw" in words else ["--weights", "demo"]
         assert gpt2.main([*COMMON, *weights, *words, "--out", str(tmp_path / "out")]) == 2

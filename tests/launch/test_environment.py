@@ -1,24 +1,32 @@
-"""What started a process is found or refused by name; and under every launcher the same command follows the same curve."""
+"""What started a process is found or refused by name; and under every launcher the same command
+follows the same curve.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import environment
 import gpt2
 import pytest
 from checkpoints import published_in
-from environment import Environment, find, first_host, free_port, is_first_here, rank_named, tasks_per_node
+from environment import (
+    Environment,
+    find,
+    first_host,
+    free_port,
+    is_first_here,
+    rank_named,
+    tasks_per_node,
+)
 from options import WrongInput, parse
+
+from support.launchers import mpirun, wait_for_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -42,34 +50,71 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
 
 def test_what_is_found() -> None:
     alone = Environment("no launcher")
-    assert find({}) == find({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == alone  # a batch script by itself
+    # a batch script by itself
+    assert (
+        find({}) == find({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == alone
+    )
     assert str(alone) == "no launcher: one rank"
     by_torchrun = Environment("torchrun", 1, 4, 1, 2, "node1", 29500)
     # torchrun's ranks may lie under one task of srun, or one process of mpirun, for each machine
-    batch = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    batch = {
+        **STEP,
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "0",
+    }
     assert find(TORCHRUN) == find(TORCHRUN | batch) == by_torchrun
-    assert str(by_torchrun) == "torchrun: rank 1 of 4, 1 of 2 on this machine; they meet at node1:29500"
+    assert (
+        str(by_torchrun)
+        == "torchrun: rank 1 of 4, 1 of 2 on this machine; they meet at node1:29500"
+    )
     # by hand: in a batch script, in a shell of a step of one task, under mpirun -np 1
     by_hand = Environment("RANK and WORLD_SIZE", 1, 4, None, None, "node1", 29500)
     assert str(by_hand) == "RANK and WORLD_SIZE: rank 1 of 4; they meet at node1:29500"
-    for around in ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {"PMI_SIZE": "1"}):
+    for around in (
+        {},
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        {"PMI_SIZE": "1"},
+    ):
         assert find(BY_HAND | around) == by_hand
     assert find({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}).local_rank == 3
     # a script that has set WORLD_SIZE alone, before srun
-    assert find(STEP | {"WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5"}) == Environment("srun", 3, 4, 1, 2, "a", 5)
-    assert find(BY_HAND | {"CROSS_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).launcher == "DeepSpeed's launcher"
+    assert find(STEP | {"WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "5"}) == Environment(
+        "srun", 3, 4, 1, 2, "a", 5
+    )
+    assert (
+        find(BY_HAND | {"CROSS_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).launcher
+        == "DeepSpeed's launcher"
+    )
     assert find({"WORLD_SIZE": "1"}).world_size == 1
     found = find(STEP)
     assert found == Environment("srun", 3, 4, 1, 2, "gpu07", found.port)
-    assert find(STEP | {"SLURM_PROCID": "0"}).port == found.port != find(STEP | {"SLURM_STEP_ID": "2"}).port
+    assert (
+        find(STEP | {"SLURM_PROCID": "0"}).port
+        == found.port
+        != find(STEP | {"SLURM_STEP_ID": "2"}).port
+    )
     given = find(STEP | {"MASTER_ADDR": "a", "MASTER_PORT": "5", "PMI_SIZE": "4", "PMI_RANK": "3"})
     assert (given.launcher, given.address, given.port) == ("srun", "a", 5)
     assert find(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == Environment("srun")
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-    lists = {"gpu[003-010,12],login1": "gpu003", "a1,b2": "a1", "one": "one", "rack2-[7,9]-ib": "rack2-7-ib"}
+    lists = {
+        "gpu[003-010,12],login1": "gpu003",
+        "a1,b2": "a1",
+        "one": "one",
+        "rack2-[7,9]-ib": "rack2-7-ib",
+    }
     lists |= {"rack[0-3]_blade[0-41]": "rack0_blade0", "a[1-2]b[3-4]c,d": "a1b3c"}
     assert {nodes: first_host(nodes) for nodes in lists} == lists
-    places = ({}, BY_HAND, {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, STEP, {"SLURM_PROCID": "1"})
+    places = (
+        {},
+        BY_HAND,
+        {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        STEP,
+        {"SLURM_PROCID": "1"},
+    )
     assert [(rank_named(v), is_first_here(v)) for v in places] == [
         *(("0", True), ("1", True), ("2", False), ("3", False), ("0", True))
     ]
@@ -79,9 +124,15 @@ def test_what_is_found() -> None:
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        (without(BY_HAND, "MASTER_ADDR", "MASTER_PORT"), "WORLD_SIZE is 4 without MASTER_ADDR, MASTER_PORT; start .* torchrun"),
+        (
+            without(BY_HAND, "MASTER_ADDR", "MASTER_PORT"),
+            "WORLD_SIZE is 4 without MASTER_ADDR, MASTER_PORT; start .* torchrun",
+        ),
         (without(BY_HAND, "WORLD_SIZE"), "RANK is 1 without WORLD_SIZE; unset it, or start"),
-        (BY_HAND | {"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4; it must be below. Unset both, or start"),
+        (
+            BY_HAND | {"RANK": "4"},
+            "RANK is 4 and WORLD_SIZE 4; it must be below. Unset both, or start",
+        ),
         ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1 and WORLD_SIZE 1"),
         (BY_HAND | {"RANK": "-1"}, "RANK is -1, 0 or more was wanted"),
         (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', a number was wanted"),
@@ -89,7 +140,10 @@ def test_what_is_found() -> None:
         (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and LOCAL_WORLD_SIZE 2"),
         (BY_HAND | {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, 1 to 65535 was wanted"),
         (STEP | {"MASTER_PORT": "0"}, "MASTER_PORT is 0, 1 to 65535 was wanted"),
-        (STEP | {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 4; .* srun's are taken"),
+        (
+            STEP | {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 4; .* srun's are taken",
+        ),
         (BY_HAND | STEP, "RANK is 1 and SLURM_PROCID 3; unset RANK and WORLD_SIZE"),
         (
             BY_HAND | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
@@ -109,7 +163,9 @@ def test_contradictions_are_refused_by_name(variables: dict[str, str], words: st
 def test_a_contradiction_ends_a_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of each rank that is refused; what is alike on all of a machine, of its first. And the code is handed over."""
+    """Of each rank that is refused; what is alike on all of a machine, of its first. And the code
+    is handed over.
+    """
     contradiction = "WORLD_SIZE is 4 and OMPI_COMM_WORLD_SIZE 2; unset RANK"
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     missing = "WORLD_SIZE is 4 without MASTER_ADDR"
@@ -147,8 +203,14 @@ def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu(BY_HAND | {"RANK": "3"}, 1) == 0  # one GPU in each pod
     assert gpu(BY_HAND | {"RANK": "3"}, 2) == 1
     assert gpu({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}, 8) == 3
-    for variables, count in ((TORCHRUN, 1), (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}, 2)):
-        with pytest.raises(WrongInput, match=rf"ranks on a machine with {count} CUDA device\(s\); start {count} there"):
+    for variables, count in (
+        (TORCHRUN, 1),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}, 2),
+    ):
+        with pytest.raises(
+            WrongInput,
+            match=rf"ranks on a machine with {count} CUDA device\(s\); start {count} there",
+        ):
             gpu(variables, count)
 
 
@@ -156,20 +218,25 @@ def test_mpirun_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # makes the import fail
     with pytest.raises(WrongInput, match=r"OMPI_COMM_WORLD_SIZE is 2, .* pip install mpi4py"):
         find({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+    # Hydra's, under one srun for each machine
     for pmi in (
         {"PMI_SIZE": "8", "PMI_RANK": "3"},
         {"PMI_SIZE": "4", "PMI_RANK": "2"},
-    ):  # Hydra's, under one srun for each machine
-        with pytest.raises(WrongInput, match=rf"PMI_SIZE is {pmi['PMI_SIZE']}, so mpirun has started this"):
+    ):
+        with pytest.raises(
+            WrongInput, match=rf"PMI_SIZE is {pmi['PMI_SIZE']}, so mpirun has started this"
+        ):
             find(STEP | pmi)
 
 
-# ---------------------------------------------------------------------------------------------- real launchers
+# ----------------------------------------------------------------------------------- real launchers
 
 FAKE_SRUN = """#!/usr/bin/env bash
-# Runs a command once for each task of SLURM_NNODES machines, all of them this one, as srun does; and kills them all at SIGTERM.
+# Runs a command once for each task of SLURM_NNODES machines, all of them this one, as srun does;
+# and kills them all at SIGTERM.
 while [[ $1 == -* ]]; do shift; done
-export SLURM_STEP_NUM_TASKS=$SLURM_NNODES SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NNODES)" SLURM_LOCALID=0
+export SLURM_STEP_NUM_TASKS=$SLURM_NNODES SLURM_STEP_ID=0 SLURM_LOCALID=0
+export SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NNODES)"
 export SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST
 pids=()
 for ((node = 0; node < SLURM_NNODES; node++)); do
@@ -199,7 +266,18 @@ case "$1 $2" in
 esac
 """
 STEPS, SHORT = 240, 12
-COMMON = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--eval-every", "0", "--optimizer", "adafaclo"]
+COMMON = [
+    "--preset",
+    "nano",
+    "--block-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--eval-every",
+    "0",
+    "--optimizer",
+    "adafaclo",
+]
 COMMON += ["--weights", "demo", "--device", "cpu", "--threads", "1"]
 
 
@@ -219,7 +297,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, text in (("srun", FAKE_SRUN), ("scancel", FAKE_SCANCEL), ("scontrol", FAKE_SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "12", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
     variables |= {
         "TASKS": str(folder / "tasks"),
         "REQUEUED": str(folder / "requeued"),
@@ -243,46 +326,56 @@ def started(command: list[str], variables: dict[str, str]) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group that can get a signal
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a job in the background ignores
+        # which a job in the background ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 def finished(processes: list[subprocess.Popen[str]]) -> str:
     """What processes that must end well have written to stderr."""
     said = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)[-6000:]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)[
+        -6000:
+    ]
     return "".join(said)
 
 
 def check_curve(out: Path, wanted: list[float], steps: int) -> None:
     found = losses(out)
     assert len(found) == steps
-    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
+    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader
+    # cannot see.
     assert max(abs(a - b) for a, b in zip(found, wanted[:steps], strict=True)) <= 1e-4
     assert found[-1] < found[0] - 0.2  # a curve of learning
-
-
-def mpirun(ranks: int) -> list[str]:
-    """The words that start them. Skips where this machine has no MPI; fails where tests/run.sh could have set it up."""
-    if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
-        reason = "no mpirun, or no mpi4py: launch/system.sh, launch/setup.sh launch,dev,mpi"
-        if shutil.which("mpirun") is not None and "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--oversubscribe", "-np", str(ranks)]
 
 
 def test_mpirun_follows_one_process(plain: list[float], tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finished(
-        [started([*mpirun(2), sys.executable, "launch/gpt2.py", *COMMON, "--steps", str(SHORT), "--out", str(out)], {})]
+        [
+            started(
+                [
+                    *mpirun(2),
+                    sys.executable,
+                    "launch/gpt2.py",
+                    *COMMON,
+                    "--steps",
+                    str(SHORT),
+                    "--out",
+                    str(out),
+                ],
+                {},
+            )
+        ]
     )
     assert "gpt2.py: mpirun: rank 0 of 2, 0 of 2 on this machine; they meet at 127.0.0.1:" in said
     assert said.count("gpt2.py:") == 1  # rank 0 alone
     check_curve(out, plain, SHORT)
 
 
-def test_srun_follows_one_process(plain: list[float], slurm: dict[str, str], tmp_path: Path) -> None:
+def test_srun_follows_one_process(
+    plain: list[float], slurm: dict[str, str], tmp_path: Path
+) -> None:
     direct = {**slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common = [*COMMON, "--steps", str(SHORT), "--out", str(tmp_path / "run")]
     said = finished([started(["srun", sys.executable, "launch/gpt2.py", *common], direct)])
@@ -293,23 +386,40 @@ def test_srun_follows_one_process(plain: list[float], slurm: dict[str, str], tmp
 def test_a_job_on_one_machine_starts_its_ranks(slurm: dict[str, str], tmp_path: Path) -> None:
     """With a program in Python's place: the ranks of torchrun have their test below."""
     stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/sh\ncase $1 in *options.py) exec {sys.executable} "$@" ;; esac\necho "$*" >"$CALLED"\n')
+    stub.write_text(
+        f'#!/bin/sh\ncase $1 in *options.py) exec {sys.executable} "$@" ;; esac\necho "$*" '
+        '>"$CALLED"\n'
+    )
     stub.chmod(0o755)
     variables = {**slurm, "PYTHON": str(stub), "CALLED": str(tmp_path / "called")}
     command = ["launch/slurm/one_node.sbatch", "--out", "x", "--save-every=5"]
     said = finished([started(command, {**variables, "RANKS_PER_NODE": "3"})])
     assert "resume_loop.sh: done after 1 attempt(s)" in said
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=3"
-    assert (tmp_path / "called").read_text() == f"{torchrun} launch/gpt2.py --out x --save-every=5 --resume auto\n"
+    assert (
+        tmp_path / "called"
+    ).read_text() == f"{torchrun} launch/gpt2.py --out x --save-every=5 --resume auto\n"
 
 
-def test_two_agents_of_torchrun_follow_one_process(plain: list[float], slurm: dict[str, str], tmp_path: Path) -> None:
-    """torchrun --nnodes=2, by nodes.sbatch; which is interrupted first, saves, goes back into the queue and is started again.
+def test_two_agents_of_torchrun_follow_one_process(
+    plain: list[float], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    """torchrun --nnodes=2, by nodes.sbatch; which is interrupted first, saves, goes back into the
+    queue and is started again.
 
     By Ctrl-C, which the whole group gets: SIGTERM to the script alone is less.
     """
     out = tmp_path / "run"
-    command = ["launch/slurm/nodes.sbatch", *COMMON, "--steps", str(STEPS), "--save-every", "1000", "--out", str(out)]
+    command = [
+        "launch/slurm/nodes.sbatch",
+        *COMMON,
+        "--steps",
+        str(STEPS),
+        "--save-every",
+        "1000",
+        "--out",
+        str(out),
+    ]
     process = started(command, {**slurm, "PORT": str(free_port())})
     try:
         wait_for_rows(out, 3)
@@ -326,16 +436,3 @@ def test_two_agents_of_torchrun_follow_one_process(plain: list[float], slurm: di
     assert "gpt2.py: torchrun: rank 0 of 2, 0 of 1 on this machine; they meet at 127.0.0.1:" in said
     assert f"goes on after step {step} from" in said
     check_curve(out, plain, STEPS)
-
-
-def wait_for_rows(out: Path, count: int) -> None:
-    path = out / "metrics.jsonl"
-    wait_for(lambda: path.is_file() and path.read_text().count("\n") >= count)
-
-
-def wait_for(holds: Callable[[], bool], limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not so after {limit_s} s")
-        time.sleep(0.02)

@@ -16,7 +16,18 @@ from options import DEFAULTS, command_for_more_ranks, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "gpt2.py"
-SMALL = ["--preset", "nano", "--optimizer", "adamw", "--threads", "1", "--device", "cpu", "--batch-size", "8"]
+SMALL = [
+    "--preset",
+    "nano",
+    "--optimizer",
+    "adamw",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "8",
+]
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -24,10 +35,22 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tokens_folder: Path) -> tuple[Path, list[str]]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tokens_folder: Path
+) -> tuple[Path, list[str]]:
     """The folder and the command of one finished run."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    command = [*SMALL, "--data", str(tokens_folder), "--steps", "60", "--eval-every", "25", "--lr", "3e-3"]
+    command = [
+        *SMALL,
+        "--data",
+        str(tokens_folder),
+        "--steps",
+        "60",
+        "--eval-every",
+        "25",
+        "--lr",
+        "3e-3",
+    ]
     command += ["--out", str(out), "--tensorboard", "--schedule", "cosine", "--warmup", "5"]
     assert gpt2.main(command) == 0
     return out, command
@@ -42,7 +65,14 @@ def test_a_run_learns_and_says_so(trained: tuple[Path, list[str]]) -> None:
     # The words alone, drawn evenly, cost ln 6 nats per 4.2 bytes; letter frequencies cost 2.1.
     assert rows[-1]["val_loss"] < 2.0
     for row in rows:
-        assert set(row) - {"val_loss"} == {"step", "loss", "tokens_per_s", "step_ms", "optimizer_ms", "lr"}
+        assert set(row) - {"val_loss"} == {
+            "step",
+            "loss",
+            "tokens_per_s",
+            "step_ms",
+            "optimizer_ms",
+            "lr",
+        }
         assert 0 < row["optimizer_ms"] < row["step_ms"]
         assert row["tokens_per_s"] == pytest.approx(8 * 64 / row["step_ms"] * 1e3)
     assert [row["lr"] for row in rows[:5]] == pytest.approx([3e-3 * n / 5 for n in range(1, 6)])
@@ -54,7 +84,11 @@ def test_a_run_leaves_its_files(trained: tuple[Path, list[str]]) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["command"] == command
     assert (config["world_size"], config["batch_size"], config["accumulation"]) == (1, 8, 1)
-    assert (config["num_parameters"], config["weights"], config["block_size"]) == (120_576, None, 64)
+    assert (config["num_parameters"], config["weights"], config["block_size"]) == (
+        120_576,
+        None,
+        64,
+    )
     assert set(config["versions"]) == {"python", "torch", "numpy", "pylo_dist"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "sample.txt").read_bytes()) > 100
@@ -67,7 +101,9 @@ def test_the_same_command_gives_the_same_losses(
     out, command = trained
     again = [word.replace(str(out), str(tmp_path / "again")) for word in command]
     assert gpt2.main(again) == 0
-    assert [row["loss"] for row in rows_of(tmp_path / "again")] == [row["loss"] for row in rows_of(out)]
+    assert [row["loss"] for row in rows_of(tmp_path / "again")] == [
+        row["loss"] for row in rows_of(out)
+    ]
     told = capsys.readouterr()
     assert "torchrun --nproc_per_node=2" in told.out
     assert "nats per byte" in told.out
@@ -76,7 +112,17 @@ def test_the_same_command_gives_the_same_losses(
 
 def curve(out: Path, tokens: Path, *extra: str) -> list[float]:
     """The training losses of 12 steps, and the validation loss at their end."""
-    command = [*SMALL, "--data", str(tokens), "--steps", "12", "--eval-every", "12", "--out", str(out)]
+    command = [
+        *SMALL,
+        "--data",
+        str(tokens),
+        "--steps",
+        "12",
+        "--eval-every",
+        "12",
+        "--out",
+        str(out),
+    ]
     assert gpt2.main([*command, *extra]) == 0
     rows = rows_of(out)
     return [*(row["loss"] for row in rows), rows[-1]["val_loss"]]
@@ -86,7 +132,8 @@ def test_accumulation_keeps_the_curve(tokens_folder: Path, tmp_path: Path) -> No
     whole = curve(tmp_path / "1", tokens_folder)
     in_four = curve(tmp_path / "4", tokens_folder, "--micro-batch-size", "2")
     assert json.loads((tmp_path / "4" / "config.json").read_text())["accumulation"] == 4
-    # Float32 sums in another order: 2**-24 of each gradient, which Adam's division can raise a thousandfold.
+    # Float32 sums in another order: 2**-24 of each gradient, which Adam's division can raise a
+    # thousandfold.
     assert in_four == pytest.approx(whole, rel=0, abs=1e-4)
 
 
@@ -101,7 +148,8 @@ def test_bfloat16_stays_near_the_curve(tokens_folder: Path, tmp_path: Path) -> N
 def test_split_qkv_learns_alike(tokens_folder: Path, tmp_path: Path) -> None:
     fused = curve(tmp_path / "fused", tokens_folder)
     split = curve(tmp_path / "split", tokens_folder, "--qkv", "split")
-    # The same function of weights that may be drawn in another order: the same course, give or take the draw.
+    # The same function of weights that may be drawn in another order: the same course, give or take
+    # the draw.
     assert split == pytest.approx(fused, rel=0, abs=0.2)
     assert json.loads((tmp_path / "split" / "config.json").read_text())["qkv"] == "split"
 
@@ -113,7 +161,9 @@ def test_builtin_text_is_the_default(tmp_path: Path) -> None:
     assert all(3 < row["loss"] < 7 for row in rows_of(tmp_path / "run"))
 
 
-def bad_inputs(tokens: Path, weights: dict[str, Path], tmp: Path) -> dict[str, tuple[list[str], str]]:
+def bad_inputs(
+    tokens: Path, weights: dict[str, Path], tmp: Path
+) -> dict[str, tuple[list[str], str]]:
     """Arguments and the words that the message must hold."""
     (tmp / "corrupt.bin").write_bytes((tokens / "train.bin").read_bytes()[:-2])
     (tmp / "used").mkdir()
@@ -126,7 +176,10 @@ def bad_inputs(tokens: Path, weights: dict[str, Path], tmp: Path) -> dict[str, t
         "missing data": (["--data", str(tmp / "gone.bin"), "--eval-every", "0"], "no such file"),
         "missing folder": (["--data", str(tmp / "gone")], "no such file"),
         "empty folder": (["--data", str(tmp / "empty")], "no *train*.bin"),
-        "corrupt data": (["--data", str(tmp / "corrupt.bin"), "--eval-every", "0"], "it is cut or damaged"),
+        "corrupt data": (
+            ["--data", str(tmp / "corrupt.bin"), "--eval-every", "0"],
+            "it is cut or damaged",
+        ),
         "no validation": (one_file, "pass --val-data"),
         "validation alone": (["--val-data", str(tokens)], "without --data"),
         "block size": ([*data, "--block-size", "65"], "above the 64 positions of preset nano"),
@@ -141,10 +194,22 @@ def bad_inputs(tokens: Path, weights: dict[str, Path], tmp: Path) -> dict[str, t
         "no number": ([*data, "--steps", "ten"], "--steps"),
         "unknown flag": ([*data, "--stepz", "3"], "--stepz"),
         "weights of adamw": ([*data, "--weights", "demo"], "adamw"),
-        "demo of velo": ([*data, "--optimizer", "velo", "--weights", "demo"], "there are no demo weights for velo"),
-        "weights of another": ([*data, "--optimizer", "celo2", "--weights", str(weights["velo"])], "do not fit celo2"),
-        "plan of adamw": ([*data, "--num-steps", "9"], "--num-steps is for --optimizer velo and means nothing to adamw"),
-        "plan of mulo": ([*data, "--optimizer", "mulo", "--num-steps", "9"], "--num-steps is for --optimizer velo"),
+        "demo of velo": (
+            [*data, "--optimizer", "velo", "--weights", "demo"],
+            "there are no demo weights for velo",
+        ),
+        "weights of another": (
+            [*data, "--optimizer", "celo2", "--weights", str(weights["velo"])],
+            "do not fit celo2",
+        ),
+        "plan of adamw": (
+            [*data, "--num-steps", "9"],
+            "--num-steps is for --optimizer velo and means nothing to adamw",
+        ),
+        "plan of mulo": (
+            [*data, "--optimizer", "mulo", "--num-steps", "9"],
+            "--num-steps is for --optimizer velo",
+        ),
         "plan of one step": ([*data, "--optimizer", "velo", "--steps", "1"], "pass --num-steps"),
         "mup of adafaclo": (
             [*data, "--optimizer", "adafaclo", "--mup-base-width", "32"],
@@ -154,18 +219,35 @@ def bad_inputs(tokens: Path, weights: dict[str, Path], tmp: Path) -> dict[str, t
             [*data, "--optimizer", "mulo", "--mup-base-heads", "2"],
             "--mup-base-heads 2 came without --mup-base-width",
         ),
-        "mup width": ([*data, "--optimizer", "mulo", "--mup-base-width", "30"], "--mup-base-width 30 is not a multiple"),
+        "mup width": (
+            [*data, "--optimizer", "mulo", "--mup-base-width", "30"],
+            "--mup-base-width 30 is not a multiple",
+        ),
         "width": ([*data, "--n-embd", "65"], "--n-embd 65 is not a multiple of --n-head 4"),
         "clip above velo's": (
-            [*data, "--optimizer", "velo", "--weights", str(weights["velo"]), "--max-grad-norm", "2000"],
+            [
+                *data,
+                "--optimizer",
+                "velo",
+                "--weights",
+                str(weights["velo"]),
+                "--max-grad-norm",
+                "2000",
+            ],
             "max_grad_norm=2000.0: wanted at most 1000",
         ),
-        "weights": ([*data, "--optimizer", "adafaclo", "--weights", str(tmp / "no")], str(tmp / "no")),
+        "weights": (
+            [*data, "--optimizer", "adafaclo", "--weights", str(tmp / "no")],
+            str(tmp / "no"),
+        ),
     }
 
 
 def test_bad_input_is_one_line_and_code_2(
-    tokens_folder: Path, learned_weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokens_folder: Path,
+    learned_weights: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, (arguments, words) in bad_inputs(tokens_folder, learned_weights, tmp_path).items():
         # argparse keeps the last of a repeated flag, so a case may override the shared ones
@@ -199,14 +281,27 @@ def test_overwrite_replaces_a_run_and_nothing_else(tokens_folder: Path, tmp_path
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "metrics.jsonl").write_text("old\n" * 9)
-    command = [*SMALL, "--data", str(tokens_folder), "--steps", "2", "--eval-every", "0", "--out", str(out)]
+    command = [
+        *SMALL,
+        "--data",
+        str(tokens_folder),
+        "--steps",
+        "2",
+        "--eval-every",
+        "0",
+        "--out",
+        str(out),
+    ]
     assert gpt2.main([*command, "--overwrite"]) == 0
     assert len(rows_of(out)) == 2
     assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_a_terminal_gets_one_redrawn_line(
-    tokens_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tokens_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     curve(tmp_path / "o", tokens_folder)
@@ -214,18 +309,34 @@ def test_a_terminal_gets_one_redrawn_line(
     assert err.startswith("gpt2.py: no launcher: one rank.\n")
     assert err.count("\n") == 2  # that, and tqdm's own at the end
     last = err.strip().split("\r")[-1]
-    assert all(word in last for word in ("12/12", "loss", "val", "tokens/s", "ms/step", "optimizer")), last
+    assert all(
+        word in last for word in ("12/12", "loss", "val", "tokens/s", "ms/step", "optimizer")
+    ), last
 
 
-def test_a_diverged_run_stops_with_code_3(tokens_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*SMALL, "--data", str(tokens_folder), "--steps", "40", "--eval-every", "0", "--lr", "1e30"]
+def test_a_diverged_run_stops_with_code_3(
+    tokens_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        *SMALL,
+        "--data",
+        str(tokens_folder),
+        "--steps",
+        "40",
+        "--eval-every",
+        "0",
+        "--lr",
+        "1e30",
+    ]
     assert gpt2.main([*command, "--out", str(tmp_path / "o")]) == 3
     assert "the loss is nan at step" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "o")) < 40
 
 
 def start_ranks(arguments: list[str], world_size: int) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each rank, started as torchrun would but without it between."""
+    """(exit code, stdout, stderr) of each rank, started as torchrun would but without it
+    between.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -265,7 +376,10 @@ def test_bad_input_ends_every_rank(case: str, tokens_folder: Path, tmp_path: Pat
     extra, words = {
         "batch": (["--batch-size", "7"], "use a multiple of 2, such as 6 or 8"),
         "used folder on rank 0": (["--out", str(tmp_path / "used")], "--overwrite"),
-        "corrupt data": (["--data", str(tmp_path / "corrupt.bin"), "--eval-every", "0"], "3 bytes found"),
+        "corrupt data": (
+            ["--data", str(tmp_path / "corrupt.bin"), "--eval-every", "0"],
+            "3 bytes found",
+        ),
     }[case]
     arguments = [*SMALL, "--data", str(tokens_folder), "--out", str(tmp_path / "out"), *extra]
     (code0, _, err0), (code1, _, err1) = start_ranks(arguments, world_size=2)
@@ -287,7 +401,18 @@ def test_defaults_fit_their_presets() -> None:
 
 
 def test_the_command_for_more_ranks_drops_what_belongs_to_this_run() -> None:
-    argv = ["--preset", "nano", "--out", "x", "--overwrite", "--micro-batch-size=12", "--resume", "auto", "--batch-size", "12"]
+    argv = [
+        "--preset",
+        "nano",
+        "--out",
+        "x",
+        "--overwrite",
+        "--micro-batch-size=12",
+        "--resume",
+        "auto",
+        "--batch-size",
+        "12",
+    ]
     told = command_for_more_ranks(argv, parse(argv).plan(1))
     assert told.startswith("torchrun --nproc_per_node=2 ")
     assert told.endswith("gpt2.py --preset nano --batch-size 12")

@@ -71,13 +71,16 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
 
 def test_initialisation_follows_the_seed_and_gpt2() -> None:
     model, again, other = build(NANO, seed=3), build(NANO, seed=3), build(NANO, seed=4)
-    for (name, a), b, c in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        model.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
         assert a.ndim == 1 or not torch.equal(a, c), name
     layer = model.blocks[0]
     # The standard deviation of n draws is known to 1 / sqrt(2 n): 1 % and less here.
     assert layer.mlp.fc.weight.std().item() == pytest.approx(NANO.init_std, rel=0.05)
-    assert layer.mlp.proj.weight.std().item() == pytest.approx(NANO.init_std / 2, rel=0.05)  # sqrt(2 * 2 layers)
+    # sqrt(2 * 2 layers)
+    assert layer.mlp.proj.weight.std().item() == pytest.approx(NANO.init_std / 2, rel=0.05)
     assert not layer.mlp.fc.bias.any()
     assert (layer.norm1.weight == 1).all()
 

@@ -37,7 +37,11 @@ BY_HAND: dict[str, tuple[type[pylo_dist.LearnedOptimizer], dict[str, Any], list[
     "adafaclo": (pylo_dist.AdafacLO, {}, []),
     "mulo": (
         pylo_dist.MuLO,
-        {"width_mults": {f"blocks.{layer}.{name}": 2.0 for layer in range(NANO.n_layer) for name in HIDDEN}},
+        {
+            "width_mults": {
+                f"blocks.{layer}.{name}": 2.0 for layer in range(NANO.n_layer) for name in HIDDEN
+            }
+        },
         ["--mup-base-width", "32"],
     ),
     "velo": (pylo_dist.VeLO, {"num_steps": 3}, []),
@@ -70,10 +74,32 @@ def test_a_run_is_that_of_the_class_by_hand(
     name: str, learned_weights: dict[str, Path], tokens_folder: Path, tmp_path: Path
 ) -> None:
     weights, flags = learned_weights[name], BY_HAND[name][2]
-    command = [*SMALL, "--optimizer", name, "--weights", str(weights), "--data", str(tokens_folder), *flags]
-    command += ["--steps", "3", "--warmup", "2", "--schedule", "cosine", "--eval-every", "0", "--out", str(tmp_path / "o")]
+    command = [
+        *SMALL,
+        "--optimizer",
+        name,
+        "--weights",
+        str(weights),
+        "--data",
+        str(tokens_folder),
+        *flags,
+    ]
+    command += [
+        "--steps",
+        "3",
+        "--warmup",
+        "2",
+        "--schedule",
+        "cosine",
+        "--eval-every",
+        "0",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert gpt2.main(command) == 0
-    rows = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()
+    ]
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     base_lr = defaults_of(BY_HAND[name][0])["lr"]
     assert [row["lr"] for row in rows] == pytest.approx([0.5 * base_lr, base_lr, 0.1 * base_lr])
@@ -87,7 +113,9 @@ def test_a_run_is_that_of_the_class_by_hand(
     assert report[0].startswith(f"{BY_HAND[name][0].__name__}, weights ")
     by_adamw = {line.split()[0] for line in report if "adamw" in line.split()}
     vectors = {n for n, p in build(NANO, seed=0).named_parameters() if p.ndim < 2}
-    assert by_adamw == ({"tokens.weight", "positions.weight", *vectors} if "celo2" in name else set())
+    assert by_adamw == (
+        {"tokens.weight", "positions.weight", *vectors} if "celo2" in name else set()
+    )
 
 
 def learner(name: str, weights: dict[str, Path], *flags: str) -> gpt2.Learner:
@@ -109,9 +137,12 @@ def matrix_after_a_step(name: str, weights: dict[str, Path], *flags: str) -> nn.
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_is_decoupled(name: str, learned_weights: dict[str, Path]) -> None:
     flags = ["--lr", "0.01", "--weight-decay"]
-    free, pulled = (matrix_after_a_step(name, learned_weights, *flags, decay) for decay in ("0", "0.5"))
+    free, pulled = (
+        matrix_after_a_step(name, learned_weights, *flags, decay) for decay in ("0", "0.5")
+    )
     before = build(NANO, seed=0).blocks[0].mlp.fc.weight
-    # p - lr decay p, of the matrix before the step or after it; both are within the step of each other
+    # p - lr decay p, of the matrix before the step or after it; both are within the step of each
+    # other
     step = float((free - before).abs().max().detach())
     assert step > 0
     torch.testing.assert_close(free - pulled, 0.01 * 0.5 * before, rtol=0, atol=0.005 * step + 1e-7)
@@ -119,7 +150,9 @@ def test_weight_decay_is_decoupled(name: str, learned_weights: dict[str, Path]) 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_flag_bounds_the_gradient(name: str, learned_weights: dict[str, Path]) -> None:
-    """A bound below the norm is a smaller gradient, and the state shows it; one above the norm is none."""
+    """A bound below the norm is a smaller gradient, and the state shows it; one above the norm is
+    none.
+    """
     key = "exp_avg" if name == "adamw" else "momentum"
     moments = []
     for flags in ([], ["--max-grad-norm", "1000"], ["--max-grad-norm", "0.5"]):
@@ -232,11 +265,22 @@ def test_mistakes_of_plugins_are_one_line(words: list[str], said: str, tmp_path:
 
 
 def defaults_of(optimizer_class: type) -> dict[str, Any]:
-    """Keyword arguments of a class's constructor and of those it hands them on to, with their defaults."""
-    faces = [c for c in reversed(optimizer_class.__mro__) if issubclass(c, pylo_dist.LearnedOptimizer)]
-    return {key: p.default for c in faces for key, p in inspect.signature(c.__init__).parameters.items()}
+    """Keyword arguments of a class's constructor and of those it hands them on to, with their
+    defaults.
+    """
+    faces = [
+        c for c in reversed(optimizer_class.__mro__) if issubclass(c, pylo_dist.LearnedOptimizer)
+    ]
+    return {
+        key: p.default for c in faces for key, p in inspect.signature(c.__init__).parameters.items()
+    }
 
 
 def test_velo_may_plan_for_a_longer_run() -> None:
     assert parse(["--optimizer", "velo", "--steps", "30"]).learned_arguments()["num_steps"] == 30
-    assert parse(["--optimizer", "velo", "--steps", "1", "--num-steps", "900"]).learned_arguments()["num_steps"] == 900
+    assert (
+        parse(["--optimizer", "velo", "--steps", "1", "--num-steps", "900"]).learned_arguments()[
+            "num_steps"
+        ]
+        == 900
+    )

@@ -1,4 +1,6 @@
-"""`--parallel`: every layout follows the curve of one rank, and wrong meshes are refused in one line."""
+"""`--parallel`: every layout follows the curve of one rank, and wrong meshes are refused in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,29 @@ import gpt2
 import parallel
 import pytest
 import torch
-from collectives import Collectives
 from environment import Environment
-from layouts import differing, flat_state
 from options import WrongInput, parse
-from ranks import run_ranks
 from watch import Row, rows_until
 
 import pylo_dist
+from support.collectives import Collectives
+from support.layouts import differing, flat_state
+from support.ranks import run_ranks
 
-FLAGS = ["--preset", "nano", "--batch-size", "4", "--block-size", "32", "--device", "cpu", "--qkv", "split", "--eval-every", "0"]
+FLAGS = [
+    "--preset",
+    "nano",
+    "--batch-size",
+    "4",
+    "--block-size",
+    "32",
+    "--device",
+    "cpu",
+    "--qkv",
+    "split",
+    "--eval-every",
+    "0",
+]
 TINY = [*FLAGS, "--n-embd", "32", "--n-head", "2", "--block-size", "16", "--micro-batch-size", "1"]
 VELO = ["--optimizer", "velo", "--max-grad-norm", "1"]
 ADAMW = ["--optimizer", "adamw", "--max-grad-norm", "0.5"]
@@ -42,7 +57,9 @@ class Rows:
         self.rows.append(row)
 
 
-def losses(rank: int, world: int, command: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def losses(
+    rank: int, world: int, command: list[str]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Of the launcher's own loop: the loss of every step, and the whole model behind the last."""
     options = parse(command)
     place = gpt2.Place(rank, world, torch.device("cpu"))
@@ -51,7 +68,9 @@ def losses(rank: int, world: int, command: list[str]) -> tuple[list[float], dict
     plan = options.plan(parallel.data_ranks(options, world))
     gpt2.train(learner, gpt2.open_data(options, place), options, place, plan, rows)
     model = parallel.whole_model(learner.model, options, place.device)
-    return [row.loss for row in rows.rows], {name: p.detach().clone() for name, p in model.named_parameters()}
+    return [row.loss for row in rows.rows], {
+        name: p.detach().clone() for name, p in model.named_parameters()
+    }
 
 
 def sent(rank: int, world: int, command: list[str]) -> dict[str, int]:
@@ -65,11 +84,15 @@ Run = dict[str, Any]
 
 
 def one_run(rank: int, world: int, command: list[str]) -> Run:
-    """The launcher from its command line to the end: whole state and model as training begins and as it ends, and the losses."""
+    """The launcher from its command line to the end: whole state and model as training begins and
+    as it ends, and the losses.
+    """
     found: Run = {}
     train = gpt2.train
 
-    def observed(learner: Any, data: Any, options: Any, place: Any, *args: Any, **kwargs: Any) -> None:
+    def observed(
+        learner: Any, data: Any, options: Any, place: Any, *args: Any, **kwargs: Any
+    ) -> None:
         def everything() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             model = parallel.whole_model(learner.model, options, place.device)
             state = pylo_dist.full_state_dict(learner.optimizer, rank0_only=False)
@@ -83,7 +106,13 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
     place = gpt2.Place(rank, world, torch.device("cpu"))
     gpt2.train = observed
     try:
-        gpt2.run(command, options, place, options.plan(parallel.data_ranks(options, world)), Environment("a test"))
+        gpt2.run(
+            command,
+            options,
+            place,
+            options.plan(parallel.data_ranks(options, world)),
+            Environment("a test"),
+        )
     finally:
         gpt2.train = train
     return found
@@ -92,17 +121,30 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
 def four_ranks(rank: int, world: int, data: list[str], velo: list[str], out: str) -> Run:
     """On four ranks; AdafacLO for 50 steps, others for fewer."""
     fifty = [*TINY, *ADAFAC, *data, "--steps", "50"]
-    runs = {f"{name} adafac": losses(rank, world, [*fifty, *LAYOUTS[name]]) for name in ("fsdp2", "hsdp")}
+    runs = {
+        f"{name} adafac": losses(rank, world, [*fifty, *LAYOUTS[name]])
+        for name in ("fsdp2", "hsdp")
+    }
     few = [*FLAGS, *data, "--steps", "6"]
-    runs |= {f"{name} velo": losses(rank, world, [*few, *VELO, *velo, *LAYOUTS[name]]) for name in ("tp", "ddp", "hsdp")}
-    runs |= {f"{name} adamw": losses(rank, world, [*few, *ADAMW, *LAYOUTS[name]]) for name in ("hsdp", "tp")}
+    runs |= {
+        f"{name} velo": losses(rank, world, [*few, *VELO, *velo, *LAYOUTS[name]])
+        for name in ("tp", "ddp", "hsdp")
+    }
+    runs |= {
+        f"{name} adamw": losses(rank, world, [*few, *ADAMW, *LAYOUTS[name]])
+        for name in ("hsdp", "tp")
+    }
     batches = [*TINY, *ADAFAC, *data, "--steps", "2", "--batch-size", "16"]
     accumulated = {}
     for name in ("fsdp2", "hsdp", "ddp", "zero1"):
-        by_size = {size: [*batches, *LAYOUTS[name], "--micro-batch-size", size] for size in ("1", "4")}
+        by_size = {
+            size: [*batches, *LAYOUTS[name], "--micro-batch-size", size] for size in ("1", "4")
+        }
         accumulated[name] = {size: sent(rank, world, command) for size, command in by_size.items()}
         runs[f"{name} accumulated"] = losses(rank, world, by_size["1"])
-    saved = one_run(rank, world, [*resumed(data), *LAYOUTS["fsdp2"], "--steps", "4", "--out", f"{out}/four"])
+    saved = one_run(
+        rank, world, [*resumed(data), *LAYOUTS["fsdp2"], "--steps", "4", "--out", f"{out}/four"]
+    )
     return {"runs": runs, "accumulated": accumulated, "saved": saved}
 
 
@@ -129,9 +171,12 @@ def test_every_layout_follows_one_rank(
             wanted, whole = one[name.split()[1]]
             assert len(curve) == len(wanted)
             worst[name] = max(abs(a - b) for a, b in zip(curve, wanted, strict=True))
-            assert worst[name] <= 1e-4, name  # sums over ranks round in another order; of a loss a reader cannot see it
+            # sums over ranks round in another order; of a loss a reader cannot see it
+            assert worst[name] <= 1e-4, name
             assert model.keys() == whole.keys()
-            assert all(torch.equal(p, ranks[0]["runs"][name][1][key]) for key, p in model.items()), name
+            assert all(
+                torch.equal(p, ranks[0]["runs"][name][1][key]) for key, p in model.items()
+            ), name
     assert len(one["adafac"][0]) == 50
     assert one["adafac"][0][-1] < one["adafac"][0][0] - 0.5
     assert one["adamw"][0][-1] < one["adamw"][0][0] - 0.1
@@ -144,9 +189,23 @@ def test_every_layout_follows_one_rank(
     # saved under FSDP2 on four ranks, gone on under ZeRO-2 on two, then on one
     command = resumed(data)
     two = run_ranks(
-        2, one_run, [*command, "--parallel", "zero2", "--steps", "8", "--out", f"{tmp_path}/two", "--resume", f"{tmp_path}/four"]
+        2,
+        one_run,
+        [
+            *command,
+            "--parallel",
+            "zero2",
+            "--steps",
+            "8",
+            "--out",
+            f"{tmp_path}/two",
+            "--resume",
+            f"{tmp_path}/four",
+        ],
     )
-    last = one_run(0, 1, [*command, "--steps", "12", "--out", f"{tmp_path}/one", "--resume", f"{tmp_path}/two"])
+    last = one_run(
+        0, 1, [*command, "--steps", "12", "--out", f"{tmp_path}/one", "--resume", f"{tmp_path}/two"]
+    )
     straight = losses(0, 1, [*TINY, *ADAFAC, *data, "--steps", "12"])[0]
     for before, after in ((ranks[0]["saved"], two[0]), (ranks[3]["saved"], two[1]), (two[0], last)):
         (state, model), (found, found_model) = before["ends"], after["begins"]

@@ -1,4 +1,6 @@
-"""A run under torchrun follows the curve of a run on one process, and its replicated state is the same on every rank."""
+"""A run under torchrun follows the curve of a run on one process, and its replicated state is the
+same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from options import WrongInput, parse
-from ranks import run_ranks
+
+from support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ["--preset", "nano", "--batch-size", "12", "--device", "cpu", "--threads", "1"]
@@ -24,7 +27,13 @@ SHARED = ["--preset", "nano", "--batch-size", "12", "--device", "cpu", "--thread
 
 def curves(command: list[str], num_ranks: int, folder: Path) -> dict[int, list[float]]:
     """Training and validation losses of a run in this process, and of the same under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", str(ROOT / "launch" / "gpt2.py")]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_ranks}",
+        str(ROOT / "launch" / "gpt2.py"),
+    ]
     assert gpt2.main([*command, "--out", str(folder / "1")]) == 0
     done = subprocess.run(
         [sys.executable, *torchrun, *command, "--out", str(folder / str(num_ranks))],
@@ -36,29 +45,51 @@ def curves(command: list[str], num_ranks: int, folder: Path) -> dict[int, list[f
     assert done.returncode == 0, done.stderr
     found = {}
     for ranks in (1, num_ranks):
-        rows = [json.loads(line) for line in (folder / str(ranks) / "metrics.jsonl").read_text().splitlines()]
-        found[ranks] = [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
+        rows = [
+            json.loads(line)
+            for line in (folder / str(ranks) / "metrics.jsonl").read_text().splitlines()
+        ]
+        found[ranks] = [row["loss"] for row in rows] + [
+            row["val_loss"] for row in rows if "val_loss" in row
+        ]
     return found
 
 
 @pytest.mark.parametrize(
     ("optimizer", "steps"),
-    [(["--optimizer", "adafaclo", "--weights", "demo"], 50), (["--optimizer", "adamw", "--max-grad-norm", "0.5"], 20)],
+    [
+        (["--optimizer", "adafaclo", "--weights", "demo"], 50),
+        (["--optimizer", "adamw", "--max-grad-norm", "0.5"], 20),
+    ],
     ids=["adafaclo", "adamw"],
 )
-def test_three_ranks_follow_one(optimizer: list[str], steps: int, tokens_folder: Path, tmp_path: Path) -> None:
-    command = [*SHARED, *optimizer, "--steps", str(steps), "--eval-every", str(steps), "--data", str(tokens_folder)]
+def test_three_ranks_follow_one(
+    optimizer: list[str], steps: int, tokens_folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        *SHARED,
+        *optimizer,
+        "--steps",
+        str(steps),
+        "--eval-every",
+        str(steps),
+        "--data",
+        str(tokens_folder),
+    ]
     found = curves(command, 3, tmp_path)
     assert len(found[1]) == steps + 1
     worst = max(abs(a - b) for a, b in zip(found[1], found[3], strict=True))
     print(f"{optimizer[1]}: 3 ranks and 1 differ by {worst:.1e} nats at most over {steps} steps")
-    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader cannot see.
+    # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader
+    # cannot see.
     assert worst <= 1e-4
     assert found[1][-1] < found[1][0] - 1  # and the curve is one of learning
 
 
 def test_leaving_ends_a_group_that_is_held_in_a_cycle(tmp_path: Path) -> None:
-    """Kept until the process ends, its threads would now and then abort it: exit code 1 of a run that is done."""
+    """Kept until the process ends, its threads would now and then abort it: exit code 1 of a run
+    that is done.
+    """
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     group = weakref.ref(dist.group.WORLD)
     cycle = [dist.group.WORLD]
@@ -69,16 +100,22 @@ def test_leaving_ends_a_group_that_is_held_in_a_cycle(tmp_path: Path) -> None:
 
 
 def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, float, float]:
-    """Of the launcher's own run on this rank: sha256 of the LSTM rows and loss means, how far both have moved, the local loss."""
+    """Of the launcher's own run on this rank: sha256 of the LSTM rows and loss means, how far both
+    have moved, the local loss.
+    """
     options = parse(command)
     place = gpt2.Place(rank, world, torch.device("cpu"))
     learner = gpt2.Learner(options, place)
     if world > 1:  # what rank 1 has otherwise is an error of all
-        with pytest.raises(WrongInput, match=r"--seed of rank 1: 9, of rank 0: 0; all ranks need the same"):
+        with pytest.raises(
+            WrongInput, match=r"--seed of rank 1: 9, of rank 0: 0; all ranks need the same"
+        ):
             place.agree((parse([*command, "--seed", "9"]) if rank else options).shared())
         folder = Path(command[command.index("--data") + 1])
         with pytest.raises(WrongInput, match=r"training tokens of rank 1: \w{64}, of rank 0: "):
-            gpt2.open_data(parse([*command, "--data", str(folder / "val.bin")]) if rank else options, place)
+            gpt2.open_data(
+                parse([*command, "--data", str(folder / "val.bin")]) if rank else options, place
+            )
     data = gpt2.open_data(options, place)
     gpt2.train(learner, data, options, place, options.plan(world), None)
     replicated = hashlib.sha256()
@@ -93,8 +130,18 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
     return replicated.hexdigest(), min(moved), float(means[0])
 
 
-def test_velo_on_two_ranks(learned_weights: dict[str, Path], tokens_folder: Path, tmp_path: Path) -> None:
-    command = [*SHARED, "--optimizer", "velo", "--weights", str(learned_weights["velo"]), "--data", str(tokens_folder)]
+def test_velo_on_two_ranks(
+    learned_weights: dict[str, Path], tokens_folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        *SHARED,
+        "--optimizer",
+        "velo",
+        "--weights",
+        str(learned_weights["velo"]),
+        "--data",
+        str(tokens_folder),
+    ]
     command += ["--steps", "3", "--eval-every", "0"]
     found = curves(command, 2, tmp_path)
     assert len(found[1]) == 3
@@ -104,7 +151,8 @@ def test_velo_on_two_ranks(learned_weights: dict[str, Path], tokens_folder: Path
     _, moved, mean = lstm_after_a_run(0, 1, command)
     assert moved > 0.01
     assert ranks[0][1:] == pytest.approx((moved, mean), rel=1e-5)
-    # The first of VeLO's running means forgets with exp(-1 / 10): each rank gave the loss of its own samples, and it is of all.
+    # The first of VeLO's running means forgets with exp(-1 / 10): each rank gave the loss of its
+    # own samples, and it is of all.
     wanted = 0.0
     for loss in found[1]:
         wanted += (1 - math.exp(-0.1)) * (loss - wanted)

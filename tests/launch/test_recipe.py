@@ -1,4 +1,6 @@
-"""Recipes in files: what they say, that flags win, that mistakes are named; and two settings of PyLO's published script."""
+"""Recipes in files: what they say, that flags win, that mistakes are named; and two settings of
+PyLO's published script.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").gl
 
 
 def test_every_recipe_is_a_command() -> None:
-    assert {path.stem for path in RECIPES} == {"quickstart", "gpt2-124m", "gpt2-355m-pylo", "gpt2-355m-pylo-adamw"}
+    assert {path.stem for path in RECIPES} == {
+        "quickstart",
+        "gpt2-124m",
+        "gpt2-355m-pylo",
+        "gpt2-355m-pylo-adamw",
+    }
     for path in RECIPES:
         whole = yaml.safe_load(path.read_text())
         options = parse(["--recipe", str(path)])
@@ -28,45 +35,98 @@ def test_every_recipe_is_a_command() -> None:
 
 def test_the_published_recipe() -> None:
     path = next(path for path in RECIPES if path.stem == "gpt2-355m-pylo")
-    velo, adamw = (parse(["--recipe", str(name)]) for name in (path, path.with_stem("gpt2-355m-pylo-adamw")))
-    assert (velo.optimizer, velo.qkv, velo.base_lr(), velo.steps, velo.max_grad_norm, velo.clip) == (
+    velo, adamw = (
+        parse(["--recipe", str(name)]) for name in (path, path.with_stem("gpt2-355m-pylo-adamw"))
+    )
+    assert (
+        velo.optimizer,
+        velo.qkv,
+        velo.base_lr(),
+        velo.steps,
+        velo.max_grad_norm,
+        velo.clip,
+    ) == (
         *("velo", "split", 1.0, 19073),
         *(1.0, "per_tensor"),
     )
-    assert velo.steps * velo.plan(8).global_batch * velo.sequence_length() == 9_999_745_024  # 10 billion tokens
+    # 10 billion tokens
+    assert velo.steps * velo.plan(8).global_batch * velo.sequence_length() == 9_999_745_024
     assert velo.learned_arguments()["num_steps"] == 19073
     assert velo.learned_arguments()["clip"] == "per_tensor"
     assert (adamw.lr_at(381), adamw.lr_at(19073)) == (1e-3, pytest.approx(1e-4))
-    for name in ("preset", "qkv", "steps", "batch_size", "block_size", "dtype", "order", "eval_every", "eval_batches", "seed"):
+    for name in (
+        "preset",
+        "qkv",
+        "steps",
+        "batch_size",
+        "block_size",
+        "dtype",
+        "order",
+        "eval_every",
+        "eval_batches",
+        "seed",
+    ):
         assert getattr(velo, name) == getattr(adamw, name), name
-    mulo = parse(["--recipe", str(path), "--optimizer", "mulo", "--mup-base-width", "1", "--mup-base-heads", "1"])
+    mulo = parse(
+        [
+            "--recipe",
+            str(path),
+            "--optimizer",
+            "mulo",
+            "--mup-base-width",
+            "1",
+            "--mup-base-heads",
+            "1",
+        ]
+    )
     assert mulo.learned_arguments()["clip"] == "per_tensor"
     assert mulo.config().width_mult == 1024
 
 
 def test_flags_win(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("about: x\ncost: y\nflags:\n  preset: nano\n  steps: 7\n  lr: 1e-2\n  compile: true\n  data: some/folder\n")
+    recipe.write_text(
+        "about: x\ncost: y\nflags:\n  preset: nano\n  steps: 7\n  lr: 1e-2\n  compile: true\n  "
+        "data: some/folder\n"
+    )
     found = parse(["--recipe", str(recipe)])
-    assert (found.preset, found.steps, found.lr, found.compile, found.data) == ("nano", 7, 0.01, True, Path("some/folder"))
-    for words in (["--recipe", str(recipe), "--steps", "9", "--no-compile"], ["--steps=9", "--no-compile", f"--recipe={recipe}"]):
+    assert (found.preset, found.steps, found.lr, found.compile, found.data) == (
+        "nano",
+        7,
+        0.01,
+        True,
+        Path("some/folder"),
+    )
+    for words in (
+        ["--recipe", str(recipe), "--steps", "9", "--no-compile"],
+        ["--steps=9", "--no-compile", f"--recipe={recipe}"],
+    ):
         found = parse(words)
         assert (found.preset, found.steps, found.compile) == ("nano", 9, False)
-    recipe.write_text("about: x\ncost: y\nflags:\n  warmup: 010\n  out: 1:30\n  data: 1e3\n")  # not 8, 90 and 1000.0
+    # not 8, 90 and 1000.0
+    recipe.write_text("about: x\ncost: y\nflags:\n  warmup: 010\n  out: 1:30\n  data: 1e3\n")
     found = parse(["--recipe", str(recipe)])
     assert (found.warmup, found.out, found.data) == (10, Path("1:30"), Path("1e3"))
 
 
 def test_none_takes_back_what_a_recipe_says() -> None:
     quickstart, large = (
-        ["--recipe", str(next(path for path in RECIPES if path.stem == name))] for name in ("quickstart", "gpt2-124m")
+        ["--recipe", str(next(path for path in RECIPES if path.stem == name))]
+        for name in ("quickstart", "gpt2-124m")
     )
     with pytest.raises(WrongInput, match="take a recipe's back: --weights none"):
         parse([*quickstart, "--optimizer", "adamw"])
     found = parse([*quickstart, "--optimizer", "adamw", "--weights", "none"])
     assert (found.optimizer, found.weights) == ("adamw", None)
-    found = parse([*large, "--save-every", "0", "--keep=none", "--max-grad-norm", "none", "--data", "none"])
-    assert (found.keep, found.max_grad_norm, found.data, found.clip_norm()) == (None, None, None, None)
+    found = parse(
+        [*large, "--save-every", "0", "--keep=none", "--max-grad-norm", "none", "--data", "none"]
+    )
+    assert (found.keep, found.max_grad_norm, found.data, found.clip_norm()) == (
+        None,
+        None,
+        None,
+        None,
+    )
     with pytest.raises(WrongInput, match="--max-grad-norm: invalid float value: 'non'"):
         parse(["--max-grad-norm", "non"])
 
@@ -100,18 +160,40 @@ def test_a_missing_recipe_and_settings_that_do_not_go_together(tmp_path: Path) -
     for words, said in (
         (["--recipe", str(tmp_path / "gone.yaml")], "gone.yaml cannot be read"),
         (["--clip", "per_tensor"], "with --max-grad-norm; pass that"),
-        (["--clip", "per_tensor", "--optimizer", "adamw", "--max-grad-norm", "1"], "--clip per_tensor is for learned optimizers"),
+        (
+            ["--clip", "per_tensor", "--optimizer", "adamw", "--max-grad-norm", "1"],
+            "--clip per_tensor is for learned optimizers",
+        ),
         (["--grad-scale", "0"], "--grad-scale is 0.0"),
-        (["--grad-scale", "2", "--deepspeed", "x.json"], "--grad-scale does not go with --deepspeed"),
-        (["--clip", "per_tensor", "--max-grad-norm", "1", "--deepspeed", "x.json"], "--clip does not go with --deepspeed"),
+        (
+            ["--grad-scale", "2", "--deepspeed", "x.json"],
+            "--grad-scale does not go with --deepspeed",
+        ),
+        (
+            ["--clip", "per_tensor", "--max-grad-norm", "1", "--deepspeed", "x.json"],
+            "--clip does not go with --deepspeed",
+        ),
     ):
         with pytest.raises(WrongInput, match=said):
             parse(words)
 
 
 def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[str, Path]) -> None:
-    """As in PyLO's published script: gradients of a scaled loss, which nobody unscales, clipped tensor by tensor."""
-    words = ["--preset", "nano", "--block-size", "8", "--optimizer", "adafaclo", "--device", "cpu", "--steps", "1"]
+    """As in PyLO's published script: gradients of a scaled loss, which nobody unscales, clipped
+    tensor by tensor.
+    """
+    words = [
+        "--preset",
+        "nano",
+        "--block-size",
+        "8",
+        "--optimizer",
+        "adafaclo",
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+    ]
     words += ["--batch-size", "2", "--weights", str(learned_weights["adafaclo"])]
     tokens = Tokens.from_bytes("text", bytes(range(200)), block_size=8, vocab_size=256)
 
@@ -133,11 +215,18 @@ def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[
     assert len(plain) == len(plain_params)
     # a power of two scales every product and sum of backward exactly
     assert all(torch.equal(1024 * a, b) for a, b in zip(plain, scaled, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(plain_params, scaled_params, strict=True))  # the epsilons know the scale
-    # Clipped tensor by tensor, gradients of any scale above the bound are the same but for rounding; by their global norm they
-    # keep their sizes among each other, which is another step.
+    # the epsilons know the scale
+    assert not all(torch.equal(a, b) for a, b in zip(plain_params, scaled_params, strict=True))
+    # Clipped tensor by tensor, gradients of any scale above the bound are the same but for
+    # rounding; by their global norm they keep their sizes among each other, which is another step.
     bound = ["--max-grad-norm", "1e-4"]
-    one, thousand = (after("--clip", "per_tensor", *bound, "--grad-scale", scale)[1] for scale in ("1", "1024"))
+    one, thousand = (
+        after("--clip", "per_tensor", *bound, "--grad-scale", scale)[1] for scale in ("1", "1024")
+    )
     globally = after(*bound)[1]
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, thousand, strict=True))
-    assert not all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, globally, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, thousand, strict=True)
+    )
+    assert not all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, globally, strict=True)
+    )

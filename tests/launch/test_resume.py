@@ -1,4 +1,6 @@
-"""A run that was stopped, killed or moved to other ranks goes on as if nothing had happened, or says why it does not."""
+"""A run that was stopped, killed or moved to other ranks goes on as if nothing had happened, or
+says why it does not.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import gpt2
 import pytest
 import torch
 from checkpoints import Keeper, published_in, remove
 from data import Tokens
+from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started
 from watch import Row, Watch, rows_until
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import faults  # noqa: E402
-from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started  # noqa: E402
-
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -41,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
-    """A run of AdafacLO on one rank, 8 steps, all its checkpoints kept: 3, 6 and 8. Tests copy it."""
+    """A run of AdafacLO on one rank, 8 steps, all its checkpoints kept: 3, 6 and 8. Tests copy
+    it.
+    """
     out = folder / "finished"
     assert gpt2.main(command(folder, out)) == 0
     return out
@@ -64,7 +65,11 @@ def copy_of(run_folder: Path, to: Path) -> Path:
 
 def tree(path: Path) -> dict[str, str]:
     """Hashes of all files below a folder."""
-    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in path.rglob("*")
+        if p.is_file()
+    }
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +116,17 @@ def test_sigterm_saves_and_the_run_goes_on_bit_equal(
     assert [row["step"] for row in rows_of(out)] == list(range(1, 9))
     assert differences(whole, out, 8) == []
     config = json.loads((out / "config.json").read_text())
-    assert config["resumed_from"] == {"checkpoint": str(out / "checkpoints" / "step-00000005"), "step": 5}
+    assert config["resumed_from"] == {
+        "checkpoint": str(out / "checkpoints" / "step-00000005"),
+        "step": 5,
+    }
     assert config["threads"] == 1
 
 
 def test_the_comparison_sees_one_bit(folder: Path, finished: Path, tmp_path: Path) -> None:
-    """Of the test above and of faults.py: runs that differ in one sample, and in the last bit of one number."""
+    """Of the test above and of faults.py: runs that differ in one sample, and in the last bit of
+    one number.
+    """
     out = tmp_path / "other"
     assert gpt2.main(command(folder, out, "--seed", "1")) == 0
     found = differences(finished, out, 8)
@@ -129,10 +139,14 @@ def test_the_comparison_sees_one_bit(folder: Path, finished: Path, tmp_path: Pat
 def test_another_number_of_ranks_follows_the_curve(
     folder: Path, finished: Path, capfd: pytest.CaptureFixture[str], figures: list[str]
 ) -> None:
-    """From two ranks, of which one alone gets SIGTERM while they save step 3, to one; and from one to two."""
+    """From two ranks, of which one alone gets SIGTERM while they save step 3, to one; and from one
+    to two.
+    """
     fewer, more = folder / "fewer", copy_of(finished, folder / "more")
     setup = Setup(folder, "adafaclo", 2, steps=8)
-    with started(setup, fewer, kill=Kill(rank=1, where="save", point=2, number=signal.SIGTERM)) as processes:
+    with started(
+        setup, fewer, kill=Kill(rank=1, where="save", point=2, number=signal.SIGTERM)
+    ) as processes:
         assert codes_of(processes, fewer, 60) == [STOPPED, STOPPED]
     assert list(published_in(fewer)) == [3, 4]
     assert len(rows_of(fewer)) == 4
@@ -147,9 +161,12 @@ def test_another_number_of_ranks_follows_the_curve(
         assert [row["step"] for row in b] == list(range(1, 9))
         worst = max(worst, *(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)))
         worst = max(worst, abs(a[-1]["val_loss"] - b[-1]["val_loss"]))
-    # Sums over ranks round in another order; the bound is that of any two layouts that train by themselves.
+    # Sums over ranks round in another order; the bound is that of any two layouts that train by
+    # themselves.
     assert worst <= 1e-4
-    figures.append(f"resumed on another number of ranks: losses of 8 steps differ by {worst:.1e} at most")
+    figures.append(
+        f"resumed on another number of ranks: losses of 8 steps differ by {worst:.1e} at most"
+    )
 
 
 def wait_for_rows(out: Path, count: int) -> None:
@@ -169,7 +186,10 @@ def test_a_killed_rank(optimizer: str, seed: int, folder: Path, figures: list[st
     assert min(these.file_operations) >= 6  # two a save, at least
     for i, where in enumerate(("step", "save")):
         trial = these.trial(these.draw(generator, where), folder / f"{optimizer}-trial{i}")
-        figures.append(f"killed rank, {optimizer}, {where}: resumed at {trial.resumed}, others left in {trial.left_after_s} s")
+        figures.append(
+            f"killed rank, {optimizer}, {where}: resumed at {trial.resumed}, others left in "
+            f"{trial.left_after_s} s"
+        )
         assert trial.passed, trial
 
 
@@ -177,7 +197,9 @@ def test_nobody_waits_for_a_rank_that_stands_still(folder: Path) -> None:
     """One that is there and does nothing is lost after --timeout."""
     out = folder / "still"
     setup = Setup(folder, "adamw", 2, steps=4, extra=("--timeout", "3"))
-    with started(setup, out, kill=Kill(rank=1, where="save", point=2, number=signal.SIGSTOP)) as processes:
+    with started(
+        setup, out, kill=Kill(rank=1, where="save", point=2, number=signal.SIGSTOP)
+    ) as processes:
         assert codes_of(processes[:1], out, 60) == [1]
     assert "rank 0 of 2 at step 3, in the checkpoint" in Path(f"{out}.log").read_text()
     assert published_in(out) == {}
@@ -185,7 +207,10 @@ def test_nobody_waits_for_a_rank_that_stands_still(folder: Path) -> None:
 
 def damage(checkpoint: Path, how: str) -> str:
     """Change a published checkpoint; the name of the changed file."""
-    data = max((path for path in checkpoint.iterdir() if path.suffix == ".distcp"), key=lambda path: path.stat().st_size)
+    data = max(
+        (path for path in checkpoint.iterdir() if path.suffix == ".distcp"),
+        key=lambda path: path.stat().st_size,
+    )
     if how == "byte":
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
@@ -201,7 +226,11 @@ def damage(checkpoint: Path, how: str) -> str:
 
 
 def test_what_cannot_go_on_says_so_and_changes_nothing(
-    folder: Path, finished: Path, learned_weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    finished: Path,
+    learned_weights: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = copy_of(finished, tmp_path / "run")
     newest, middle = published_in(out)[8], published_in(out)[6]
@@ -209,11 +238,20 @@ def test_what_cannot_go_on_says_so_and_changes_nothing(
     cases = {
         "model": (["--resume", "auto", "--n-head", "2"], "saved with n_head 4, this run has 2"),
         "size": (["--resume", "auto", "--n-embd", "32"], "saved with n_embd 64, this run has 32"),
-        "optimizer": ([*other, "--optimizer", "mulo"], "saved with optimizer adafaclo, this run has mulo"),
+        "optimizer": (
+            [*other, "--optimizer", "mulo"],
+            "saved with optimizer adafaclo, this run has mulo",
+        ),
         "weights": (["--resume", "auto", "--weights", str(learned_weights["adafaclo"])], "weights"),
-        "steps": (["--resume", "auto", "--steps", "7"], "saved after step 8, and --steps is 7; pass more"),
+        "steps": (
+            ["--resume", "auto", "--steps", "7"],
+            "saved after step 8, and --steps is 7; pass more",
+        ),
         "nothing there": (["--resume", str(tmp_path)], "no published checkpoint there"),
-        "no such folder": (["--resume", str(tmp_path / "gone" / "away")], "no published checkpoint there"),
+        "no such folder": (
+            ["--resume", str(tmp_path / "gone" / "away")],
+            "no published checkpoint there",
+        ),
         "newer": (["--resume", str(middle)], "step-00000008 of the same run is newer"),
         "used": (["--resume", str(newest), "--out", str(tmp_path)], "is not empty"),
         "keep": (["--save-every", "0", "--keep", "2"], "--keep 2 came without --save-every"),
@@ -247,14 +285,20 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     with started(ranks, out) as processes:
         assert codes_of(processes, out, 60) == [2, 2]
     lines = Path(f"{out}.log").read_text().splitlines()
-    assert len([line for line in lines if not line.startswith("[Gloo]")]) == 1, lines  # torch 2.10 says more
+    # torch 2.10 says more
+    assert len([line for line in lines if not line.startswith("[Gloo]")]) == 1, lines
     assert tree(out) == before
 
 
 def test_folders_of_earlier_runs(
-    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # done already: nothing to train, and the code of a run that is done; --keep holds for what it finds
+    # done already: nothing to train, and the code of a run that is done; --keep holds for what it
+    # finds
     done = copy_of(finished, tmp_path / "done")
     assert gpt2.main(command(folder, done, "--resume", "auto")) == 0
     assert differences(finished, done, 8) == []
@@ -264,14 +308,33 @@ def test_folders_of_earlier_runs(
     # from an older checkpoint, in the same folder: the newer ones and their rows are dropped
     out = copy_of(finished, tmp_path / "run")
     older = published_in(out)[3]
-    assert gpt2.main(command(folder, out, "--resume", str(older), "--overwrite", "--steps", "4")) == 0
+    assert (
+        gpt2.main(command(folder, out, "--resume", str(older), "--overwrite", "--steps", "4")) == 0
+    )
     assert list(published_in(out)) == [3, 4]
-    assert rows_of(out) != rows_of(finished)[:4]  # validated at the last step, and cosine to another end
+    # validated at the last step, and cosine to another end
+    assert rows_of(out) != rows_of(finished)[:4]
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
 
     # into a folder of its own, with rows of the run it left; the newest of a run's folder; --keep
     branch = tmp_path / "branch"
-    assert gpt2.main(command(folder, branch, "--resume", str(finished), "--steps", "10", "--save-every", "1", "--keep", "1")) == 0
+    assert (
+        gpt2.main(
+            command(
+                folder,
+                branch,
+                "--resume",
+                str(finished),
+                "--steps",
+                "10",
+                "--save-every",
+                "1",
+                "--keep",
+                "1",
+            )
+        )
+        == 0
+    )
     assert [row["step"] for row in rows_of(branch)] == list(range(1, 11))
     assert rows_of(branch)[:8] == rows_of(finished)
     assert list(published_in(branch)) == [10]
@@ -285,10 +348,13 @@ def test_folders_of_earlier_runs(
     assert [row["step"] for row in rows_of(tmp_path / "from_lone")] == [7, 8]
     assert rows_of(tmp_path / "from_lone") == rows_of(finished)[6:]
 
-    assert gpt2.main(command(folder, tmp_path / "nothing", "--resume", str(lone), "--steps", "6")) == 0
+    assert (
+        gpt2.main(command(folder, tmp_path / "nothing", "--resume", str(lone), "--steps", "6")) == 0
+    )
     assert rows_of(tmp_path / "nothing") == []
 
-    # --resume auto where nothing was published starts afresh, over what a killed run has left and over nothing else
+    # --resume auto where nothing was published starts afresh, over what a killed run has left and
+    # over nothing else
     left = copy_of(finished, tmp_path / "left")
     for path in published_in(left).values():
         path.rename(path.with_name(f".{path.name}.partial"))
@@ -305,7 +371,11 @@ def test_folders_of_earlier_runs(
 
 
 def test_what_differs_is_said_once_and_holds(
-    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept: list[Any] = []
     made = Keeper.__init__
@@ -315,12 +385,16 @@ def test_what_differs_is_said_once_and_holds(
         made(self, options, out, learner, *rest, **more)
 
     monkeypatch.setattr(Keeper, "__init__", make)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # in earnest they would stall each other
+    # in earnest they would stall each other
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     other = ["--weight-decay", "0.5", "--lr", "0.5", "--resume", str(finished), "--steps", "9"]
     assert gpt2.main(command(folder, tmp_path / "other", *other)) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "goes on" in line]
     assert len(told) == 1
-    assert told[0].endswith("with --lr 0.5 (was 1.0), --weight-decay 0.5 (was 0.0), --steps 9 (was 8), --threads 2 (was 1).")
+    assert told[0].endswith(
+        "with --lr 0.5 (was 1.0), --weight-decay 0.5 (was 0.0), --steps 9 (was 8), --threads 2 "
+        "(was 1)."
+    )
     (group,) = kept[0].optimizer.param_groups
     assert (group["weight_decay"], int(group["step"])) == (0.5, 9)
     assert rows_of(tmp_path / "other")[-1]["lr"] == pytest.approx(0.05)
@@ -340,9 +414,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
 
 
 def test_a_stream_goes_on_in_the_middle(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Tokens in their order: each window once, whatever stopped the run, also where the batch is another one from then on."""
+    """Tokens in their order: each window once, whatever stopped the run, also where the batch is
+    another one from then on.
+    """
     places: list[int] = []
     read = Tokens.in_order
 
@@ -363,7 +442,10 @@ def test_a_stream_goes_on_in_the_middle(
     assert places == [20, 24, 28]
     assert rows_of(out) == rows_of(whole)
     assert gpt2.main(command(folder, out, *extra, "--resume", "auto", "--block-size", "7")) == 2
-    assert "this run has 7: tokens would be lost or repeated; pass the same." in capsys.readouterr().err
+    assert (
+        "this run has 7: tokens would be lost or repeated; pass the same."
+        in capsys.readouterr().err
+    )
     places.clear()
     half = [*extra, "--batch-size", "2", "--steps", "10", "--resume"]
     assert gpt2.main(command(folder, tmp_path / "half", *half, str(published_in(whole)[6]))) == 0
@@ -376,19 +458,31 @@ def test_a_stream_goes_on_in_the_middle(
 def test_rows_of_a_killed_run(tmp_path: Path) -> None:
     rows = [Row(step, 1 / 3 * step, None, 1.0, 2.0, 0.5, 0.1) for step in range(1, 6)]
     lines = [json.dumps(row.as_dict()) for row in rows]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:4], "[]", '{"step": 9}', lines[1], lines[4][:20]]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join([*lines[:4], "[]", '{"step": 9}', lines[1], lines[4][:20]])
+    )
     assert rows_until(tmp_path, 3) == rows[:3]
     assert rows_until(tmp_path, 9) == rows[:4]
     assert rows_until(tmp_path / "gone", 9) == []
 
 
 def test_torchrun_passes_sigterm_on(folder: Path) -> None:
-    """As a scheduler ends a job: torchrun gets the signal, and its ranks have half a minute to save."""
+    """As a scheduler ends a job: torchrun gets the signal, and its ranks have half a minute to
+    save.
+    """
     out = folder / "torchrun"
     words = Setup(folder, "adamw", 2, steps=100_000, save_every=100_000).command(out)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "launch" / "gpt2.py")]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "launch" / "gpt2.py"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, *launch, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, *launch, *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             wait_for_rows(out, 2)
             process.terminate()

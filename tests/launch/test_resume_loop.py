@@ -1,4 +1,6 @@
-"""launch/resume_loop.sh: no step is lost and none repeated by an interruption, and it knows when to stop."""
+"""launch/resume_loop.sh: no step is lost and none repeated by an interruption, and it knows when to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,12 @@ from typing import IO
 import gpt2
 import pytest
 from checkpoints import published_in
+from faults import differences, rows_of
 from options import WrongInput, parse, repeatable
 
-from .test_environment import ROOT, mpirun, wait_for, wait_for_rows
+from support.launchers import mpirun, wait_for, wait_for_rows
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from faults import differences, rows_of
-
+ROOT = Path(__file__).resolve().parents[2]
 LOOP = ROOT / "launch" / "resume_loop.sh"
 STEPS = 300
 # A command that keeps what the run has written before the next start of it goes on from there.
@@ -31,8 +31,8 @@ echo $$ >"$KEPT/pid"
 cp "$OUT/metrics.jsonl" "$KEPT/$(find "$KEPT" -name '*.jsonl' | wc -l).jsonl" 2>/dev/null
 exec "$@"
 """
-# One that stands for a run, with a line of a plan for each call: the step of a checkpoint, the code to end with, and that which
-# gpt2.py hands over, where torchrun ends with another.
+# One that stands for a run, with a line of a plan for each call: the step of a checkpoint, the code
+# to end with, and that which gpt2.py hands over, where torchrun ends with another.
 STUB = """#!/usr/bin/env bash
 mapfile -t plan <"$PLAN"
 read -r step code own <<<"${plan[0]}"
@@ -57,24 +57,56 @@ def script(path: Path, text: str) -> str:
 
 
 def loop(
-    command: list[str], stderr: int | IO[str] = subprocess.PIPE, start: Path = LOOP, **variables: str
+    command: list[str],
+    stderr: int | IO[str] = subprocess.PIPE,
+    start: Path = LOOP,
+    **variables: str,
 ) -> subprocess.Popen[str]:
-    shared = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WAIT": "0"}
-    return subprocess.Popen([str(start), *command], env=os.environ | shared | variables, stderr=stderr, text=True)
+    shared = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "WAIT": "0",
+    }
+    return subprocess.Popen(
+        [str(start), *command], env=os.environ | shared | variables, stderr=stderr, text=True
+    )
 
 
 def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> None:
-    """By SIGTERM. What kill -9 leaves behind, test_resume.py has: the steps since the last checkpoint are done a second time."""
+    """By SIGTERM. What kill -9 leaves behind, test_resume.py has: the steps since the last
+    checkpoint are done a second time.
+    """
     out, whole, kept = tmp_path / "run", tmp_path / "whole", tmp_path / "kept"
     kept.mkdir()
-    words = ["--preset", "nano", "--block-size", "16", "--batch-size", "4", "--eval-every", "50", "--eval-batches", "1"]
+    words = [
+        "--preset",
+        "nano",
+        "--block-size",
+        "16",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "50",
+        "--eval-batches",
+        "1",
+    ]
     words += ["--optimizer", "adafaclo", "--weights", "demo", "--device", "cpu", "--threads", "1"]
     words += ["--steps", str(STEPS), "--save-every", "100", "--schedule", "cosine", "--out"]
-    command = [script(tmp_path / "keeper.sh", KEEPER), sys.executable, str(ROOT / "launch" / "gpt2.py"), *words, str(out)]
+    command = [
+        script(tmp_path / "keeper.sh", KEEPER),
+        sys.executable,
+        str(ROOT / "launch" / "gpt2.py"),
+        *words,
+        str(out),
+    ]
     variables = {"OUT": str(out), "KEPT": str(kept)}
 
     def rows_at_end_of(attempt: int) -> list[int]:
-        return [json.loads(line)["step"] for line in (kept / f"{attempt}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["step"]
+            for line in (kept / f"{attempt}.jsonl").read_text().splitlines()
+        ]
 
     first = loop(command, **variables)  # gets it itself, as from a scheduler, then is started again
     wait_for_rows(out, 20)
@@ -85,10 +117,14 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
         second = loop(command, stderr, **variables)
 
     def resumed() -> list[int]:  # where each attempt has gone on
-        return [int(step) for step in re.findall(r"goes on after step (\d+)", (tmp_path / "said").read_text())]
+        return [
+            int(step)
+            for step in re.findall(r"goes on after step (\d+)", (tmp_path / "said").read_text())
+        ]
 
     try:
-        for attempt, number in ((1, signal.SIGTERM), (2, signal.SIGUSR1)):  # the run alone gets it, and the loop starts it again
+        # the run alone gets it, and the loop starts it again
+        for attempt, number in ((1, signal.SIGTERM), (2, signal.SIGUSR1)):
             wait_for(lambda attempt=attempt: len(resumed()) == attempt)
             wait_for_rows(out, resumed()[-1] + 20)
             os.kill(int((kept / "pid").read_text()), number)
@@ -102,7 +138,8 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
 
     # what each attempt had done when it ended, and where the next one went on
     ended = [rows_at_end_of(attempt) for attempt in range(3)]
-    assert [steps[-1] for steps in ended] == resumed()  # every step done is saved: none is lost, and none is done again
+    # every step done is saved: none is lost, and none is done again
+    assert [steps[-1] for steps in ended] == resumed()
     assert all(steps == list(range(1, len(steps) + 1)) for steps in ended)
 
     assert gpt2.main([*words, str(whole)]) == 0
@@ -110,31 +147,67 @@ def test_three_interruptions_lose_no_step_and_repeat_none(tmp_path: Path) -> Non
     for step in set(published_in(out)) - set(published_in(whole)):
         (out / "checkpoints" / f"step-{step:08d}").rename(tmp_path / f"{step}")
     assert differences(whole, out, STEPS) == []  # parameters, state and losses, bit for bit
-    assert loop(command, **variables).communicate(timeout=60)[1] == f"resume_loop.sh: {out} is done\n"
+    assert (
+        loop(command, **variables).communicate(timeout=60)[1] == f"resume_loop.sh: {out} is done\n"
+    )
 
 
 def test_when_the_loop_stops(tmp_path: Path) -> None:
     stub = script(tmp_path / "gpt2.py", STUB)
     for name, plan, code, calls, words in (
         ("done", ["1 1", "2 139", "- 0"], 0, 3, "done after 3 attempt(s)"),
-        ("given up", ["- 1"] * 9, 1, 3, "given up: 3 failures in a row without a new checkpoint, the last with exit code 1"),
-        ("progress", ["- 1", "- 1", "8 1", "- 1", "- 1", "9 7", *["- 7"] * 3], 1, 9, "exit code 7; the newest is of step 9"),
-        ("wrong input", ["- 1", "- 2", "- 0"], 2, 2, "wrong input (exit code 2) is not tried again"),
-        ("behind torchrun", ["- 1 143", "- 1 2", "- 0"], 2, 2, "exit code 143 at checkpoint 0, 1 of 3"),
+        (
+            "given up",
+            ["- 1"] * 9,
+            1,
+            3,
+            "given up: 3 failures in a row without a new checkpoint, the last with exit code 1",
+        ),
+        (
+            "progress",
+            ["- 1", "- 1", "8 1", "- 1", "- 1", "9 7", *["- 7"] * 3],
+            1,
+            9,
+            "exit code 7; the newest is of step 9",
+        ),
+        (
+            "wrong input",
+            ["- 1", "- 2", "- 0"],
+            2,
+            2,
+            "wrong input (exit code 2) is not tried again",
+        ),
+        (
+            "behind torchrun",
+            ["- 1 143", "- 1 2", "- 0"],
+            2,
+            2,
+            "exit code 143 at checkpoint 0, 1 of 3",
+        ),
         ("diverged", ["7 1", "- 1 3", "- 0"], 3, 2, "no number (exit code 3) is not tried again"),
     ):
         out = tmp_path / name
         out.mkdir()
-        variables = {"PLAN": str(out / "plan"), "CALLS": str(out / "calls"), "OUT": str(out), "FAILURES": "3"}
+        variables = {
+            "PLAN": str(out / "plan"),
+            "CALLS": str(out / "calls"),
+            "OUT": str(out),
+            "FAILURES": "3",
+        }
         (out / "plan").write_text("\n".join(plan))
         process = loop([stub, f"--out={out}", "--save-every", "5"], **variables)
         _, said = process.communicate(timeout=60)
         assert process.returncode == code, (name, said)
         assert words in said, (name, said)
-        assert (out / "calls").read_text().splitlines() == [f"--out={out} --save-every 5 --resume auto"] * calls, name
+        assert (out / "calls").read_text().splitlines() == [
+            f"--out={out} --save-every 5 --resume auto"
+        ] * calls, name
         assert not Path(f"{out}.exit-code").exists()
     (out / "plan").write_text("- 1")
-    waits = loop([stub, "--out", str(out), "--save-every", "5"], **{**variables, "FAILURES": "9", "WAIT": "100"})
+    waits = loop(
+        [stub, "--out", str(out), "--save-every", "5"],
+        **{**variables, "FAILURES": "9", "WAIT": "100"},
+    )
     assert waits.stderr is not None
     while "next attempt in 100 s" not in (said := waits.stderr.readline()):
         assert said, "the loop has ended"
@@ -144,16 +217,22 @@ def test_when_the_loop_stops(tmp_path: Path) -> None:
 
 
 def test_what_the_command_must_say(tmp_path: Path) -> None:
-    """Or its recipe, which is read as gpt2.py reads it: flags win, of a repeated one the last, and `none` takes one back."""
+    """Or its recipe, which is read as gpt2.py reads it: flags win, of a repeated one the last, and
+    `none` takes one back.
+    """
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("about: 'steps: 5'\ncost: y\nflags: {save_every: 50, steps: '400', out: 'run #1'}  # any form of YAML\n")
+    recipe.write_text(
+        "about: 'steps: 5'\ncost: y\nflags: {save_every: 50, steps: '400', out: 'run #1'}  # any "
+        "form of YAML\n"
+    )
     flags = [f"--recipe={recipe}"]
     launcher = ["torchrun", "--nproc_per_node=8", "x/gpt2.py"]
     for words, steps, out in (
         (flags, 400, "run #1"),
         ([*flags, "--steps=200", "--out", "a", "--resume=auto"], 200, "a"),
         (["--steps", "7", *flags, "--steps", "601"], 601, "run #1"),
-        (["--out=a/", "--save-every=5"], parse([]).steps, "a"),  # nobody says how many: as many as gpt2.py would take
+        # nobody says how many: as many as gpt2.py would take
+        (["--out=a/", "--save-every=5"], parse([]).steps, "a"),
     ):
         found = repeatable([*launcher, *words])
         assert (found.steps, str(found.out)) == (steps, out)
@@ -172,7 +251,9 @@ def test_what_the_command_must_say(tmp_path: Path) -> None:
 
 
 def test_a_done_folder_is_left_alone(tmp_path: Path) -> None:
-    """And goes on where the command wants more steps than it has, or than the default where nobody says how many."""
+    """And goes on where the command wants more steps than it has, or than the default where nobody
+    says how many.
+    """
     out, calls, default = tmp_path / "out", tmp_path / "calls", parse([]).steps
     out.mkdir()
     stub = script(tmp_path / "gpt2.py", STUB)
@@ -191,15 +272,25 @@ def test_a_done_folder_is_left_alone(tmp_path: Path) -> None:
         assert process.returncode == 0, said
         assert (f"{out} is done" in said) == (starts == 0), said
         assert calls.exists() == (starts == 1)
-    for python, said in ((sys.executable, "no --out FOLDER"), ("false", "false could not read the command; .* PYTHON=")):
+    for python, said in (
+        (sys.executable, "no --out FOLDER"),
+        ("false", "false could not read the command; .* PYTHON="),
+    ):
         process = loop([stub, "--save-every=5"], PYTHON=python)
         assert re.search(said, process.communicate(timeout=60)[1])
         assert process.returncode == 2
 
 
 def test_the_loop_may_be_started_from_elsewhere(tmp_path: Path) -> None:
-    """By a link to it, or as a copy beside nothing, which is what `sbatch launch/resume_loop.sh ...` runs."""
-    link, copy, calls, alone = tmp_path / "a link", tmp_path / "slurm_script", tmp_path / "calls", tmp_path / "no launch"
+    """By a link to it, or as a copy beside nothing, which is what `sbatch launch/resume_loop.sh
+    ...` runs.
+    """
+    link, copy, calls, alone = (
+        tmp_path / "a link",
+        tmp_path / "slurm_script",
+        tmp_path / "calls",
+        tmp_path / "no launch",
+    )
     link.symlink_to(LOOP)
     shutil.copy(link, copy)
     alone.mkdir()
@@ -231,7 +322,16 @@ def test_wrong_input_behind_torchrun_is_not_tried_again(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     out = tmp_path / "new" / "out"
     process = loop(
-        [*torchrun, str(ROOT / "launch" / "gpt2.py"), "--out", str(out), "--save-every", "5", "--data", str(out / "none")]
+        [
+            *torchrun,
+            str(ROOT / "launch" / "gpt2.py"),
+            "--out",
+            str(out),
+            "--save-every",
+            "5",
+            "--data",
+            str(out / "none"),
+        ]
     )
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 2, said
@@ -255,17 +355,33 @@ kill $(cat "$OUT")
 
 
 def test_a_job_that_slurm_ends_is_left_to_it(tmp_path: Path) -> None:
-    """A warning before the time limit finds the job running, and SLURM has told the batch script alone.
+    """A warning before the time limit finds the job running, and SLURM has told the batch script
+    alone.
 
-    After scancel, preemption or `scontrol requeue` it is completing and all its processes have got SIGTERM. A `scontrol requeue`
-    now would bring back what the user has cancelled, and a `scancel --signal` would try again until SLURM kills the script.
+    After scancel, preemption or `scontrol requeue` it is completing and all its processes have got
+    SIGTERM. A `scontrol requeue` now would bring back what the user has cancelled, and a `scancel
+    --signal` would try again until SLURM kills the script.
     """
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         script(tmp_path / name, text)
-    command = [str(tmp_path / "srun"), "gpt2.py", "--out", str(tmp_path / "out"), "--save-every", "5"]
-    slurm = {"SLURM_JOB_ID": "12", "REQUEUE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = [
+        str(tmp_path / "srun"),
+        "gpt2.py",
+        "--out",
+        str(tmp_path / "out"),
+        "--save-every",
+        "5",
+    ]
+    slurm = {
+        "SLURM_JOB_ID": "12",
+        "REQUEUE": "1",
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
     show = "show job 12"
-    for state, wanted in (("RUNNING", [show, "scancel --signal=TERM 12", show, "requeue 12"]), ("COMPLETING", [show, show])):
+    for state, wanted in (
+        ("RUNNING", [show, "scancel --signal=TERM 12", show, "requeue 12"]),
+        ("COMPLETING", [show, show]),
+    ):
         began, calls = tmp_path / f"began-{state}", tmp_path / f"calls-{state}"
         process = loop(command, OUT=str(began), CALLS=str(calls), STATE=state, **slurm)
         try:
@@ -287,7 +403,14 @@ def test_a_job_that_slurm_ends_is_left_to_it(tmp_path: Path) -> None:
 
 def test_mpirun_leaves_its_ranks_the_time_to_save(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
-    command = [*mpirun(1), script(tmp_path / "gpt2.py", SLOW), "--out", str(tmp_path / "out"), "--save-every", "5"]
+    command = [
+        *mpirun(1),
+        script(tmp_path / "gpt2.py", SLOW),
+        "--out",
+        str(tmp_path / "out"),
+        "--save-every",
+        "5",
+    ]
     process = loop(command, OUT=str(saved))
     try:
         wait_for(saved.exists)

@@ -168,7 +168,7 @@ PYLO_LANE_FN void split_relu(float x0, float x1, uint32_t (&parts)[kParts]) {
 // ---------------------------------------------------------------------------------------------- warps
 
 #if defined(__CUDACC__) || defined(PYLO_FIBERS)
-// The warp that runs this, on a GPU or as fibers (tests/fibers.h).
+// The warp that runs this, on a GPU or as fibers (tests/maths/fibers.h).
 struct DeviceWarp {
   template <class T>
   struct Each {

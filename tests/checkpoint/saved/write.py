@@ -1,8 +1,10 @@
 """Write a small checkpoint of every learned optimizer, for later versions to load to the bit.
 
-    python tests/checkpoint/saved/write.py FOLDER        e.g. tests/checkpoint/saved/acc4d19, of that commit
+    python tests/checkpoint/saved/write.py FOLDER        e.g. tests/checkpoint/saved/acc4d19, of
+                                                         that commit
 
-Run with the version that is to be remembered: it uses nothing but the public contract, and no random numbers.
+Run with the version that is to be remembered: it uses nothing but the public contract, and no
+    random numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ STEPS = 3
 def numbers(shape: tuple[int, ...], salt: int, unit: float = 1e-3) -> Tensor:
     """Numbers between -100 and 100 units that look random, float32 of this shape."""
     places = torch.arange(math.prod(shape), dtype=torch.int64)
-    return (((places * 7919 + salt * 104729) % 201 - 100).to(torch.float64) * unit).to(torch.float32).view(shape)
+    return (
+        (((places * 7919 + salt * 104729) % 201 - 100).to(torch.float64) * unit)
+        .to(torch.float32)
+        .view(shape)
+    )
 
 
 def small_fc() -> dict[str, Tensor]:
@@ -51,7 +57,10 @@ def velo() -> dict[str, Tensor]:
         "lstm.linear": ("4H", "2H"),
         "rnn_to_controls": ("P", "H"),
         "step_size": (1, "H"),
-        **{f"{name}mix_layer{number}": ("H", 30) for name, number in (("", 1), ("", 2), ("final_", ""))},
+        **{
+            f"{name}mix_layer{number}": ("H", 30)
+            for name, number in (("", 1), ("", 2), ("final_", ""))
+        },
     }
     weights = {}
     for salt, (layer, shape) in enumerate(shapes.items()):
@@ -71,7 +80,11 @@ def velo() -> dict[str, Tensor]:
 def celo2() -> dict[str, Tensor]:
     widths = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
     weights = {f"w0.{i}": numbers((width, 8), 70 + i) for i, width in enumerate(widths)}
-    weights |= {"b0": numbers((8,), 90), "dense_w.0": numbers((8, 8), 91), "dense_b.0": numbers((8,), 92)}
+    weights |= {
+        "b0": numbers((8,), 90),
+        "dense_w.0": numbers((8, 8), 91),
+        "dense_b.0": numbers((8,), 92),
+    }
     return {**weights, "dense_w.1": numbers((8, 3), 93), "dense_b.1": numbers((3,), 94)}
 
 
@@ -113,7 +126,9 @@ def flat(model: Model, state: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors and numbers of a model and of a whole state dict, under one key each."""
     found = {f"param.{name}": p.detach().clone() for name, p in model.named_parameters()}
     for i, entries in state["state"].items():
-        found |= {f"state.{i}.{name}": torch.as_tensor(value).clone() for name, value in entries.items()}
+        found |= {
+            f"state.{i}.{name}": torch.as_tensor(value).clone() for name, value in entries.items()
+        }
     for i, group in enumerate(state["param_groups"]):
         for key, value in group.items():
             if isinstance(value, Tensor):
@@ -128,7 +143,9 @@ def main(folder: Path) -> None:
             step(model, optimizer, number)
         (folder / name).mkdir(parents=True)
         meta = {"steps": STEPS, "version": pylo_dist.__version__}
-        checkpoint.save(folder / name / "checkpoint", {"model": model, "optimizer": optimizer}, meta=meta)
+        checkpoint.save(
+            folder / name / "checkpoint", {"model": model, "optimizer": optimizer}, meta=meta
+        )
         state = optimizer.state_dict()
         torch.save(state, folder / name / "state.pt")
         save_file(flat(model, state), folder / name / "expected.safetensors")

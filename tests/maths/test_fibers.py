@@ -1,0 +1,154 @@
+"""The CUDA passes without a GPU: csrc/cuda.cu compiled by the C++ compiler, a GPU's threads as
+fibers (fibers.h).
+
+Launchers, tables, kernels and the tensor-core program are those that nvcc compiles; what is
+emulated is the machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pylo_dist.maths import compiled
+from support import cuda_checks
+from support.virtual import SETTINGS
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    path, torch_path = tmp_path_factory.mktemp("fibers") / "fibers.so", Path(torch.__file__).parent
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wno-attributes",
+        "-U_FORTIFY_SOURCE",
+        "-shared",
+        "-fPIC",
+    ]
+    flags += ["-DPYLO_SMALL_JOBS", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
+    include = [
+        f"-I{folder}"
+        for folder in (HERE, ROOT / "csrc", ROOT / "csrc/include", torch_path / "include")
+    ]
+    source = str(HERE / "fibers.cpp")
+    libraries = [f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler, *flags, *include, source, "-o", str(path), *libraries], check=True)
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+class Emulated:
+    """torch.ops.pylo_dist with the passes of the CUDA extension."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.pylo_dist_fibers, name)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "pylo_dist", Emulated(), raising=False)
+    monkeypatch.setattr(compiled, "library", lambda device_type: "")
+
+
+MATRICES = ("adafac", "velo_clipped", "celo2_base")  # the others: tensors of random shapes
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> None:
+    own, error = cuda_checks.check_random(name, "high", "cpu", 0 if name in MATRICES else 1, 2)
+    figures.append(
+        f"CUDA passes on fibers | {name} | high: largest error {error:.1e}, PyTorch {own:.1e}"
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_other_precisions(precision: str, figures: list[str]) -> None:
+    own, error = cuda_checks.check_random("adafac", precision, "cpu", 0, 3)
+    figures.append(
+        f"CUDA passes on fibers | adafac | {precision}: largest error {error:.1e}, PyTorch "
+        f"{own:.1e}"
+    )
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_weights_that_are_not_random(precision: str, figures: list[str]) -> None:
+    problem = cuda_checks.matrix_problem(random.Random(3), "cpu")
+    own, error = cuda_checks.check_rule("adafac", precision, problem, "cpu", 1, weights="demo")
+    figures.append(
+        f"CUDA passes on fibers | demo weights | {precision}: largest error {error:.1e}, PyTorch "
+        f"{own:.1e}"
+    )
+
+
+def test_gradients_and_parameters_may_move(library: ctypes.CDLL) -> None:
+    """Rows of pointers are sent when they change: other memory for a gradient, a parameter or for
+    both, and a tensor at rest.
+    """
+    setting, ends = SETTINGS["velo"], []
+    for moves in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 20), (5,), (3, 4, 5))]
+        optimizer = setting.optimizer_class(params, **setting.kwargs)
+        held = []
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if step == i == 1 else torch.randn(p.shape)
+                if moves and step != i:
+                    held.append(p.data)  # so that the memory is not given out again
+                    p.data = p.data.clone()
+            optimizer.step(torch.tensor(1.0))
+        ends.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    cuda_checks.check_two_runs("adafac", "high", "cpu")
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_nan_and_extremes(precision: str) -> None:
+    torch.manual_seed(0)
+    cuda_checks.check_nan(precision, "cpu")
+    cuda_checks.check_extremes(precision, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits(dtype: torch.dtype) -> None:
+    cuda_checks.check_dtype("high", "cpu", dtype)
+
+
+def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
+    """Of a step after the first, which sends the tables; 401 rows of pointers do not fit into one
+    kernel argument.
+    """
+    library.fibers_launches.restype = ctypes.c_int64
+
+    def launches(name: str, vectors: int) -> int:
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(6, 20), *[(5,)] * vectors]]
+        optimizer = SETTINGS[name].optimizer_class(params, **SETTINGS[name].kwargs)
+        before = 0
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            before = library.fibers_launches()
+            optimizer.step(torch.tensor(1.0))
+        return int(library.fibers_launches() - before)
+
+    for name, numbers in (("adafac", (1, 400)), ("velo", (1, 6)), ("celo2_base", (1, 6))):
+        counts = [launches(name, n) for n in numbers]
+        assert counts == [6, 6], (name, counts)

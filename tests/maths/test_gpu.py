@@ -1,0 +1,456 @@
+"""The CUDA passes on a GPU: every rule, precision and dtype against float64 on the CPU, graphs,
+streams, bits.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import pylo_dist
+from pylo_dist.core.pieces import bind_shard
+from pylo_dist.core.shards import TensorShard
+from pylo_dist.maths import compiled
+from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support import cuda_checks
+from support.kernels import in_float64, relative, run
+from support.optimizers import BUILD
+from support.virtual import SETTINGS
+
+REASON = compiled.library("cuda")
+pytestmark = pytest.mark.skipif(bool(REASON), reason=f"CUDA passes: {REASON}")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_errors_are_those_of_the_pytorch_path(
+    name: str, precision: str, figures: list[str]
+) -> None:
+    worst = [0.0, 0.0]
+    for seed in range(4):
+        own, error = cuda_checks.check_random(name, precision, "cuda", seed, 1 + seed % 3)
+        worst = [max(worst[0], own), max(worst[1], error)]
+    figures.append(
+        f"CUDA passes | {name} | {precision}: largest error {worst[1]:.1e}, PyTorch {worst[0]:.1e}"
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_runs_give_the_same_bits(name: str, precision: str) -> None:
+    cuda_checks.check_two_runs(name, precision, "cuda")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_nan_and_extremes(precision: str) -> None:
+    torch.manual_seed(0)
+    cuda_checks.check_nan(precision, "cuda")
+    cuda_checks.check_extremes(precision, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_parameters_of_16_bits(dtype: torch.dtype, precision: str) -> None:
+    cuda_checks.check_dtype(precision, "cuda", dtype)
+
+
+@pytest.mark.parametrize("name", ["adafac", "velo", "celo2_base"])
+def test_a_large_matrix(name: str) -> None:
+    """Many jobs for every block, sums in many parts, a length that is no multiple of anything."""
+    generator = torch.Generator().manual_seed(11)
+    params = {
+        "t0": 0.02 * torch.randn(1001, 1537, generator=generator),
+        "t1": 0.02 * torch.randn(4099, generator=generator),
+    }
+    grads = [{fqn: torch.randn(p.shape, generator=generator) for fqn, p in params.items()}]
+    problem = (params, grads, [1.0])
+    truth, oracle = run(name, in_float64(problem)), run(name, problem, kernels=False)
+    ours = run(name, cuda_checks.on(problem, "cuda"), 2, precision="high")
+    for fqn, p in params.items():
+        moved = truth.params[fqn] - p.double()
+        own, error = (
+            relative(r.params[fqn].cpu(), truth.params[fqn], moved) for r in (oracle, ours)
+        )
+        floor = cuda_checks.FLOOR + float(cuda_checks.EPS * p.double().norm() / moved.norm())
+        assert error <= cuda_checks.LIMITS["high"] * own + floor, (fqn, own, error)
+
+
+def trained(
+    precision: str, seed: int, steps: int
+) -> tuple[list[torch.nn.Parameter], pylo_dist.LearnedOptimizer]:
+    """An optimizer that has taken `steps` steps on fixed gradients, which stay in place."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(96, 200), (200, 96), (64,), (), (8, 4, 3, 3)]
+    params = [
+        torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).cuda())
+        for shape in shapes
+    ]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).cuda()
+    optimizer = pylo_dist.AdafacLO(params, weights="demo", precision=precision)
+    for _ in range(steps):
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_passes_replay_in_a_graph(precision: str) -> None:
+    """The three passes captured in a CUDA graph, with tables of their own, do what they do outside
+    of one.
+    """
+    params, optimizer = trained(precision, 21, 1)
+    rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
+    kernels = rule.kernels(batch)  # type: ignore[attr-defined]
+    indices = list(range(len(batch.items)))
+    limits = [rule._limits(item) for item in batch.items]  # type: ignore[attr-defined]
+    updates = rule.updates(batch)  # type: ignore[attr-defined]
+    a, b = rule.first_sum(batch), rule.second_sum(batch)  # type: ignore[attr-defined]
+
+    def step() -> None:
+        a.zero_()
+        kernels.gradient_pass(batch, indices, limits, False)
+        b.zero_()
+        kernels.feature_pass(batch, indices)
+        kernels.update_pass(batch, indices, updates, precision)
+
+    def state() -> list[torch.Tensor]:
+        return [*params, *(t for item in batch.items for t in item.state.values())]
+
+    before = [t.detach().clone() for t in state()]
+    step()
+    step()
+    want = [t.detach().clone() for t in state()]
+    with torch.no_grad():
+        for t, old in zip(state(), before, strict=True):
+            t.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert all(torch.equal(t, old) for t, old in zip(state(), before, strict=True)), (
+        "capturing ran the passes"
+    )
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(t, wanted) for t, wanted in zip(state(), want, strict=True))
+
+
+def test_two_streams_do_not_meet() -> None:
+    """Two optimizers on two streams, their steps interleaved without waiting, end like each
+    alone.
+    """
+    alone = [[p.detach().clone() for p in trained("high", seed, 12)[0]] for seed in (31, 32)]
+    runs = [trained("high", seed, 1) for seed in (31, 32)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(11):
+        for stream, (_, optimizer) in zip(streams, runs, strict=True):
+            with torch.cuda.stream(stream):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for (params, _), want in zip(runs, alone, strict=True):
+        assert all(torch.equal(p, w) for p, w in zip(params, want, strict=True))
+
+
+def test_a_step_neither_allocates_nor_waits() -> None:
+    """The passes themselves: no memory beyond what the first step made, no synchronisation with the
+    host.
+    """
+    _, optimizer = trained("high", 41, 2)
+    rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
+    kernels, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
+    limits, updates = [rule._limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.gradient_pass(batch, indices, limits, False)
+        kernels.feature_pass(batch, indices)
+        kernels.update_pass(batch, indices, updates, "high")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_launches_of_a_step() -> None:
+    """Six kernels for the passes of a step, for five tensors as for fifty."""
+    counts = []
+    for copies in (1, 10):
+        params = [torch.nn.Parameter(torch.randn(48, 64, device="cuda")) for _ in range(5 * copies)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer = pylo_dist.AdafacLO(params, weights="demo")
+        optimizer.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        counts.append(
+            sum(event.count for event in profile.key_averages() if "pylo_dist" in event.key)
+        )
+    assert counts[0] == counts[1] <= 6, counts
+
+
+GRAPH_SHAPES = [(96, 200), (200, 96), (96, 200), (64,), (64,), (), (8, 4, 3, 3), (300, 20)]
+
+
+class Run:
+    """An optimizer of a rule on a GPU; gradients, loss and rate lie where a CUDA graph can find
+    them again.
+    """
+
+    def __init__(self, name: str) -> None:
+        cls, kwargs = BUILD[name]
+        generator = torch.Generator().manual_seed(71)
+        self.params = [
+            torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).cuda())
+            for shape in GRAPH_SHAPES
+        ]
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+        self.rate, self.loss = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
+        kwargs = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in ("lr", "width_mults", "embedding_pattern")
+        }
+        kwargs |= {"width_mults": {"t0": 2.0}} if name == "MuLO" else {}
+        self.optimizer = cls(
+            [(f"t{i}", p) for i, p in enumerate(self.params)],
+            lr=self.rate,
+            weight_decay=0.1,
+            **kwargs,
+        )
+
+    def feed(self, step: int) -> None:
+        """The numbers of a step, in place."""
+        generator = torch.Generator().manual_seed(100 + step)
+        for p in self.params:
+            p.grad.copy_(torch.randn(p.shape, generator=generator))  # type: ignore[union-attr]
+        self.rate.fill_(0.5**step)
+        self.loss.fill_(2.0 / (step + 1))
+
+    def state(self) -> list[torch.Tensor]:
+        groups = [
+            value
+            for group in self.optimizer.param_groups
+            for value in group.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        state = [t for p in self.params for t in self.optimizer.state[p].values()]
+        return [t.detach().clone() for t in (*self.params, *state, *groups)]
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.optimizer.step(self.loss)
+        return graph
+
+
+@pytest.mark.parametrize("rate", ["float", "tensor"])
+@pytest.mark.parametrize("name", BUILD)
+def test_a_whole_step_never_waits(name: str, rate: str) -> None:
+    """torch fails on every synchronising call; the learning rate changes at every step, as a
+    schedule has it.
+    """
+    run = Run(name)
+    for step in range(4):
+        run.feed(step)
+        if rate == "float":
+            run.optimizer.param_groups[0]["lr"] = 0.5**step
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+        try:
+            run.optimizer.step(run.loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert int(run.optimizer.param_groups[0]["step"]) == 4
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_a_whole_step_replays_in_a_graph(name: str) -> None:
+    """Six replayed steps are six eager ones: gradients, loss, rate and step count are read anew.
+
+    To 1e-5 of the largest change: cuBLAS may take other kernels inside a graph (Newton-Schulz:
+    5e-5, see the layout tolerance).
+    """
+    eager, replayed = Run(name), Run(name)
+    for one in (eager, replayed):
+        for step in range(2):
+            one.feed(step)
+            one.optimizer.step(one.loss)
+    before = replayed.state()
+    graph = replayed.capture()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(replayed.state(), before, strict=True)), (
+        "capturing took a step"
+    )
+    for step in range(2, 8):
+        eager.feed(step)
+        eager.optimizer.step(eager.loss)
+        replayed.feed(step)
+        graph.replay()
+    share = 5e-5 if "CELO2" in name else 1e-5
+    for got, wanted, old in zip(replayed.state(), eager.state(), before, strict=True):
+        change = (wanted.double() - old.double()).abs().max()
+        torch.testing.assert_close(
+            got.double(), wanted.double(), rtol=4 * cuda_checks.EPS, atol=float(share * change)
+        )
+    assert int(replayed.optimizer.param_groups[0]["step"]) == 8
+    assert replayed.optimizer.grad_norm.item() == pytest.approx(
+        eager.optimizer.grad_norm.item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("then", ["state_dict", "step"])
+def test_a_bad_replay_is_heard_of(then: str) -> None:
+    """It changes nothing, good ones may follow, and the next call that asks names the parameter."""
+    run = Run("AdafacLO")
+    for step in range(2):
+        run.feed(step)
+        run.optimizer.step(run.loss)
+    graph = run.capture()
+    before = run.state()
+    run.feed(2)
+    run.params[3].grad[5] = float("nan")  # type: ignore[index]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True))
+    run.feed(3)
+    graph.replay()
+    if then == "step":
+        run.optimizer.step(run.loss)  # its flags carry those of the replays; the next one asks
+    with pytest.raises(pylo_dist.NonFiniteGradientError, match="'t3' holds"):
+        run.optimizer.state_dict() if then == "state_dict" else run.optimizer.step(run.loss)
+    run.optimizer.state_dict()
+
+
+def test_what_a_graph_cannot_hold_is_refused() -> None:
+    run = Run("VeLO")
+    with pytest.raises(ValueError, match="before the first one"):
+        run.capture()
+    run.feed(0)
+    run.optimizer.step(run.loss)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="give it as a tensor on cuda"), torch.cuda.graph(graph):
+        run.optimizer.step(torch.tensor(1.0))
+
+
+def test_operations_of_a_step_do_not_grow(figures: list[str]) -> None:
+    """All kernels, copies and fills of a step, for 10 and for 150 tensors of two sizes;
+    concatenation takes 128 at a time.
+    """
+    for name in BUILD:
+        counts = []
+        for tensors in (10, 150):
+            cls, kwargs = BUILD[name]
+            kwargs = {key: value for key, value in kwargs.items() if key != "width_mults"}
+            kwargs |= {"width_mults": {}} if name == "MuLO" else {}
+            params = [
+                torch.nn.Parameter(torch.randn((48, 64) if i % 2 else (64,), device="cuda"))
+                for i in range(tensors)
+            ]
+            optimizer, loss = (
+                cls([(f"t{i}", p) for i, p in enumerate(params)], **kwargs),
+                torch.tensor(1.0, device="cuda"),
+            )
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step(loss)
+            optimizer.step(loss)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as profile:
+                optimizer.step(loss)
+                torch.cuda.synchronize()
+            counts.append(
+                sum(
+                    event.device_type == torch.autograd.DeviceType.CUDA
+                    for event in profile.events()
+                )
+            )
+        figures.append(
+            f"CUDA | {name} | {counts[0]} operations on the device for 10 tensors, {counts[1]} for "
+            "150"
+        )
+        assert counts[1] <= counts[0] + 24, (name, counts)
+
+
+def test_random_cuts_and_ranks() -> None:
+    rng = random.Random(51)
+    for _ in range(20):
+        cuda_checks.check_random(
+            "adafac", "high", "cuda", rng.randrange(1000), rng.choice([1, 2, 5])
+        )
+
+
+RANK_SHAPES = {"w": (70, 96), "embedding": (301, 64), "b": (65,), "c": (8, 4, 3, 3), "s": ()}
+
+
+def rank_problem() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(61)
+    params = {
+        fqn: 0.02 * torch.randn(shape, generator=generator) for fqn, shape in RANK_SHAPES.items()
+    }
+    return params, [
+        {fqn: torch.randn(shape, generator=generator) for fqn, shape in RANK_SHAPES.items()}
+        for _ in range(4)
+    ]
+
+
+def one_rank(rank: int, world: int, backend: str, folder: str) -> None:
+    """A rank of a real process group on the one GPU: flat intervals of every tensor, at uneven
+    places.
+    """
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    try:
+        params, grads = rank_problem()
+        shards, pieces = {}, {}
+        for fqn, p in params.items():
+            points = [
+                0,
+                *(p.numel() * r // world + (p.numel() > world) for r in range(1, world)),
+                p.numel(),
+            ]
+            shards[fqn] = TensorShard.interval(fqn, tuple(p.shape), points[rank], points[rank + 1])
+            pieces[fqn] = torch.nn.Parameter(shards[fqn].take(p).cuda())
+            bind_shard(pieces[fqn], shards[fqn], rank, dist.group.WORLD)
+        optimizer = pylo_dist.AdafacLO(list(pieces.items()), weights="demo")
+        for step in grads:
+            for fqn, piece in pieces.items():
+                piece.grad = shards[fqn].take(step[fqn]).cuda()
+            optimizer.step()
+        torch.save(
+            {fqn: piece.detach().cpu() for fqn, piece in pieces.items()}, f"{folder}/{rank}.pt"
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "world"), [("gloo", 2), ("gloo", 4), ("nccl", 1)])
+def test_real_ranks_on_one_gpu(backend: str, world: int, tmp_path: Path) -> None:
+    """The layout tolerance between real processes with real cuts and one process without."""
+    params, grads = rank_problem()
+    with compiled.use_kernels(True):
+        whole = run_virtual(
+            pylo_dist.AdafacLO,
+            {fqn: p.cuda() for fqn, p in params.items()},
+            1,
+            [{fqn: g.cuda() for fqn, g in step.items()} for step in grads],
+            weights="demo",
+        )
+    mp.spawn(one_rank, args=(world, backend, str(tmp_path)), nprocs=world, join=True)
+    pieces = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    joined = {
+        fqn: torch.cat([piece[fqn] for piece in pieces]).view(p.shape).cuda()
+        for fqn, p in params.items()
+    }
+    history = [{fqn: p.cuda() for fqn, p in params.items()}, *whole.history]
+    errors = layout_error(joined, whole.params, largest_changes(history))
+    assert max(errors.values()) <= 1.0, errors

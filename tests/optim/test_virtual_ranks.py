@@ -1,0 +1,81 @@
+"""Tensors cut anywhere give the same step, for every rule.
+
+Every cross-element quantity of a rule is a sum of per-rank partial sums, so any cut of any tensor
+must reproduce the uncut run to the layout tolerance. The cuts here are random: mid-row, one
+element, empty shards, and the pitched boxes of Shard(k) and of Shard(k) cut again on dimension 0.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import pylo_dist
+from pylo_dist.core.shards import TensorShard
+from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support.virtual import SETTINGS, SMALL_FC, STEPS, golden_problem, random_shards
+
+RANKS = (2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_any_cut_is_the_uncut_run(name: str, dtype: torch.dtype, figures: list[str]) -> None:
+    setting = SETTINGS[name]
+    params, grads, losses = golden_problem(dtype)
+    uncut = run_virtual(setting.optimizer_class, params, 1, grads, losses=losses, **setting.kwargs)
+    change = largest_changes([params, *uncut.history])
+    share = setting.share32 if dtype == torch.float32 else setting.share64
+    rng = random.Random(0)
+    worst, worst_state, cuts, empty = 0.0, 0.0, 0, 0
+    rounds = setting.rounds if dtype == torch.float32 or name == "adafac" else 2
+    for ranks in RANKS * rounds:
+        shards = {fqn: random_shards(rng, fqn, tuple(p.shape), ranks) for fqn, p in params.items()}
+        run = run_virtual(
+            setting.optimizer_class, params, shards, grads, losses=losses, **setting.kwargs
+        )
+        # a cut into whole slices may be worth a Gram matrix, which is one more sum
+        through_gram = any("gram" in row["rule"] for row in run.optimizers[0].report())
+        assert run.reductions == [3 if name == "celo2_base" or through_gram else 2] * STEPS
+        assert run.exchanges == [setting.exchanges] * STEPS
+        cuts += len(shards)
+        empty += sum(s.numel == 0 for pieces in shards.values() for s in pieces)
+        worst = max(worst, *layout_error(run.params, uncut.params, change, share).values())
+        for fqn in params:
+            # a state element is an average of g or g^2, or an LSTM's: measured by the largest of
+            # its tensor
+            largest = {key: s.abs().max() for key, s in uncut.state[fqn].items()}
+            worst_state = max(
+                worst_state, *layout_error(run.state[fqn], uncut.state[fqn], largest).values()
+            )
+    assert cuts == 9 * 4 * rounds
+    assert empty > 0
+    assert worst <= 1.0, worst
+    assert worst_state <= 1.0, worst_state
+    figures.append(
+        f"virtual ranks | {name} {str(dtype)[6:]} | {cuts} cuts of 2 to 8 ranks, {STEPS} steps | "
+        f"{worst:.2g} of the layout tolerance, state {worst_state:.2g}"
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", ["adafac", "velo", "celo2"])
+def test_two_reductions_for_any_number_of_tensors(name: str, ranks: int) -> None:
+    setting = SETTINGS[name]
+    for tensors in (1, 10, 300):
+        params = {f"p{i}": torch.randn(5) if i % 2 else torch.randn(3, 4) for i in range(tensors)}
+        grads = [{fqn: torch.randn_like(p) for fqn, p in params.items()} for _ in range(2)]
+        run = run_virtual(
+            setting.optimizer_class, params, ranks, grads, losses=[1.0, 0.9], **setting.kwargs
+        )
+        assert run.reductions == [2, 2]
+
+
+def test_cuts_that_do_not_tile_are_refused() -> None:
+    shards = [TensorShard.interval("w", (4, 4), 0, 9), TensorShard.interval("w", (4, 4), 8, 16)]
+    with pytest.raises(ValueError, match=r"'w'.*exactly once"):
+        run_virtual(
+            pylo_dist.AdafacLO, {"w": torch.zeros(4, 4)}, {"w": shards}, [], weights=SMALL_FC
+        )

@@ -1,0 +1,476 @@
+"""Copies, files and state of an optimizer, and which parameters it serves. Whole tensors, compared
+to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support.optimizer_cases import (
+    SHAPES,
+    adafac,
+    after,
+    everything,
+    make_params,
+    same,
+    set_gradients,
+    train,
+    values,
+)
+
+# --------------------------------------------------------------------------------- copies and files
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_go_on_to_the_bit(way: str) -> None:
+    named = make_params()
+    optimizer = adafac(
+        named,
+        lr=0.5,
+        clip="per_tensor",
+        max_grad_norm=0.05,
+        precision="highest",
+        process_group=False,
+    )
+    # replaces optimizer.step, which no copy may carry
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    train(optimizer, named, 0, 2)
+    pair = (optimizer, named)
+    twin, twin_named = (
+        copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    )
+    assert same(everything(twin), everything(optimizer))
+    assert not {p.data_ptr() for _, p in twin_named} & {p.data_ptr() for _, p in named}
+    train(optimizer, named, 2, 4)
+    assert not same(values(twin_named), values(named))  # it has memory of its own
+    train(twin, twin_named, 2, 4)
+    assert same(everything(twin), everything(optimizer))
+    assert str(twin.report()) == str(optimizer.report())
+    assert (twin.precision, twin.process_group) == ("highest", False)
+    optimizer.load_state_dict(twin.state_dict())
+    twin.add_param_group({"params": [("late", nn.Parameter(torch.ones(3)))]})
+    assert twin.param_groups[1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resume_is_equal_to_the_bit(dtype: torch.dtype) -> None:
+    named = make_params(dtype=dtype)
+    optimizer = adafac(named, lr=torch.tensor(0.5), weight_decay=0.01)
+    train(optimizer, named, 0, 3)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "params": values(named)}, file)
+    train(optimizer, named, 3, 6)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = [(fqn, nn.Parameter(saved["params"][fqn])) for fqn in SHAPES]
+    fresh = adafac(resumed)
+    fresh.load_state_dict(saved["optimizer"])
+    assert fresh.param_groups[0]["weight_decay"] == 0.01
+    train(fresh, resumed, 3, 6)
+    assert same(everything(fresh), everything(optimizer))
+
+
+def test_named_and_unnamed_state_load_into_each_other() -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    train(optimizer, named, 0, 2)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
+    assert [row["fqn"] for row in optimizer.report()] == list(SHAPES)
+    bare = make_params()
+    unnamed = adafac([p for _, p in bare])
+    assert [row["fqn"] for row in unnamed.report()] == [f"group0.{j}" for j in range(len(SHAPES))]
+    unnamed.load_state_dict(optimizer.state_dict())
+    again = adafac(make_params())
+    again.load_state_dict(unnamed.state_dict())
+    for a, b in zip(again.state.values(), optimizer.state.values(), strict=True):
+        assert same(a, b)
+
+
+def test_half_precision_parameters_keep_float32_state() -> None:
+    """torch's load_state_dict casts state to the parameter's dtype; bfloat16 would make 1001 of it
+    1000.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        optimizer = adafac(make_params(dtype=dtype))
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                assert tensor.dtype == torch.float32
+                tensor.fill_(1001.0)
+        loaded = adafac(make_params(dtype=dtype))
+        loaded.load_state_dict(optimizer.state_dict())
+        for state in loaded.state.values():
+            assert all(
+                t.dtype == torch.float32 and bool((t == 1001.0).all()) for t in state.values()
+            )
+
+
+def test_float64_parameters_have_float64_state() -> None:
+    optimizer = adafac(make_params(dtype=torch.float64))
+    assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {
+        torch.float64
+    }
+    loaded = adafac(make_params(dtype=torch.float64))
+    loaded.load_state_dict(optimizer.state_dict())
+    assert {t.dtype for state in loaded.state.values() for t in state.values()} == {torch.float64}
+
+
+def test_state_shapes() -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    shapes = {
+        fqn: {name: tuple(t.shape) for name, t in optimizer.state[p].items()} for fqn, p in named
+    }
+    assert shapes == {
+        "scalar": {"momentum": (3,), "rms": (), "diag": (3,)},
+        "bias": {"momentum": (3, 5), "rms": (5,), "diag": (3, 5)},
+        "wide": {"momentum": (3, 3, 7), "rms": (3, 7), "row": (3, 3), "col": (3, 7)},
+        "square": {"momentum": (3, 4, 4), "rms": (4, 4), "row": (3, 4), "col": (3, 4)},
+        "conv": {
+            "momentum": (3, 5, 2, 3, 3),
+            "rms": (5, 2, 3, 3),
+            "row": (3, 2, 3, 3),
+            "col": (3, 5, 2, 3),
+        },
+    }
+
+
+def test_loaded_state_shares_no_memory() -> None:
+    named, other = make_params(), make_params()
+    optimizer, loaded = adafac(named, lr=torch.tensor(0.5)), adafac(other)
+    train(optimizer, named, 0, 1)
+    given = optimizer.state_dict()
+    loaded.load_state_dict(given)
+    kept = copy.deepcopy(given)
+    train(loaded, other, 0, 2)
+    loaded.param_groups[0]["lr"].fill_(9.0)
+    for i, entry in kept["state"].items():
+        assert same(entry, given["state"][i])
+    assert int(given["param_groups"][0]["step"]) == 1
+    assert float(given["param_groups"][0]["lr"]) == 0.5
+
+
+def _drop(state: dict[str, Any]) -> None:
+    del state["state"][2]["row"]
+
+
+def _drop_all(state: dict[str, Any]) -> None:
+    del state["state"][2]
+
+
+def _misshape(state: dict[str, Any]) -> None:
+    state["state"][2]["momentum"] = torch.zeros(3, 7, 3)
+
+
+def _no_tensor(state: dict[str, Any]) -> None:
+    state["state"][2]["momentum"] = 5
+
+
+def _fewer(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["params"].pop()
+
+
+def _more_groups(state: dict[str, Any]) -> None:
+    state["param_groups"].append({**state["param_groups"][0], "params": []})
+
+
+def _no_step(state: dict[str, Any]) -> None:
+    del state["param_groups"][0]["step"]
+
+
+def _no_lr(state: dict[str, Any]) -> None:
+    del state["param_groups"][0]["lr"]
+
+
+def _no_groups(state: dict[str, Any]) -> None:
+    del state["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, r"'row' of 'wide': found nothing, wanted shape \(3, 3\)"),
+        (_drop_all, "'momentum' of 'wide': found nothing"),
+        (_misshape, r"'momentum' of 'wide': found shape \(3, 7, 3\), wanted shape \(3, 3, 7\)"),
+        (_no_tensor, "'momentum' of 'wide': found int"),
+        (_fewer, r"groups of \[4\] parameters, this optimizer groups of \[5\]"),
+        (_more_groups, r"groups of \[5, 0\] parameters"),
+        (_no_step, "group 0 of the state has no 'step'"),
+        (_no_lr, "group 0 of the state has no 'lr'"),
+        (_no_groups, "'param_groups'"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused_and_nothing_changes(
+    damage: Callable[[Any], None], message: str
+) -> None:
+    named, other = make_params(), make_params()
+    optimizer, donor = adafac(named), adafac(other, lr=0.5)
+    train(optimizer, named, 0, 1)
+    train(donor, other, 0, 2)
+    state = copy.deepcopy(donor.state_dict())
+    damage(state)
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert same(everything(optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    train(optimizer, named, 1, 3)
+    assert same(values(named), after(3))
+
+
+def test_a_number_as_step_count_loads() -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    train(optimizer, named, 0, 2)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["step"] = 2
+    fresh = adafac([(fqn, nn.Parameter(p.detach().clone())) for fqn, p in named])
+    fresh.load_state_dict(state)
+    set_gradients(
+        [(fqn, p) for fqn, p in zip(SHAPES, fresh.param_groups[0]["params"], strict=True)], 2
+    )
+    fresh.step()
+    train(optimizer, named, 2, 3)
+    assert same(everything(fresh), everything(optimizer))
+
+
+def test_state_that_was_replaced_counts() -> None:
+    """`optimizer.state[p][name] = tensor` and clearing the state are habits of torch users."""
+    named, other = make_params(), make_params()
+    optimizer, donor = adafac(named), adafac(other)
+    train(donor, other, 0, 2)
+    for (_, a), (_, b) in zip(named, other, strict=True):
+        a.data.copy_(b)
+        optimizer.state[a] = {name: t.clone() for name, t in donor.state[b].items()}
+    optimizer.param_groups[0]["step"].fill_(2)
+    train(optimizer, named, 2, 3)
+    train(donor, other, 2, 3)
+    assert same(everything(optimizer), everything(donor))
+    optimizer.state.clear()
+    fresh = adafac(other)
+    optimizer.param_groups[0]["step"].zero_()
+    train(optimizer, named, 0, 1)
+    train(fresh, other, 0, 1)
+    assert same(everything(optimizer), everything(fresh))
+
+
+# --------------------------------------------------------------------------------- which parameters
+
+
+def test_none_gradients_are_skipped_and_the_step_counts() -> None:
+    named = make_params()
+    optimizer = adafac(named, max_grad_norm=0.05)
+    train(optimizer, named, 0, 1)
+    before = everything(optimizer)
+    set_gradients(named, 1)
+    named[2][1].grad = None
+    optimizer.step()
+    now = everything(optimizer)
+    assert int(now.pop("0.step")) == int(before.pop("0.step")) + 1
+    still = {key for key in now if torch.equal(now[key], before[key])}
+    assert still == {"0.2", "0.2.momentum", "0.2.rms", "0.2.row", "0.2.col"}
+    optimizer.zero_grad()
+    optimizer.step()
+    assert int(optimizer.param_groups[0]["step"]) == 3
+    assert same({k: v for k, v in everything(optimizer).items() if k != "0.step"}, now)
+
+
+def test_frozen_parameters_have_no_state_until_they_are_unfrozen() -> None:
+    named = make_params()
+    frozen = named[2][1].requires_grad_(False)
+    value = frozen.detach().clone()
+    optimizer = adafac(named)
+    train(optimizer, named[:2] + named[3:], 0, 2)
+    assert torch.equal(frozen, value)
+    assert frozen not in optimizer.state
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1, 3, 4]
+    again = adafac(
+        [(fqn, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)) for fqn, p in named]
+    )
+    again.load_state_dict(optimizer.state_dict())
+    assert sorted(again.state_dict()["state"]) == [0, 1, 3, 4]
+
+    frozen.requires_grad_(True)
+    others = {fqn: p.detach().clone() for fqn, p in named if p is not frozen}
+    train(optimizer, named, 2, 3)
+    alone = nn.Parameter(value.clone())
+    single = adafac([alone])
+    single.param_groups[0]["step"].fill_(2)
+    alone.grad = frozen.grad
+    single.step()
+    assert torch.equal(frozen, alone)
+    assert same(dict(optimizer.state[frozen]), dict(single.state[alone]))
+    assert not any(torch.equal(p, others[fqn]) for fqn, p in named if p is not frozen)
+
+    frozen.requires_grad_(False)
+    value = frozen.detach().clone()
+    train(optimizer, named[:2] + named[3:], 3, 4)
+    assert torch.equal(frozen, value)
+
+
+def test_tied_parameters_are_one() -> None:
+    embedding = nn.Embedding(6, 4)
+    head = nn.Linear(4, 6, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, head)
+    optimizer = adafac(model.named_parameters())
+    assert len(optimizer.report()) == 1
+    model(torch.tensor([1, 2])).square().sum().backward()
+    alone = nn.Parameter(embedding.weight.detach().clone())
+    assert embedding.weight.grad is not None
+    alone.grad = embedding.weight.grad.clone()
+    optimizer.step()
+    adafac([alone]).step()
+    assert torch.equal(head.weight, alone)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (1,),
+        (5,),
+        (1, 9),
+        (9, 1),
+        (4, 4),
+        (3, 4, 5),
+        (4, 3, 3, 2),
+        (2, 3, 2, 3, 2),
+        (0, 5),
+        (0,),
+    ],
+    ids=str,
+)
+def test_every_shape_moves_and_resumes(shape: tuple[int, ...]) -> None:
+    named = make_params({"p": shape, "beside": (3, 7)})
+    optimizer = adafac(named, max_grad_norm=1.0)
+    before = values(named)
+    train(optimizer, named, 0, 2)
+    moved = {fqn: bool((p != before[fqn]).all()) for fqn, p in named}
+    assert moved == {"p": True, "beside": True}
+    assert all(bool(p.isfinite().all()) for _, p in named)
+    if not named[0][1].numel():
+        assert named[0][1] not in optimizer.state
+    fresh = adafac([(fqn, nn.Parameter(p.detach().clone())) for fqn, p in named])
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same(everything(fresh), everything(optimizer))
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _every_second(x: Tensor) -> Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 77.0, dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def _corner(x: Tensor) -> Tensor:
+    wide = torch.full([size + 2 for size in x.shape], 77.0, dtype=x.dtype)
+    inner = wide[tuple(slice(1, size + 1) for size in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+@pytest.mark.parametrize("gradients", ["like", "contiguous", "odd"])
+@pytest.mark.parametrize("layout", [_transposed, _channels_last, _every_second, _corner])
+def test_memory_layout_does_not_matter(layout: Callable[[Tensor], Tensor], gradients: str) -> None:
+    """Parameters and gradients laid out in any way equal their contiguous copies, and memory
+    between their elements is kept.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "vector": (5,),
+        "matrix": (3, 7),
+        "conv": (4, 3, 2, 2),
+        "rank3": (2, 3, 4),
+    }
+    plain = make_params(shapes)
+    odd = [(fqn, nn.Parameter(layout(p.detach().clone()))) for fqn, p in plain]
+    assert layout is _channels_last or not all(p.is_contiguous() for _, p in odd)
+    optimizer, wanted = (
+        adafac(odd, weight_decay=0.1, max_grad_norm=0.1),
+        adafac(plain, weight_decay=0.1, max_grad_norm=0.1),
+    )
+    for step in range(2):
+        set_gradients(plain, step)
+        for (_, a), (_, b) in zip(odd, plain, strict=True):
+            assert b.grad is not None
+            if gradients == "like":
+                a.grad = layout(b.grad)
+            else:
+                a.grad = b.grad.clone() if gradients == "contiguous" else _every_second(b.grad)
+        wanted.step()
+        optimizer.step()
+    assert same(values(odd), values(plain))
+    for (_, a), (_, b) in zip(odd, plain, strict=True):
+        assert same(dict(optimizer.state[a]), dict(wanted.state[b]))
+        assert all(t.is_contiguous() for t in optimizer.state[a].values())
+        if layout in (_every_second, _corner):
+            memory = torch.as_strided(a.detach(), (a.untyped_storage().nbytes() // 4,), (1,), 0)
+            assert int((memory == 77.0).sum()) == memory.numel() - a.numel()
+
+
+def test_expanded_gradients() -> None:
+    named, other = (
+        make_params({"vector": (5,), "matrix": (3, 7)}),
+        make_params({"vector": (5,), "matrix": (3, 7)}),
+    )
+    for (_, a), (_, b) in zip(named, other, strict=True):
+        a.grad = torch.tensor(0.5).expand(a.shape)
+        b.grad = torch.full(b.shape, 0.5)
+    adafac(named).step()
+    adafac(other).step()
+    assert same(values(named), values(other))
+
+
+def test_sparse_gradients_are_refused_by_name_before_anything_changes() -> None:
+    embedding = nn.Embedding(6, 4, sparse=True)
+    first = nn.Parameter(torch.ones(3))
+    optimizer = adafac([("first", first), ("wte.weight", embedding.weight)])
+    first.grad = torch.ones(3)
+    embedding(torch.tensor([1])).sum().backward()
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"'wte.weight' has a sparse gradient.*sparse=False"):
+        optimizer.step()
+    assert same(everything(optimizer), before)
+    with pytest.raises(ValueError, match=r"'wte.weight' has a sparse gradient"):
+        optimizer.step(lambda: torch.tensor(0.0))
+    assert embedding.weight.grad is not None
+    embedding.weight.grad = embedding.weight.grad.to_dense()
+    optimizer.step()
+    assert int(optimizer.param_groups[0]["step"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (
+            nn.Parameter(torch.zeros(3, dtype=torch.complex64)),
+            r"'p' is torch.complex64.*view_as_real",
+        ),
+        (
+            nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False),
+            r"'p' is torch.int32.*floating-point",
+        ),
+        (nn.Parameter(torch.zeros(3, dtype=torch.bool), requires_grad=False), r"'p' is torch.bool"),
+        (nn.Parameter(torch.eye(3).to_sparse()), r"'p' has layout torch.sparse_coo.*dense"),
+    ],
+    ids=["complex", "integer", "bool", "sparse"],
+)
+def test_parameters_that_cannot_be_served_are_refused_by_name(
+    param: nn.Parameter, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        adafac([("good", nn.Parameter(torch.zeros(2))), ("p", param)])

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: ranks, golden numbers, models, layouts. Holds no test."""

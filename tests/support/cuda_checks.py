@@ -1,0 +1,188 @@
+"""Checks of the CUDA passes that tests/maths/test_fibers.py makes on a CPU and
+tests/maths/test_gpu.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylo_dist.testing import VirtualRun
+from support.kernels import FLOOR, Problem, in_float64, random_cuts, random_problem, relative, run
+from support.virtual import SETTINGS
+
+EPS = torch.finfo(torch.float32).eps
+LIMITS = {"highest": 2.0, "high": 4.0}  # times the float32 PyTorch path's own error
+MEDIUM = 2e-3  # relative L2 of an update in float16
+
+
+def on(problem: Problem, device: str) -> Problem:
+    params, grads, losses = problem
+    there: list[dict[str, Tensor | None]] = [
+        {k: None if g is None else g.to(device) for k, g in step.items()} for step in grads
+    ]
+    return {fqn: p.to(device) for fqn, p in params.items()}, there, losses
+
+
+SMALL = [
+    (40, 72),
+    (33, 20),
+    (20, 16),
+    (5, 150),
+    (2, 6, 36),
+    (2, 3, 9, 12),
+    (33, 33),
+    (8, 4, 3, 3),
+    (40,),
+    (),
+]
+LARGE = [
+    (170, 296),
+    (296, 33),
+    (40, 16),
+    (17, 300),
+    (3, 20, 136),
+    (2, 3, 18, 20),
+    (165, 165),
+    (16, 8, 3, 3),
+    (4000,),
+    (),
+]
+
+
+def matrix_problem(rng: random.Random, device: str, steps: int = 2) -> Problem:
+    """Shapes for the tensor-core path and its edges: short and long runs, either factor along them,
+    small tensors.
+    """
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    shapes = {f"t{i}": shape for i, shape in enumerate(SMALL if device == "cpu" else LARGE)}
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+    params = {fqn: 0.01 * normal(shape) for fqn, shape in shapes.items()}
+    grads: list[dict[str, Tensor | None]] = [
+        {fqn: normal(shape) for fqn, shape in shapes.items()} for _ in range(steps)
+    ]
+    return params, grads, [2.0 / (t + 1) for t in range(steps)]
+
+
+def check_rule(
+    name: str, precision: str, problem: Problem, device: str, cuts: Any, **kwargs: Any
+) -> tuple[float, float]:
+    """Errors against float64 of every parameter and state; gives the largest of the PyTorch path
+    and of the kernels.
+    """
+    params = problem[0]
+    truth = run(name, in_float64(problem), **kwargs)
+    oracle = run(name, problem, kernels=False, **kwargs)
+    ours = run(name, on(problem, device), cuts, precision=precision, **kwargs)
+    worst = [0.0, 0.0]
+    for fqn, p in params.items():
+        if p.numel() == 0:
+            continue
+        moved = truth.params[fqn] - p.double()
+        # the parameters themselves are stored to half a unit of theirs
+        floor = FLOOR + float(EPS * p.double().norm() / moved.norm())
+        own, error = (
+            relative(r.params[fqn].cpu(), truth.params[fqn], moved) for r in (oracle, ours)
+        )
+        bound = own + MEDIUM if precision == "medium" else LIMITS[precision] * own
+        assert error <= bound + floor, (fqn, tuple(p.shape), own, error)
+        worst = [max(worst[0], own), max(worst[1], error)]
+        for key, wanted in truth.state[fqn].items():
+            own, error = (relative(r.state[fqn][key].cpu(), wanted) for r in (oracle, ours))
+            assert error <= 2 * own + FLOOR, (fqn, key, tuple(p.shape), own, error)
+    return worst[0], worst[1]
+
+
+def check_random(
+    name: str, precision: str, device: str, seed: int, ranks: int
+) -> tuple[float, float]:
+    rng = random.Random(f"{name} {seed}")
+    problem = random_problem(rng) if seed % 2 else matrix_problem(rng, device)
+    return check_rule(name, precision, problem, device, random_cuts(rng, problem[0], ranks))
+
+
+def same_bits(a: VirtualRun, b: VirtualRun) -> None:
+    for fqn, p in a.params.items():
+        assert torch.equal(p, b.params[fqn]), fqn
+        for key, value in a.state[fqn].items():
+            assert torch.equal(value, b.state[fqn][key]), (fqn, key)
+
+
+def check_two_runs(name: str, precision: str, device: str) -> None:
+    """The same bits again."""
+    problem = on(matrix_problem(random.Random(7), device), device)
+    same_bits(
+        run(name, problem, 2, precision=precision), run(name, problem, 2, precision=precision)
+    )
+
+
+def check_nan(precision: str, device: str) -> None:
+    """A NaN that is let through makes its tensor NaN, and no other; a step that is passed over
+    changes nothing.
+    """
+    params, grads, losses = matrix_problem(random.Random(8), device, steps=1)
+    grads[0]["t0"][5, 7] = float("nan")  # type: ignore[index]
+    problem = on((params, grads, losses), device)
+    setting = SETTINGS["adafac"]
+    named = {fqn: torch.nn.Parameter(p.clone()) for fqn, p in problem[0].items()}
+    optimizer = setting.optimizer_class(
+        list(named.items()), precision=precision, nonfinite="allow", **setting.kwargs
+    )
+    for fqn, p in named.items():
+        p.grad = problem[1][0][fqn]
+    optimizer.step()
+    assert named["t0"].isnan().all()
+    assert all(p.isfinite().all() for fqn, p in named.items() if fqn != "t0")
+    skipped = run("adafac", problem, 2, precision=precision, nonfinite="skip")
+    for fqn, p in params.items():
+        assert torch.equal(skipped.params[fqn].cpu(), p), fqn
+        assert all(not value.any() for value in skipped.state[fqn].values()), fqn
+
+
+def check_extremes(precision: str, device: str) -> None:
+    """Gradients from 1e-30 to what float32 can square, and one number among zeros: finite, and as
+    the PyTorch path.
+    """
+    params = {f"t{i}": 0.01 * torch.randn(20, 40) for i in range(5)}
+    scales = (0.0, 1e-30, 1e-12, 1e12, 1e18)
+    grad = {fqn: torch.randn(20, 40) * scale for fqn, scale in zip(params, scales, strict=True)}
+    grad["t0"][3, 4] = 2.0
+    problem: Problem = (params, [dict(grad)], [1.0])
+    truth, oracle = run("adafac", in_float64(problem)), run("adafac", problem, kernels=False)
+    ours = run("adafac", on(problem, device), 3, precision=precision)
+    for fqn, p in params.items():
+        assert ours.params[fqn].isfinite().all(), fqn
+        moved = truth.params[fqn] - p.double()
+        own, error = (
+            relative(r.params[fqn].cpu(), truth.params[fqn], moved) for r in (oracle, ours)
+        )
+        bound = own + MEDIUM if precision == "medium" else LIMITS[precision] * own
+        assert error <= bound + FLOOR + float(EPS * p.norm() / moved.norm()), (fqn, own, error)
+
+
+def check_dtype(precision: str, device: str, dtype: torch.dtype) -> None:
+    """Parameters and gradients of 16 bits: the state is that of their float32 copies, the value the
+    rounded one.
+    """
+    params, grads, losses = matrix_problem(random.Random(9), device, steps=1)
+    half = {fqn: p.to(dtype) for fqn, p in params.items()}
+    half_grads: list[dict[str, Tensor | None]] = [
+        {fqn: g.to(dtype) for fqn, g in step.items() if g is not None} for step in grads
+    ]
+    wide: Problem = (
+        {fqn: p.float() for fqn, p in half.items()},
+        [{fqn: None if g is None else g.float() for fqn, g in step.items()} for step in half_grads],
+        losses,
+    )
+    got = run("adafac", on((half, half_grads, losses), device), 3, precision=precision)
+    want = run("adafac", on(wide, device), 3, precision=precision)
+    for fqn in params:
+        assert torch.equal(got.params[fqn], want.params[fqn].to(dtype)), fqn
+        for key, value in want.state[fqn].items():
+            assert torch.equal(got.state[fqn][key], value), (fqn, key)
