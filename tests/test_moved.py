@@ -22,7 +22,7 @@ from pylo_dist.core.rule import Batch
 
 # Every public name that a module of acc4d19 defined.
 NAMES: dict[str, list[str]] = json.loads(Path(__file__).with_name("names_acc4d19.json").read_text())
-OLD_PAGE = Path(__file__).with_name("own_rule_acc4d19.md")
+OLD_PAGE = Path(__file__).with_name("own_rule_acc4d19.txt")
 # What was replaced rather than moved: an adapter's insides that no user could have called, and a
 # table that the registry of optimizers holds now.
 GONE: dict[str, set[str]] = {"publish": {"FACES"}}

@@ -32,10 +32,21 @@ from pylo_dist.maths.reference import commit, gradient_sums, move
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from pylo_dist.weights import Architecture, MetaNetwork, load_weights
 from support.ranks import run_ranks
+from support.registry import restored
 from support.virtual import golden_problem, random_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "own_rule.md"
+
+
+def blocks_of(language: str) -> list[str]:
+    """The code on the page."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+# What registers the optimizer; on the page it is part of the module. Here it must not be known to
+# the tests of other files.
+(REGISTRATION,) = (block for block in blocks_of("python") if "register_optimizer" in block)
 
 
 class CompassRule(LearnedRule):
@@ -136,13 +147,6 @@ def weights() -> dict[str, Tensor]:
     return {k: 0.3 * torch.randn(shape, generator=generator) for k, shape in TINY.shapes.items()}
 
 
-UNTRAINED = pylo_dist.Registered("compass", "./weights/compass", note="random numbers")
-
-pylo_dist.register_optimizer(
-    pylo_dist.Registration("compass", Compass, TINY, weights={"compass-untrained": UNTRAINED})
-)
-
-
 def test_every_cut_gives_the_uncut_run() -> None:
     rng = random.Random(0)
     params = {"matrix": torch.randn(12, 7), "bias": torch.randn(12), "scalar": torch.randn(())}
@@ -156,6 +160,18 @@ def test_every_cut_gives_the_uncut_run() -> None:
         run = run_virtual(Compass, params, cuts, grads, weights=weights())
         assert run.reductions == [2] * 10
         assert max(layout_error(run.params, uncut.params, change).values()) <= 1.0
+
+
+def register() -> None:
+    exec(REGISTRATION, globals())
+
+
+@pytest.fixture
+def registered() -> Generator[None, None, None]:
+    """The optimizer is registered, for one test."""
+    with restored():
+        register()
+        yield
 
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"max_grad_norm": 1.0}}
@@ -394,6 +410,7 @@ def test_gradients_read_early_give_the_same_steps() -> None:
 # -------------------------------------------------------------------------------------- its weights
 
 
+@pytest.mark.usefixtures("registered")
 def test_its_weights_are_saved_and_have_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,12 +453,13 @@ def deepspeed_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     """
     from support import deepspeed_cases as cases
 
+    register()
     deepspeed = cases.import_deepspeed()
     import pylo_dist.deepspeed as door
 
     late = type("LateCompass", (Compass,), {"__module__": __name__})
     pylo_dist.register_optimizer(pylo_dist.Registration("late-compass", late, TINY))
-    entry = json.loads(re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)[0])
+    entry = json.loads(blocks_of("json")[0])
     entry["optimizer"]["params"]["weights"] = folder
     found: dict[str, Any] = {}
     for name, stage in (("Compass", 2), ("LateCompass", 1)):
@@ -469,6 +487,7 @@ def deepspeed_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("registered")
 def test_deepspeeds_json_knows_it(tmp_path: Path) -> None:
     pytest.importorskip(
         "deepspeed", reason="DeepSpeed is not installed: launch/setup.sh launch,dev,deepspeed"
@@ -495,32 +514,23 @@ def test_deepspeeds_json_knows_it(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- the page
 
 
-def shown() -> tuple[str, str]:
-    """The Python on the page: compass.py, and the test."""
-    *blocks, test = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    return "\n".join(blocks), test
-
-
 def test_the_page_shows_this_code_and_it_runs() -> None:
     own = Path(__file__).read_text()
-    imports, *blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    imports, *blocks = blocks_of("python")
     assert set(imports.splitlines()) <= set(own.splitlines())
-    assert [block for block in blocks if block not in own] == []
-    # all that a reader needs is on the page; as this module, whose optimizer is registered already
-    found: dict[str, Any] = {"__name__": __name__}
-    exec("\n".join(shown()), found)
+    assert [block for block in blocks if block not in own] == [REGISTRATION]
+    found: dict[str, Any] = {"__name__": "compass"}
+    with restored():
+        exec("\n".join([imports, *blocks]), found)  # all that a reader needs is on the page
+        assert pylo_dist.registered_optimizers()["compass"].face is found["Compass"]
     found["test_every_cut_gives_the_uncut_run"]()
     lines = inspect.getsource(CompassRule).splitlines()
     assert [line for line in lines if line not in "".join(blocks)] == []
 
 
 def test_the_commands_on_the_page_run(tmp_path: Path) -> None:
-    (tmp_path / "compass.py").write_text(shown()[0])
-    commands = [
-        shlex.split(line)
-        for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
-        for line in block.splitlines()
-    ]
+    (tmp_path / "compass.py").write_text("\n".join(blocks_of("python")[:-1]))
+    commands = [shlex.split(line) for block in blocks_of("bash") for line in block.splitlines()]
     assert [words[1] for words in commands] == ["-c", "-m", "-m", "launch/gpt2.py"]
     said = []
     for python, *words in commands:

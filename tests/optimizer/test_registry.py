@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import pytest
 
 import pylo_dist
 from pylo_dist import Architecture, Registered, Registration, register_optimizer
-from pylo_dist.optimizer import registry
 from pylo_dist.optimizer.registry import REQUIRED
 from pylo_dist.weights import architectures
-from pylo_dist.weights import registry as weights_registry
+from support.registry import restored, tables
 
 ARCHITECTURE = Architecture("twin", {"w": ("H", "2H"), "b": (3,)}, {"rms_decays": (0.5,)})
 
@@ -32,13 +31,9 @@ def entry(**changes: Any) -> Registration:
 
 
 @pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
-    """What a test registers is gone after it; the call gives all tables as they are."""
-    places = [(registry, "_ENTRIES"), *((weights_registry, n) for n in ("_WEIGHTS", "_EXAMPLES"))]
-    places.append((weights_registry, "_ARCHITECTURES"))
-    for module, name in places:
-        monkeypatch.setattr(module, name, dict(getattr(module, name)))
-    return lambda: [dict(getattr(module, name)) for module, name in places]
+def _registered_for_one_test() -> Iterator[None]:
+    with restored():
+        yield
 
 
 def test_every_face_of_the_package_has_an_entry() -> None:
@@ -58,7 +53,7 @@ def test_every_face_of_the_package_has_an_entry() -> None:
     assert all(hasattr(pylo_dist, name) for name in pylo_dist.__all__)
 
 
-def test_an_entry_brings_its_architecture_and_names(tables: Any) -> None:
+def test_an_entry_brings_its_architecture_and_names() -> None:
     register_optimizer(entry())
     assert pylo_dist.registered_optimizers()["twin"].deepspeed == "Twin"
     assert architectures()["twin"] is ARCHITECTURE
@@ -124,9 +119,7 @@ def other_face(**body: Any) -> type[pylo_dist.LearnedOptimizer]:
         ),
     ],
 )
-def test_taken_names_are_refused_and_nothing_changes(
-    changes: dict[str, Any], message: str, tables: Any
-) -> None:
+def test_taken_names_are_refused_and_nothing_changes(changes: dict[str, Any], message: str) -> None:
     register_optimizer(entry())
     before = tables()
     with pytest.raises(ValueError, match=message):

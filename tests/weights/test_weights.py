@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from pylo_dist.weights import (
     register_weights,
     registered_entry,
 )
-from pylo_dist.weights import registry as weights_registry
 from pylo_dist.weights.publish import save_weights
+from support.registry import restored
 
 DECAYS = {
     "momentum_decays": [0.01, 0.02, 0.03],
@@ -74,9 +75,10 @@ def adafac(weights: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def registry() -> Iterator[None]:
     """Names registered in a test are gone after it."""
-    monkeypatch.setattr(weights_registry, "_WEIGHTS", dict(weights_registry._WEIGHTS))
+    with restored():
+        yield
 
 
 # --------------------------------------------------------------------------------------- where from

@@ -144,6 +144,7 @@ def test_fetch_and_verify_a_file(
         (["verify", "nowhere"], "nowhere is no folder; wanted one that"),
         (["verify", "OTHERS"], "and none to compare it with: write it with"),
         (["verify", "PICKLED"], "only pickled files (model.pt), which are refused"),
+        (["list", "--plugin", "gone.py"], "plugin gone.py cannot be imported (FileNotFoundError"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(
