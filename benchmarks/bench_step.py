@@ -45,7 +45,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pylo_dist
 from pylo_dist.core import trace
 from pylo_dist.maths import compiled
-from pylo_dist.weights import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = list[tuple[int, ...]]
@@ -96,7 +95,7 @@ def random_weights(architecture: str) -> dict[str, torch.Tensor]:
     """Weights of the published sizes (LSTM 512, 256 sets of weights)."""
     sizes = {"H": 512, "2H": 1024, "4H": 2048, "P": 256}
     generator = torch.Generator().manual_seed(0)
-    shapes = ARCHITECTURES[architecture].shapes
+    shapes = architecture_named(architecture).shapes
     return {
         name: 0.05
         * torch.randn([sizes[s] if isinstance(s, str) else s for s in shape], generator=generator)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from model import GPT, build
-from options import LEARNED, Options, WrongInput
+from options import Options, WrongInput
 from parallel import accumulation, spread, whole_model
 from place import Place
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Learner:
 
     def __init__(self, options: Options, place: Place) -> None:
         """Raises WrongInput for arguments or weights that the optimizer refuses."""
-        sharded, learned = place.world_size > 1, LEARNED.get(options.optimizer)
+        sharded, learned = place.world_size > 1, options.chosen().entry
         self._learned = learned is not None
         package: Any = None
         if sharded or learned is not None:
@@ -71,17 +71,15 @@ class Learner:
         optimizer_class: Any = torch.optim.AdamW
         arguments: dict[str, Any] = {"lr": options.base_lr(), "betas": (0.9, 0.95)}
         if learned is not None:
-            optimizer_class = getattr(package, learned.class_name)
+            optimizer_class = learned.face
             arguments = options.learned_arguments()
-            if options.optimizer == "mulo":
-                arguments["width_mults"] = {}  # the model's, once there is one
             # Tried on one number first: a rank that failed among the collectives of a sharded
             # optimizer would leave the others waiting. Rank 0 before the rest: they find in the
             # cache what it downloads.
             place.together(lambda: try_out(optimizer_class, arguments) if place.rank == 0 else None)
             self.weights = place.together(lambda: try_out(optimizer_class, arguments))
         self.model: GPT = build(options.config(), options.seed).to(place.device)
-        if options.optimizer == "mulo":
+        if "width_mults" in arguments:
             arguments["width_mults"] = self.model.width_mults()
 
         def grouped(named: Named) -> Any:

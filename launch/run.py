@@ -85,7 +85,7 @@ def describe(
         "lr": options.base_lr(),
         "weight_decay": options.decay(),
         "max_grad_norm": options.clip_norm(),
-        "num_steps": options.planned_steps() if options.optimizer == "velo" else None,
+        "num_steps": options.planned_steps(),
         "batch_size": plan.global_batch,
         "micro_batch_size": plan.micro_batch,
         "block_size": options.sequence_length(),

@@ -2,6 +2,8 @@
 this but `__init__`.
 
 from pylo_dist.reference import commit      # still works, and warns: pylo_dist.maths.reference
+from pylo_dist.weights import VELO          # and warns: pylo_dist.weights.architectures()["velo"]
+batch.keep[i]                               # in a rule, and warns: batch.moves
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from . import weights
+from .core.rule import Batch
 
 MODULES: dict[str, tuple[str, ...]] = {
     "shards": ("core.shards", "core.pieces"),
@@ -41,6 +46,17 @@ MODULES: dict[str, tuple[str, ...]] = {
     "adapters.reduction": ("adapters.zero.reduction",),
     "adapters.gathering": ("adapters.zero.gathering",),
     "adapters.deepspeed_checkpoint": ("adapters.deepspeed.checkpoint",),
+}
+# constants of weights, by the architecture they are
+ARCHITECTURES = {"SMALL_FC": "small_fc", "ELO": "elo", "CELO2": "celo2", "VELO": "velo"}
+# attributes and methods of Batch, which rules of users read
+BATCH = {
+    "keep": "moves",
+    "go": "taken",
+    "kept": "cache",
+    "kept_sum": "reused_sum",
+    "moving": "candidates",
+    "gathered": "summed",
 }
 
 
@@ -81,19 +97,47 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         targets = [f"{__package__}.{new}" for new in MODULES[spec.name.partition(".")[2]]]
-        # of whoever imports it: the frames between are importlib's, which warnings pass over
-        warnings.warn(
-            f"{spec.name} is {' and '.join(targets)} now; the old path goes with the next version",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(spec.name, " and ".join(targets), "path")
         return _Moved(spec.name, targets)
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
 
 
+def _warn(old: str, new: str, what: str = "name") -> None:
+    """Of whoever wrote the old name: frames of importlib between are passed over by warnings."""
+    warnings.warn(
+        f"{old} is {new} now; the old {what} goes with the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+def _of_weights(name: str) -> Any:
+    """`__getattr__` of the weights package."""
+    module = weights.__name__
+    if name == "ARCHITECTURES":
+        _warn(f"{module}.{name}", f"{module}.architectures()")
+        return weights.architectures()
+    if name in ARCHITECTURES:
+        _warn(f"{module}.{name}", f"{module}.architectures()[{ARCHITECTURES[name]!r}]")
+        return weights.architectures()[ARCHITECTURES[name]]
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def _of_batch(old: str, new: str) -> property:
+    def read(batch: Batch) -> Any:
+        _warn(f"Batch.{old}", f"Batch.{new}")
+        return getattr(batch, new)
+
+    return property(read, doc=f"`{new}`, by its old name.")
+
+
 def install() -> None:
-    """Make the old paths importable; again it does nothing."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Make the old paths and names known; again it does nothing."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    vars(weights)["__getattr__"] = _of_weights
+    for old, new in BATCH.items():
+        setattr(Batch, old, _of_batch(old, new))

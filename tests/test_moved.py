@@ -6,22 +6,29 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import pylo_dist
 from pylo_dist import _moved
+from pylo_dist.core.rule import Batch
 
 # Every public name that a module of acc4d19 defined.
 NAMES: dict[str, list[str]] = json.loads(Path(__file__).with_name("names_acc4d19.json").read_text())
-# What was replaced rather than moved: an adapter's insides that no user could have called.
+OLD_PAGE = Path(__file__).with_name("own_rule_acc4d19.txt")
+# What was replaced rather than moved: an adapter's insides that no user could have called, and a
+# table that the registry of optimizers holds now.
 GONE: dict[str, set[str]] = {
     "adapters.buckets": {"Member"},  # BucketParam
     "adapters.deepspeed": {"Member"},  # Slot
+    "publish": {"FACES"},
 }
 
 
@@ -75,3 +82,34 @@ def test_an_unknown_name_says_where_the_module_went() -> None:
         _ = old.no_such_name
     assert not hasattr(pylo_dist, "no_such_module")
     assert set(_moved.MODULES).isdisjoint({"comm", "weights", "optimizer", "checkpoint"})
+
+
+def test_the_old_names_of_batches_and_weights_are_the_new_ones() -> None:
+    batch = Batch.of([], [], torch.device("cpu"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert batch.keep is batch.moves  # type: ignore[attr-defined]
+        assert batch.kept_sum == batch.reused_sum  # type: ignore[attr-defined]
+        from pylo_dist.weights import ARCHITECTURES, VELO  # type: ignore[attr-defined]
+    assert VELO is ARCHITECTURES["velo"] is pylo_dist.VeLO.__init__.__globals__["ARCHITECTURE"]
+    said = {str(warning.message) for warning in caught}
+    assert {warning.filename for warning in caught} == {__file__}
+    for old, new in (
+        ("Batch.keep", "Batch.moves"),
+        ("Batch.kept_sum", "Batch.reused_sum"),
+        ("pylo_dist.weights.VELO", "pylo_dist.weights.architectures()['velo']"),
+        ("pylo_dist.weights.ARCHITECTURES", "pylo_dist.weights.architectures()"),
+    ):
+        assert f"{old} is {new} now; the old name goes with the next version" in said
+
+
+def test_a_rule_written_against_the_version_before_runs() -> None:
+    """The page of acc4d19 on rules of one's own, with the check that it ends with."""
+    blocks = re.findall(r"```python\n(.*?)```", OLD_PAGE.read_text(), re.DOTALL)
+    found: dict[str, Any] = {"__name__": "a_rule_of_the_version_before"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec("".join(blocks), found)
+        found["test_every_cut_gives_the_uncut_run"]()
+    said = {str(warning.message).split(" is ")[0] for warning in caught}
+    assert {"Batch.keep", "Batch.moving", "Batch.kept"} <= said

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..core.rule import Item
+from ..optimizer import Registration, register_optimizer
 from ..optimizer.parameters import names_of
-from .adafac import AdafacLO, AdafacRule
+from .adafac import ARCHITECTURE, WEIGHTS, AdafacLO, AdafacRule
 
 
 class MuLORule(AdafacRule):
@@ -100,3 +101,6 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
             "2"
         )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0
+
+
+register_optimizer(Registration("mulo", MuLO, ARCHITECTURE, WEIGHTS))

@@ -171,8 +171,12 @@ def test_hooks_of_users_see_what_was_loaded() -> None:
     train(donor, other, 0, 2)
     seen: list[Any] = []
     optimizer.register_load_state_dict_pre_hook(lambda _, state: donor.state_dict())
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append([dict(s) for s in o.state.values()]))
-    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "names": state["param_groups"][0]["param_names"]})
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.append([dict(s) for s in o.state.values()])
+    )
+    optimizer.register_state_dict_post_hook(
+        lambda _, state: {**state, "names": state["param_groups"][0]["param_names"]}
+    )
     optimizer.load_state_dict({})
     assert all(same(a, dict(b)) for a, b in zip(seen[0], donor.state.values(), strict=True))
     assert optimizer.state_dict()["names"] == list(SHAPES)

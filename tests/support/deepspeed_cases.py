@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.core.pieces import bound_shard
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from support.golden import celo2_weights, load, velo_weights
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two

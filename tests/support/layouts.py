@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pylo_dist
 from pylo_dist.layouts.dtensor import shard_of, wrap_like
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.testing import largest_changes, layout_error
-from pylo_dist.weights import SMALL_FC
 from support.golden import celo2_weights, load, velo_weights
 
 RANKS = (1, 2, 3, 4, 8)

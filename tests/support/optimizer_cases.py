@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
