@@ -45,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pylo_dist
 from pylo_dist.core import trace
 from pylo_dist.maths import compiled
+from pylo_dist.weights import architecture_named
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = list[tuple[int, ...]]
