@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from . import weights
+from . import checkpoint, weights
+from .checkpoint import folder
 from .core.rule import Batch
 
 MODULES: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "adapters.gathering": ("adapters.zero.gathering",),
     "adapters.deepspeed_checkpoint": ("adapters.deepspeed.checkpoint",),
 }
+# names that are others where their module is now
+RENAMED = {"optim.stacks": {"gather": "stacked", "scatter": "put_back"}}
 # constants of weights, by the architecture they are
 ARCHITECTURES = {"SMALL_FC": "small_fc", "ELO": "elo", "CELO2": "celo2", "VELO": "velo"}
 # attributes and methods of Batch, which rules of users read
@@ -68,6 +71,7 @@ class _Moved(ModuleType):
         self._targets = targets
 
     def __getattr__(self, name: str) -> Any:
+        name = RENAMED.get(self.__name__.partition(".")[2], {}).get(name, name)
         if not name.startswith("__"):
             for target in self._targets:
                 module = importlib.import_module(target)
@@ -125,6 +129,14 @@ def _of_weights(name: str) -> Any:
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
+def _of_checkpoint(name: str) -> Any:
+    """`__getattr__` of the checkpoint package."""
+    if name != "Folder":
+        raise AttributeError(f"module {checkpoint.__name__!r} has no attribute {name!r}")
+    _warn(f"{checkpoint.__name__}.{name}", f"{folder.__name__}.{name}")
+    return folder.Folder
+
+
 def _of_batch(old: str, new: str) -> property:
     def read(batch: Batch) -> Any:
         _warn(f"Batch.{old}", f"Batch.{new}")
@@ -139,5 +151,6 @@ def install() -> None:
         return
     sys.meta_path.insert(0, _Finder())
     vars(weights)["__getattr__"] = _of_weights
+    vars(checkpoint)["__getattr__"] = _of_checkpoint
     for old, new in BATCH.items():
         setattr(Batch, old, _of_batch(old, new))
