@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from ... import comm
 from ...optimizer import LearnedOptimizer
+from ...optimizer.registry import REQUIRED, arguments_of
 
 _CLIPPING = (
     'DeepSpeed clips before the optimizer sees a gradient: use "gradient_clipping" beside '
@@ -51,7 +51,7 @@ def probe(face: type[LearnedOptimizer], given: dict[str, Any]) -> LearnedOptimiz
         ValueError: an argument that is unknown, missing or cannot be served, by JSON key.
     """
     kwargs = checked_arguments(face, given)
-    if "width_mults" in _names(face):
+    if "width_mults" in arguments_of(face):
         kwargs["width_mults"] = {}  # named parameters, which are not known yet
     return face([("probe", nn.Parameter(torch.zeros(1)))], **kwargs)
 
@@ -68,7 +68,8 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
 
 def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, with our own clipping off. Raises ValueError naming the JSON key."""
-    names = _names(face)
+    arguments = arguments_of(face)
+    names = set(arguments)
     for key, value in given.items():
         if (
             key in _DEEPSPEEDS
@@ -79,25 +80,8 @@ def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> di
         if key not in names:
             known = ", ".join(sorted(names - set(_DEEPSPEEDS)))
             raise ValueError(f'"{key}" is no parameter of {face.__name__}; wanted some of {known}')
-    required = [
-        p.name
-        for p in inspect.signature(face).parameters.values()
-        if p.kind == p.KEYWORD_ONLY and p.default is p.empty and p.name not in given
-    ]
+    required = [key for key, x in arguments.items() if x is REQUIRED and key not in given]
     if required:
         meaning = ", the length of the run in steps" if required == ["num_steps"] else ""
         raise ValueError(f'"{required[0]}" is missing{meaning}')
     return {**given, "clip_grad": False} if "clip_grad" in names else dict(given)
-
-
-def _names(face: type[LearnedOptimizer]) -> set[str]:
-    """The keyword arguments of a face, also those it passes on to the class it derives from."""
-    names: set[str] = set()
-    for cls in face.__mro__:
-        if cls is LearnedOptimizer:
-            break
-        parameters = inspect.signature(cls).parameters.values()
-        names |= {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
-    return names
