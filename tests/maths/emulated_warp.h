@@ -1,4 +1,5 @@
-// A warp of a GPU on a CPU, for tests of csrc/include/pylo_dist/lanes.h: the programs there run over it as over a DeviceWarp.
+// A warp of a GPU on a CPU, for tests of csrc/include/pylo_dist/lanes.h: the programs there run
+// over it as over a DeviceWarp.
 #pragma once
 
 #include "pylo_dist/lanes.h"
@@ -6,9 +7,10 @@
 namespace pylo_dist {
 namespace lanes {
 
-// 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates, the worst that is known of chips
-// with this product: eight products and the accumulator are aligned to the largest, cut one bit below its last bit, and added; the
-// sum is cut to float32; then the other eight. Otherwise: the sum of all rounded once.
+// 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates,
+// the worst that is known of chips with this product: eight products and the accumulator are
+// aligned to the largest, cut one bit below its last bit, and added; the sum is cut to float32;
+// then the other eight. Otherwise: the sum of all rounded once.
 template <bool kTruncates>
 struct EmulatedWarp {
   template <class T>
@@ -40,8 +42,11 @@ struct EmulatedWarp {
     float a[16][16], b[16][8], sums[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int q = lane / 4, t = lane % 4;
-      for (int j = 0; j < 4; ++j) unpack(left(lane).r[j], a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1)], a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1) + 1]);
-      for (int j = 0; j < 2; ++j) unpack(right(lane).r[j], b[2 * t + 8 * j][q], b[2 * t + 8 * j + 1][q]);
+      for (int j = 0; j < 4; ++j)
+        unpack(left(lane).r[j], a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1)],
+               a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1) + 1]);
+      for (int j = 0; j < 2; ++j)
+        unpack(right(lane).r[j], b[2 * t + 8 * j][q], b[2 * t + 8 * j + 1][q]);
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int j = 0; j < 4; ++j) {
@@ -49,10 +54,12 @@ struct EmulatedWarp {
         double terms[16];
         for (int k = 0; k < 16; ++k) terms[k] = static_cast<double>(a[row][k]) * b[k][column];
         const float start = acc(lane).x[j];
-        sums[row][column] = kTruncates ? add(terms + 8, 8, add(terms, 8, start)) : add(terms, 16, start);
+        sums[row][column] =
+            kTruncates ? add(terms + 8, 8, add(terms, 8, start)) : add(terms, 16, start);
       }
     for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 4; ++j) acc(lane).x[j] = sums[lane / 4 + 8 * (j >> 1)][2 * (lane % 4) + (j & 1)];
+      for (int j = 0; j < 4; ++j)
+        acc(lane).x[j] = sums[lane / 4 + 8 * (j >> 1)][2 * (lane % 4) + (j & 1)];
   }
 };
 
@@ -64,7 +71,8 @@ float EmulatedWarp<kTruncates>::add(const double* terms, int count, float start)
     const double size = terms[i] < 0.0 ? -terms[i] : terms[i];
     largest = size > largest ? size : largest;
   }
-  if (!kTruncates || !(largest > 1e-200) || !(largest < 1e200) || sum != sum) return static_cast<float>(sum);
+  if (!kTruncates || !(largest > 1e-200) || !(largest < 1e200) || sum != sum)
+    return static_cast<float>(sum);
   uint64_t bits;
   std::memcpy(&bits, &largest, 8);
   bits = ((bits >> 52) - 24) << 52;  // half the last bit of a float32 as large as the largest

@@ -1,5 +1,6 @@
-// CUDA's execution model on a CPU, as much of it as csrc/*.cuh uses: blocks one after the other, the threads of a block as fibers that
-// give way at barriers and warp operations. Exact in what is computed, but for the sums inside tensor cores (EmulatedWarp of lanes.h).
+// CUDA's execution model on a CPU, as much of it as csrc/*.cuh uses: blocks one after the other,
+// the threads of a block as fibers that give way at barriers and warp operations. Exact in what is
+// computed, but for the sums inside tensor cores (EmulatedWarp of lanes.h).
 #pragma once
 
 #include <csetjmp>
