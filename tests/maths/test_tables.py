@@ -26,7 +26,7 @@ def batch_of(name: str) -> tuple[Batch, Any]:
     for _, param in named:
         param.grad = torch.ones_like(param)
     optimizer.step(loss=torch.tensor(1.0))
-    (rule, batch), *_ = optimizer._engine.work
+    (rule, batch), *_ = optimizer._lineup.engine.work
     return batch, rule
 
 
