@@ -21,6 +21,7 @@ from .optim.celo2 import CELO2 as CELO2
 from .optim.celo2 import ELO_CELO2 as ELO_CELO2
 from .optim.elo import ELO as ELO
 from .optim.mulo import MuLO as MuLO
+from .optim.mulo import width_mults as width_mults
 from .optim.velo import VeLO as VeLO
 from .optimizer import LearnedOptimizer as LearnedOptimizer
 from .optimizer import Registration as Registration
@@ -66,6 +67,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "save_weights",
         "shard",
         "testing",
+        "width_mults",
     ]
 
 _moved.install()

@@ -16,6 +16,7 @@ from ..core.shards import TensorShard
 from ..layouts.dtensor import TENSOR_PARALLEL, shard_of
 from ..layouts.plain import check_param, is_dtensor, local_tensor
 from ..optimizer import LearnedOptimizer
+from .attributes import attributes_of, hand_on
 
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
 
@@ -96,6 +97,7 @@ def shard(
         return units_of(model, wrap), _meta_modules(model), kwargs
 
     units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
+    attributes = attributes_of(model)
     if mesh is None:
         mesh = init_device_mesh(
             comm.device_type(), (comm.size(comm.default_group()),), mesh_dim_names=("dp",)
@@ -127,6 +129,7 @@ def shard(
         reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward,
         **options,
     )
+    hand_on(model, attributes)
     if on_meta:
         model.to_empty(device=device)
         _initialise(on_meta, device, group)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.rule import Item
 from ..optimizer import Registration, register_optimizer
@@ -92,8 +92,11 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
     infshape = getattr(param, "infshape", None)
     if infshape is None:
         raise ValueError(
-            f"{fqn!r} has no infshape: call mup.set_base_shapes(model, base_model) before building "
-            "MuLO, or pass width_mults={fqn: float}"
+            f"{fqn!r} has no infshape: mup.set_base_shapes(model, base_model) was not called, or "
+            "sharding, copying or assigning the parameters lost what it left on them (fully_shard, "
+            "copy.deepcopy and load_state_dict(assign=True) do). Call it before; or take "
+            "pylo_dist.width_mults(model) before and pass width_mults= (pylo_dist.shard and "
+            "ZeroOptimizer see to it)"
         )
     if infshape.ninf() > 2:
         raise ValueError(
@@ -101,6 +104,16 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
             "2"
         )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0
+
+
+def width_mults(model: nn.Module) -> dict[str, float]:
+    """The width multipliers of all parameters of a model after `mup.set_base_shapes`, for
+    `MuLO(..., width_mults=...)` where sharding or copying comes before the optimizer is built.
+
+    Raises:
+        ValueError: a parameter without `infshape`, by name.
+    """
+    return {fqn: width_mult_of(fqn, param) for fqn, param in model.named_parameters()}
 
 
 register_optimizer(Registration("mulo", MuLO, ARCHITECTURE, WEIGHTS))
