@@ -10,6 +10,7 @@ from . import checkpoint as checkpoint
 from . import testing as testing
 from ._version import __version__ as __version__
 from .adapters.fully_sharded import shard as shard
+from .adapters.losses import keep_loss as keep_loss
 from .adapters.zero.optimizer import ZeroOptimizer as ZeroOptimizer
 from .checkpoint import CheckpointError as CheckpointError
 from .checkpoint.full_state import full_state_dict as full_state_dict
@@ -57,6 +58,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "clip_grad_norm_",
         "full_state_dict",
         "get_optimizer_state_dict",
+        "keep_loss",
         "load_plugin",
         "load_weights",
         "push_to_hub",

@@ -22,7 +22,7 @@ FLOORS = (
     ("optimizer",),
     ("optim",),
     ("adapters", "checkpoint", "testing"),
-    ("deepspeed",),
+    ("deepspeed", "huggingface"),
     ("__init__", "_moved", "__main__"),
 )
 GROUND = {"_version"}  # a number, for anybody
