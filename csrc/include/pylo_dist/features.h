@@ -13,8 +13,8 @@
 
 namespace pylo_dist {
 
-// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), as
-// compiled.py passes them, by name.
+// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), by
+// name: pylo_dist/maths/tables.py fills them.
 // clang-format off
 #define PYLO_DIST_RULE_FIELDS(ONE, MANY)                             \
   MANY(momentum_decays, K)                                           \
