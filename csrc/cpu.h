@@ -46,8 +46,8 @@ struct GradientPartial {
   IndexRange rows, cols;
 };
 
-constexpr int PAD = 16;  // numbers beyond the end of row and col of a partial that may be written
-                         // (zeros are added there)
+// Numbers beyond the end of row and col of a partial that may be written (zeros are added there).
+constexpr int PAD = 16;
 
 struct Kernels {
   const char* name;

@@ -21,8 +21,8 @@ PYLO_HD uint32_t to_bits(float x) {
 PYLO_HD float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16,
                  rest = static_cast<uint32_t>(h & 0x7fff) << 13;
-  const float magnitude =
-      from_bits(rest) * from_bits(0x77800000u);  // * 2^112: exact, subnormals become normal
+  // times 2^112: exact, subnormals become normal
+  const float magnitude = from_bits(rest) * from_bits(0x77800000u);
   return from_bits((h & 0x7c00) == 0x7c00 ? sign | 0x7f800000u | rest : sign | to_bits(magnitude));
 }
 

@@ -287,8 +287,8 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
                       doubles(squares, sizes.squares, "squares")};
   PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
-  const bool moments =
-      extended && host.items[active[0]].moments_at >= 0;  // a rule's tensors are alike in this
+  // a rule's tensors are alike in this
+  const bool moments = extended && host.items[active[0]].moments_at >= 0;
   for (int64_t i : active)
     STD_TORCH_CHECK(moments == (host.items[i].moments_at >= 0), "only some items have moments");
   const auto features = moments    ? feature_kernel<true, true>

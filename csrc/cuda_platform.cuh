@@ -19,21 +19,6 @@ namespace gpu {
 
 constexpr unsigned ALL = 0xffffffffu;
 
-#if defined(PYLO_FIBERS)
-inline float from_bfloat(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-inline uint16_t to_bfloat(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline float from_half(uint16_t x) { return lanes::float_from_half(x); }
-inline uint16_t to_half(float x) { return lanes::half_from_float(x); }
-#else
 __device__ __forceinline__ float from_bfloat(uint16_t x) {
   return __bfloat162float(__ushort_as_bfloat16(x));
 }
@@ -44,7 +29,6 @@ __device__ __forceinline__ float from_half(uint16_t x) { return __half2float(__u
 __device__ __forceinline__ uint16_t to_half(float x) {
   return __half_as_ushort(__float2half_rn(x));
 }
-#endif
 
 // Element i of a tensor of one of the three dtypes.
 __device__ __forceinline__ float load_as_float(const void* from, int type, int64_t i) {

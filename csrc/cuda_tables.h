@@ -179,8 +179,9 @@ constexpr int64_t PLAN_MAGIC = 0x70796c6f31;
 // for a stream that is being captured: a graph brings its own rows whenever it runs, and eager
 // steps must not take those for theirs.
 enum Pass : int64_t { GRADIENTS = 0, MOMENTS = 1, FEATURES = 2, UPDATES = 3, PASSES = 4 };
-constexpr int64_t GRAD_SHIFT = 56, GRAD_BITS = (int64_t{1} << GRAD_SHIFT) -
-                                               1;  // of a word: pointer and types of a gradient
+// of a word: pointer and types of a gradient
+constexpr int64_t GRAD_SHIFT = 56;
+constexpr int64_t GRAD_BITS = (int64_t{1} << GRAD_SHIFT) - 1;
 constexpr int64_t MOST_INPUTS = 30;
 constexpr int64_t NETWORK_WORDS = 128 * 32;  // of one network as the lanes of a warp keep it
 
@@ -221,9 +222,9 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
       const int64_t runs = num_runs(box), inner = box.sizes[INNER];
       if (runs * inner == 0) continue;
       // jobs of at most JOB elements, of one lead each unless leads are summed by threads
-      int64_t most_columns =
-                  std::min(inner, runs == 1 && !fits_tensor_cores(item, box) ? JOB : COLUMNS),
-              together = runs;
+      const bool one_run = runs == 1 && !fits_tensor_cores(item, box);
+      int64_t most_columns = std::min(inner, one_run ? JOB : COLUMNS);
+      int64_t together = runs;
       if (item.leads > 1 && !has_small_leads(item)) {
         together = 1;
         if (box.lead[INNER] != 0) most_columns = 1;

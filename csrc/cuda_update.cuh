@@ -366,8 +366,8 @@ __device__ __forceinline__ double tensor_core_job(
   const int own_type = t == 0 ? value_type(live) : static_cast<int>(FLOAT32),
             g_type = grad_type(live);
 
-  // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and q +
-  // 24 of the strip
+  // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and
+  // q + 24 of the strip
   const int64_t column = job.first + 32 * strip + q;  // of element 0
   const int left = turn < warps_per_strip ? columns - 32 * strip - q : 0;
   const auto here = [&](int i) { return 8 * i < left; };

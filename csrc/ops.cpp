@@ -106,8 +106,8 @@ IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DI
     a /= box.sizes[d];
     b /= box.sizes[d];
   }
-  bool differ =
-      false;  // beyond the first dim in which the ends differ, a job goes over all of a dim
+  // beyond the first dim in which the ends differ, a job goes over all of a dim
+  bool differ = false;
   for (int d = 0; d < MAX_DIMS - 1; ++d) {
     if (differ) {
       low[d] = 0;
@@ -133,9 +133,8 @@ void gradient_pass(Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tens
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
   const double* limit = doubles(limits, 2 * tables.num_items, "limits");
   const std::vector<double*> buffers = buffers_of_a(tables, sums, active);
-  const Jobs jobs =
-      deal(tables, active,
-           4 * SMALLEST_JOB);  // one thread adds the jobs' sums of an item: the fewer the better
+  // one thread adds the jobs' sums of an item: the fewer the better
+  const Jobs jobs = deal(tables, active, 4 * SMALLEST_JOB);
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;

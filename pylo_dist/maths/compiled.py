@@ -71,9 +71,10 @@ def library(device_type: str) -> str:
         return f"{found[-1].name} cannot be loaded: {error.__cause__ or error}"
     try:
         row_orders(device_type)
-    except (AttributeError, ValueError) as error:  # no such operator, or other fields
+    except (AttributeError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0]
         return (
-            f"{found[-1].name} was built for another version of pylo_dist ({error}): build it again"
+            f"{found[-1].name} was built for another version of pylo_dist ({why}): build it again"
         )
     if device_type == "cpu":
         _register_fakes()
@@ -85,7 +86,9 @@ def row_orders(device_type: str) -> dict[str, RowOrder]:
     """By table the order in which the library of a kind of device wants the fields of a row.
 
     Raises:
-        AttributeError: a library that does not say it. ValueError: fields that are not filled here.
+        AttributeError: a library that does not say it.
+        RuntimeError: a library that lacks a table.
+        ValueError: a library with other fields than are filled here.
     """
     name = "cuda_table_fields" if device_type == "cuda" else "table_fields"
     fields = getattr(torch.ops.pylo_dist, name)

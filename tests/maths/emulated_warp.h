@@ -2,10 +2,22 @@
 // over it as over a DeviceWarp.
 #pragma once
 
+#include "half.h"
 #include "pylo_dist/lanes.h"
 
 namespace pylo_dist {
 namespace lanes {
+
+inline uint32_t pack(float x0, float x1) {
+  const uint32_t low = half::to_half(half::saturated(x0)),
+                 high = half::to_half(half::saturated(x1));
+  return low | high << 16;
+}
+
+inline void unpack(uint32_t packed, float& x0, float& x1) {
+  x0 = half::from_half(static_cast<uint16_t>(packed));
+  x1 = half::from_half(static_cast<uint16_t>(packed >> 16));
+}
 
 // 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates,
 // the worst that is known of chips with this product: eight products and the accumulator are

@@ -35,7 +35,14 @@ void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a,
 
 extern "C" int64_t fibers_launches() { return fibers::launches; }
 
-STABLE_TORCH_LIBRARY(pylo_dist_fibers, m){PYLO_DIST_PASSES(PYLO_DIST_DEFINE)}
+STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
+  PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
+  m.def("table_fields(str table) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CompositeExplicitAutograd, m) {
+  m.impl("table_fields", TORCH_BOX(&pylo_dist::table_fields));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CPU, m) {
   using namespace pylo_dist::gpu;

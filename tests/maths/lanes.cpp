@@ -53,11 +53,11 @@ void lanes_network(int parts, int truncates, const float* w1, int64_t stride, co
 }
 
 void lanes_to_half(int64_t n, const float* x, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = half_from_float(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = half::to_half(x[i]);
 }
 
 void lanes_from_half(int64_t n, const uint16_t* x, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = float_from_half(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = half::from_half(x[i]);
 }
 
 int lanes_feature_of_slot(int extended, int t, int slot) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from pylo_dist.core.rule import Batch
 from pylo_dist.maths import compiled
-from pylo_dist.maths.tables import FIELDS, RowOrder, box_row, item_row, rule_row
+from pylo_dist.maths.tables import FIELDS, Row, RowOrder, item_row, rule_row
 from support.optimizers import BUILD
 
 MISSING = compiled.library("cpu")
@@ -26,22 +27,45 @@ def batch_of(name: str) -> tuple[Batch, Any]:
     for _, param in named:
         param.grad = torch.ones_like(param)
     optimizer.step(loss=torch.tensor(1.0))
-    (rule, batch), *_ = optimizer._lineup.engine.work
-    return batch, rule
+    (batch,) = optimizer._lineup.batches
+    return batch, optimizer.rule
+
+
+def decoded(table: torch.Tensor, order: RowOrder) -> list[Row]:
+    """The rows of a table by name, as the library reads them."""
+    rows = []
+    for numbers in table.tolist():
+        row: Row = {}
+        for name, count in order.fields:
+            row[name] = numbers[0] if count == 1 else numbers[:count]
+            numbers = numbers[count:]
+        assert numbers == []
+        rows.append(row)
+    return rows
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_every_field_is_filled_and_none_besides(name: str) -> None:
+def test_every_field_is_filled_with_what_is_its(name: str) -> None:
     batch, rule = batch_of(name)
-    places = {"factors_at", "squares_at", "a_buffer", "a_audit", "a_at", "b_buffer", "b_at"}
-    places |= {"moments_at", "first_box", "num_boxes"}
-    for item in batch.items:
-        dims = item.dims if "row" in item.state else None
-        assert set(item_row(item, rule.features)) | places == set(FIELDS["items"])
-        for box in item.param.shard.boxes():
-            row = box_row(0, box, item.param.shard.shape, dims, 0)
-            assert row is not None
-            assert set(row) == set(FIELDS["boxes"])
+    kernels, orders = batch.cache["kernels"], compiled.row_orders("cpu")
+    items = decoded(kernels.items, orders["items"])
+    boxes = decoded(kernels.boxes, orders["boxes"])
+    assert len(items) == len(batch.items)
+    next_box = next_factor = next_square = 0
+    for i, (row, item) in enumerate(zip(items, batch.items, strict=True)):
+        assert set(row) == set(FIELDS["items"])
+        geometry = item_row(item, rule.features)
+        assert {field: row[field] for field in geometry} == geometry
+        assert row["numel"] == row["global_numel"] == item.param.value.numel()
+        assert (row["first_box"], row["factors_at"]) == (next_box, next_factor)
+        assert row["squares_at"] == next_square
+        own = boxes[next_box : next_box + row["num_boxes"]]
+        assert sum(math.prod(box["sizes"]) for box in own) == row["numel"]
+        assert all(set(box) == set(FIELDS["boxes"]) and box["item"] == i for box in own)
+        next_box += row["num_boxes"]
+        next_factor += 6 * (row["rows"] + row["cols"])
+        next_square += 12 * row["leads"] if row["factored"] else 0
+    assert next_box == len(boxes)
     assert set(rule_row(rule.features, [0.5] * 7)) == set(FIELDS["rule"])
 
 
@@ -91,6 +115,14 @@ def test_a_library_that_does_not_say_its_fields_is_not_used(
     found = refused(monkeypatch, SimpleNamespace())
     assert "was built for another version of pylo_dist" in found
     assert "build it again" in found
+
+
+def test_a_library_without_a_table_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FIELDS, "networks", {"hidden": 1})
+    found = refused(monkeypatch, torch.ops.pylo_dist)
+    assert "was built for another version of pylo_dist" in found
+    assert "there is no table 'networks'" in found
+    assert "\n" not in found
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, operators: Any) -> str:

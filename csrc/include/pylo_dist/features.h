@@ -13,8 +13,8 @@
 
 namespace pylo_dist {
 
-// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), as
-// compiled.py passes them, by name.
+// A rule's numbers that do not change over a run (reference.FeatureSet and the decays), by
+// name: pylo_dist/maths/tables.py fills them.
 // clang-format off
 #define PYLO_DIST_RULE_FIELDS(ONE, MANY)                             \
   MANY(momentum_decays, K)                                           \
@@ -45,8 +45,8 @@ struct RuleConstants {
 inline namespace PYLO_ISA {
 
 // Each epsilon once, named as in reference.py.
-constexpr float EPS_SQUARE = 1e-30f;  // added to g^2 before it enters a factor (for row and col: in
-                                      // double, see update_factor)
+// added to g^2 before it enters a factor (for row and col: in double, see update_factor)
+constexpr float EPS_SQUARE = 1e-30f;
 constexpr float EPS_FACTOR = 1e-9f;   // floor of safe_rsqrt, and added to the row mean and to D
 constexpr float EPS_FEATURE = 1e-8f;  // rsqrt of a factor as a feature
 constexpr float CLIPPED_GRADIENT = 0.1f;
@@ -54,13 +54,13 @@ constexpr float CLIPPED_GRADIENT = 0.1f;
 template <bool Extended>
 struct Layout {
   static constexpr int P = 1 + Extended;  // feature of the parameter
-  static constexpr int FIRST_FACTOR =
-      13 + 2 * Extended;  // element features below it, then 12 factor features
+  // element features below it, then 12 factor features
+  static constexpr int FIRST_FACTOR = 13 + 2 * Extended;
   static constexpr int ELEMENT = FIRST_FACTOR + K;      // element features: 16 or 18
   static constexpr int INPUTS = FIRST_FACTOR + 12 + K;  // 28 or 30
   static constexpr int SUMS_FACTORED = ELEMENT;         // sums of pass B of a factored tensor
-  static constexpr int SUMS_DIAG =
-      FIRST_FACTOR + 6 + K;  // below two dims: D x3 and rsqrt(D) x3 as well, before F(m)
+  // the same below two dims: D x3 and rsqrt(D) x3 as well, before F(m)
+  static constexpr int SUMS_DIAG = FIRST_FACTOR + 6 + K;
   static PYLO_HD constexpr int input_of(int e) { return e < FIRST_FACTOR ? e : e + 12; }
 };
 

@@ -1,4 +1,4 @@
-// Where the elements of a rank's tensors lie: the tables that pylo_dist/maths/compiled.py writes,
+// Where the elements of a rank's tensors lie: the tables that pylo_dist/maths/tables.py writes,
 // once per batch. No torch, no CUDA include. All numbers are int64, so that a table is a plain
 // int64 tensor on either device.
 //

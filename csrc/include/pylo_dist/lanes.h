@@ -24,21 +24,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-
-#if defined(PYLO_FIBERS)
-namespace pylo_dist {
-namespace lanes {
-struct Accumulator;
-struct Left;
-struct Right;
-}  // namespace lanes
-}  // namespace pylo_dist
-namespace fibers {
-void mma(pylo_dist::lanes::Accumulator&, const pylo_dist::lanes::Left&,
-         const pylo_dist::lanes::Right&);
-}
-#endif
 
 #if defined(__CUDACC__)
 #define PYLO_LANE_FN __device__ __forceinline__
@@ -54,7 +39,6 @@ namespace lanes {
 constexpr int kHidden = 32;           // units of both hidden layers
 constexpr int kTiles = kHidden / 8;   // products that make a hidden layer
 constexpr int kSteps = kHidden / 16;  // products that read one; the 28 or 30 features take as many
-constexpr float kLargestHalf = 65504.0f;
 
 struct Left {  // two float16 per register; registers 0 and 2 are of row q, 1 and 3 of row q + 8
   uint32_t r[4];
@@ -68,50 +52,6 @@ struct Accumulator {  // columns 2 t and 2 t + 1 of rows q and q + 8
 
 // ----------------------------------------------------------------------------------------- float16
 
-#if !defined(__CUDACC__)
-inline uint16_t half_from_float(float x) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return static_cast<uint16_t>(0x7fff);
-  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more
-  if (bits < 0x33000000) return sign;  // below half the least subnormal
-  const int exponent = static_cast<int>(bits >> 23) - 127;
-  const uint32_t mantissa = (bits & 0x7fffff) | 0x800000;
-  const int drop = exponent < -14 ? -1 - exponent : 13;  // bits that float16 has not
-  const uint32_t kept = mantissa >> drop, rest = mantissa & ((1u << drop) - 1),
-                 middle = 1u << (drop - 1);
-  const uint32_t rounded = kept + (rest > middle || (rest == middle && (kept & 1)));
-  // a carry runs into the exponent, as it should; the leading one of `rounded` counts as one unit
-  // of it
-  return static_cast<uint16_t>(
-      sign | (exponent < -14 ? rounded : (static_cast<uint32_t>(exponent + 14) << 10) + rounded));
-}
-
-inline float float_from_half(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31,
-                 mantissa = h & 1023;
-  uint32_t bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | mantissa << 13;
-  } else if (exponent != 0) {
-    bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  } else {
-    const float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &small, 4);
-    bits |= sign;
-  }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-inline float saturated(float x) {
-  return x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
-}
-#endif
-
 // max(x, 0), NaN for NaN
 PYLO_LANE_FN float relu(float x) {
 #if defined(__CUDA_ARCH__)
@@ -123,19 +63,29 @@ PYLO_LANE_FN float relu(float x) {
 #endif
 }
 
-// (x0, x1) as float16, x0 in the lower half; beyond the range the largest float16
+// pack: (x0, x1) as float16, x0 in the lower half; beyond the range the largest float16. unpack:
+// back. A CPU that runs these programs brings them itself (tests/maths/emulated_warp.h).
+#if defined(__CUDACC__)
 PYLO_LANE_FN uint32_t pack(float x0, float x1) {
+  uint32_t packed = 0;
 #if defined(__CUDA_ARCH__)
-  uint32_t packed;
   asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(x1), "f"(x0));
+#endif
   return packed;
-#elif defined(__CUDACC__)
-  return 0;
-#else
-  return half_from_float(saturated(x0)) | static_cast<uint32_t>(half_from_float(saturated(x1)))
-                                              << 16;
+}
+
+PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1) {
+#if defined(__CUDA_ARCH__)
+  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, "
+      "high;}"
+      : "=f"(x0), "=f"(x1)
+      : "r"(packed));
 #endif
 }
+#else
+PYLO_LANE_FN uint32_t pack(float x0, float x1);
+PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1);
+#endif
 
 // pack(relu(x0), relu(x1))
 PYLO_LANE_FN uint32_t pack_relu(float x0, float x1) {
@@ -145,18 +95,6 @@ PYLO_LANE_FN uint32_t pack_relu(float x0, float x1) {
   return packed;
 #else
   return pack(relu(x0), relu(x1));
-#endif
-}
-
-PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, "
-      "high;}"
-      : "=f"(x0), "=f"(x1)
-      : "r"(packed));
-#elif !defined(__CUDACC__)
-  x0 = float_from_half(static_cast<uint16_t>(packed));
-  x1 = float_from_half(static_cast<uint16_t>(packed >> 16));
 #endif
 }
 

@@ -98,8 +98,8 @@ PYLO_HD T exp_(T x) {
   const T bounded = max_(min_(x, 90.0f), -106.0f);  // e^90 is inf, e^-106 is 0 in float
   const T rounded = fma_(bounded, splat_<T>(1.44269504088896341f), splat_<T>(ROUND_TO_INTEGER));
   const T n = rounded - ROUND_TO_INTEGER;
-  T r =
-      fma_(n, splat_<T>(-0.693359375f), bounded);  // log 2 in two parts, the first exact in 10 bits
+  // log 2 in two parts, the first exact in 10 bits
+  T r = fma_(n, splat_<T>(-0.693359375f), bounded);
   r = fma_(n, splat_<T>(2.12194440e-4f), r);
   T y = splat_<T>(1.98412698e-4f);  // 1/7!
   y = fma_(y, r, splat_<T>(1.38888889e-3f));

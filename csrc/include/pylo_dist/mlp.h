@@ -18,8 +18,9 @@
 
 namespace pylo_dist {
 
-// How pass C moves one tensor: p <- p - step_size o0 exp(exp_mult o1) - decay_before p, then p <- p
-// - decay_after p.
+// How pass C moves one tensor:
+//   p <- p - step_size o0 exp(exp_mult o1) - decay_before p
+//   p <- p - decay_after p
 struct Step {
   float step_size, exp_mult, decay_before, decay_after;
 };
@@ -62,15 +63,15 @@ PYLO_HD T moved(T p, T direction, const Step& s) {
 }
 
 // The whole network for one element, scalar: the form of the "highest" precision and of tests.
-// x: element features, vector_side and constant_side: SIDE features each, all normalised. start: u
-// + r instead of the sides.
+// x: element features, vector_side and constant_side: SIDE features each, all normalised.
+// start: u + r instead of the sides.
 template <bool Extended, int H>
 PYLO_HD float first_layer_side(const float* network, int h, const float (&side)[SIDE], bool is_row,
                                float start) {
   float sum = start;
   for (int s = 0; s < SIDE; ++s) {
-    sum =
-        fma_(side[s], network[h * Layout<Extended>::INPUTS + side_input<Extended>(is_row, s)], sum);
+    const int at = h * Layout<Extended>::INPUTS + side_input<Extended>(is_row, s);
+    sum = fma_(side[s], network[at], sum);
   }
   return sum;
 }
