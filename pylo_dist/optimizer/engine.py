@@ -116,9 +116,10 @@ class Engine:
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one
-            before (see `raise_pending`). ValueError: `problem`, or no loss for a rule that needs
-            it; a captured step that cannot be replayed. PeerError: that another rank has one of
-            them.
+                before (see `raise_pending`).
+            ValueError: `problem`, or no loss for a rule that needs it; a captured step that cannot
+                be replayed.
+            PeerError: another rank has one of them.
         """
         if is_capturing(self.taken.device):
             self._check_capture(losses)
