@@ -115,7 +115,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ).clone()
         group.update(loading.marks_of(self.rule, self.weights))
         self._params.admit(group, bindings)
-        self._ready()
+        self._ready(enter=True)
 
     def settings(self) -> list[str]:
         """What must be the same on all ranks beside the parameters, for adapters to compare."""
@@ -202,8 +202,16 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()`
         serves them.
         """
-        engine, lineup = self._ready(), self._lineup
+        lineup = self._lineup
         problem, self._problem = self._problem, None
+        try:
+            engine = self._ready(enter=True)
+            problem = problem or self._params.left_out(self.param_groups, self.state)
+        except ValueError as error:
+            if lineup.engine is None:
+                raise
+            # over the parameters of before: the ranks that share them hear of it in its first sum
+            engine, problem = lineup.engine, problem or error
         loss, self._loss = self._loss, None
         losses = LossSum.over(self.process_group, loss) if self.rule.needs_loss else None
         try:
@@ -219,10 +227,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             # held until the next step, gradients would be there twice in the next backward pass
             self.early.forget()
 
-    def _ready(self) -> Engine:
-        """The engine over the parameters there are now."""
+    def _ready(self, enter: bool = False) -> Engine:
+        """The engine over the parameters there are now; `enter`: see `Parameters.taking_part`."""
         self._params.follow(self.param_groups, self.state, self.settings)
-        return self._lineup.ready(self.param_groups, self.state)
+        return self._lineup.ready(self.param_groups, self.state, enter)
 
     def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
         """Every parameter with where its elements lie."""
