@@ -23,7 +23,7 @@ from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
 from .lineup import Lineup
-from .parameters import Groups, Parameters, State, names_of, own_group
+from .parameters import Groups, Parameters, State, names_of, own_group, share_names
 from .report import Report, group_settings, report_of
 from .settings import REFUSED, check_group, choose
 
@@ -91,11 +91,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """Add parameters (as in torch); their state is made at once. On an error the optimizer is
         as it was.
         """
-        super().add_param_group(
-            own_group(param_group, self.param_groups)
-            if isinstance(param_group, dict)
-            else param_group
-        )
+        if isinstance(param_group, dict):
+            param_group = own_group(param_group, self.param_groups)
+            share_names(param_group, self.param_groups)
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -272,7 +271,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         Args:
             state_dict: of the same optimizer in any layout: tensors are whole, or sharded so that
-                this rank has its elements.
+                this rank has its elements. Parameters that were never trained may be missing, or
+                be in it alone, where both sides have names.
 
         Raises:
             ValueError: state of another model, rule, meta-network or format, or state that is
@@ -282,8 +282,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         def take(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             self.check_state_dict(loaded)
+            loaded = loading.matched(loaded, self.param_groups, self.state)
             own.update(loading.own_state(loaded, self.param_groups, self._params))
-            return loading.without_state(loaded)  # torch's way with it casts and shares memory
+            # torch's way with state casts and shares memory
+            return loading.without_state(loaded, self.param_groups)
 
         with (
             self.register_load_state_dict_pre_hook(take),
@@ -296,6 +298,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     def check_state_dict(self, loaded: dict[str, Any]) -> None:
         """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
         loading.check_parts(loaded, type(self).__name__)
+        loaded = loading.matched(loaded, self.param_groups, self.state)
         self.check_groups(loaded["param_groups"])
         loading.check_states(loaded, self.param_groups, self.state, self._params)
 

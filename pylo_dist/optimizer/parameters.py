@@ -60,6 +60,18 @@ def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
     return {**given, "params": entries}
 
 
+def share_names(group: dict[str, Any], groups: Groups) -> None:
+    """An empty group goes with groups that have names and with those that have none (all modified
+    in place): torch wants all alike, and takes an empty one for one without.
+    """
+    named = any(isinstance(entry, tuple) for entry in group["params"])
+    if not group["params"] and any("param_names" in other for other in groups):
+        group.setdefault("param_names", [])
+    elif named and not any(other["params"] for other in groups):
+        for other in groups:
+            other.setdefault("param_names", [])
+
+
 class Parameters:
     """The one place that is asked about the parameters of an optimizer.
 
@@ -149,8 +161,8 @@ class Parameters:
                 f"{len(given)} tensors and holds {len(params)} now: {found} is in its place. A "
                 "step needs whole tensors, or knows how they are cut; a flattened or reshaped one "
                 "it would move wrongly. DeepSpeed does this to an optimizer object: `import "
-                f"pylo_dist.deepspeed` and name it in the JSON instead ({{\"optimizer\": "
-                f"{{\"type\": \"{self.kind}\", \"params\": {{...}}}}}}). Elsewhere change the model "
+                f'pylo_dist.deepspeed` and name it in the JSON instead ({{"optimizer": '
+                f'{{"type": "{self.kind}", "params": {{...}}}}}}). Elsewhere change the model '
                 "first and build the optimizer after it"
             )
         if bool(group["step"] > 0):
@@ -198,14 +210,14 @@ class Parameters:
         alone = param.grad is not None and self.bindings[param].holders is None
         return param.requires_grad or alone
 
-    def left_out(
-        self, groups: Groups, state: MutableMapping[Tensor, Any]
-    ) -> ValueError | None:
+    def left_out(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> ValueError | None:
         """What is wrong with the coming step: a gradient that it would pass over."""
         for group in groups:
             for param in group["params"]:
-                if not param.requires_grad and param.grad is not None and not (
-                    state.get(param) or self._may_enter(param)
+                if (
+                    not param.requires_grad
+                    and param.grad is not None
+                    and not (state.get(param) or self._may_enter(param))
                 ):
                     return ValueError(
                         f"{self.bindings[param].shard.fqn!r} has a gradient, and has been frozen "
