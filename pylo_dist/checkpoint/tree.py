@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layouts.plain import is_dtensor
 from ..optimizer import LearnedOptimizer
+from ..optimizer.loading import matched_groups
 from ..optimizer.sharded_state import MASTER, wrap_element
 
 
@@ -153,10 +154,14 @@ class Index:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         learned = getattr(optimizer, "inner", optimizer)
         if isinstance(learned, LearnedOptimizer):
-            learned.check_groups(groups)
-            for _, i, _ in self._saved_state(key):
-                if i not in state:
-                    state[i] = learned.state_template(params[i])
+            saved = {i for _, i, _ in self._saved_state(key)}
+            matched = matched_groups(groups, learned.param_groups, learned.state, saved)
+            learned.check_groups(matched)
+            # a parameter has another number where frozen ones were left out
+            keys = [number for group in matched for number in group["params"]]
+            state = {keys[i]: entries for i, entries in state.items()}
+            for i in saved - state.keys():
+                state[i] = learned.state_template(params[keys.index(i)])
         else:
             self._check_torch_groups(key, optimizer, groups)
             for flat, i, name in self._saved_state(key):

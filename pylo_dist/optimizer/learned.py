@@ -23,7 +23,7 @@ from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
 from .lineup import Lineup
-from .parameters import Groups, Parameters, State, names_of, own_group
+from .parameters import Groups, Parameters, State, names_of, own_group, share_names
 from .report import Report, group_settings, report_of
 from .settings import REFUSED, check_group, choose
 
@@ -91,11 +91,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """Add parameters (as in torch); their state is made at once. On an error the optimizer is
         as it was.
         """
-        super().add_param_group(
-            own_group(param_group, self.param_groups)
-            if isinstance(param_group, dict)
-            else param_group
-        )
+        if isinstance(param_group, dict):
+            param_group = own_group(param_group, self.param_groups)
+            share_names(param_group, self.param_groups)
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -115,7 +114,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ).clone()
         group.update(loading.marks_of(self.rule, self.weights))
         self._params.admit(group, bindings)
-        self._ready()
+        self._ready(enter=True)
 
     def settings(self) -> list[str]:
         """What must be the same on all ranks beside the parameters, for adapters to compare."""
@@ -202,8 +201,16 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """One step as a generator of the collectives it needs (see `Engine.phases`); `step()`
         serves them.
         """
-        engine, lineup = self._ready(), self._lineup
+        lineup = self._lineup
         problem, self._problem = self._problem, None
+        try:
+            engine = self._ready(enter=True)
+            problem = problem or self._params.left_out(self.param_groups, self.state)
+        except ValueError as error:
+            if lineup.engine is None:
+                raise
+            # over the parameters of before: the ranks that share them hear of it in its first sum
+            engine, problem = lineup.engine, problem or error
         loss, self._loss = self._loss, None
         losses = LossSum.over(self.process_group, loss) if self.rule.needs_loss else None
         try:
@@ -219,10 +226,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             # held until the next step, gradients would be there twice in the next backward pass
             self.early.forget()
 
-    def _ready(self) -> Engine:
-        """The engine over the parameters there are now."""
+    def _ready(self, enter: bool = False) -> Engine:
+        """The engine over the parameters there are now; `enter`: see `Parameters.taking_part`."""
         self._params.follow(self.param_groups, self.state, self.settings)
-        return self._lineup.ready(self.param_groups, self.state)
+        return self._lineup.ready(self.param_groups, self.state, enter)
 
     def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
         """Every parameter with where its elements lie."""
@@ -264,7 +271,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         Args:
             state_dict: of the same optimizer in any layout: tensors are whole, or sharded so that
-                this rank has its elements.
+                this rank has its elements. Parameters that were never trained may be missing, or
+                be in it alone, where both sides have names.
 
         Raises:
             ValueError: state of another model, rule, meta-network or format, or state that is
@@ -274,8 +282,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         def take(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             self.check_state_dict(loaded)
+            loaded = loading.matched(loaded, self.param_groups, self.state)
             own.update(loading.own_state(loaded, self.param_groups, self._params))
-            return loading.without_state(loaded)  # torch's way with it casts and shares memory
+            # torch's way with state casts and shares memory
+            return loading.without_state(loaded, self.param_groups)
 
         with (
             self.register_load_state_dict_pre_hook(take),
@@ -288,6 +298,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     def check_state_dict(self, loaded: dict[str, Any]) -> None:
         """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
         loading.check_parts(loaded, type(self).__name__)
+        loaded = loading.matched(loaded, self.param_groups, self.state)
         self.check_groups(loaded["param_groups"])
         loading.check_states(loaded, self.param_groups, self.state, self._params)
 

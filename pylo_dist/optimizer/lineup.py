@@ -31,8 +31,8 @@ class Member:
 
 
 class Lineup:
-    """The trainable, non-empty parameters in batches by device, under one engine; made again when
-    they, their groups or their state tensors are others.
+    """The parameters that take part, in batches by device, under one engine; made again when
+    they, their groups or their state tensors are others, not when one is frozen.
 
     Args:
         parameters: knows who takes part.
@@ -60,21 +60,24 @@ class Lineup:
         self._key: list[tuple[int, int]] = []
         self._held: list[Tensor] = []  # so that no other tensor gets the id of one in the key
 
-    def ready(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> Engine:
+    def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
         """The engine over the parameters there are now; their state is made where there is none.
+
+        Args:
+            enter: see `Parameters.taking_part`.
 
         Raises:
             ValueError: parameters on several devices, for a rule that couples all of them.
         """
-        trainable = self._parameters.trainable(groups)
-        params = [param for param, _ in trainable]
+        taking_part = self._parameters.taking_part(groups, state, enter)
+        params = [param for param, _ in taking_part]
         described = self._parameters.bindings
         same = self._bindings is described and [*map(id, self._groups)] == [*map(id, groups)]
         if self.engine is not None and same and _key(params, state) == self._key:
             return self.engine
         self.retire()
         by_device: dict[torch.device, list[tuple[Tensor, Item]]] = {}
-        for param, group in trainable:
+        for param, group in taking_part:
             binding, fields = described[param], self._parameters.fields[param]
             if not state[param]:
                 state[param] = self._parameters.new_state(param)

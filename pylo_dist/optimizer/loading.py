@@ -5,7 +5,7 @@ elements of it. Reads only; what it makes is new memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,15 +70,82 @@ def own_state(
     return own
 
 
-def without_state(loaded: dict[str, Any]) -> dict[str, Any]:
-    """What torch shall load: the groups, without names. Names are the model's own; where a state
-    has none torch keeps those of the group.
+def without_state(loaded: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """What torch shall load: the groups. Names are the model's own, which torch keeps where a state
+    has none; a group without takes those of the state.
     """
-    groups = [
-        {key: value for key, value in group.items() if key != "param_names"}
-        for group in loaded["param_groups"]
-    ]
-    return {**loaded, "param_groups": groups, "state": {}}
+    taken = []
+    for saved, group in zip(loaded["param_groups"], groups, strict=True):
+        names = saved.get("param_names")
+        keep = names and "param_names" not in group and not any(map(_is_generated, names))
+        taken.append({k: v for k, v in saved.items() if keep or k != "param_names"})
+    return {**loaded, "param_groups": taken, "state": {}}
+
+
+def matched(loaded: dict[str, Any], groups: Groups, state: Mapping[Tensor, Any]) -> dict[str, Any]:
+    """The same state dict with the parameters of this optimizer, in their order, where it can be
+    told by their names: a frozen parameter may be in one of the two alone, as long as it has no
+    state. Otherwise as it is, for the checks to refuse.
+    """
+    if "param_groups" not in loaded or "state" not in loaded:
+        return loaded
+    stated = {key for key, entries in loaded["state"].items() if entries}
+    found = matched_groups(loaded["param_groups"], groups, state, stated)
+    return loaded if found is loaded["param_groups"] else {**loaded, "param_groups": found}
+
+
+def matched_groups(
+    saved: Groups, groups: Groups, state: Mapping[Tensor, Any], stated: Container[Any]
+) -> Groups:
+    """The groups of `matched`; in the place of what is not in the state they have a new key.
+
+    Args:
+        saved: the groups of a state dict.
+        state: the optimizer's own.
+        stated: keys of which the state dict has state.
+    """
+    if len(saved) != len(groups):
+        return saved
+    result = []
+    for i, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
+        only_saved, only_own = _differing(saved_group, groups, group)
+        if not (only_saved or only_own):
+            result.append(saved_group)
+            continue
+        if any(key in stated for key in only_saved.values()) or any(
+            state.get(param) or param.requires_grad for param in only_own.values()
+        ):
+            return saved
+        keys = dict(zip(_bare(saved_group["param_names"]), saved_group["params"], strict=True))
+        names = names_of(groups, group)
+        params = [keys.get(bare, f"without state: {i}.{j}") for j, bare in enumerate(_bare(names))]
+        result.append({**saved_group, "params": params, "param_names": list(names)})
+    return saved if all(a is b for a, b in zip(result, saved, strict=True)) else result
+
+
+def _differing(
+    saved: dict[str, Any], groups: Groups, group: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The keys that are in a saved group alone and the parameters that are in ours alone, by name;
+    none where names cannot tell.
+    """
+    own_names, saved_names = names_of(groups, group), saved.get("param_names")
+    keys = saved["params"]
+    if not isinstance(saved_names, list) or len(saved_names) != len(keys):
+        return {}, {}
+    if any(map(_is_generated, (*saved_names, *own_names))):
+        return {}, {}
+    theirs, ours = _bare(saved_names), _bare(own_names)
+    if len({*theirs}) != len(theirs) or len({*ours}) != len(ours):
+        return {}, {}
+    return (
+        {name: key for name, key in zip(theirs, keys, strict=True) if name not in {*ours}},
+        {
+            name: param
+            for name, param in zip(ours, group["params"], strict=True)
+            if name not in {*theirs}
+        },
+    )
 
 
 def _params_by_key(saved: Groups, groups: Groups) -> dict[Any, Tensor]:
@@ -114,9 +181,15 @@ def check_groups(
     """
     saved_sizes, own_sizes = ([len(group["params"]) for group in g] for g in (saved, groups))
     if saved_sizes != own_sizes:
+        alone = ""
+        for saved_group, group in zip(saved, groups, strict=False):
+            only_saved, only_own = _differing(saved_group, groups, group)
+            for where, names in (("the state", only_saved), ("the optimizer", only_own)):
+                if names and not alone:
+                    alone = f" ({next(iter(names))!r} is in {where} alone, and not untrained)"
         raise ValueError(
             f"the state holds groups of {saved_sizes} parameters, this optimizer groups of "
-            f"{own_sizes}; build the optimizer with the groups that were saved"
+            f"{own_sizes}{alone}; build the optimizer with the groups that were saved"
         )
     for i, (group, own_group) in enumerate(zip(saved, groups, strict=True)):
         for key in (*keys, *marks):
@@ -186,6 +259,17 @@ def same_name(saved: str, own: str) -> bool:
     """Whether two parameter names may mean the same parameter: wrappers and generated names do not
     count.
     """
+    saved, own = _bare([saved, own])
+    return saved == own or _is_generated(saved) or _is_generated(own)
+
+
+def _bare(names: Sequence[str]) -> list[str]:
+    """Names without those of wrappers in front."""
+    found = list(names)
     for wrapper in _WRAPPERS * 2:
-        saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
-    return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
+        found = [name.removeprefix(wrapper) for name in found]
+    return found
+
+
+def _is_generated(name: str) -> bool:
+    return re.fullmatch(r"group\d+\.\d+", name) is not None

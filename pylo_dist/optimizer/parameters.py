@@ -1,5 +1,10 @@
 """Who the parameters of an optimizer are, what they are called, where their elements lie and which
 state they have. Makes state; writes no parameter.
+
+Who takes part in steps, in every layout: a parameter that was trainable when it came to the
+optimizer, or in any step since. It stays for good, so that freezing it between steps changes
+nothing but its gradient; without one it is not moved, and VeLO's LSTM sees it all the same. Its
+state says that it is in: state is made as it enters, saved, loaded and copied.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from torch import Tensor
 
 from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
+from ..core.shards import Shape
 from ..core.state import StateField, allocate_state
 from ..layouts import construction, dtensor, plain
 from .sharded_state import canonical
@@ -54,6 +60,18 @@ def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
     return {**given, "params": entries}
 
 
+def share_names(group: dict[str, Any], groups: Groups) -> None:
+    """An empty group goes with groups that have names and with those that have none (all modified
+    in place): torch wants all alike, and takes an empty one for one without.
+    """
+    named = any(isinstance(entry, tuple) for entry in group["params"])
+    if not group["params"] and any("param_names" in other for other in groups):
+        group.setdefault("param_names", [])
+    elif named and not any(other["params"] for other in groups):
+        for other in groups:
+            other.setdefault("param_names", [])
+
+
 class Parameters:
     """The one place that is asked about the parameters of an optimizer.
 
@@ -72,6 +90,7 @@ class Parameters:
         self.bindings: dict[Tensor, ShardBinding] = {}
         self.fields: dict[Tensor, dict[str, StateField]] = {}
         self._rule = rule
+        self._given: list[list[tuple[str, Shape]]] = []  # names and global shapes, by group
 
     # ------------------------------------------------------------------------------ which there are
 
@@ -92,6 +111,8 @@ class Parameters:
         changed: a copy of a parameter may lie on ranks that the new group brings in.
         """
         fields = self._fields_of(group, bindings)
+        shards = [bindings[param].shard for param in group["params"]]
+        self._given.append([(shard.fqn, shard.shape) for shard in shards])
         self.bindings, self.fields = bindings, {**self.fields, **fields}
 
     def follow(
@@ -101,27 +122,57 @@ class Parameters:
         settings: Callable[[], Sequence[str]],
     ) -> None:
         """Take over parameters that a library put in the place of ours before the first step
-        (accelerate, under FSDP2), and drop the state of those that are gone.
+        (accelerate, under FSDP2), and drop the state of those that are gone. Changes nothing on an
+        error.
 
         Raises:
-            ValueError: steps were taken, and the state belongs to the parameters that are gone.
+            ValueError: one has another global shape than that in whose place it is, or steps were
+                taken, and the state belongs to the parameters that are gone.
         """
         if all(param in self.bindings for group in groups for param in group["params"]):
             return
-        for group in groups:
-            for name, param in zip(names_of(groups, group), group["params"], strict=True):
-                plain.check_param(name, param)
-                if param not in self.bindings and bool(group["step"] > 0):
-                    raise ValueError(
-                        f"{name!r} was replaced by another tensor after {int(group['step'])} "
-                        "steps, and its state belongs to the old one: shard the model before the "
-                        "first step"
-                    )
+        for i, group in enumerate(groups):
+            self._check_exchanged(i, group)
         bindings = self.describe(groups, settings())
         fields = {p: f for group in groups for p, f in self._fields_of(group, bindings).items()}
         self.bindings, self.fields = bindings, fields
         for param in [param for param in state if param not in self.bindings]:
             del state[param]
+
+    def _check_exchanged(self, i: int, group: dict[str, Any]) -> None:
+        """Raise ValueError for parameters of group i that cannot take the place of ours."""
+        if i >= len(self._given):
+            raise ValueError(
+                f"parameter group {i} was put into param_groups by hand: add it with "
+                "add_param_group, which describes its parameters and makes their state"
+            )
+        given, params = self._given[i], group["params"]
+        if all(param in self.bindings for param in params):
+            return
+        for (name, _), param in zip(given, params, strict=False):
+            plain.check_param(name, param)
+        shapes = [plain.describe("", param).shard.shape for param in params]
+        for j, (name, shape) in enumerate(given):
+            if j < len(shapes) == len(given) and shapes[j] == shape:
+                continue
+            found = f"one of shape {shapes[j]}" if j < len(shapes) else "none"
+            raise ValueError(
+                f"{name!r} of shape {shape} was exchanged in parameter group {i}, which held "
+                f"{len(given)} tensors and holds {len(params)} now: {found} is in its place. A "
+                "step needs whole tensors, or knows how they are cut; a flattened or reshaped one "
+                "it would move wrongly. DeepSpeed does this to an optimizer object: `import "
+                f'pylo_dist.deepspeed` and name it in the JSON instead ({{"optimizer": '
+                f'{{"type": "{self.kind}", "params": {{...}}}}}}). Elsewhere change the model '
+                "first and build the optimizer after it"
+            )
+        if bool(group["step"] > 0):
+            name = next(
+                name for (name, _), p in zip(given, params, strict=True) if p not in self.bindings
+            )
+            raise ValueError(
+                f"{name!r} was replaced by another tensor after {int(group['step'])} steps, and "
+                "its state belongs to the old one: shard the model before the first step"
+            )
 
     def _fields_of(
         self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]
@@ -135,16 +186,46 @@ class Parameters:
         """Every parameter with where its elements lie."""
         return [(self.bindings[param], param) for group in groups for param in group["params"]]
 
-    def trainable(self, groups: Groups) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters that take part in steps, with their groups: those that are not frozen and
-        have elements at all.
+    def taking_part(
+        self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters that take part in steps, with their groups; those without elements never
+        do.
+
+        Args:
+            state: the optimizer's; who has some is in.
+            enter: whether others may come in now: at construction and in a step, which all ranks
+                do at the same time.
         """
         return [
             (param, group)
             for group in groups
             for param in group["params"]
-            if param.requires_grad and self.bindings[param].shard.global_numel
+            if (state.get(param) or (enter and self._may_enter(param)))
+            and self.bindings[param].shard.global_numel
         ]
+
+    def _may_enter(self, param: Tensor) -> bool:
+        # whether there is a gradient may differ between ranks, and the line-up must not
+        alone = param.grad is not None and self.bindings[param].holders is None
+        return param.requires_grad or alone
+
+    def left_out(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> ValueError | None:
+        """What is wrong with the coming step: a gradient that it would pass over."""
+        for group in groups:
+            for param in group["params"]:
+                if (
+                    not param.requires_grad
+                    and param.grad is not None
+                    and not (state.get(param) or self._may_enter(param))
+                ):
+                    return ValueError(
+                        f"{self.bindings[param].shard.fqn!r} has a gradient, and has been frozen "
+                        "in every step since the optimizer was built: call requires_grad_(True) "
+                        "before step(), or build the optimizer while it is trainable and freeze "
+                        "it after that"
+                    )
+        return None
 
     # ---------------------------------------------------------------------------------- their state
 

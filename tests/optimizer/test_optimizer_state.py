@@ -335,6 +335,7 @@ def test_frozen_parameters_have_no_state_until_they_are_unfrozen() -> None:
     assert not any(torch.equal(p, others[fqn]) for fqn, p in named if p is not frozen)
 
     frozen.requires_grad_(False)
+    frozen.grad = None
     value = frozen.detach().clone()
     train(optimizer, named[:2] + named[3:], 3, 4)
     assert torch.equal(frozen, value)

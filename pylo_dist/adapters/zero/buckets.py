@@ -210,7 +210,9 @@ def shard_group(
         bucket = build(chunk, sharing, with_master)
         buckets.append(bucket)
         pieces.update({member.fqn: member.piece for member in bucket.members})
-    return {**group, "params": [(fqn, pieces[fqn]) for fqn, _ in group["params"]]}
+    named = [(fqn, pieces[fqn]) for fqn, _ in group["params"]]
+    # torch takes a group without parameters for one without names
+    return {**group, "params": named, **({} if named else {"param_names": []})}
 
 
 def add_together(work: Callable[[], T], buckets: list[Bucket], sharing: Sharing) -> T:

@@ -9,17 +9,23 @@ from torch import Tensor, nn
 
 from ...layouts.plain import check_param, is_dtensor
 
+FROZEN = "_pylo_dist_frozen"  # in a group, until it is sharded: its frozen parameters
+
 
 def named_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
-    """All groups as `named_group` makes them: of a module one, with its trainable parameters.
+    """All groups as `named_group` makes them: of a module one, with all its parameters.
 
     Raises:
         ValueError: there is none, or a parameter is in one twice.
     """
     if isinstance(model_or_params, nn.Module):
-        entries: list[Any] = [p for p in model_or_params.named_parameters() if p[1].requires_grad]
-        return [named_group(0, {"params": entries})]
-    entries = list(model_or_params)
+        return [named_group(0, {"params": list(model_or_params.named_parameters())})]
+    if isinstance(model_or_params, Tensor):
+        raise TypeError(
+            "ZeroOptimizer got one tensor; wanted a module or an iterable of parameters: put it "
+            "into a list"
+        )
+    entries: list[Any] = list(model_or_params)
     if not entries:
         raise ValueError("optimizer got an empty parameter list")
     groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
@@ -27,7 +33,8 @@ def named_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, A
 
 
 def named_group(i: int, group: dict[str, Any]) -> dict[str, Any]:
-    """Group number i with its trainable parameters as (fqn, tensor) pairs.
+    """Group number i with its trainable parameters as (fqn, tensor) pairs, and so the others under
+    FROZEN.
 
     Raises:
         ValueError: a parameter is in it twice.
@@ -42,7 +49,16 @@ def named_group(i: int, group: dict[str, Any]) -> dict[str, Any]:
         if id(param) in seen:
             raise ValueError(f"{fqn!r} is in the same group twice; list a tied parameter once")
         seen.add(id(param))
-    return {**group, "params": [(fqn, param) for fqn, param in named if param.requires_grad]}
+    return {
+        **group,
+        "params": [(fqn, param) for fqn, param in named if param.requires_grad],
+        FROZEN: [(fqn, param) for fqn, param in named if not param.requires_grad],
+    }
+
+
+def take_frozen(groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """The frozen parameters of all groups, which have none then (modified in place)."""
+    return [pair for group in groups for pair in group.pop(FROZEN, ())]
 
 
 def check_params(groups: Sequence[dict[str, Any]]) -> None:

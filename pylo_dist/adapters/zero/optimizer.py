@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ... import comm
 from ...core import trace
+from ...optimizer.loading import matched
 from ...optimizer.report import Report
 from .buckets import Bucket, add_together, shard_group, share_first_values
 from .gathering import ParameterGatherer
-from .groups import check_params, named_group, named_groups
+from .groups import check_params, named_group, named_groups, take_frozen
 from .inner import Inner, kind_of
 from .masters import add_masters, check_masters, load_masters, without_masters
 from .reduction import GradientReducer
@@ -136,6 +137,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return settings, kind, groups, kwargs
 
         self._settings, kind, groups, kwargs = comm.together(prepare, self.sharing.holders)
+        frozen = take_frozen(groups)
         check_same_parameters(groups, self._settings, self.sharing)
         self._sharded = partial(
             shard_group,
@@ -153,7 +155,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         check_same_settings(self._inner.settings, self.sharing, self.buckets[0].flat.device)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.state = self.inner.state
-        self._watch = ModelWatch(model_or_params, self.buckets)
+        self._watch = ModelWatch(model_or_params, self.buckets, frozen)
         self._reducer = GradientReducer(
             self.buckets,
             self.sharing,
@@ -210,18 +212,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for fqn, param in group["params"]:
                 if id(param) in known:
                     raise ValueError(f"{fqn!r} is already in a parameter group of this optimizer")
-            check_params([group])
+            if group["params"]:
+                check_params([group])
             return group
 
         group = comm.together(prepare, self.sharing.holders)
-        check_same_parameters([group], self._settings, self.sharing)
+        frozen = take_frozen([group])
+        device = self.buckets[0].flat.device
+        check_same_parameters([group], self._settings, self.sharing, device)
         self._reducer.flush()
         self._gatherer.wait()
         add_together(
             lambda: self.inner.add_param_group(self._sharded(group)), self.buckets, self.sharing
         )
         self._reducer.add(before)
-        self._watch.added([param for _, param in group["params"]])
+        self._watch.added(group["params"], frozen)
         check_same_settings(self._inner.settings, self.sharing, self.buckets[0].flat.device)
         share_first_values(self.buckets[before:], self.sharing)
 
@@ -332,6 +337,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        state_dict = matched(state_dict, self.inner.param_groups, self.inner.state)
         self.check_state_dict(state_dict)
         self._inner.load_state_dict(without_masters(state_dict))
         self.state = self.inner.state
@@ -341,6 +347,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
+        state_dict = matched(state_dict, self.inner.param_groups, self.inner.state)
         self._inner.check_state_dict(state_dict)
         check_masters(state_dict, self.inner.param_groups, self.buckets)
 

@@ -104,12 +104,16 @@ class Settings:
 
 
 def check_same_parameters(
-    groups: Sequence[dict[str, Any]], settings: Settings, sharing: Sharing
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    sharing: Sharing,
+    device: torch.device | None = None,
 ) -> None:
     """Compare names, shapes, dtypes and groups of the parameters, and the settings. Collective.
 
     Args:
         groups: with their parameters as (fqn, tensor) pairs.
+        device: to compare on; None: that of the first parameter.
 
     Raises:
         ValueError: on all ranks, naming the first that differs.
@@ -118,7 +122,8 @@ def check_same_parameters(
         return
     named = [(i, fqn, p) for i, group in enumerate(groups) for fqn, p in group["params"]]
     specs = [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
-    comm.check_equal("parameter", [settings.shared(), *specs], sharing.holders, named[0][2].device)
+    device = device or named[0][2].device
+    comm.check_equal("parameter", [settings.shared(), *specs], sharing.holders, device)
 
 
 def check_same_settings(

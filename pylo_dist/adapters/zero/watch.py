@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .buckets import Bucket
+from .buckets import Bucket, Named
 
 
 class ModelWatch:
     """Looks, before every step, whether the model still is the one that was given to the optimizer.
 
     Args:
-        model_or_params: as `ZeroOptimizer` got it; of a module also what is assigned or unfrozen
-            later is noticed.
+        model_or_params: as `ZeroOptimizer` got it; of a module also what is assigned later is
+            noticed.
         buckets: those of its parameters; the list may grow.
+        frozen: what was given too, and is in no bucket.
     """
 
-    def __init__(self, model_or_params: Any, buckets: Sequence[Bucket]) -> None:
+    def __init__(
+        self, model_or_params: Any, buckets: Sequence[Bucket], frozen: Sequence[Named]
+    ) -> None:
         self._buckets = buckets
-        self._frozen: list[tuple[str, Tensor]] = []
+        self._frozen = list(frozen)
         self._registered: list[tuple[nn.Module, str, Tensor]] = []  # where a module keeps its own
         if isinstance(model_or_params, nn.Module):
-            named = model_or_params.named_parameters()
-            self._frozen = [(fqn, param) for fqn, param in named if not param.requires_grad]
             self._registered = [
                 (module, name, param)
                 for module in model_or_params.modules()
@@ -33,10 +34,10 @@ class ModelWatch:
                 if param is not None
             ]
 
-    def added(self, params: Collection[Tensor]) -> None:
-        """These are optimized from now on, and may be trainable."""
-        ids = {id(param) for param in params}
-        self._frozen = [(fqn, param) for fqn, param in self._frozen if id(param) not in ids]
+    def added(self, named: Sequence[Named], frozen: Sequence[Named]) -> None:
+        """The first are optimized from now on, and may be trainable; the others came with them."""
+        ids = {id(param) for _, param in [*named, *frozen]}
+        self._frozen = [pair for pair in self._frozen if id(pair[1]) not in ids] + list(frozen)
 
     def problem(self) -> ValueError | None:
         """What happened that the next step cannot serve."""
@@ -56,9 +57,11 @@ class ModelWatch:
                     "update; load in place, or build the optimizer after it"
                 )
         for fqn, param in self._frozen:
-            if param.requires_grad:
+            if param.requires_grad or param.grad is not None:
                 return ValueError(
-                    f"{fqn!r} was frozen when ZeroOptimizer was built and is trainable now; add it "
-                    "on all ranks with add_param_group"
+                    f"{fqn!r} was frozen when ZeroOptimizer was built, and is trainable or has a "
+                    "gradient now, which is not averaged: add it on all ranks with "
+                    "add_param_group, or build the optimizer while it is trainable and freeze it "
+                    "after that"
                 )
         return None
