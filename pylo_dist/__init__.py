@@ -31,6 +31,7 @@ from .optimizer import register_optimizer as register_optimizer
 from .optimizer import registered_optimizers as registered_optimizers
 from .optimizer.clip import clip_grad_norm_ as clip_grad_norm_
 from .optimizer.engine import NonFiniteGradientError as NonFiniteGradientError
+from .optimizer.settings import LearningRateWarning as LearningRateWarning
 from .weights import Architecture as Architecture
 from .weights import Registered as Registered
 from .weights import WeightsError as WeightsError
@@ -47,6 +48,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "CheckpointError",
         "CommunicationError",
         "LearnedOptimizer",
+        "LearningRateWarning",
         "NonFiniteGradientError",
         "PeerError",
         "Registered",

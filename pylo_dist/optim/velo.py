@@ -442,8 +442,10 @@ class VeLO(FactoredOptimizer):
             return super().phases()
         if self._steps_called is None or group["step"].device.type == "cpu":
             self._steps_called = int(group["step"])
-        if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
-            self._warned_at = group["num_steps"]
+        num_steps = group["num_steps"]
+        is_over = isinstance(num_steps, int) and self._steps_called >= num_steps
+        if is_over and self._warned_at != num_steps:
+            self._warned_at = num_steps
             warnings.warn(
                 f"VeLO has taken all num_steps={group['num_steps']} steps it was told of; it goes "
                 "on as at the end of a run. extend(num_steps) makes the run longer",

@@ -26,6 +26,7 @@ from ..core.requests import (
     Sum,
 )
 from ..core.rule import Batch, LearnedRule, is_capturing
+from .settings import GroupNumbers
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
@@ -104,7 +105,10 @@ class Engine:
         )
 
     def phases(
-        self, losses: LossSum | None = None, problem: ValueError | None = None
+        self,
+        losses: LossSum | None = None,
+        problem: ValueError | None = None,
+        numbers: GroupNumbers | None = None,
     ) -> Iterator[list[Collective]]:
         """One step. Yields the collectives it needs; whoever drives it carries them out and
         resumes.
@@ -113,12 +117,13 @@ class Engine:
             losses: for rules that need the loss; it is averaged in the first reduction.
             problem: why this rank cannot take the step; raised after the first reduction, so that
                 no rank waits for another.
+            numbers: those of the parameter groups, compared between ranks in the first reduction.
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one
                 before (see `raise_pending`).
-            ValueError: `problem`, or no loss for a rule that needs it; a captured step that cannot
-                be replayed.
+            ValueError: `problem`, or no loss for a rule that needs it; numbers that are no good or
+                not the same on all ranks; a captured step that cannot be replayed.
             PeerError: another rank has one of them.
         """
         if is_capturing(self.taken.device):
@@ -135,11 +140,16 @@ class Engine:
             batch.summed.clear()  # what was read early is in the request, and counts once
             _fill_audits(request, batch, failed=problem is not None)
         loss = None if losses is None else losses.buffer(self.taken.device, problem is not None)
+        compared = self._compared(requests, losses, numbers)
         yield from self._serve(
-            requests, [] if losses is None or loss is None else [(losses.group, loss)]
+            requests,
+            [*([] if losses is None or loss is None else [(losses.group, loss)]), *compared],
         )
         with trace.phase("step: judge"):
-            self._judge(requests, loss, problem)
+            unlike = None
+            if numbers is not None:
+                unlike = numbers.judge([buffer for _, buffer in compared], self.taken.device)
+            self._judge(requests, loss, problem, unlike, numbers)
         second = True
         while steps:
             with trace.phase("step: B" if second else "step: C"):
@@ -147,6 +157,27 @@ class Engine:
             second = False
             steps = [step for step, request in running if request is not None]
             yield from self._serve([request for _, request in running if request is not None])
+
+    def _compared(
+        self, requests: Sequence[Sum], losses: LossSum | None, numbers: GroupNumbers | None
+    ) -> list[Reduction]:
+        """What compares the groups' numbers over the ranks that this step adds sums over anyway."""
+        if numbers is None:
+            return []
+        devices = {
+            id(packed.group): (packed.group, packed.buffer.device)
+            for request in requests
+            for packed in request.buffers
+            if packed.group is not None and packed.buffer.numel()
+        }
+        here = self.taken.device
+        compared = [
+            (group, numbers.buffer(here, by_group=True).to(device))
+            for group, device in devices.values()
+        ]
+        if losses is not None and losses.group is not None and id(losses.group) not in devices:
+            compared.append((losses.group, numbers.buffer(here, by_group=False)))
+        return compared
 
     @staticmethod
     def _serve(
@@ -184,10 +215,18 @@ class Engine:
                 part.buffer /= part.replicas
 
     def _judge(
-        self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None
+        self,
+        requests: Sequence[Sum],
+        loss: Tensor | None,
+        problem: ValueError | None,
+        unlike: Tensor | None,
+        numbers: GroupNumbers | None,
     ) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and
         whether there is a step.
+
+        Args:
+            unlike: bool 0-d, whether the groups' numbers forbid it.
         """
         audits = [request.audit_table() for request in requests if request.audits]
         work = [(rule, batch) for rule, batch in self.work if batch.items]
@@ -208,16 +247,19 @@ class Engine:
                 if loss is None
                 else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
             )
-        reasons = torch.stack([failed, without_loss, nonfinite, probe])  # not to take the step
+        unlike = self._false if unlike is None else unlike
+        # not to take the step
+        reasons = torch.stack([failed, without_loss, unlike, nonfinite, probe])
         self.taken = ~reasons.any()
         # elsewhere than on a CPU the others do not know yet, and go on to collectives that this
         # rank must not leave
         error = self.nonfinite == "error"
         self._pending.note(
-            reasons[: 2 + error],
+            reasons[: 3 + error],
             bad if error else [],
             problem,
             problem is not None and not self.shared,
+            numbers,
         )
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.taken = self.taken.to(batch.device)
@@ -321,38 +363,44 @@ class _PendingErrors:
     second step outside of it, or by `raise_now`.
 
     Attributes:
-        flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that
-            is no number.
+        flags: bool (4,), whether a rank could not take a step, gave no loss, had other numbers in
+            its groups, or had a gradient that is no number.
         bad: per batch, bool (items,), which gradients were no numbers.
         at_once: whether the host asks within the step.
     """
 
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self.batches = batches
-        self.flags = torch.zeros(3, dtype=torch.bool, device=device)
+        self.flags = torch.zeros(4, dtype=torch.bool, device=device)
         self.bad = [
             torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device)
             for batch in batches
         ]
         self.at_once = device.type == "cpu"
         self.problem: ValueError | None = None  # this rank's own
-        self._host = torch.zeros(3, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.numbers: GroupNumbers | None = None  # those of the last step
+        self._host = torch.zeros(4, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
         self._asked = True
 
     def note(
-        self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool
+        self,
+        flags: Tensor,
+        bad: list[Tensor],
+        problem: ValueError | None,
+        alone: bool,
+        numbers: GroupNumbers | None,
     ) -> None:
         """Add what the step under way has shown; `alone`: no other rank waits for this one, so its
         problem is raised now.
 
         Args:
-            flags: the first two or all three.
+            flags: the first three or all four.
         """
         self.flags[: len(flags)].logical_or_(flags)
         for sticky, now in zip(self.bad, bad, strict=False):
             sticky |= now
-        self.problem = problem
+        self.problem, self.numbers = problem, numbers
         device = self.flags.device
         if self.at_once or alone:
             self.raise_now()
@@ -380,10 +428,13 @@ class _PendingErrors:
         self._raise(self.flags)
 
     def _raise(self, flags: Tensor) -> None:
-        failed, without_loss, nonfinite = flags.tolist()
+        failed, without_loss, unlike, nonfinite = flags.tolist()
         problem, self.problem = self.problem, None
-        if not (failed or without_loss or nonfinite or problem is not None):
+        if not (failed or without_loss or unlike or nonfinite or problem is not None):
             return
+        settings = self.numbers.error() if unlike and self.numbers is not None else None
+        if self.numbers is not None:
+            self.numbers.forget()
         bad = [i.nonzero().flatten().tolist() for i in self.bad] if nonfinite else []
         for tensor in (self.flags, self._host, *self.bad):
             tensor.zero_()
@@ -397,6 +448,8 @@ class _PendingErrors:
                 "step(loss), step(loss=loss) or step(closure) on every rank, or set_loss(loss) "
                 "before a step() that you do not call yourself"
             )
+        if settings is not None:
+            raise settings
         names = [
             batch.items[i].param.shard.fqn
             for batch, found in zip(self.batches, bad, strict=True)

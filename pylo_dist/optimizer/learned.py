@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .. import comm
 from ..comm import Collective
@@ -25,7 +26,14 @@ from .first_steps import FirstSteps
 from .lineup import Lineup
 from .parameters import Groups, Parameters, State, names_of, own_group, share_names
 from .report import Report, group_settings, report_of
-from .settings import REFUSED, check_group, choose
+from .settings import (
+    REFUSED,
+    GroupNumbers,
+    Habits,
+    check_device_numbers,
+    check_group,
+    choose,
+)
 
 # what copies and pickles take along, beside what torch does; `precision` and `_width_mults` are
 # faces'
@@ -82,7 +90,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self._first_steps = FirstSteps()
         self._loss: Tensor | None = None
         self._problem: ValueError | None = None
+        self._habits = Habits()
         super().__init__(params, defaults)
+        self._numbers = GroupNumbers(type(self), defaults, self.group_keys, self._check_group)
 
     # --------------------------------------------------------------------------------------- groups
 
@@ -98,6 +108,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            check_device_numbers(group)
             for name, param in zip(
                 names_of(self.param_groups, group), group["params"], strict=True
             ):
@@ -115,6 +126,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         group.update(loading.marks_of(self.rule, self.weights))
         self._params.admit(group, bindings)
         self._ready(enter=True)
+        self._habits.look(type(self), self.param_groups)
 
     def settings(self) -> list[str]:
         """What must be the same on all ranks beside the parameters, for adapters to compare."""
@@ -151,19 +163,15 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
     # ----------------------------------------------------------------------------------------- step
 
+    @_disable_dynamo
     def set_loss(self, loss: Tensor | float) -> None:
         """Give the loss of the coming step, where `step()` is called by code that cannot pass
         it.
         """
-        loss = torch.as_tensor(loss).detach()
-        if loss.numel() != 1:  # raised by the step itself, on all ranks
-            self.fail_next_step(
-                ValueError(
-                    f"the loss has shape {tuple(loss.shape)}; wanted a scalar, such as its mean"
-                )
-            )
-            return
-        self._loss = loss
+        try:  # what is wrong is raised by the step itself, on all ranks
+            self._loss = scalar_loss(loss)
+        except ValueError as problem:
+            self.fail_next_step(problem)
 
     def fail_next_step(self, problem: ValueError) -> None:
         """Have the next `step()` raise `problem`, and a `PeerError` on the ranks it shares tensors
@@ -173,12 +181,14 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """
         self._problem = self._problem or problem
 
+    @_disable_dynamo  # as torch marks parts of its own optimizers
     @torch.no_grad()
-    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:
-        """Take one step.
+    def step(self, closure: Any = None, *, loss: Tensor | float | None = None) -> Any:
+        """Take one step. torch.compile leaves it to Python.
 
         Args:
-            closure: re-evaluates the model and returns the loss; a tensor in its place is the loss.
+            closure: re-evaluates the model and returns the loss; a tensor or a number in its place
+                is the loss.
             loss: scalar training loss of this step; only rules that read the loss need it.
 
         Returns:
@@ -187,7 +197,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         Raises:
             NonFiniteGradientError: see `nonfinite`.
         """
-        if isinstance(closure, Tensor):
+        if closure is not None and not callable(closure):
             closure, loss = None, closure
         if closure is not None:
             with torch.enable_grad():
@@ -213,12 +223,14 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             engine, problem = lineup.engine, problem or error
         loss, self._loss = self._loss, None
         losses = LossSum.over(self.process_group, loss) if self.rule.needs_loss else None
+        problem = self._numbers.read(self.param_groups, problem)
         try:
             problem = yield from lineup.collect(self.early.taken(), problem)
             if not engine.shared:
                 asks = self.process_group is None
                 problem = self._first_steps.check(self._params, lineup.bound, problem, asks)
-            yield from engine.phases(losses, problem)
+            with self._numbers.standing_in():
+                yield from engine.phases(losses, problem, self._numbers)
             for group in self.param_groups:
                 group["step"].add_(engine.taken.to(group["step"].device))
             lineup.publish()
@@ -330,6 +342,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             self.early = EarlyPass(self._lineup)
             self._first_steps = FirstSteps(looks=0)
         self._loss = self._problem = None
+        self._habits = Habits()
+        self._numbers = GroupNumbers(type(self), self.defaults, self.group_keys, self._check_group)
         for group in self.param_groups:
             for name, value in {
                 "step": torch.zeros((), dtype=torch.int64),
@@ -364,6 +378,22 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         since the set of parameters last changed, in which its gradient was clipped.
         """
         return self._ready().stats()
+
+
+def scalar_loss(loss: Tensor | float) -> Tensor:
+    """A loss as a tensor of one element without history; a number keeps its 64 bits. Raises
+    ValueError for anything else.
+    """
+    try:
+        dtype = None if isinstance(loss, Tensor) else torch.float64
+        tensor = torch.as_tensor(loss, dtype=dtype).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"loss={loss!r}: wanted a scalar tensor or a number") from None
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"the loss has shape {tuple(tensor.shape)}; wanted a scalar, such as its mean"
+        )
+    return tensor
 
 
 def _device_of(group: dict[str, Any]) -> torch.device:

@@ -25,7 +25,7 @@ class BackwardRecord:
     def __init__(self) -> None:
         self.present: set[str] = set()
         self._seen_loss: Tensor | None = None
-        self._given_loss: Tensor | None = None
+        self._given_loss: Tensor | float | None = None
         self._engine: Any = lambda: None
         self._layout = Layout("whole", None)
         self._at = 0
@@ -76,14 +76,14 @@ class BackwardRecord:
         engine.backward = keeping_the_loss
 
     @property
-    def loss(self) -> Tensor | None:
+    def loss(self) -> Tensor | float | None:
         """This rank's loss of the coming step: the one given, else the mean of those seen."""
         return self._seen_loss if self._given_loss is None else self._given_loss
 
     def set_loss(self, loss: Tensor | float) -> None:
         """Give the loss of the coming step; those seen do not count."""
         self.forget_skipped()
-        self._given_loss = torch.as_tensor(loss).detach()
+        self._given_loss = loss.detach() if isinstance(loss, Tensor) else loss
 
     def forget_skipped(self) -> None:
         """Drop what belongs to a step that DeepSpeed skipped (inf, NaN): it counts it without

@@ -10,6 +10,7 @@ and the copies made from them; where these lie is in `layout`, what backward pas
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from ...core.pieces import bound_shard
 from ...core.shards import TensorShard
 from ...optimizer import LearnedOptimizer
 from ...optimizer.report import Report
+from ...optimizer.settings import LearningRateWarning
 from ...optimizer.sharded_state import ShardedState
 from .arguments import check_groups, checked_arguments, probe, together
 from .backward import BackwardRecord
@@ -95,10 +97,11 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         check_groups(groups)
         kwargs = self.face.before_sharding(originals, self._kwargs)
         # the ranks that average gradients average the loss
-        return self.face(
-            groups,
-            **{**kwargs, "process_group": layout.group if layout.group is not None else False},
-        )
+        kwargs = {**kwargs, "process_group": layout.group if layout.group is not None else False}
+        with warnings.catch_warnings():
+            # it was said of the JSON; by now the groups have what a schedule made of it
+            warnings.simplefilter("ignore", LearningRateWarning)
+            return self.face(groups, **kwargs)
 
     @property
     def attached(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
@@ -232,15 +233,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ----------------------------------------------------------------------------------------- step
 
+    @_disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:
+    def step(self, closure: Any = None, *, loss: Tensor | float | None = None) -> Any:
         """Average gradients, take the inner optimizer's step on this rank's shard, bring the
         parameters back.
 
         Arguments, result and errors are those of `LearnedOptimizer.step`. When the inner step
         raises, no parameter has changed.
         """
-        if isinstance(closure, Tensor):
+        if closure is not None and not callable(closure):
             closure, loss = None, closure
         if closure is not None:
             with torch.enable_grad():
@@ -278,6 +280,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         return self._reducer.no_sync()
 
+    @_disable_dynamo
     def set_loss(self, loss: Tensor | float) -> None:
         """See `LearnedOptimizer.set_loss`."""
         self._inner.set_loss(loss)
