@@ -1,7 +1,7 @@
 """Everything that talks to torch.distributed; the only folder that does.
 
-From the ground up: `meeting` knows the store alone, `collectives` process groups, `agreement` what
-ranks must have in common.
+From the ground up: `meeting` knows the store alone, `collectives` process groups, `own` those that
+one user has to itself, `agreement` what ranks must have in common.
 """
 
 from .agreement import PeerError, check_equal, checksums, differing, raise_together, together
@@ -35,6 +35,7 @@ from .meeting import (
     meetings,
     timeout_of,
 )
+from .own import OwnGroup, own_group
 
 __all__ = [
     "GRACE",
@@ -42,6 +43,7 @@ __all__ = [
     "PHASES",
     "Collective",
     "CommunicationError",
+    "OwnGroup",
     "PeerError",
     "Pending",
     "Reduction",
@@ -60,6 +62,7 @@ __all__ = [
     "group_over",
     "meet",
     "meetings",
+    "own_group",
     "raise_together",
     "rank",
     "ranks_of",

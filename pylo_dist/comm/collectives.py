@@ -140,6 +140,10 @@ class Pending:
         self._error: CommunicationError | None = None
         self._timeout = timeout if tensors and tensors[0].device.type == "cpu" else None
 
+    def done(self) -> bool:
+        """Whether `wait` would not block; asks, and waits for nothing."""
+        return self._error is not None or self._work is None or bool(self._work.is_completed())
+
     def wait(self) -> None:
         """Until the result is there; on a GPU, for work queued from here on. Raises
         CommunicationError.

@@ -26,6 +26,7 @@ from .gathering import ParameterGatherer
 from .groups import check_params, named_group, named_groups, take_frozen
 from .inner import Inner, kind_of
 from .masters import add_masters, check_masters, load_masters, without_masters
+from .others import inside_ddp
 from .reduction import GradientReducer
 from .sharing import (
     Settings,
@@ -53,15 +54,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     the gradients are.
 
     Every rank must run the same backward passes, each with a gradient for some parameter; which
-    ones may differ. Between them and `step()` other collectives are free.
+    ones may differ. With overlap gradients have process groups of their own, made at construction:
+    other ZeroOptimizers, DDP and collectives of yours may send in the same pass, in any order.
 
     Args:
         model_or_params: a module (all its trainable parameters), or what optimizers take:
             parameters, groups, named parameters. Given a module, parameters of eager modules arrive
-            during the next forward pass.
+            during the next forward pass. Given a DistributedDataParallel, which averages gradients
+            by itself, they leave in the step, after that (stage 1 alone).
         optimizer_class: e.g. `pylo_dist.AdafacLO`; or torch.optim's AdamW and its like. A parameter
             without gradient on any rank is passed over by learned optimizers; torch's see a
             gradient of zeros.
+        module: of groups or parameters the module that owns them all: their parameters arrive
+            during its next forward pass, and have its names where they are given without.
         stage: 1: full gradients stay on the parameters until `zero_grad()`, and those of several
             backward passes add up there. 2: they are freed as they are averaged, and add up in the
             shard.
@@ -103,6 +108,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         model_or_params: nn.Module | Iterable[Any],
         optimizer_class: type[torch.optim.Optimizer],
         *,
+        module: nn.Module | None = None,
         stage: int = 1,
         process_group: Any = None,
         replicate_group: Any = None,
@@ -116,6 +122,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._built = False
         self.stage = stage
+        given, model_or_params = model_or_params, inside_ddp(model_or_params)
+        # what DDP averages leaves after it, in the step
+        overlap_backward = overlap and given is model_or_params
+        watched = model_or_params if isinstance(model_or_params, nn.Module) else inside_ddp(module)
         self.sharing = Sharing.of(process_group, replicate_group)
         self.buckets: list[Bucket] = []
         self._given = dict(optimizer_kwargs)
@@ -131,7 +141,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 check_replicas_every=check_replicas_every,
                 timeout=timeout,
             )
-            kind, groups = kind_of(optimizer_class), named_groups(model_or_params)
+            if given is not model_or_params and stage != 1:
+                raise ValueError(
+                    f"stage={stage}: DistributedDataParallel keeps and averages whole gradients, "
+                    "so that stage 2 cannot free them; give ZeroOptimizer the module inside and "
+                    "train that without DDP, or stage=1"
+                )
+            groups = named_groups(model_or_params, inside_ddp(module))
+            kind = kind_of(optimizer_class)
             check_params(groups)
             named = [pair for group in groups for pair in group["params"]]
             kwargs = kind.before_sharding(optimizer_class, named, optimizer_kwargs)
@@ -161,17 +178,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.buckets,
             self.sharing,
             frees=stage == 2,
-            overlap=overlap,
+            overlap=overlap_backward,
             dtype=reduce_dtype,
             timeout=timeout,
-            landed=self._inner.gradients_arrived if overlap else None,
+            landed=self._inner.gradients_arrived if overlap_backward else None,
         )
         self._gatherer = ParameterGatherer(
             self.buckets, self.sharing, overlap=overlap, timeout=timeout
         )
         self._reducer.add(0)
-        if isinstance(model_or_params, nn.Module):
-            self._gatherer.watch(model_or_params)
+        if watched is not None:
+            self._gatherer.watch(watched)
         share_first_values(self.buckets, self.sharing)
         self._built = True
 
