@@ -113,3 +113,46 @@ def test_a_rule_written_against_the_version_before_runs() -> None:
         found["test_every_cut_gives_the_uncut_run"]()
     said = {str(warning.message).split(" is ")[0] for warning in caught}
     assert {"Batch.keep", "Batch.moving", "Batch.kept"} <= said
+
+
+def test_old_modules_are_attributes_without_an_import() -> None:
+    code = (
+        "import warnings, pylo_dist\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    found = [pylo_dist.shards.bind_shard, pylo_dist.optim.base.Batch,\n"
+        "             pylo_dist.adapters.plain.collect, pylo_dist.shards.bind_shard]\n"
+        "    import pylo_dist.shards\n"
+        "from pylo_dist.core import pieces, rule\n"
+        "from pylo_dist.layouts import plain\n"
+        "assert found == [pieces.bind_shard, rule.Batch, plain.collect, pieces.bind_shard]\n"
+        "assert {w.filename for w in caught} == {'<string>'} and len(caught) == 3, caught\n"
+        "assert not hasattr(pylo_dist, 'no_such_module')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_old_methods_are_the_new_ones() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = pylo_dist.AdafacLO([param], weights="demo")
+    param.grad = torch.ones(3)
+    with pytest.warns(DeprecationWarning, match=r"LearnedOptimizer\.early\.arrived now"):
+        optimizer.gradients_arrived([param])  # type: ignore[attr-defined]
+    assert optimizer.early.taken() == {id(param)}
+    with pytest.warns(DeprecationWarning, match=r"LearnedOptimizer\.early\.forget now"):
+        optimizer.forget_gradients()  # type: ignore[attr-defined]
+    assert optimizer.early.taken() == set()
+
+
+def test_a_pickle_of_the_version_before_steps_on() -> None:
+    """Written by acc4d19: `torch.save((optimizer, after_the_next_step), path)`, AdafacLO, demo."""
+    path = Path(__file__).parent / "checkpoint" / "saved" / "acc4d19" / "pickled.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        optimizer, wanted = torch.load(path, weights_only=False)
+    params = optimizer.param_groups[0]["params"]
+    for param in params:
+        param.grad = torch.arange(param.numel()).reshape(param.shape) / 8 - 0.5
+    optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, wanted, strict=True))
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["a", "b"]
