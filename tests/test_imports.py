@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pylo_dist"
 
-# Folders are floors, from the ground up: a module imports from its own folder and from rows above
+# Folders are floors, the ground first: a module imports from its own folder and from floors below
 # its own here, nothing else.
 FLOORS = (
     ("core",),
