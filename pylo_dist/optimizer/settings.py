@@ -191,6 +191,7 @@ class GroupNumbers:
         self._filled: list[float] = []  # what is in the table, NaN where a tensor is
         self._table = torch.empty(0)  # float64 (groups, keys)
         self._own: dict[tuple[torch.device, bool], Tensor] = {}  # unsummed buffers
+        self._held: list[Tensor] = []  # tables that CUDA graphs read at every replay
         self._flags = torch.empty(0)  # bool (2, groups, keys): no good here, unlike
 
     def read(
@@ -257,7 +258,8 @@ class GroupNumbers:
                 together, for ranks that may have other groups.
         """
         self._fill(device)
-        own = self._own.get((device, by_group))
+        capturing = is_capturing(device)
+        own = None if capturing else self._own.get((device, by_group))
         if own is None:
             bits = self._table.view(torch.int64).unsqueeze(-1)
             shifts = torch.arange(0, _DIGITS * _DIGIT_BITS, _DIGIT_BITS, device=device)
@@ -268,7 +270,9 @@ class GroupNumbers:
             flat = digits.to(torch.float64).flatten()
             one = torch.ones(1, dtype=torch.float64, device=device)
             own = torch.cat([one, flat, flat * flat])
-            if not is_capturing(device):
+            if capturing:  # replays read the table wherever the next one lies
+                self._held.append(self._table)
+            else:
                 self._own[device, by_group] = own
         return own.clone()
 
