@@ -184,9 +184,9 @@ def check_groups(
         alone = ""
         for saved_group, group in zip(saved, groups, strict=False):
             only_saved, only_own = _differing(saved_group, groups, group)
-            for where, lost in (("the state", only_saved), ("the optimizer", only_own)):
-                if lost and not alone:
-                    alone = f" ({next(iter(lost))!r} is in {where} alone, and not untrained)"
+            for where, found in (("state", [*only_saved]), ("optimizer", [*only_own])):
+                if found and not alone:
+                    alone = f" ({found[0]!r} is in the {where} alone)"
         raise ValueError(
             f"the state holds groups of {saved_sizes} parameters, this optimizer groups of "
             f"{own_sizes}{alone}; build the optimizer with the groups that were saved"
