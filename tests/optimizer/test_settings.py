@@ -409,7 +409,9 @@ def test_a_number_is_a_loss_as_a_tensor_is(way: str) -> None:
     assert same(velo_steps(GIVEN[way]), velo_steps(lambda o, loss: o.step(loss)))
 
 
-@pytest.mark.parametrize("loss", ["x", torch.ones(2), [1.0, 2.0], object()], ids=str)
+@pytest.mark.parametrize(
+    "loss", ["x", torch.ones(2), [1.0, 2.0], object()], ids=["text", "vector", "list", "object"]
+)
 def test_what_is_no_loss_is_refused_by_the_step(loss: Any) -> None:
     named = make_params()
     optimizer = pylo_dist.VeLO(named, **BUILD["VeLO"][1])
