@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "test_virtual_ranks",
             "test_environment",
             "test_ds",
-            "test_dtensor",
+            "test_real_ranks",
             "test_resume_loop",
             "test_checkpoint",
         ),

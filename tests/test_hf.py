@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 import pylo_dist
 from pylo_dist.optim.velo import LossBuffer
 from support.golden import velo_weights
+from support.optimizers import small_fc
 from support.ranks import run_ranks
-from support.sharded_model import small_fc_weights
 
 transformers = pytest.importorskip(
     "transformers", reason="the recipes for Hugging Face need transformers"
@@ -180,7 +180,7 @@ def titan(rank: int, world: int) -> dict[str, Any]:
     part: nn.Module = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
     fully_shard(part)
     factory = functools.partial(
-        build_optimizers, optimizer_class=pylo_dist.AdafacLO, weights=small_fc_weights()
+        build_optimizers, optimizer_class=pylo_dist.AdafacLO, weights=small_fc()
     )
     (optimizer,) = factory([part])
     part(torch.randn(4, 7)).square().sum().backward()

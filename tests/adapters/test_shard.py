@@ -46,6 +46,7 @@ from support.clip_cases import (
 from support.collectives import Collectives
 from support.dtensors import build, fully_sharded, local
 from support.golden import velo_weights
+from support.optimizers import small_fc
 from support.ranks import run_ranks
 from support.sharded_model import (
     STEPS,
@@ -53,7 +54,6 @@ from support.sharded_model import (
     integers,
     loss_of,
     mean_gradients,
-    small_fc_weights,
     snapshot,
     trainable,
     unsharded,
@@ -119,7 +119,7 @@ def shard_ranks(rank: int, world: int) -> Results:
         meta = Mlp()
     torch.manual_seed(5 + rank)
     before = torch.get_rng_state()
-    meta, _ = pylo_dist.shard(meta, pylo_dist.AdafacLO, weights=small_fc_weights())
+    meta, _ = pylo_dist.shard(meta, pylo_dist.AdafacLO, weights=small_fc())
     results["meta"] = {**snapshot(meta), **{name: b.clone() for name, b in meta.named_buffers()}}
     results["rng kept"] = torch.equal(before, torch.get_rng_state())
     wide = Mlp()
@@ -127,7 +127,7 @@ def shard_ranks(rank: int, world: int) -> Results:
     for fqn, p in wide.named_parameters():
         p.infshape = Infshape(2 if p.dim() == 2 else 1, 3.0 if fqn.startswith("layers.1") else 1.0)
     _, mulo = pylo_dist.shard(
-        wide, pylo_dist.MuLO, weights=small_fc_weights(), mixed_precision=torch.bfloat16
+        wide, pylo_dist.MuLO, weights=small_fc(), mixed_precision=torch.bfloat16
     )
     results["width_mults"] = mulo.param_groups[0]["width_mults"]
     wide(torch.arange(8) % 11).backward()
@@ -146,7 +146,7 @@ def shard_ranks(rank: int, world: int) -> Results:
         if variant == "checkpointed":
             for name, layer in list(mlp.layers.items()):
                 mlp.layers[name] = checkpoint_wrapper(layer)
-        mlp, adafac = pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc_weights())
+        mlp, adafac = pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc())
         called = torch.compile(mlp, backend="aot_eager") if variant == "compiled" else mlp
         for _ in range(3):
             mlp.zero_grad()
@@ -182,10 +182,10 @@ class Infshape:
 
 def shard_refusals(rank: int, world: int) -> dict[str, str]:
     def shard(model: nn.Module, **kwargs: Any) -> Any:
-        return pylo_dist.shard(model, pylo_dist.AdafacLO, weights=small_fc_weights(), **kwargs)
+        return pylo_dist.shard(model, pylo_dist.AdafacLO, weights=small_fc(), **kwargs)
 
     def adafac(params: Any) -> Any:
-        return pylo_dist.AdafacLO(params, weights=small_fc_weights())
+        return pylo_dist.AdafacLO(params, weights=small_fc())
 
     def stale() -> None:
         mlp = Mlp(8)
@@ -255,9 +255,7 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
         "fsdp1 pieces": lambda: fsdp1(True),
         "fsdp1 flat": lambda: fsdp1(False),
         "strided": strided,
-        "zero": lambda: pylo_dist.ZeroOptimizer(
-            sharded, pylo_dist.AdafacLO, weights=small_fc_weights()
-        ),
+        "zero": lambda: pylo_dist.ZeroOptimizer(sharded, pylo_dist.AdafacLO, weights=small_fc()),
         "experts": lambda: adafac(distributed([Shard(0)], (4, 3), ("ep",), (world,))),
         "inner dims": lambda: adafac(
             distributed([Shard(1), Shard(2)], (2, 4, 4), ("a", "b"), (1, world))
@@ -326,7 +324,7 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         )
 
     def adafac(params: Any, **kwargs: Any) -> Any:
-        return pylo_dist.AdafacLO(params, **{"weights": small_fc_weights(), **kwargs})
+        return pylo_dist.AdafacLO(params, **{"weights": small_fc(), **kwargs})
 
     def complex_later() -> None:
         optimizer = adafac([("first", cut())])
@@ -338,7 +336,7 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         mlp = Mlp()
         if last:
             mlp.extra = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
-        pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc_weights())
+        pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc())
 
     def two_groups(problem: dict[str, Any]) -> None:
         groups = [
@@ -358,7 +356,7 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         "complex later": complex_later,
         "complex in shard": sharded_complex,
         "weights": lambda: adafac(
-            [("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc_weights()
+            [("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc()
         ),
         "second group": lambda: two_groups({"lr": -1.0}),
         "same twice": lambda: adafac([("w", w := cut()), *([("w again", w)] if last else [])]),
@@ -382,7 +380,7 @@ def odd_ranks(rank: int, world: int) -> Results:
     results: Results = {}
     probe = copy.deepcopy(Net().blocks[0].odd).bfloat16()
     fully_shard(probe)
-    optimizer = pylo_dist.AdafacLO(trainable(probe), weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO(trainable(probe), weights=small_fc())
     for step in range(3):
         probe.zero_grad()
         probe(step, rank).backward()
@@ -395,7 +393,7 @@ def odd_ranks(rank: int, world: int) -> Results:
     for mode in ("error", "skip"):
         model = Net()
         fully_sharded(model, init_device_mesh("cpu", (world,)))
-        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights(), nonfinite=mode)
+        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc(), nonfinite=mode)
         model(0, rank).backward()
         last = model.blocks[0].up.weight.grad
         if rank == world - 1:
@@ -419,14 +417,14 @@ def odd_ranks(rank: int, world: int) -> Results:
     fully_sharded(
         model, init_device_mesh("cpu", (world,)), offload_policy=CPUOffloadPolicy(pin_memory=False)
     )
-    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
     model(0, rank).backward()
     optimizer.step()
     results["offloaded"] = snapshot(model)
 
     # accelerate builds the optimizer first, shards, and puts the new parameters into its groups
     model = Net()
-    optimizer = pylo_dist.AdafacLO([p for _, p in trainable(model)], weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO([p for _, p in trainable(model)], weights=small_fc())
     fully_sharded(model, init_device_mesh("cpu", (world,)))
     optimizer.param_groups[0]["params"] = [p for _, p in trainable(model)]
     model(0, rank).backward()
@@ -440,12 +438,12 @@ def odd_ranks(rank: int, world: int) -> Results:
     # torch.distributed.checkpoint.state_dict, on a fresh optimizer and back
     model = Net()
     fully_sharded(model, init_device_mesh("cpu", (world,)))
-    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
     model(0, rank).backward()
     optimizer.step()
     saved = get_optimizer_state_dict(model, optimizer)
     results["keys"] = sorted(saved["state"])
-    again = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+    again = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
     set_optimizer_state_dict(model, again, saved)
     pairs = [
         (optimizer.state[p][name], t) for p in again.state for name, t in again.state[p].items()
@@ -533,7 +531,7 @@ def check_refusals(results: list[dict[str, str]]) -> None:
 def check_odd(results: list[Results]) -> None:
     first, last = results[0], results[-1]
     probe = copy.deepcopy(Net().blocks[0].odd).bfloat16()
-    optimizer = pylo_dist.AdafacLO(trainable(probe), weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO(trainable(probe), weights=small_fc())
     for step in range(3):
         for name, p in trainable(probe):
             if name != "unused":
@@ -559,7 +557,7 @@ def check_odd(results: list[Results]) -> None:
         assert first[f"{mode} failure"].startswith("PeerError")
         assert last[f"{mode} failure"] == "ValueError: only here"
     history, reference, model = unsharded(
-        2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc_weights()
+        2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc()
     )
     for fqn, p in history[-1].items():
         torch.testing.assert_close(first["offloaded"][fqn], p, rtol=5e-7, atol=1e-7)
@@ -619,7 +617,7 @@ def test_units() -> None:
     model._no_split_modules = ["Block"]
     assert units_of(model) == [model.blocks[1], model.blocks[0]]
     with pytest.raises(ValueError, match="not initialised"):
-        pylo_dist.shard(model, pylo_dist.AdafacLO, weights=small_fc_weights())
+        pylo_dist.shard(model, pylo_dist.AdafacLO, weights=small_fc())
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -632,7 +630,7 @@ def unequal_copies(rank: int, world: int) -> str:
     fully_shard(
         model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     )
-    return message(lambda: pylo_dist.AdafacLO(model.named_parameters(), weights=small_fc_weights()))
+    return message(lambda: pylo_dist.AdafacLO(model.named_parameters(), weights=small_fc()))
 
 
 def train_and_save(rank: int, world: int, folder: str) -> Results:
@@ -645,7 +643,7 @@ def train_and_save(rank: int, world: int, folder: str) -> Results:
     results["alone"] = on_one_rank_alone(rank, world)
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):
         model, called, place, _ = build(layout, world)
-        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
         for step in range(2):
             model.zero_grad()
             called(step, place).backward()
@@ -654,7 +652,7 @@ def train_and_save(rank: int, world: int, folder: str) -> Results:
         results[layout] = pylo_dist.full_state_dict(optimizer, rank0_only=False), snapshot(model)
     for layout in ("fsdp2", "hsdp", "tp_fsdp2"):  # and from each into the next
         model, *_ = build(layout, world)
-        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+        optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
         source = {"fsdp2": "tp_fsdp2", "hsdp": "fsdp2", "tp_fsdp2": "hsdp"}[layout]
         pylo_dist.checkpoint.load(f"{folder}/{source}", {"optimizer": optimizer, "model": model})
         results[f"{source} into {layout}"] = (
@@ -671,10 +669,10 @@ def load_and_go_on(rank: int, world: int, folder: str) -> Results:
         model = Net(seed=3)
         if layout == "fsdp2":
             fully_sharded(model, init_device_mesh("cpu", (world,)))
-            optimizer: Any = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+            optimizer: Any = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
         else:
             optimizer = pylo_dist.ZeroOptimizer(
-                model, pylo_dist.AdafacLO, weights=small_fc_weights(), bucket_cap_mb=0.002
+                model, pylo_dist.AdafacLO, weights=small_fc(), bucket_cap_mb=0.002
             )
         pylo_dist.checkpoint.load(f"{folder}/fsdp2", {"optimizer": optimizer, "model": model})
         state = pylo_dist.full_state_dict(optimizer, rank0_only=False), snapshot(model)
@@ -710,7 +708,7 @@ def test_checkpoints_between_layouts(tmp_path: Path) -> None:
             assert_same(result[f"{source} into {target}"], saved[0][source])
     loaded = run_ranks(2, load_and_go_on, str(tmp_path))
     model = Net(seed=3)
-    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+    optimizer = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
     pylo_dist.checkpoint.load(tmp_path / "fsdp2", {"optimizer": optimizer, "model": model})
     assert_same((pylo_dist.full_state_dict(optimizer), snapshot(model)), saved[0]["fsdp2"])
     for fqn, gradient in mean_gradients(2)[2].items():

@@ -47,10 +47,10 @@ from support.layouts import (
     new_groups,
     run_differences,
     save_all,
-    small_fc,
     snapshot,
     tensors_of,
 )
+from support.optimizers import small_fc
 from support.ranks import run_ranks
 
 DTENSORS = (("fsdp2", 3), ("hsdp", 4))  # in the suite

@@ -20,6 +20,7 @@ from pylo_dist import checkpoint
 from pylo_dist.checkpoint import CheckpointError
 from pylo_dist.checkpoint import folder as checkpoint_folder
 from support.layouts import (
+    KINDS,
     MORE,
     PLAIN,
     STEPS,
@@ -28,11 +29,10 @@ from support.layouts import (
     differing,
     flat_state,
     fresh,
-    optimizer_kinds,
     run_differences,
-    small_fc,
     snapshot,
 )
+from support.optimizers import small_fc
 
 
 def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Loud:
 
 
 def other_weights() -> dict[str, Tensor]:
-    changed = optimizer_kinds()["VeLO"][1]["weights"]
+    changed = KINDS["VeLO"].arguments["weights"]
     return {name: t + (1e-6 if name == "step_size.bias" else 0.0) for name, t in changed.items()}
 
 
@@ -160,9 +160,7 @@ def test_what_belongs_to_something_else_is_refused(
 
 
 def rebuilt(run: Run) -> Run:
-    run.optimizer = pylo_dist.VeLO(
-        run.model.trainable(), process_group=False, **optimizer_kinds()["VeLO"][1]
-    )
+    run.optimizer = KINDS["VeLO"].build(run.model.trainable(), process_group=False)
     return run
 
 

@@ -20,7 +20,7 @@ import torch
 
 from pylo_dist.maths import compiled
 from support import cuda_checks
-from support.virtual import SETTINGS
+from support.virtual import COMPILED, SETTINGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -68,10 +68,10 @@ def _emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "row_orders", cache(compiled.row_orders.__wrapped__))
 
 
-MATRICES = ("adafac", "velo_clipped", "celo2_base")  # the others: tensors of random shapes
+MATRICES = ("AdafacLO", "VeLO_clipped", "CELO2_base")  # the others: tensors of random shapes
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> None:
     own, error = cuda_checks.check_random(name, "high", "cpu", 0 if name in MATRICES else 1, 2)
     figures.append(
@@ -81,7 +81,7 @@ def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_other_precisions(precision: str, figures: list[str]) -> None:
-    own, error = cuda_checks.check_random("adafac", precision, "cpu", 0, 3)
+    own, error = cuda_checks.check_random("AdafacLO", precision, "cpu", 0, 3)
     figures.append(
         f"CUDA passes on fibers | adafac | {precision}: largest error {error:.1e}, PyTorch "
         f"{own:.1e}"
@@ -91,7 +91,7 @@ def test_other_precisions(precision: str, figures: list[str]) -> None:
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_weights_that_are_not_random(precision: str, figures: list[str]) -> None:
     problem = cuda_checks.matrix_problem(random.Random(3), "cpu")
-    own, error = cuda_checks.check_rule("adafac", precision, problem, "cpu", 1, weights="demo")
+    own, error = cuda_checks.check_rule("AdafacLO", precision, problem, "cpu", 1, weights="demo")
     figures.append(
         f"CUDA passes on fibers | demo weights | {precision}: largest error {error:.1e}, PyTorch "
         f"{own:.1e}"
@@ -102,11 +102,11 @@ def test_gradients_and_parameters_may_move(library: ctypes.CDLL) -> None:
     """Rows of pointers are sent when they change: other memory for a gradient, a parameter or for
     both, and a tensor at rest.
     """
-    setting, ends = SETTINGS["velo"], []
+    setting, ends = SETTINGS["VeLO"], []
     for moves in (False, True):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 20), (5,), (3, 4, 5))]
-        optimizer = setting.optimizer_class(params, **setting.kwargs)
+        optimizer = setting.build(params)
         held = []
         for step in range(4):
             for i, p in enumerate(params):
@@ -120,7 +120,7 @@ def test_gradients_and_parameters_may_move(library: ctypes.CDLL) -> None:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    cuda_checks.check_two_runs("adafac", "high", "cpu")
+    cuda_checks.check_two_runs("AdafacLO", "high", "cpu")
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -143,7 +143,7 @@ def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
 
     def launches(name: str, vectors: int) -> int:
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(6, 20), *[(5,)] * vectors]]
-        optimizer = SETTINGS[name].optimizer_class(params, **SETTINGS[name].kwargs)
+        optimizer = SETTINGS[name].build(params)
         before = 0
         for _ in range(2):
             for p in params:
@@ -152,6 +152,6 @@ def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
             optimizer.step(torch.tensor(1.0))
         return int(library.fibers_launches() - before)
 
-    for name, numbers in (("adafac", (1, 400)), ("velo", (1, 6)), ("celo2_base", (1, 6))):
+    for name, numbers in (("AdafacLO", (1, 400)), ("VeLO", (1, 6)), ("CELO2_base", (1, 6))):
         counts = [launches(name, n) for n in numbers]
         assert counts == [6, 6], (name, counts)

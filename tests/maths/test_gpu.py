@@ -19,15 +19,15 @@ from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from support import cuda_checks
 from support.kernels import in_float64, relative, run
-from support.optimizers import BUILD
-from support.virtual import SETTINGS
+from support.optimizers import Roles, cases
+from support.virtual import COMPILED
 
 REASON = compiled.library("cuda")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"CUDA passes: {REASON}")
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_errors_are_those_of_the_pytorch_path(
     name: str, precision: str, figures: list[str]
 ) -> None:
@@ -41,7 +41,7 @@ def test_errors_are_those_of_the_pytorch_path(
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_two_runs_give_the_same_bits(name: str, precision: str) -> None:
     cuda_checks.check_two_runs(name, precision, "cuda")
 
@@ -59,7 +59,7 @@ def test_parameters_of_16_bits(dtype: torch.dtype, precision: str) -> None:
     cuda_checks.check_dtype(precision, "cuda", dtype)
 
 
-@pytest.mark.parametrize("name", ["adafac", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
 def test_a_large_matrix(name: str) -> None:
     """Many jobs for every block, sums in many parts, a length that is no multiple of anything."""
     generator = torch.Generator().manual_seed(11)
@@ -195,6 +195,7 @@ def test_launches_of_a_step() -> None:
     assert counts[0] == counts[1] <= 6, counts
 
 
+BUILD = cases(Roles(widths={"t0": 2.0}, embedding="^$"), able="kernels")
 GRAPH_SHAPES = [(96, 200), (200, 96), (96, 200), (64,), (64,), (), (8, 4, 3, 3), (300, 20)]
 
 
@@ -204,7 +205,6 @@ class Run:
     """
 
     def __init__(self, name: str) -> None:
-        cls, kwargs = BUILD[name]
         generator = torch.Generator().manual_seed(71)
         self.params = [
             torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).cuda())
@@ -213,18 +213,8 @@ class Run:
         for p in self.params:
             p.grad = torch.zeros_like(p)
         self.rate, self.loss = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
-        kwargs = {
-            key: value
-            for key, value in kwargs.items()
-            if key not in ("lr", "width_mults", "embedding_pattern")
-        }
-        kwargs |= {"width_mults": {"t0": 2.0}} if name == "MuLO" else {}
-        self.optimizer = cls(
-            [(f"t{i}", p) for i, p in enumerate(self.params)],
-            lr=self.rate,
-            weight_decay=0.1,
-            **kwargs,
-        )
+        named = [(f"t{i}", p) for i, p in enumerate(self.params)]
+        self.optimizer = BUILD[name].build(named, lr=self.rate, weight_decay=0.1)
 
     def feed(self, step: int) -> None:
         """The numbers of a step, in place."""
@@ -347,17 +337,12 @@ def test_operations_of_a_step_do_not_grow(figures: list[str]) -> None:
     for name in BUILD:
         counts = []
         for tensors in (10, 150):
-            cls, kwargs = BUILD[name]
-            kwargs = {key: value for key, value in kwargs.items() if key != "width_mults"}
-            kwargs |= {"width_mults": {}} if name == "MuLO" else {}
             params = [
                 torch.nn.Parameter(torch.randn((48, 64) if i % 2 else (64,), device="cuda"))
                 for i in range(tensors)
             ]
-            optimizer, loss = (
-                cls([(f"t{i}", p) for i, p in enumerate(params)], **kwargs),
-                torch.tensor(1.0, device="cuda"),
-            )
+            optimizer = BUILD[name].build([(f"t{i}", p) for i, p in enumerate(params)])
+            loss = torch.tensor(1.0, device="cuda")
             for p in params:
                 p.grad = torch.randn_like(p)
             optimizer.step(loss)
@@ -384,7 +369,7 @@ def test_random_cuts_and_ranks() -> None:
     rng = random.Random(51)
     for _ in range(20):
         cuda_checks.check_random(
-            "adafac", "high", "cuda", rng.randrange(1000), rng.choice([1, 2, 5])
+            "AdafacLO", "high", "cuda", rng.randrange(1000), rng.choice([1, 2, 5])
         )
 
 

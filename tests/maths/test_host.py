@@ -27,7 +27,7 @@ from pylo_dist.layouts import plain
 from pylo_dist.maths import compiled
 from pylo_dist.optimizer import learned
 from pylo_dist.testing import run_virtual
-from support.optimizers import BUILD
+from support.optimizers import Roles, cases
 
 SHAPES = {
     "matrix": (6, 5),
@@ -47,6 +47,7 @@ FORBIDDEN = (
     "lift_fresh",
     "_pin_memory",
 )
+BUILD = cases(Roles(widths={"matrix": 2.0}, embedding="embedding"), able="kernels")
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # through a step: an optimizer and its settings
     **{name: (name, {}) for name in BUILD},
     "CELO2, scaled": ("CELO2", {"param_scale_mult": True}),
@@ -156,7 +157,6 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(name: str, tensors: int, **kwargs: Any) -> tuple[Any, list[torch.nn.Parameter]]:
-    cls, defaults = BUILD[name]
     params = {
         f"{fqn}{i or ''}": torch.nn.Parameter(torch.empty(shape, device="meta"))
         for i in range(tensors)
@@ -165,7 +165,7 @@ def build(name: str, tensors: int, **kwargs: Any) -> tuple[Any, list[torch.nn.Pa
     named = list(params.items())
     half = len(named) // 2
     groups = [{"params": named[:half], "lr": 0.5}, {"params": named[half:], "max_grad_norm": 0.5}]
-    optimizer = cls(groups if tensors == 1 else named, **{**defaults, **kwargs})
+    optimizer = BUILD[name].build(groups if tensors == 1 else named, **kwargs)
     optimizer._steps_called = 0  # VeLO reads it from the device before its first step
     return optimizer, list(params.values())
 
@@ -233,14 +233,14 @@ def test_operations_do_not_grow_with_cut_tensors(way: str, figures: list[str]) -
     matrices of Newton-Schulz.
     """
     name, settings = WAYS[way]
-    cls, defaults = BUILD[name]
+    case = BUILD[name]
     launched = {}
     for tensors in (6, 18):
         shapes = {f"{fqn}{i}": shape for fqn, shape in SHAPES.items() for i in range(tensors)}
         cuts = {fqn: cut(fqn, shape) for fqn, shape in shapes.items()}
         params = {fqn: torch.ones(shape) for fqn, shape in shapes.items()}
         with Watched() as watched:
-            run = run_virtual(cls, params, cuts, [params], **{**defaults, **settings})
+            run = run_virtual(case.face, params, cuts, [params], **{**case.arguments, **settings})
         assert run.exchanges == [0 if settings.get("orthogonalize") is False else 2]
         # of a step, and not of making and cutting tensors or the compiled passes' tables
         work = ("optim/", "maths/", "optimizer/engine.py")

@@ -37,13 +37,13 @@ from support.kernels import (
     relative,
     run,
 )
-from support.virtual import SETTINGS, golden_problem
+from support.virtual import COMPILED, SETTINGS, golden_problem
 
 pytestmark = pytest.mark.skipif(bool(compiled.library("cpu")), reason=compiled.library("cpu"))
-RUNS_PER_RULE = 6  # 9 settings of 10 tensors: 540 tensors
+RUNS_PER_RULE = 6  # of 10 tensors each
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> None:
     rng = random.Random(name)
     ratios, worst, seen = [], 0.0, 0
@@ -80,7 +80,7 @@ def test_errors_are_those_of_the_pytorch_path(name: str, figures: list[str]) -> 
     )
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_eight_virtual_ranks_and_two_runs(name: str, figures: list[str]) -> None:
     """The layout tolerance against the uncut run, and the same bits when the same run is done
     again.
@@ -95,11 +95,13 @@ def test_eight_virtual_ranks_and_two_runs(name: str, figures: list[str]) -> None
         assert torch.equal(cut.params[fqn], again.params[fqn])
         assert all(torch.equal(s, again.state[fqn][key]) for key, s in cut.state[fqn].items())
     change = largest_changes([params, *uncut.history])
-    assert max(layout_error(cut.params, uncut.params, change, setting.share32).values()) <= 1.0
+    share = setting.share(torch.float32)
+    assert max(layout_error(cut.params, uncut.params, change, share).values()) <= 1.0
     equal = sum(int((cut.params[fqn] == p).sum()) for fqn, p in uncut.params.items()) / sum(
         p.numel() for p in params.values()
     )
-    assert equal == 1.0 or "celo2" in name  # Newton-Schulz and its Gram matrix round by layout
+    # Newton-Schulz and its Gram matrix round by layout
+    assert equal == 1.0 or setting.exchanges
     figures.append(
         f"kernels | {name} | 8 virtual ranks: {equal:.1%} of the elements bit-equal to the uncut "
         "run after 20 steps"
@@ -114,8 +116,8 @@ def trained_weights() -> dict[str, tuple[str, dict[str, Any]]]:
     """Rule and settings by label: the built-in demo weights, and files whose name begins with that
     of an architecture.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {"demo": ("adafac", {"weights": "demo"})}
-    rules = {"small_fc": "adafac", "velo": "velo", "celo2": "celo2_base"}
+    found: dict[str, tuple[str, dict[str, Any]]] = {"demo": ("AdafacLO", {"weights": "demo"})}
+    rules = {"small_fc": "AdafacLO", "velo": "VeLO", "celo2": "CELO2_base"}
     for path in (
         sorted(Path(os.environ[TRAINED]).glob("*.safetensors")) if TRAINED in os.environ else ()
     ):
@@ -176,7 +178,7 @@ def test_threads_do_not_change_bits() -> None:
         for _ in range(2)
     ]
     problem: Problem = params, grads, [1.0, 0.9]  # type: ignore[assignment]
-    for name in ("adafac", "velo"):
+    for name in ("AdafacLO", "VeLO"):
         one = run(name, problem)
         torch.set_num_threads(2)
         try:
@@ -199,7 +201,7 @@ def test_every_instruction_set(instruction_set: str, auto: Callable[[str], str])
         assert auto(instruction_set) == instruction_set
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
-    for name in ("adafac", "velo", "celo2_base"):
+    for name in ("AdafacLO", "VeLO", "CELO2_base"):
         problem = random_problem(random.Random(5))
         truth, oracle, ours = (
             run(name, in_float64(problem)),
@@ -218,7 +220,7 @@ def test_every_instruction_set(instruction_set: str, auto: Callable[[str], str])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["adafac", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
 def test_half_precision_parameters(name: str, dtype: torch.dtype) -> None:
     """State is float32 and follows the PyTorch path closely; a parameter may round the other way
     where the update is at a tie.
@@ -255,15 +257,15 @@ def test_float_conversions_are_torchs() -> None:
         numbers = every.view(dtype)
         finite = numbers[numbers.isfinite()]
         problem: Problem = ({"p": finite}, [{"p": torch.ones_like(finite)}], [1.0])
-        still = run("elo", problem, lr=0.0, weight_decay=0.0, clip_grad=False)
+        still = run("ELO", problem, lr=0.0, weight_decay=0.0, clip_grad=False)
         assert torch.equal(still.params["p"], finite)
         grads: Problem = ({"p": torch.zeros_like(finite)}, [{"p": finite}], [1.0])
-        momentum = run("velo", grads).state["p"]["momentum"]
-        assert torch.equal(momentum[0], run("velo", grads, kernels=False).state["p"]["momentum"][0])
+        momentum = run("VeLO", grads).state["p"]["momentum"]
+        assert torch.equal(momentum[0], run("VeLO", grads, kernels=False).state["p"]["momentum"][0])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e10, 1e18, 1e30])
-@pytest.mark.parametrize("name", ["adafac_clipped", "elo", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO_clipped", "ELO", "VeLO", "CELO2_base"])
 def test_extreme_gradients(name: str, scale: float) -> None:
     """All of these clip or clamp, so that any float32 gradient leaves finite numbers, the same as
     on the PyTorch path.
@@ -274,7 +276,7 @@ def test_extreme_gradients(name: str, scale: float) -> None:
         [{k: None if g is None else g.sign() * scale for k, g in step.items()} for step in grads],
         losses,
     )
-    how = {"clip_grad": True} if name == "celo2_base" else {}  # its AdamW clamps nothing
+    how = {"clip_grad": True} if name == "CELO2_base" else {}  # its AdamW clamps nothing
     truth, oracle, ours = (
         run(name, in_float64(wild), **how),
         run(name, wild, kernels=False, **how),
@@ -292,7 +294,7 @@ def test_extreme_gradients(name: str, scale: float) -> None:
         assert error <= 2 * own + floor, (fqn, tuple(p.shape), own, error)
 
 
-@pytest.mark.parametrize("name", ["adafac", "adafac_clipped", "elo", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO", "AdafacLO_clipped", "ELO", "VeLO", "CELO2_base"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e25])
 def test_nonfinite_gradients(name: str, bad: float) -> None:
     """What is counted, what "skip" leaves, and where "allow" puts NaN are those of the PyTorch
@@ -308,9 +310,7 @@ def test_nonfinite_gradients(name: str, bad: float) -> None:
         ends, steps = [], []
         for kernels in (False, True):
             pieces = {fqn: torch.nn.Parameter(p.clone()) for fqn, p in params.items()}
-            optimizer = setting.optimizer_class(
-                pieces.items(), nonfinite=nonfinite, **setting.kwargs
-            )
+            optimizer = setting.build(pieces.items(), nonfinite=nonfinite)
             with compiled.use_kernels(kernels):
                 for step_grads, loss in zip(grads, losses, strict=True):
                     for fqn, p in pieces.items():
@@ -361,7 +361,7 @@ def test_tensors_without_a_gradient() -> None:
         losses,
     )
     for cuts in (1, random_cuts(random.Random(2), params, 3)):
-        oracle, ours = run("velo", some, cuts, kernels=False), run("velo", some, cuts)
+        oracle, ours = run("VeLO", some, cuts, kernels=False), run("VeLO", some, cuts)
         for fqn in params:
             torch.testing.assert_close(ours.params[fqn], oracle.params[fqn], rtol=1e-5, atol=1e-7)
             for key, state in oracle.state[fqn].items():
@@ -375,7 +375,7 @@ def test_zero_gradients() -> None:
         [{fqn: torch.zeros_like(p) for fqn, p in params.items()} for _ in grads],
         losses,
     )
-    for name in ("adafac", "velo", "celo2_base"):
+    for name in ("AdafacLO", "VeLO", "CELO2_base"):
         oracle, ours = run(name, zero, kernels=False), run(name, zero)
         for fqn in params:
             assert bool(ours.params[fqn].isfinite().all())
@@ -403,7 +403,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def stepped(tensors: int, name: str = "velo", resting: int = 0) -> Recorder:
+def stepped(tensors: int, name: str = "VeLO", resting: int = 0) -> Recorder:
     """What two steps of an optimizer over this many tensors call, some without a gradient; the
     second one is recorded.
     """
@@ -412,7 +412,7 @@ def stepped(tensors: int, name: str = "velo", resting: int = 0) -> Recorder:
         for i in range(tensors)
     }
     setting = SETTINGS[name]
-    optimizer = setting.optimizer_class(params.items(), **setting.kwargs)
+    optimizer = setting.build(params.items())
     for _ in range(2):
         for p in list(params.values())[resting:]:
             p.grad = torch.randn_like(p)
@@ -421,12 +421,12 @@ def stepped(tensors: int, name: str = "velo", resting: int = 0) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("name", ["adafac", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
 def test_opcheck(name: str) -> None:
     calls = stepped(4, name, resting=1).calls
     names = {func._schema.name.removeprefix("pylo_dist::") for func, _ in calls}
     assert names == {"gradient_pass", "feature_pass", "update_pass"} | (
-        {"moment_pass"} if name == "velo" else set()
+        {"moment_pass"} if name == "VeLO" else set()
     )
     for func, args in calls:
         torch.library.opcheck(func, args)
@@ -454,7 +454,7 @@ def test_operators_refuse_what_they_cannot_read() -> None:
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "pytorch"])
-@pytest.mark.parametrize("name", ["adafac", "velo", "celo2_base"])
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
 def test_gradients_may_be_gathered_before_the_step(name: str, kernels: bool) -> None:
     """In any order, and again for items whose gradient changed: the same bits as in the step."""
     setting = SETTINGS[name]
@@ -464,7 +464,7 @@ def test_gradients_may_be_gathered_before_the_step(name: str, kernels: bool) -> 
         for early in (False, True):
             torch.manual_seed(0)
             params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-            optimizer = setting.optimizer_class(params, **setting.kwargs)
+            optimizer = setting.build(params)
             for _ in range(2):
                 for p in params:
                     p.grad = torch.randn(p.shape)
@@ -492,7 +492,7 @@ def test_without_the_library_it_says_so_once(
             1,
             problem[1][:2],
             losses=problem[2][:2],
-            **SETTINGS["velo"].kwargs,
+            **SETTINGS["VeLO"].arguments,
         )
     assert [record.getMessage() for record in caplog.records] == [
         "pure PyTorch path on cpu: it was not built"
@@ -504,7 +504,7 @@ def test_without_the_library_it_says_so_once(
             1,
             problem[1][:2],
             losses=problem[2][:2],
-            **SETTINGS["velo"].kwargs,
+            **SETTINGS["VeLO"].arguments,
         )
     assert all(torch.equal(without.params[fqn], p) for fqn, p in oracle.params.items())
 

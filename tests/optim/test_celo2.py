@@ -17,7 +17,8 @@ import pylo_dist
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import VirtualRun, largest_changes, layout_error, run_virtual
-from support.virtual import CELO2, random_shards
+from support.optimizers import CELO2
+from support.virtual import random_shards
 
 COPIES, STEPS, RANKS = 3, 3, 8
 # leading dims, the same number of elements in other shapes, a matrix per element, below two dims,

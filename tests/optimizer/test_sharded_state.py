@@ -28,16 +28,16 @@ from pylo_dist.core.pieces import PieceParameter, bind_shard
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.optimizer.sharded_state import ShardedState, copy_elements
 from support.layouts import (
-    LEARNED,
+    KINDS,
     PLAIN,
     STEPS,
     Model,
     Run,
     differing,
     fresh,
-    small_fc,
     snapshot,
 )
+from support.optimizers import small_fc
 
 
 def pieces(cuts: list[int], rank: int) -> tuple[list[tuple[str, nn.Parameter]], Model]:
@@ -194,7 +194,7 @@ def test_state_of_another_dtype_or_order_is_refused() -> None:
     assert optimizer.param_groups[0]["param_names"] == [fqn for fqn, _ in Model().trainable()]
 
 
-@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_torch_functions_on_a_plain_optimizer(kind: str) -> None:
     """With a frozen, a tied, a 0-d and an empty parameter, strict, in every option that needs no
     second rank.

@@ -17,7 +17,8 @@ import pylo_dist
 from pylo_dist.core.pieces import bound_shard
 from support.collectives import Collectives, Counts
 from support.dtensors import build
-from support.sharded_model import Net, mean_gradients, small_fc_weights, snapshot, trainable, whole
+from support.optimizers import small_fc
+from support.sharded_model import Net, mean_gradients, snapshot, trainable, whole
 
 Results = dict[str, Any]
 
@@ -74,7 +75,7 @@ def calls_per_step(layout: str, world: int) -> dict[int, tuple[Counts, Counts]]:
                 else half["dp"]
             )
             fully_shard(many, mesh=mesh, ignored_params=ignored)
-        optimizer = pylo_dist.AdafacLO(many.named_parameters(), weights=small_fc_weights())
+        optimizer = pylo_dist.AdafacLO(many.named_parameters(), weights=small_fc())
         steps = []
         for action in (
             optimizer.step,
@@ -108,7 +109,7 @@ def clip_ranks(rank: int, world: int, layouts: list[str]) -> Results:
     results: Results = {}
     for layout in layouts:
         model, called, place, ranks = build(layout, world)
-        adafac = pylo_dist.AdafacLO(trainable(model), weights=small_fc_weights())
+        adafac = pylo_dist.AdafacLO(trainable(model), weights=small_fc())
         adamw = torch.optim.SGD([p for _, p in trainable(model)])
         for how, named in (
             ("learned", adafac),

@@ -129,17 +129,15 @@ def check_nan(precision: str, device: str) -> None:
     params, grads, losses = matrix_problem(random.Random(8), device, steps=1)
     grads[0]["t0"][5, 7] = float("nan")  # type: ignore[index]
     problem = on((params, grads, losses), device)
-    setting = SETTINGS["adafac"]
+    setting = SETTINGS["AdafacLO"]
     named = {fqn: torch.nn.Parameter(p.clone()) for fqn, p in problem[0].items()}
-    optimizer = setting.optimizer_class(
-        list(named.items()), precision=precision, nonfinite="allow", **setting.kwargs
-    )
+    optimizer = setting.build(list(named.items()), precision=precision, nonfinite="allow")
     for fqn, p in named.items():
         p.grad = problem[1][0][fqn]
     optimizer.step()
     assert named["t0"].isnan().all()
     assert all(p.isfinite().all() for fqn, p in named.items() if fqn != "t0")
-    skipped = run("adafac", problem, 2, precision=precision, nonfinite="skip")
+    skipped = run("AdafacLO", problem, 2, precision=precision, nonfinite="skip")
     for fqn, p in params.items():
         assert torch.equal(skipped.params[fqn].cpu(), p), fqn
         assert all(not value.any() for value in skipped.state[fqn].values()), fqn
@@ -154,8 +152,8 @@ def check_extremes(precision: str, device: str) -> None:
     grad = {fqn: torch.randn(20, 40) * scale for fqn, scale in zip(params, scales, strict=True)}
     grad["t0"][3, 4] = 2.0
     problem: Problem = (params, [dict(grad)], [1.0])
-    truth, oracle = run("adafac", in_float64(problem)), run("adafac", problem, kernels=False)
-    ours = run("adafac", on(problem, device), 3, precision=precision)
+    truth, oracle = run("AdafacLO", in_float64(problem)), run("AdafacLO", problem, kernels=False)
+    ours = run("AdafacLO", on(problem, device), 3, precision=precision)
     for fqn, p in params.items():
         assert ours.params[fqn].isfinite().all(), fqn
         moved = truth.params[fqn] - p.double()
@@ -180,8 +178,8 @@ def check_dtype(precision: str, device: str, dtype: torch.dtype) -> None:
         [{fqn: None if g is None else g.float() for fqn, g in step.items()} for step in half_grads],
         losses,
     )
-    got = run("adafac", on((half, half_grads, losses), device), 3, precision=precision)
-    want = run("adafac", on(wide, device), 3, precision=precision)
+    got = run("AdafacLO", on((half, half_grads, losses), device), 3, precision=precision)
+    want = run("AdafacLO", on(wide, device), 3, precision=precision)
     for fqn in params:
         assert torch.equal(got.params[fqn], want.params[fqn].to(dtype)), fqn
         for key, value in want.state[fqn].items():

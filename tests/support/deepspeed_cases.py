@@ -4,6 +4,7 @@ one process.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.core.pieces import bound_shard
-from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
-from support.golden import celo2_weights, load, velo_weights
+from support.optimizers import Roles, cases
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two
 # dims, one element. (DeepSpeed itself cannot broadcast a 0-d one.)
@@ -113,35 +113,32 @@ def mean_loss(step: int, micros: int, world: int) -> float:
     return sum(losses) / len(losses)
 
 
+# DeepSpeed's JSON knows the optimizers of the package
+ROLES = Roles(widths={"square.weight": 4.0, "embedding.weight": 2.0}, embedding="^embedding")
+SERVED = cases(ROLES, built_in=True)
+CLIPPING = ("clip_grad", "max_grad_norm", "clip")  # DeepSpeed's own, "gradient_clipping"
+
+
 def write_weights(folder: Path) -> dict[str, str]:
-    """Files of learned weights, by architecture."""
-    generator = torch.Generator().manual_seed(7)
-    tensors = {
-        "small_fc": {
-            name: 0.2 * torch.randn(shape, generator=generator)
-            for name, shape in SMALL_FC.shapes.items()
-        },
-        "velo": velo_weights("small"),
-        "celo2": celo2_weights(load("celo2_default_f64")),
-    }
-    for name, found in tensors.items():
-        save_file(
-            {k: v.float().contiguous() for k, v in found.items()},
-            str(folder / f"{name}.safetensors"),
-        )
-    return {name: str(folder / f"{name}.safetensors") for name in tensors}
+    """Files of learned weights, by optimizer."""
+    files = {name: str(folder / f"{name}.safetensors") for name in SERVED}
+    for name, file in files.items():
+        tensors = SERVED[name].arguments["weights"].items()
+        save_file({key: tensor.float().contiguous() for key, tensor in tensors}, file)
+    return files
 
 
 def rules(files: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Type and params of the JSON entry of every rule."""
-    fc, celo2 = {"weights": files["small_fc"]}, {"weights": files["celo2"]}
+    """Type and params of the JSON entry of every optimizer."""
     return {
-        "adafac": ("AdafacLO", {**fc, "weight_decay": 0.01}),
-        "velo": ("VeLO", {"weights": files["velo"], "num_steps": 100}),
-        "mulo": ("MuLO", {**fc, "width_mults": {"square.weight": 4.0, "embedding.weight": 2.0}}),
-        "elo": ("ELO", {**fc, "lr": 0.01, "weight_decay": 0.1}),
-        "celo2": ("CELO2", {**celo2, "embedding_pattern": "^embedding"}),
-        "elo_celo2": ("ELO_CELO2", celo2),
+        name: (
+            case.face.__name__,
+            {
+                **{key: v for key, v in case.arguments.items() if key not in CLIPPING},
+                "weights": files[name],
+            },
+        )
+        for name, case in SERVED.items()
     }
 
 
@@ -152,7 +149,7 @@ class Case:
     """
 
     stage: int
-    rule: str = "adafac"
+    rule: str = "AdafacLO"
     micros: int = 1
     groups: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
@@ -240,7 +237,7 @@ def unsharded(
         world: number of ranks whose gradients are averaged, or that of every step.
         scales: what the gradients of a step are multiplied by; rates: the lr of a step.
     """
-    name, params = rules(files)[case.rule]
+    _, params = rules(files)[case.rule]
     model = Model()
     named = dict(model.named_parameters())
     given: Any = [(n, p) for n, p in named.items() if p.requires_grad]
@@ -250,8 +247,9 @@ def unsharded(
             {**g, "params": [(fqns[p], p) for p in g["params"] if p.requires_grad]}
             for g in split_groups(model)
         ]
-    own_clip_off = {"clip_grad": False} if name in ("ELO", "CELO2", "ELO_CELO2") else {}
-    optimizer = getattr(pylo_dist, name)(given, **params, **own_clip_off)
+    face = SERVED[case.rule].face
+    clips = "clip_grad" in inspect.signature(face).parameters
+    optimizer = face(given, **params, **({"clip_grad": False} if clips else {}))
     history = [{n: p.detach().clone() for n, p in named.items()}]
     worlds = [world] * case.steps if isinstance(world, int) else world
     for step in range(case.steps):

@@ -56,12 +56,12 @@ def run(
     setting, (params, grads, losses) = SETTINGS[name], problem
     with compiled.use_kernels(kernels):
         return run_virtual(
-            setting.optimizer_class,
+            setting.face,
             params,
             cuts,
             grads,
             losses=losses,
-            **{**setting.kwargs, **kwargs},
+            **{**setting.arguments, **kwargs},
         )
 
 

@@ -24,9 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pylo_dist
 from pylo_dist.layouts.dtensor import shard_of, wrap_like
-from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.testing import largest_changes, layout_error
-from support.golden import celo2_weights, load, velo_weights
+from support.optimizers import Roles, cases
 
 RANKS = (1, 2, 3, 4, 8)
 WORLD = max(RANKS)
@@ -61,26 +60,10 @@ class Model(nn.Module):
         return [(fqn, p) for fqn, p in self.named_parameters() if p.requires_grad]
 
 
-def small_fc() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return {
-        name: 0.2 * torch.randn(shape, generator=generator)
-        for name, shape in SMALL_FC.shapes.items()
-    }
-
-
-def optimizer_kinds() -> dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
-    return {
-        "AdafacLO": (pylo_dist.AdafacLO, {"weights": small_fc(), "weight_decay": 0.01}),
-        "VeLO": (pylo_dist.VeLO, {"weights": velo_weights("small"), "num_steps": 100}),
-        "CELO2": (
-            pylo_dist.CELO2,
-            {"weights": celo2_weights(load("celo2_default_f64")), "embedding_pattern": "embedding"},
-        ),
-    }
-
-
-LEARNED = ("AdafacLO", "VeLO", "CELO2")
+ROLES = Roles(widths={"wide": 4.0, "square": 2.0}, embedding="embedding")
+KINDS = cases(ROLES)
+# one for each kind of state
+LEARNED = tuple(name for name, case in KINDS.items() if not case.state_as)
 
 
 @dataclass(frozen=True, order=True)
@@ -148,12 +131,10 @@ class Run:
         seed: int = 0,
         **changes: Any,
     ) -> None:
-        optimizer_class, kwargs = (
-            optimizer_kinds()[kind] if kind in LEARNED else (torch.optim.AdamW, {"lr": 0.01})
-        )
-        kwargs = {**kwargs, **changes}
+        learned = kind in KINDS
+        optimizer_class: Any = KINDS[kind].face if learned else torch.optim.AdamW
+        kwargs = {**(KINDS[kind].arguments if learned else {"lr": 0.01}), **changes}
         self.model, self.taken, self.wrapped = Model(seed), 0, None
-        learned = kind in LEARNED
         if layout.name.startswith("zero"):
             stage = {"stage": int(layout.name[-1])}
             self.optimizer: Any = pylo_dist.ZeroOptimizer(
@@ -315,8 +296,7 @@ def load_one(
         return 0.0
     assert not (wrong := differing(state, truth.state)), f"{kind} {source} -> {target}: {wrong}"
     assert not (wrong := differing(params, truth.params)), f"{kind} {source} -> {target}: {wrong}"
-    # Newton-Schulz amplifies the last bits of what it is given
-    share = 5e-5 if kind == "CELO2" else None
+    share = KINDS[kind].share(torch.float32)
     errors = layout_error(end, truth.history[-1], largest_changes(truth.history), share)
     return max(errors.values(), default=math.nan)
 

@@ -1,6 +1,4 @@
-"""Parameters, gradients and weights of tests that need no golden numbers, and what a step
-changed.
-"""
+"""Parameters and gradients of tests that need no golden numbers, and what a step changed."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from support.optimizers import SMALL_FC, VARIANTS, Roles
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -19,19 +17,19 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "square": (4, 4),
     "conv": (5, 2, 3, 3),
 }
+EVERY = {"embedding": (11, 4), **SHAPES}  # what one optimizer or another tells apart
 Named = list[tuple[str, nn.Parameter]]
 
 
-def weights() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return {
-        name: 0.2 * torch.randn(shape, generator=generator)
-        for name, shape in SMALL_FC.shapes.items()
-    }
-
-
 def adafac(params: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
-    return pylo_dist.AdafacLO(params, weights=weights(), **kwargs)
+    return pylo_dist.AdafacLO(params, weights=SMALL_FC, **kwargs)
+
+
+def build(name: str, named: Named, groups: Any = None, **changes: Any) -> Any:
+    """An optimizer of the list, on these parameters or on groups of them."""
+    widths = {fqn: 2.0 for fqn, _ in named if fqn == "wide"}
+    case = VARIANTS[name].on(Roles(widths, embedding="embedding"))
+    return case.build(named if groups is None else groups, **changes)
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,10 +52,15 @@ def set_gradients(named: Named, step: int) -> None:
         param.grad = 0.01 * normal(tuple(param.shape), 1000 * (step + 1) + i, param.dtype)
 
 
-def train(optimizer: torch.optim.Optimizer, named: Named, first: int, last: int) -> None:
+def loss_of(step: int) -> Tensor:
+    return torch.tensor(2.0 / (step + 1))
+
+
+def train(optimizer: Any, named: Named, first: int, last: int) -> None:
+    """Steps on the gradients and losses of their numbers."""
     for step in range(first, last):
         set_gradients(named, step)
-        optimizer.step()
+        optimizer.step(loss_of(step))
 
 
 def values(named: Named) -> dict[str, Tensor]:
@@ -75,10 +78,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor a step may write: parameters, state, step counts."""
+    """Every tensor a step may write: parameters, state, step counts and what else groups hold."""
     found: dict[str, Tensor] = {}
     for i, group in enumerate(optimizer.param_groups):
-        found[f"{i}.step"] = group["step"].clone()
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                found[f"{i}.{key}"] = value.clone()
         for j, param in enumerate(group["params"]):
             found[f"{i}.{j}"] = param.detach().clone()
             found.update(

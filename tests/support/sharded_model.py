@@ -8,7 +8,6 @@ it does in a transformer.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Union
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 import pylo_dist
-from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
-from support.golden import celo2_weights, load, velo_weights
+from support.optimizers import VARIANTS, Roles, cases
 
 STEPS = 20
 
@@ -202,46 +200,8 @@ def unsharded(
     return history, optimizer, model
 
 
-@functools.cache
-def small_fc_weights() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return {
-        name: 0.2 * torch.randn(shape, generator=generator)
-        for name, shape in SMALL_FC.shapes.items()
-    }
-
-
-Setting = tuple[type[pylo_dist.LearnedOptimizer], dict[str, Any]]
-
-
-@functools.cache
-def rules() -> dict[str, Setting]:
-    weights, celo2 = small_fc_weights(), celo2_weights(load("celo2_default_f64"))
-    return {
-        "adafac": (pylo_dist.AdafacLO, {"weights": weights, "weight_decay": 0.01}),
-        "velo": (
-            pylo_dist.VeLO,
-            {"weights": velo_weights("small"), "num_steps": 100, "max_grad_norm": 1.0},
-        ),
-        "per_tensor": (
-            pylo_dist.AdafacLO,
-            {"weights": weights, "max_grad_norm": 0.05, "clip": "per_tensor"},
-        ),
-        "mulo": (
-            pylo_dist.MuLO,
-            {
-                "weights": weights,
-                "width_mults": {"blocks.0.up.weight": 4.0, "embedding.weight": 2.0},
-            },
-        ),
-        "celo2": (pylo_dist.CELO2, {"weights": celo2, "embedding_pattern": "^embedding"}),
-        "elo_celo2": (pylo_dist.ELO_CELO2, {"weights": celo2}),
-        "base": (
-            pylo_dist.CELO2,
-            {"weights": celo2, "orthogonalize": False, "param_scale_mult": True},
-        ),
-        "elo": (
-            pylo_dist.ELO,
-            {"weights": weights, "lr": 0.01, "weight_decay": 0.1, "clip_grad": True},
-        ),
-    }
+ROLES = Roles(widths={"blocks.0.up.weight": 4.0, "embedding.weight": 2.0}, embedding="^embedding")
+# VeLO_clipped and AdafacLO_per_tensor do all that the plain ones and AdafacLO_clipped do
+SETTINGS = cases(
+    ROLES, [name for name in VARIANTS if name not in ("AdafacLO_clipped", "VeLO", "Tide")]
+)

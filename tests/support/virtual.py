@@ -1,69 +1,24 @@
-"""Settings of every rule for virtual ranks, the golden problem that they step, and cuts of a tensor
-at random.
+"""Every optimizer for virtual ranks, the golden problem that they step, and cuts of a tensor at
+random.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import pylo_dist
 from pylo_dist.core.shards import TensorShard
-from support.golden import celo2_weights, load, small_fc_weights, velo_weights
+from support.golden import load
+from support.optimizers import VARIANTS, Roles, cases
 
 STEPS = 20
-SMALL_FC = small_fc_weights(load("small_fc_f32"))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A rule and its arguments; every one is run on 9 tensors x 4 numbers of ranks x `rounds`
-    random cuts (2 in float64).
-    """
-
-    optimizer_class: type[pylo_dist.LearnedOptimizer]
-    rounds: int
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    exchanges: int = 0
-    share32: float = 1e-5  # of the largest one-step change, the layout tolerance in float32
-    share64: float = 1e-12
-
-
-CELO2 = celo2_weights(load("celo2_default_f64"))
-BASE = {
-    "weights": CELO2,
-    "orthogonalize": False,
-    "exp_mult": 0.1,
-    "param_scale_mult": True,
-    "embedding_pattern": "t1",
-}
-SETTINGS = {
-    "adafac": Setting(pylo_dist.AdafacLO, 6, {"weights": SMALL_FC, "weight_decay": 0.01}),
-    "adafac_clipped": Setting(pylo_dist.AdafacLO, 2, {"weights": SMALL_FC, "max_grad_norm": 1.0}),
-    "mulo": Setting(
-        pylo_dist.MuLO, 6, {"weights": SMALL_FC, "width_mults": {"t0": 4.0, "t6": 2.0}}
-    ),
-    "elo": Setting(
-        pylo_dist.ELO, 6, {"weights": SMALL_FC, "weight_decay": 0.1, "clip_grad": True, "lr": 0.003}
-    ),
-    "velo": Setting(pylo_dist.VeLO, 6, {"weights": velo_weights("small"), "num_steps": 200}),
-    "velo_clipped": Setting(
-        pylo_dist.VeLO, 2, {"weights": velo_weights("small"), "num_steps": 15, "max_grad_norm": 1.0}
-    ),
-    # Newton-Schulz drives small singular values towards 1, and with them the last bits of its
-    # input: some 1e2 times an ulp
-    "celo2": Setting(
-        pylo_dist.CELO2, 6, {"weights": CELO2, "embedding_pattern": "t1"}, 2, 5e-5, 1e-12
-    ),
-    "celo2_base": Setting(pylo_dist.CELO2, 2, {**BASE, "weight_decay": 0.05}),
-    "elo_celo2": Setting(pylo_dist.ELO_CELO2, 6, {"weights": CELO2}, 2, 5e-5, 1e-12),
-}
+ROLES = Roles(widths={"t0": 4.0, "t6": 2.0}, embedding="t1")
+SETTINGS = cases(ROLES, VARIANTS)
+COMPILED = cases(ROLES, VARIANTS, able="kernels")
 
 
 def golden_problem(

@@ -28,15 +28,15 @@ SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": RISE}}
 RATES = [0.5, 0.5, 0.625, 0.75, 0.875, 1.0]  # what that schedule gives; checked below
 HALF, END = 3, 6
 SAVED = {
-    "stage 0": Case(0, "velo", steps=END),
+    "stage 0": Case(0, "VeLO", steps=END),
     "stage 0, bfloat16": Case(0, extra=BF16, steps=END),
-    "stage 1": Case(1, "velo", groups=True, steps=END, zero={"round_robin_gradients": True}),
+    "stage 1": Case(1, "VeLO", groups=True, steps=END, zero={"round_robin_gradients": True}),
     "stage 1, fp32 sums": Case(1, groups=True, extra=FP32_SUMS, steps=END),
-    "stage 2": Case(2, "elo_celo2", extra=SCHEDULER, steps=END),
-    "stage 2, bfloat16": Case(2, "velo", extra=BF16, steps=END),
+    "stage 2": Case(2, "ELO_CELO2", extra=SCHEDULER, steps=END),
+    "stage 2, bfloat16": Case(2, "VeLO", extra=BF16, steps=END),
     "stage 3": Case(
         3,
-        "velo",
+        "VeLO",
         groups=True,
         steps=END,
         zero={"sub_group_size": 50, "stage3_param_persistence_threshold": 30},
@@ -113,7 +113,7 @@ def save(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
         }
         try:  # another stage, the same ranks
             if name == "stage 1":
-                other = cases.build(Case(2, "velo", groups=True, steps=END), files)
+                other = cases.build(Case(2, "VeLO", groups=True, steps=END), files)
                 other.load_checkpoint(f"{folder}/{name}")
                 results["other layout"] = "nothing"
         except ValueError as error:
@@ -213,7 +213,7 @@ def without_deepspeed(
     """
     import pylo_dist.deepspeed
 
-    _, params = cases.rules(files)["velo"]
+    _, params = cases.rules(files)["VeLO"]
     found = {}
     for way in ("files", "canonical"):
         model = cases.Model()
@@ -258,7 +258,7 @@ def test_other_ranks_and_layouts_go_on(
         case = SAVED[name.removeprefix("canonical ")]
         rates = RATES if case.extra is SCHEDULER else ()
         history, _ = cases.unsharded(case, files, worlds, rates=rates)
-        share = 5e-5 if "celo2" in case.rule else None
+        share = cases.SERVED[case.rule].share(torch.float32)
         got = cases.joined([rank[name]["masters"] for rank in ranks])
         errors = layout_error(
             got, {f: history[-1][f] for f in got}, largest_changes(history), share

@@ -25,8 +25,8 @@ import pylo_dist
 from pylo_dist import comm
 from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.testing import largest_changes, layout_error
-from support.golden import velo_weights
-from support.optimizer_cases import snapshot, weights
+from support.optimizer_cases import snapshot
+from support.optimizers import Roles, cases, small_fc
 from support.ranks import run_ranks
 
 STEPS = 6
@@ -126,19 +126,8 @@ def reference(
 
 
 def kinds() -> dict[str, dict[str, Any]]:
-    return {
-        "adafac": {
-            "optimizer_class": pylo_dist.AdafacLO,
-            "weights": weights(),
-            "weight_decay": 0.01,
-        },
-        "velo": {
-            "optimizer_class": pylo_dist.VeLO,
-            "weights": velo_weights("small"),
-            "num_steps": 50,
-            "max_grad_norm": 0.5,
-        },
-    }
+    some = cases(Roles(widths={}, embedding="^$"), ("AdafacLO", "VeLO_clipped"))
+    return {name: {"optimizer_class": case.face, **case.arguments} for name, case in some.items()}
 
 
 def backward(
@@ -181,20 +170,20 @@ def ranks_with_backward(rank: int, world: int) -> dict[str, Any]:
                 )
             for no_sync in (True, False):
                 results[f"micro {stage} {overlap} {no_sync}"] = train(
-                    rank, "adafac", stage=stage, overlap=overlap, micros=MICRO, no_sync=no_sync
+                    rank, "AdafacLO", stage=stage, overlap=overlap, micros=MICRO, no_sync=no_sync
                 )
     for how in ("reentrant", "not reentrant"):
-        results[how] = train(rank, "adafac", stage=2, model=Net(seed=rank, how=how))
+        results[how] = train(rank, "AdafacLO", stage=2, model=Net(seed=rank, how=how))
     model = Net(seed=rank)
     results["compiled"] = train(
-        rank, "adafac", stage=2, model=model, run=torch.compile(model, backend="aot_eager")
+        rank, "AdafacLO", stage=2, model=model, run=torch.compile(model, backend="aot_eager")
     )
     model = Net(seed=rank)
     compiled = torch.compile(model, backend="aot_eager")
     results["compiled and eager"] = train(
-        rank, "adafac", stage=2, model=model, run=lambda grads: (model(grads), compiled(grads))[1]
+        rank, "AdafacLO", stage=2, model=model, run=lambda grads: (model(grads), compiled(grads))[1]
     )
-    results["bf16"] = train(rank, "adafac", stage=2, model=Net(seed=rank).to(torch.bfloat16))
+    results["bf16"] = train(rank, "AdafacLO", stage=2, model=Net(seed=rank).to(torch.bfloat16))
     results["early"] = early_pass(rank)
     results["order"] = order_of_launches(rank)
     results["pieces"] = edited_pieces(rank)
@@ -210,7 +199,7 @@ def order_of_launches(rank: int) -> dict[str, Any]:
     """When buckets leave, and in which order."""
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
     )
     left: list[str] = []
     original = comm.reduce_scatter
@@ -256,7 +245,7 @@ def early_pass(rank: int) -> list[list[int]]:
     """
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
     )
     calls: list[int] = []
     rule = optimizer.inner.rule
@@ -291,7 +280,7 @@ def edited_pieces(rank: int) -> list[Gradients]:
     """Gradients of the pieces may be changed between backward and step."""
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
     )
     history = [snapshot(model)]
     for step in range(STEPS):
@@ -311,7 +300,7 @@ def edited_gradients(rank: int) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), overlap=False, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), overlap=False, bucket_cap_mb=0.0005
     )
     outcome["history"] = [snapshot(model)]
     for step in range(STEPS):
@@ -325,7 +314,7 @@ def edited_gradients(rank: int) -> dict[str, Any]:
     for stage in (1, 2):
         model = Net(seed=0)
         optimizer = pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005
+            model, pylo_dist.AdafacLO, weights=small_fc(), stage=stage, bucket_cap_mb=0.0005
         )
         before = snapshot(model)
         backward(model, optimizer, 0, rank, 1, False)
@@ -352,7 +341,7 @@ def scaled(rank: int, world: int) -> dict[str, Any]:
     for stage in (1, 2):
         model = Net(seed=rank)
         optimizer = pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights=weights(), stage=stage, bucket_cap_mb=0.0005
+            model, pylo_dist.AdafacLO, weights=small_fc(), stage=stage, bucket_cap_mb=0.0005
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         history, scales = [snapshot(model)], []
@@ -378,7 +367,7 @@ def damaged_replica(rank: int, world: int) -> list[str]:
     """
     model = Net(seed=rank)
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), check_replicas_every=2, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), check_replicas_every=2, bucket_cap_mb=0.0005
     )
     said = []
     for step in range(4):
@@ -405,13 +394,13 @@ def failing_construction(rank: int) -> dict[str, str]:
     said = {}
     bad: dict[str, Callable[[], Any]] = {
         "weights": lambda: pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights="/nowhere" if rank == 1 else weights()
+            model, pylo_dist.AdafacLO, weights="/nowhere" if rank == 1 else small_fc()
         ),
         "stage": lambda: pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights=weights(), stage=3 if rank == 1 else 1
+            model, pylo_dist.AdafacLO, weights=small_fc(), stage=3 if rank == 1 else 1
         ),
         "model": lambda: pylo_dist.ZeroOptimizer(
-            nn.Linear(2, 3 - rank % 2), pylo_dist.AdafacLO, weights=weights()
+            nn.Linear(2, 3 - rank % 2), pylo_dist.AdafacLO, weights=small_fc()
         ),
     }
     for name, build in bad.items():
@@ -433,7 +422,7 @@ def late_group(rank: int) -> bool:
     """
     model, late = Net(seed=rank), Part("late", torch.Generator().manual_seed(rank), weight=(5, 9))
     optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=weights(), stage=2, bucket_cap_mb=0.0005
+        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
     )
     backward(model, optimizer, 0, rank, 1, False)
     optimizer.step()
@@ -489,7 +478,7 @@ def test_accumulation_equals_one_pass(outcome: tuple[int, list[dict[str, Any]]])
     no_sync() and without.
     """
     world, ranks = outcome
-    expected = reference(world, MICRO, **kinds()["adafac"])
+    expected = reference(world, MICRO, **kinds()["AdafacLO"])
     for stage in (1, 2):
         for overlap in (True, False):
             for no_sync in (True, False):
@@ -505,9 +494,9 @@ def test_accumulation_equals_one_pass(outcome: tuple[int, list[dict[str, Any]]])
 def test_stage_2_frees_gradients(outcome: tuple[int, list[dict[str, Any]]]) -> None:
     _, ranks = outcome
     for result in ranks:
-        assert min(result["adafac 1 True"]["kept"]) >= 7  # all that are used
-        assert max(result["adafac 2 True"]["kept"]) == 0
-        assert min(result["adafac 2 False"]["kept"]) >= 7
+        assert min(result["AdafacLO 1 True"]["kept"]) >= 7  # all that are used
+        assert max(result["AdafacLO 2 True"]["kept"]) == 0
+        assert min(result["AdafacLO 2 False"]["kept"]) >= 7
         assert result["order"]["kept"] == [0, 0]
 
 
@@ -519,15 +508,15 @@ def test_parameters_arrive_during_the_next_forward_pass(
     """
     _, ranks = outcome
     for result in ranks:
-        assert min(result["adafac 2 True"]["pending"]) == len(snapshot(Net()))
-        assert max(result["adafac 2 False"]["pending"]) == 0
+        assert min(result["AdafacLO 2 True"]["pending"]) == len(snapshot(Net()))
+        assert max(result["AdafacLO 2 False"]["pending"]) == 0
         assert max(result["compiled"]["pending"]) == 0
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled", "compiled and eager"])
 def test_other_ways_through_the_model(how: str, outcome: tuple[int, list[dict[str, Any]]]) -> None:
     world, ranks = outcome
-    expected = reference(world, 1, **kinds()["adafac"])
+    expected = reference(world, 1, **kinds()["AdafacLO"])
     assert max(worst(result[how]["history"], expected) for result in ranks) <= 1.0
 
 
@@ -538,7 +527,7 @@ def test_bfloat16_parameters_have_float32_masters(
     bit for bit.
     """
     world, ranks = outcome
-    expected = reference(world, 1, dtype=torch.bfloat16, **kinds()["adafac"])
+    expected = reference(world, 1, dtype=torch.bfloat16, **kinds()["AdafacLO"])
     for result in ranks:
         for got, exact in zip(result["bf16"]["history"], expected, strict=True):
             for fqn, p in got.items():
@@ -576,7 +565,7 @@ def test_gradients_may_be_changed_where_it_counts(
     outcome: tuple[int, list[dict[str, Any]]],
 ) -> None:
     world, ranks = outcome
-    halved = reference(world, 1, scale=lambda step: 0.5, weights=weights())
+    halved = reference(world, 1, scale=lambda step: 0.5, weights=small_fc())
     for rank, result in enumerate(ranks):
         assert worst(result["pieces"], halved) <= 1.0
         assert worst(result["edited"]["history"], halved) <= 1.0
@@ -595,7 +584,9 @@ def test_grad_scaler_decides_alike_on_all_ranks(outcome: tuple[int, list[dict[st
     that overflowed.
     """
     world, ranks = outcome
-    expected = reference(world, 1, scale=lambda step: None if step == 2 else 1.0, weights=weights())
+    expected = reference(
+        world, 1, scale=lambda step: None if step == 2 else 1.0, weights=small_fc()
+    )
     for result in ranks:
         for stage in (1, 2):
             assert worst(result["scaler"][f"history {stage}"], expected) <= 1.0
@@ -639,9 +630,9 @@ def test_what_one_rank_cannot_build_is_an_error_on_all(
 
 
 def test_one_process_frees_and_steps_too() -> None:
-    expected = reference(1, 1, **kinds()["adafac"])
+    expected = reference(1, 1, **kinds()["AdafacLO"])
     for stage in (1, 2):
-        result = train(0, "adafac", stage=stage)
+        result = train(0, "AdafacLO", stage=stage)
         assert worst(result["history"], expected, alone=True) <= 1.0
         assert max(result["pending"]) == 0
     copy.deepcopy(Net())  # hooks of optimizers are on other models
@@ -649,7 +640,7 @@ def test_one_process_frees_and_steps_too() -> None:
 
 def test_parameters_that_were_exchanged_or_frozen_late() -> None:
     model = Net()
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), stage=2)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc(), stage=2)
     model.second.bias.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     backward(model, optimizer, 0, 0, 1, False)
@@ -680,13 +671,13 @@ def ranks_with_replicas(rank: int, world: int) -> dict[str, Any]:
     for kind in kinds():
         results[kind] = train(rank, kind, stage=2, check_replicas_every=1, **groups)
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), **groups)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc(), **groups)
     results["report"] = str(optimizer.report())
     try:
         pylo_dist.ZeroOptimizer(
             Net(),
             pylo_dist.AdafacLO,
-            weights=weights(),
+            weights=small_fc(),
             process_group=rows[rank // 2],
             replicate_group=rows[rank // 2],
         )
@@ -701,7 +692,7 @@ def left_alone(rank: int) -> dict[str, Any]:
     where.
     """
     model = Net(seed=0)
-    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), timeout=2.0)
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc(), timeout=2.0)
     began = time.monotonic()
     if rank == 3:
         time.sleep(6)
