@@ -4,7 +4,7 @@ mathematics is its rule's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     Attributes:
         early: for adapters whose gradients arrive before the step.
         timeout: seconds a step waits for other ranks, see `comm.Pending`; set by adapters.
+        around: what a step's phases go through before they are served; set by adapters.
 
     Raises:
         ValueError: a parameter or setting that cannot be served, by name.
     """
 
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
+    around: Callable[[Iterator[list[Collective]]], Iterator[list[Collective]]] | None = None
 
     def __init__(
         self,
@@ -204,7 +206,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
                 loss = closure()
         if loss is not None:
             self.set_loss(loss)
-        comm.serve(self.phases(), self.timeout)
+        phases = self.phases()
+        comm.serve(phases if self.around is None else self.around(phases), self.timeout)
         return loss
 
     def phases(self) -> Iterator[list[Collective]]:

@@ -16,6 +16,7 @@ from ...optimizer.report import Report, group_settings, report_row
 from ...optimizer.sharded_state import elementwise_local_state, elementwise_state_dict
 from .buckets import Bucket, Named
 from .masters import without_masters
+from .scaling import Scaling
 from .sharing import Sharing, raise_alike
 
 # Optimizers of torch whose update of an element depends on that element alone; any other would be
@@ -42,7 +43,13 @@ class Inner(Protocol):
         buckets: those of the adapter; the list may grow.
         sharing: the ranks that share them.
         timeout: seconds, see `comm.Pending`.
+
+    Attributes:
+        scaling: compares, in the step, what was done to the gradients meanwhile; None: nobody to
+            compare with.
     """
+
+    scaling: Scaling | None
 
     def __init__(
         self,
@@ -129,6 +136,9 @@ class LearnedInner:
         self._buckets = buckets
         optimizer.process_group = False if sharing.holders is None else sharing.holders
         optimizer.timeout = timeout
+        self.scaling = None if sharing.holders is None else Scaling(buckets, sharing.holders)
+        if self.scaling is not None:
+            optimizer.around = self.scaling.riding
 
     @property
     def weights(self) -> Any:
@@ -210,6 +220,7 @@ class ElementwiseInner:
     ) -> None:
         self.optimizer = optimizer
         self._buckets, self._sharing, self._timeout = buckets, sharing, timeout
+        self.scaling = None if sharing.holders is None else Scaling(buckets, sharing.holders)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -227,7 +238,12 @@ class ElementwiseInner:
         return [type(self.optimizer).__name__, *group_settings(self.optimizer.param_groups)]
 
     def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
-        raise_alike(problem, self._sharing, self._buckets[0].flat.device, self._timeout)
+        device = self._buckets[0].flat.device
+        mine = None if self.scaling is None else self.scaling.mine()
+        raise_alike(problem, self._sharing, device, self._timeout, mine)
+        unlike = None if self.scaling is None or mine is None else self.scaling.problem(mine)
+        if unlike is not None:
+            raise unlike
         self.optimizer.step()
 
     def set_loss(self, loss: Tensor | float) -> None:

@@ -204,6 +204,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if self._reducer.spread_nonfinite():
                 # whoever looks may change them, not always in a way that leaves a trace
                 self._inner.forget_gradients()
+                if self._inner.scaling is not None:
+                    self._inner.scaling.look()
             return self.inner.param_groups
         return cast("list[dict[str, Any]]", self.__dict__.get("_groups", []))
 
@@ -266,6 +268,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._gatherer.wait()
         self._reducer.finish()
+        if self._inner.scaling is not None and self._reducer.unseen:
+            self._inner.scaling.forget()
         problem = self._watch.problem() or self._reducer.problem
         for bucket in self.buckets:
             bucket.refresh_master()

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .buckets import BucketParam
-
 
 def inside_ddp(model_or_params: Any) -> Any:
     """The module inside a DDP wrapper, or what was given."""
@@ -48,19 +46,32 @@ def _is_in_ddp(param: Tensor) -> bool:
     return any(param is own for wrapper in wrappers for own in wrapper.parameters())
 
 
+def largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Of each gradient its largest magnitude, 0-d and exact; NaN where there is one.
+
+    Args:
+        grads: of one device, none of them empty.
+    """
+    if not grads or grads[0].device.type != "cpu":
+        return list(torch._foreach_norm(list(grads), torch.inf)) if grads else []
+    # on a CPU twenty times as fast as vector_norm
+    ends = [torch.aminmax(grad.detach()) for grad in grads]
+    return [torch.maximum(-low, high) for low, high in ends]
+
+
 class LateAnswer:
-    """Which members a flag on their device says are changed. On a CPU the answer comes at once;
-    elsewhere with the next question, so that no step waits for the device.
+    """Of some things the first of which a flag on a device says that it is so. On a CPU the answer
+    comes at once; elsewhere with the next question, so that no step waits for the device.
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[list[BucketParam], list[Tensor], torch.cuda.Event] | None = None
+        self._asked: tuple[Sequence[Any], list[Tensor], torch.cuda.Event] | None = None
 
-    def ask(self, members: list[BucketParam], flags: Sequence[Tensor]) -> BucketParam | None:
-        """The first changed member that is known of, or None.
+    def ask(self, things: Sequence[Any], flags: Sequence[Tensor]) -> Any:
+        """The first one known of, or None.
 
         Args:
-            flags: bool tensors, of all members in their order.
+            flags: bool (n,) tensors, together of all things in their order.
         """
         asked, self._asked = self._asked, None
         if asked is not None:
@@ -69,7 +80,7 @@ class LateAnswer:
             if found is not None:
                 return found
         if all(flag.device.type == "cpu" for flag in flags):
-            return _first(members, flags)
+            return _first(things, flags)
         on_host = [
             torch.empty(flag.shape, dtype=torch.bool, pin_memory=True).copy_(
                 flag, non_blocking=True
@@ -78,10 +89,10 @@ class LateAnswer:
         ]
         event = torch.cuda.Event()
         event.record()
-        self._asked = members, on_host, event
+        self._asked = things, on_host, event
         return None
 
 
-def _first(members: Sequence[BucketParam], flags: Sequence[Tensor]) -> BucketParam | None:
-    changed = [found for flag in flags for found in flag.tolist()]
-    return next((m for m, found in zip(members, changed, strict=True) if found), None)
+def _first(things: Sequence[Any], flags: Sequence[Tensor]) -> Any:
+    held = [found for flag in flags for found in flag.tolist()]
+    return next((thing for thing, found in zip(things, held, strict=True) if found), None)

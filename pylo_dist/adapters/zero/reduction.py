@@ -27,7 +27,7 @@ from ... import comm
 from ...core import trace
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
-from .others import LateAnswer, changed_after_it_left
+from .others import LateAnswer, changed_after_it_left, largest_elements
 from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory. Several
@@ -252,7 +252,7 @@ class GradientReducer:
         flags = []
         for some in kinds.values():
             left = [self._left[id(member.param)] for member in some]
-            now = torch.stack(torch._foreach_norm([grad for grad, _, _ in left], torch.inf))
+            now = torch.stack(largest_elements([grad for grad, _, _ in left]))
             then = torch.stack([largest for _, _, largest in left if largest is not None])
             flags.append((now != then) & ~(now.isnan() & then.isnan()))
         return [member for some in kinds.values() for member in some], flags
@@ -273,7 +273,7 @@ class GradientReducer:
         )
         dense = _dense_gradients(bucket)
         # before they are copied: whatever changes one meanwhile is noticed
-        norms = torch._foreach_norm(list(dense.values()), torch.inf) if dense else ()
+        norms = largest_elements(list(dense.values()))
         largest_of = dict(zip(dense, norms, strict=True))
         for member in bucket.members:
             self._take(bucket, member, full, largest_of.get(id(member.param)))
@@ -375,6 +375,11 @@ class GradientReducer:
             bucket.show_gradient(grad)
         if self._landed is not None:
             self._landed(bucket)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether gradients have arrived since the last `spread_nonfinite`."""
+        return self._poison is not None
 
     @torch.no_grad()
     def spread_nonfinite(self) -> bool:

@@ -166,20 +166,31 @@ def check_same_state(
 
 
 def raise_alike(
-    problem: ValueError | None, sharing: Sharing, device: torch.device, timeout: float | None
+    problem: ValueError | None,
+    sharing: Sharing,
+    device: torch.device,
+    timeout: float | None,
+    further: Tensor | None,
 ) -> None:
     """Raise `problem` here and a PeerError on the ranks that have none; waits for the device.
     Collective.
+
+    Args:
+        further: float64 (n,), added over the ranks with it (modified in place).
     """
     if sharing.holders is None:
         if problem is not None:
             raise problem
         return
-    failed = torch.tensor([float(problem is not None)], device=device)
+    failed = torch.tensor([float(problem is not None)], dtype=torch.float64, device=device)
+    if further is not None:
+        failed = torch.cat([failed, further])
     pending = comm.all_reduce(failed, sharing.holders, "the agreement on a step", timeout)
     with trace.phase("sums: wait"):
         pending.wait()
+    if further is not None:
+        further.copy_(failed[1:])
     if problem is not None:
         raise problem
-    if float(failed):
+    if float(failed[0]):
         raise comm.PeerError

@@ -151,11 +151,19 @@ def with_groups(rank: int) -> tuple[Values, list[str], int]:
     return snapshot(model), names, pending
 
 
-def said_by(rank: int, change: Callable[[nn.Module, Any], None], wrap: bool = False) -> str:
+def said_by(
+    rank: int,
+    change: Callable[[nn.Module, Any], None],
+    wrap: bool = False,
+    kind: Any = pylo_dist.AdafacLO,
+    **kwargs: Any,
+) -> str:
     """What a step says after the gradients were changed; nothing may have moved."""
     model = Branches()
     run: nn.Module = DistributedDataParallel(model) if wrap else model
-    optimizer = learned(model)
+    if kind is pylo_dist.AdafacLO:
+        kwargs["weights"] = weights()
+    optimizer = pylo_dist.ZeroOptimizer(model, kind, **kwargs)
     before = snapshot(model)
     loss_of(run, 0, rank, "xy").backward()
     change(model, optimizer)
@@ -165,6 +173,21 @@ def said_by(rank: int, change: Callable[[nn.Module, Any], None], wrap: bool = Fa
         assert all(torch.equal(before[fqn], p) for fqn, p in snapshot(model).items())
         return f"{type(error).__name__}: {error}"
     return "taken"
+
+
+def clip_pieces(model: nn.Module, optimizer: Any) -> None:
+    """As Lightning does it."""
+    pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
+    nn.utils.clip_grad_norm_(pieces, 1e-3)
+
+
+def scale_pieces(model: nn.Module, optimizer: Any) -> None:
+    """By one number on all ranks, then elementwise on one of them; both are the user's to do."""
+    for group in optimizer.param_groups:
+        for piece in group["params"]:
+            piece.grad.mul_(0.3)
+            if dist.get_rank():
+                piece.grad.clamp_(-1e-3, 1e-3)
 
 
 def add_up(model: nn.Module, optimizer: Any) -> None:
@@ -207,6 +230,18 @@ def others(rank: int, world: int) -> dict[str, Any]:
         said_by(rank, add_up),
         said_by(rank, lambda *_: None, wrap=True),
         said_by(rank, lambda *_: None),
+    ]
+    found["clipped"] = [
+        said_by(rank, clip_pieces, kind=kind, stage=stage, overlap=overlap)
+        for kind in (pylo_dist.AdafacLO, torch.optim.AdamW)
+        for stage, overlap in ((1, True), (2, True), (1, False))
+    ]
+    found["scaled"] = [
+        said_by(rank, change)
+        for change in (
+            scale_pieces,
+            lambda _, optimizer: pylo_dist.clip_grad_norm_(optimizer, 1e-3),
+        )
     ]
     found["wrong module"] = wrong_module()
     try:
@@ -264,6 +299,14 @@ def test_gradients_changed_after_they_left_are_refused_and_say_by_whom(
         assert "DistributedDataParallel averages" in in_ddp or in_ddp.startswith("PeerError")
         assert alone == "taken"
     assert any("DistributedDataParallel" in result["said"][1] for result in results)
+
+
+def test_pieces_clipped_by_each_rank_for_itself_are_refused_and_scaled_alike_are_not(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        assert all("pylo_dist.clip_grad_norm_" in said for said in result["clipped"])
+        assert result["scaled"] == ["taken", "taken"]
 
 
 def test_process_groups_of_collected_optimizers_are_used_again(
