@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist.core import trace
 from pylo_dist.maths import compiled
-from support.optimizer_cases import weights
+from support.optimizers import small_fc
 from support.ranks import run_ranks
 
 PACKAGE = Path(pylo_dist.__file__).parent
@@ -58,7 +58,7 @@ def model_of(*sizes: int) -> nn.Sequential:
 
 
 def adafac(model: nn.Module, **kwargs: Any) -> pylo_dist.ZeroOptimizer:
-    return pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=weights(), **kwargs)
+    return pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc(), **kwargs)
 
 
 def observed(rank: int, world: int, overlap: bool) -> dict[str, Any]:

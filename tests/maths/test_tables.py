@@ -12,8 +12,14 @@ import torch
 from pylo_dist.core.rule import Batch
 from pylo_dist.maths import compiled
 from pylo_dist.maths.tables import FIELDS, Row, RowOrder, item_row, rule_row
-from support.optimizers import BUILD
+from support.optimizers import Roles, cases
 
+BUILD = {
+    name: (case.face, dict(case.arguments))
+    for name, case in cases(
+        Roles(widths={"matrix": 2.0}, embedding="embedding"), built_in=True
+    ).items()
+}
 MISSING = compiled.library("cpu")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 

@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
 from support.ranks import run_ranks
-from support.sharded_model import rules, whole
+from support.sharded_model import SETTINGS, whole
 
 RULES = ("adafac", "velo", "celo2")
+NAMES = {"adafac": "AdafacLO", "velo": "VeLO_clipped", "celo2": "CELO2"}
 LAYOUTS = ("plain", "fsdp2", "zero1", "zero2")
 STEPS = 5
 
@@ -100,7 +101,7 @@ def live(layout: str, kind: str, life: str) -> list[dict[str, Tensor]]:
     ZeroOptimizer takes what is unfrozen for the first time as a group of its own, as one process
     does in the layout "added".
     """
-    cls, kwargs = rules()[kind]
+    cls, kwargs = SETTINGS[NAMES[kind]].face, dict(SETTINGS[NAMES[kind]].arguments)
     kwargs = {k: v for k, v in kwargs.items() if k != "width_mults"}
     model, change = Net(), LIVES[life]
     change(0, "built", dict(model.named_parameters()))
@@ -146,7 +147,7 @@ def refused(action: Callable[[], Any]) -> str:
 
 def refusals(rank: int) -> dict[str, tuple[str, bool]]:
     """What each rank hears, and whether its parameters are as they were."""
-    cls, kwargs = rules()["adafac"]
+    cls, kwargs = SETTINGS["AdafacLO"].face, dict(SETTINGS["AdafacLO"].arguments)
     found = {}
 
     def backward(model: nn.Module) -> None:
@@ -193,7 +194,7 @@ def refusals(rank: int) -> dict[str, tuple[str, bool]]:
 
 def crossings() -> dict[str, bool]:
     """Whether a partly frozen model goes on alike after its state went from layout to layout."""
-    cls, kwargs = rules()["adafac"]
+    cls, kwargs = SETTINGS["AdafacLO"].face, dict(SETTINGS["AdafacLO"].arguments)
     results = {}
 
     def build(form: str) -> tuple[nn.Module, Any]:

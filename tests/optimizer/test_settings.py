@@ -36,9 +36,15 @@ from support.optimizer_cases import (
     train,
     values,
 )
-from support.optimizers import BUILD
+from support.optimizers import Roles, cases
 from support.ranks import run_ranks
 
+BUILD = {
+    name: (case.face, dict(case.arguments))
+    for name, case in cases(
+        Roles(widths={"matrix": 2.0}, embedding="embedding"), built_in=True
+    ).items()
+}
 # ------------------------------------------------------------------------------------- one process
 
 BAD: list[tuple[str, str, Any]] = [

@@ -22,7 +22,8 @@ import pylo_dist
 from pylo_dist import comm
 from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.testing import largest_changes, layout_error
-from support.optimizer_cases import snapshot, weights
+from support.optimizer_cases import snapshot
+from support.optimizers import small_fc
 from support.ranks import run_ranks
 
 STEPS = 3
@@ -53,7 +54,7 @@ def loss_of(model: nn.Module, step: int, rank: int, use: str | None = None) -> T
 
 
 def learned(params: Any, **kwargs: Any) -> Any:
-    return pylo_dist.ZeroOptimizer(params, pylo_dist.AdafacLO, weights=weights(), **kwargs)
+    return pylo_dist.ZeroOptimizer(params, pylo_dist.AdafacLO, weights=small_fc(), **kwargs)
 
 
 def split(model: nn.Module) -> tuple[list[Any], list[Any]]:
@@ -65,7 +66,7 @@ def of_one_process(world: int, use: str | None = None, split_too: bool = True) -
     model = Branches()
     matrices, rest = split(model) if split_too else (list(model.named_parameters()), [])
     optimizers: list[torch.optim.Optimizer] = [
-        pylo_dist.AdafacLO(matrices, weights=weights(), process_group=False)
+        pylo_dist.AdafacLO(matrices, weights=small_fc(), process_group=False)
     ]
     if rest:
         optimizers.append(torch.optim.AdamW([p for _, p in rest], lr=1e-3))
@@ -162,7 +163,7 @@ def said_by(
     model = Branches()
     run: nn.Module = DistributedDataParallel(model) if wrap else model
     if kind is pylo_dist.AdafacLO:
-        kwargs["weights"] = weights()
+        kwargs["weights"] = small_fc()
     optimizer = pylo_dist.ZeroOptimizer(model, kind, **kwargs)
     before = snapshot(model)
     loss_of(run, 0, rank, "xy").backward()
