@@ -20,11 +20,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import gpt2
 import torch
+from learner import Learner, import_package, try_out
+from loop import Diverged, train
 from options import parse
+from place import Place
 from presets import PRESETS
 from record import environment, markdown, write
+from run import open_data
 from watch import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +49,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 class Rows(list[Row]):
-    """What gpt2.train reports, kept in memory."""
+    """What loop.train reports, kept in memory."""
 
     def add(self, row: Row) -> None:
         self.append(row)
@@ -84,14 +87,14 @@ def run_once(**flags: Any) -> Run:
         ]
     )
     torch.set_num_threads(options.threads or 1)
-    place, plan = gpt2.Place.find(options), options.plan(1)
+    place, plan = Place.find(options), options.plan(1)
     rows = Rows()
-    learner, data = gpt2.Learner(options, place), gpt2.open_data(options, place)
+    learner, data = Learner(options, place), open_data(options, place)
     diverged = False
     start = time.process_time()
     try:
-        gpt2.train(learner, data, options, place, plan, rows)
-    except gpt2.Diverged:
+        train(learner, data, options, place, plan, rows)
+    except Diverged:
         diverged = True
     cpu_seconds = time.process_time() - start
     losses = {row.step: row.val_loss for row in rows if row.val_loss is not None}
@@ -143,7 +146,7 @@ def main() -> int:
         "what": "validation loss in nats per byte of launch/gpt2.py's model after the same steps, "
         "built-in text",
         **found,
-        "weights": gpt2.try_out(gpt2.import_package().AdafacLO, {"weights": "demo"}),
+        "weights": try_out(import_package().AdafacLO, {"weights": "demo"}),
         "settings": {
             **settings,
             "batch_size": plan.global_batch,

@@ -93,7 +93,8 @@ def memory_formula(
         parameters   4 N
         gradients    4 N (plain), 4 N + 4 N / R (stage 1), 4 N / R (stage 2)
         state        AdafacLO: 16 N / R and 12 (rows + columns) of every factored tensor, 28 N / R
-                     for tensors below two dims AdamW: 8 N / R
+                     for tensors below two dims
+                     AdamW: 8 N / R
         peak         the larger of: all of these with the scratch of a step; and the worst moment of
                      backward, when two buckets are on their way and a third one fills
 

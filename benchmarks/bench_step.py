@@ -43,12 +43,14 @@ from bench_demo import environment, markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
-from pylo_dist.maths import compiled, reference
-from pylo_dist.weights import ARCHITECTURES
+from pylo_dist.core import trace
+from pylo_dist.maths import compiled
+from pylo_dist.weights import architecture_named
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = list[tuple[int, ...]]
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
+# phases "kernels: ..." of the package
 PASSES = ("gradient_pass", "moment_pass", "feature_pass", "update_pass")
 # bytes that the passes move per parameter (float32) and their flops, see csrc/README.md
 BYTES = {"small_fc": 72, "velo": 72, "celo2": 72}
@@ -94,7 +96,7 @@ def random_weights(architecture: str) -> dict[str, torch.Tensor]:
     """Weights of the published sizes (LSTM 512, 256 sets of weights)."""
     sizes = {"H": 512, "2H": 1024, "4H": 2048, "P": 256}
     generator = torch.Generator().manual_seed(0)
-    shapes = ARCHITECTURES[architecture].shapes
+    shapes = architecture_named(architecture).shapes
     return {
         name: 0.05
         * torch.randn([sizes[s] if isinstance(s, str) else s for s in shape], generator=generator)
@@ -114,12 +116,27 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class PassSeconds:
+    """CPU seconds of the compiled passes by name; an observer of the package."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self._seconds = seconds
+        self._start = 0.0
+
+    def begin(self, name: str, buffer: torch.Tensor | None) -> None:
+        self._start = time.process_time()
+
+    def end(self, name: str) -> None:
+        kind, _, work = name.partition(": ")
+        if kind == "kernels":  # within which nothing begins
+            self._seconds[work].append(time.process_time() - self._start)
+
+
 class Contender:
     """An optimizer over its own copy of a list of tensors.
 
     Args:
         kernels: whether the compiled passes are allowed.
-        compiled: whether torch.compile serves the plain features.
     """
 
     def __init__(
@@ -129,14 +146,13 @@ class Contender:
         device: str,
         build: Callable[[Any], Any],
         kernels: bool = True,
-        compiled: bool = False,
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(shape: Sequence[int]) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        self.name, self.kernels, self.compiled, self.device = name, kernels, compiled, device
+        self.name, self.kernels, self.device = name, kernels, device
         self.params = [torch.nn.Parameter(0.02 * normal(shape)) for shape in shapes]
         for p in self.params:
             p.grad = 1e-2 * normal(p.shape)
@@ -148,16 +164,10 @@ class Contender:
         ).__module__.startswith("pylo.")
         self.arguments = (self.loss,) if learned else ()
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        eager = reference._fill_features
-        self.fill = torch.compile(eager, dynamic=False) if compiled else eager
 
     def step(self) -> None:
-        eager, reference._fill_features = reference._fill_features, self.fill
-        try:
-            with compiled.use_kernels(self.kernels):
-                self.optimizer.step(*self.arguments)
-        finally:
-            reference._fill_features = eager
+        with compiled.use_kernels(self.kernels):
+            self.optimizer.step(*self.arguments)
 
     def measure(self) -> None:
         """One step: seconds of it, and of each compiled pass."""
@@ -169,25 +179,11 @@ class Contender:
             end.synchronize()
             self.seconds["step"].append(1e-3 * start.elapsed_time(end))
             return
-        originals = {name: getattr(compiled.Kernels, name) for name in PASSES}
-        for name, original in originals.items():
-            setattr(compiled.Kernels, name, self._timed(name, original))
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
+        with trace.observe(PassSeconds(self.seconds)):
+            wall, cpu = time.perf_counter(), time.process_time()
             self.step()
-        finally:
             self.seconds["step"].append(time.process_time() - cpu)
             self.seconds["wall"].append(time.perf_counter() - wall)
-            for name, original in originals.items():
-                setattr(compiled.Kernels, name, original)
-
-    def _timed(self, name: str, original: Callable[..., None]) -> Callable[..., None]:
-        def timed(*args: Any) -> None:
-            start = time.process_time()
-            original(*args)
-            self.seconds[name].append(time.process_time() - start)
-
-        return timed
 
     def row(self) -> dict[str, float]:
         """Nanoseconds per parameter and the operators called; on a GPU the milliseconds and kernel
@@ -196,7 +192,7 @@ class Contender:
         row = {
             key: round(1e9 * median(values) / self.numel, 3) for key, values in self.seconds.items()
         }
-        if self.device == "cpu" and not self.compiled:  # counting keeps torch.compile from its work
+        if self.device == "cpu":
             with Calls() as calls:
                 self.step()
             row["operators"] = calls.count
@@ -350,10 +346,8 @@ def contenders(
     device = args.device
     found: dict[str, Callable[[], Contender]] = {}
 
-    def add(
-        name: str, build: Callable[[Any], Any], kernels: bool = True, compiled: bool = False
-    ) -> None:
-        found[name] = partial(Contender, name, shapes, device, build, kernels, compiled)
+    def add(name: str, build: Callable[[Any], Any], kernels: bool = True) -> None:
+        found[name] = partial(Contender, name, shapes, device, build, kernels)
 
     for rule in ("small_fc", "velo"):
         for precision in ("high",) if device == "cpu" else ("highest", "high", "medium"):
@@ -365,13 +359,6 @@ def contenders(
     if small or device != "cpu":
         for rule in ("small_fc", "velo"):
             add(f"{rule}, plain PyTorch", ours(rule), kernels=False)
-            if args.compile:
-                add(
-                    f"{rule}, plain PyTorch with torch.compile",
-                    ours(rule),
-                    kernels=False,
-                    compiled=True,
-                )
     if args.pylo and (small or args.full):
         for rule, make in pylo_makers(args.pylo).items():
             add(f"{rule}, PyLO naive", make)
@@ -523,9 +510,6 @@ def main() -> int:
         "--full", action="store_true", help="whole models on a CPU, PyLO on all of them"
     )
     parser.add_argument("--only", nargs="+", help="names of lists")
-    parser.add_argument(
-        "--compile", action="store_true", help="also torch.compile of the plain PyTorch features"
-    )
     parser.add_argument(
         "--quick",
         action="store_true",

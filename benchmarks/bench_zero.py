@@ -13,20 +13,19 @@ counted, so that every counted forward pass waits for the all-gather of a step b
 medians over steps: `step_ms` of the slowest rank, phases as means over ranks. Phases are exclusive:
 what runs inside another phase is taken off it. "wait" is time in which this rank could do nothing
 but wait for others: communication that nothing hides, and the slowness of other ranks. The package
-has no timers; the benchmark wraps it. On a GPU phases are told apart only without overlap, where
-the benchmark may wait for the device at every mark.
+has no timers; it names its phases, see pylo_dist/core/trace.py. On a GPU they are told apart only
+without overlap, where the benchmark may wait for the device at every mark.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -48,10 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pylo_dist
-from pylo_dist import comm
-from pylo_dist.adapters.zero.gathering import ParameterGatherer
-from pylo_dist.adapters.zero.reduction import GradientReducer
-from pylo_dist.comm import collectives
+from pylo_dist.core import trace
 from pylo_dist.core.rule import LearnedRule
 from support.golden import velo_weights
 from support.ranks import run_ranks
@@ -70,21 +66,37 @@ PACK, SCATTER_WAIT = "reduce-scatter: pack", "reduce-scatter: wait"
 A, B, C, SYNC_WAIT = "A", "B", "C", "small syncs: wait"
 GATHER, GATHER_WAIT = "all-gather: start", "all-gather: wait"
 PHASES = (FORWARD, BACKWARD, PACK, SCATTER_WAIT, A, B, C, SYNC_WAIT, GATHER, GATHER_WAIT, OTHER)
-WAITS = {
-    "the reduce-scatter": SCATTER_WAIT,
-    "the sum of gradients over": SCATTER_WAIT,
-    "the all-gather": GATHER_WAIT,
+# which of them a phase of the package belongs to; any other belongs to what is around it
+PARTS = {
+    "reduce: launch": PACK,
+    "reduce: land": PACK,
+    "reduce: wait": SCATTER_WAIT,
+    "step: inner": OTHER,
+    "step: A": A,
+    "step: B": B,
+    "step: C": C,
+    "sums: wait": SYNC_WAIT,
+    "gather: start": GATHER,
+    "gather: wait": GATHER_WAIT,
+    **{own: own for own in (FORWARD, BACKWARD, OTHER)},  # of this file
+}
+PAYLOADS = {
+    "collective: reduce_scatter": "reduce-scatter",
+    "collective: all_gather": "all-gather",
+    "collective: all_reduce": "small syncs",
 }
 
 
 class Clock:
-    """Exclusive seconds by phase, and bytes handed to collectives, since `start`."""
+    """Exclusive seconds by phase, and bytes handed to collectives, since `start`; an observer of
+    the package.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.payload: dict[str, int] = defaultdict(int)
         self.waits_for_device = False
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, record_function]] = []
         self._mark = 0.0
 
     def start(self) -> None:
@@ -96,87 +108,31 @@ class Clock:
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._stack:
-            self.seconds[self._stack[-1]] += now - self._mark
+            self.seconds[self._stack[-1][0]] += now - self._mark
         self._mark = now
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._switch()
-        self._stack.append(name)
-        try:
-            with record_function(f"bench: {name}"):
-                yield
-        finally:
+    def begin(self, name: str, buffer: torch.Tensor | None = None) -> None:
+        if buffer is not None and name in PAYLOADS:
+            self.payload[PAYLOADS[name]] += num_bytes(buffer)
+        if name in PARTS:
+            self._switch()
+            recorded = record_function(f"bench: {name}")
+            self._stack.append((PARTS[name], recorded))
+            recorded.__enter__()
+
+    def end(self, name: str) -> None:
+        if name in PARTS:
+            self._stack[-1][1].__exit__(None, None, None)
             self._switch()
             self._stack.pop()
 
-
-def _timed(
-    function: Callable[..., Any], clock: Clock, name: Callable[..., str]
-) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with clock.phase(name(*args)):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def _counted(
-    function: Callable[..., Any], clock: Clock, name: str, which: int
-) -> Callable[..., Any]:
-    """Count the bytes of the buffer that holds all ranks' parts, argument `which`."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        clock.payload[name] += num_bytes(args[which])
-        return function(*args, **kwargs)
-
-    return call
-
-
-def wrap_package(clock: Clock) -> None:
-    """Have the package's communication tell `clock` where its time goes."""
-
-    def waited(pending: comm.Pending, *_: Any) -> str:
-        return next(
-            (phase for start, phase in WAITS.items() if pending._what.startswith(start)), SYNC_WAIT
-        )
-
-    comm.Pending.wait = _timed(comm.Pending.wait, clock, waited)  # type: ignore[method-assign]
-    for owner, method, phase in (
-        (GradientReducer, "_launch_next", PACK),
-        (GradientReducer, "_land", PACK),
-        (ParameterGatherer, "start", GATHER),
-    ):
-        setattr(owner, method, _timed(getattr(owner, method), clock, lambda *_, phase=phase: phase))
-    for name, phase, sent in (
-        ("reduce_scatter", "reduce-scatter", 1),
-        ("all_gather", "all-gather", 0),
-        ("all_reduce", "small syncs", 0),
-    ):
-        counted = _counted(getattr(comm, name), clock, phase, sent)
-        setattr(comm, name, counted)
-        setattr(collectives, name, counted)  # which calls its own
-
-
-def wrap_rule(rule: LearnedRule, clock: Clock) -> None:
-    """The same for the passes of a rule: what runs up to its first request is A, up to the second
-    B, the rest C.
-    """
-    plain = rule.step
-
-    def step(batch: Any) -> Iterator[Any]:
-        passes, number = plain(batch), 0
-        while True:
-            with clock.phase((A, B, C)[min(number, 2)]):
-                request = next(passes, None)
-            if request is None:
-                return
-            number += 1
-            yield request
-
-    rule.step = step  # type: ignore[method-assign, assignment]
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end(name)
 
 
 # --------------------------------------------------------------------------------------- contenders
@@ -271,13 +227,6 @@ class Trainee:
                 self.optimizer = ZeroRedundancyOptimizer(self.model.parameters(), kind, **arguments)
                 inner = self.optimizer.optim
         self._inner, self._learned = inner, isinstance(getattr(inner, "rule", None), LearnedRule)
-        if self._learned:
-            wrap_rule(inner.rule, clock)
-            # marked in profiles, where gloo's small sums look like its reduce-scatters
-            plain = inner.step
-            inner.step = lambda *args, **kwargs: _marked(
-                "bench: inner step", plain, *args, **kwargs
-            )
         generator = torch.Generator().manual_seed(
             1 + (dist.get_rank() if dist.is_initialized() else 0)
         )
@@ -338,11 +287,6 @@ class Trainee:
         return found
 
 
-def _marked(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with record_function(name):
-        return function(*args, **kwargs)
-
-
 # -------------------------------------------------------------------------------------- measurement
 
 
@@ -373,6 +317,12 @@ class Sample:
 
 def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     """Everything one rank measures; for `run_ranks`."""
+    clock = Clock()
+    with trace.observe(clock):
+        return _measure(rank, world, settings, clock)
+
+
+def _measure(rank: int, world: int, settings: Settings, clock: Clock) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     device = (
         torch.device("cuda", rank % torch.cuda.device_count())
@@ -381,8 +331,6 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    clock = Clock()
-    wrap_package(clock)
     trainees = [Trainee(contender, settings, clock, device) for contender in settings.contenders]
     samples: dict[str, list[Sample]] = {trainee.contender.name: [] for trainee in trainees}
     for trainee in trainees:  # the first step allocates
@@ -474,7 +422,7 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     def spans(wanted: str) -> list[Span]:
         return union([span for name, span in events if name == wanted])
 
-    inner = spans("bench: inner step")
+    inner = spans("bench: step: inner")  # gloo's small sums look like its reduce-scatters
     carried = [
         (name.lower(), span)
         for name, span in events
@@ -492,8 +440,8 @@ def profile_overlap(trainee: Trainee, trace: str | None, rank: int, world: int) 
     scatters = union([span for name, span in outside if "gather" not in name])
     found: dict[str, float] = {}
     for what, taken, range_, wait in (
-        ("reduce_scatter", scatters, BACKWARD, SCATTER_WAIT),
-        ("all_gather", gathers, FORWARD, GATHER_WAIT),
+        ("reduce_scatter", scatters, BACKWARD, "reduce: wait"),
+        ("all_gather", gathers, FORWARD, "gather: wait"),
     ):
         inside = spans(f"bench: {range_}")
         waits = [span for span in spans(f"bench: {wait}") if common([span], inside)]

@@ -38,7 +38,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pylo_dist.maths.reference import TIME_SCALES
-from pylo_dist.weights import CARD_KEY, SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import CARD_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "pylo_dist" / "data" / "demo_small_fc.safetensors"

@@ -1,9 +1,11 @@
-// What one core can do at most: twelve independent chains of fused multiply-adds in registers. bench_step.py compiles and calls it.
+// What one core can do at most: twelve independent chains of fused multiply-adds in registers.
+// bench_step.py compiles and calls it.
 #include <cstdint>
 
 namespace {
 
-constexpr int CHAINS = 12;  // latency times throughput of today's cores, and no more than there are registers
+constexpr int CHAINS =
+    12;  // latency times throughput of today's cores, and no more than there are registers
 
 template <class V>
 __attribute__((always_inline)) inline float run(int64_t rounds) {
@@ -27,11 +29,16 @@ typedef float Vec4 __attribute__((vector_size(16)));
 #if defined(__x86_64__)
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec16 __attribute__((vector_size(64)));
-__attribute__((target("avx512f"))) static float run_avx512(int64_t rounds) { return run<Vec16>(rounds); }
-__attribute__((target("avx2,fma"))) static float run_avx2(int64_t rounds) { return run<Vec8>(rounds); }
+__attribute__((target("avx512f"))) static float run_avx512(int64_t rounds) {
+  return run<Vec16>(rounds);
+}
+__attribute__((target("avx2,fma"))) static float run_avx2(int64_t rounds) {
+  return run<Vec8>(rounds);
+}
 #endif
 
-// Runs that many rounds and gives the floating-point operations they took; `out` keeps the compiler honest.
+// Runs that many rounds and gives the floating-point operations they took; `out` keeps the compiler
+// honest.
 extern "C" double fma_flops(int64_t rounds, float* out) {
   double width = 4;
 #if defined(__x86_64__)

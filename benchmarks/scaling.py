@@ -28,13 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_memory import memory_formula, shapes_of
-from bench_zero import MINI, Clock, wrap_package
+from bench_zero import MINI, Clock
 from presets import PRESETS
 from record import RESULTS, environment, markdown, write
 from step_model import FEATURES, NETWORKS, Link, Network, Parts, fit, step_times, zero_bytes
 from trainees import TINY, Stopwatch, Trainee, device_of, on_ranks
 
 from pylo_dist import comm
+from pylo_dist.core import trace
 
 CONFIGS = {"tiny": TINY, "mini": MINI}
 GOAL, GOAL_RANKS = 0.97, 8  # of AdamW's tokens per second, see bench_train.py
@@ -61,7 +62,6 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
     """Steps and their bytes on these ranks, collectives alone, and on one rank the parts."""
     device, config = device_of(rank), CONFIGS[settings.preset]
     watch, clock = Stopwatch(device), Clock()
-    wrap_package(clock)
     length = min(settings.tokens, config.block_size)
     trainees = [
         Trainee("zero1", name, config, bucket_cap_mb=settings.bucket_cap_mb, device=device)
@@ -77,7 +77,8 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             for _ in range(settings.steps):
                 clock.start()
                 watch.start()
-                trainee.train(idx)
+                with trace.observe(clock):
+                    trainee.train(idx)
                 found["steps"][name].append(watch.stop()[0])
                 found["payload"][name] = dict(clock.payload)
             trainee.settle()

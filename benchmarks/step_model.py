@@ -112,8 +112,9 @@ class Network:
     """Ranks on nodes.
 
     Attributes:
-        base: seconds that any collective takes to start. within, between: nodes; the slower
-        bandwidth carries a ring over nodes. source: where the numbers come from.
+        base: seconds that any collective takes to start.
+        within, between: nodes; the slower bandwidth carries a ring over nodes.
+        source: where the numbers come from.
     """
 
     name: str

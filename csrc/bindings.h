@@ -1,4 +1,5 @@
-// From the tensor lists of a call to pointers, with checks. Included by ops.cpp and cuda.cu; torch's stable ABI only.
+// From the tensor lists of a call to pointers, with checks. Included by ops.cpp and cuda.cu;
+// torch's stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,13 +30,15 @@ inline int64_t dtype_of(const Tensor& x, const char* name) {
     case ScalarType::Half:
       return FLOAT16;
     default:
-      STD_TORCH_CHECK(false, name, " has a dtype without a kernel; wanted float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, name,
+                      " has a dtype without a kernel; wanted float32, bfloat16 or float16");
       return -1;
   }
 }
 
 inline void check_list(const Tensors_& list, int64_t size, const char* name) {
-  STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == size, name, " has ", list.size(), " tensors, wanted ", size);
+  STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == size, name, " has ", list.size(),
+                  " tensors, wanted ", size);
 }
 
 // The memory of a contiguous tensor of `type` with at least `numel` elements.
@@ -58,6 +61,23 @@ inline const bool* bools(const Tensor& x, int64_t numel, const char* name) {
   return static_cast<const bool*>(memory(x, numel, ScalarType::Bool, name));
 }
 
+#define PYLO_DIST_NAME_ONE(name) #name " "
+#define PYLO_DIST_NAME_MANY(name, count) #name ":" + std::to_string(count) + " "
+
+// The fields of a row of "items" or "boxes", and the numbers of "rule", in order: "item sizes:5
+// ...", a field of several with how many.
+inline std::string table_fields(std::string table) {
+  const std::string nothing;
+  if (table == "boxes")
+    return nothing + PYLO_DIST_BOX_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  if (table == "items")
+    return nothing + PYLO_DIST_ITEM_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  if (table == "rule")
+    return nothing + PYLO_DIST_RULE_FIELDS(PYLO_DIST_NAME_ONE, PYLO_DIST_NAME_MANY) "";
+  STD_TORCH_CHECK(false, "there is no table '", table, "'; wanted items, boxes or rule");
+  return nothing;
+}
+
 // The tables, which are on the host whatever the device of the other tensors.
 struct Tables {
   const Item* items;
@@ -67,12 +87,11 @@ struct Tables {
   Tables(const Tensor& items_, const Tensor& boxes_)
       : items(static_cast<const Item*>(memory(items_, 0, ScalarType::Long, "items"))),
         boxes(static_cast<const Box*>(memory(boxes_, 0, ScalarType::Long, "boxes"))),
-        num_items(items_.numel() / static_cast<int64_t>(sizeof(Item) / 8)),
-        num_boxes(boxes_.numel() / static_cast<int64_t>(sizeof(Box) / 8)) {
+        num_items(items_.numel() / ITEM_WIDTH),
+        num_boxes(boxes_.numel() / BOX_WIDTH) {
     STD_TORCH_CHECK(items_.is_cpu() && boxes_.is_cpu(), "items and boxes must be on the host");
     STD_TORCH_CHECK(
-        num_items * static_cast<int64_t>(sizeof(Item) / 8) == items_.numel() &&
-            num_boxes * static_cast<int64_t>(sizeof(Box) / 8) == boxes_.numel(),
+        num_items * ITEM_WIDTH == items_.numel() && num_boxes * BOX_WIDTH == boxes_.numel(),
         "items and boxes were not made for this library");
   }
 
@@ -83,14 +102,16 @@ struct Tables {
 
 // Pointers of every item of a call. Lists that a pass has no use for are null.
 struct TensorLists {
-  const Tensors_ *values = nullptr, *momentum = nullptr, *rms = nullptr, *row_or_diag = nullptr, *col = nullptr,
-                 *directions = nullptr;
+  const Tensors_ *values = nullptr, *momentum = nullptr, *rms = nullptr, *row_or_diag = nullptr,
+                 *col = nullptr, *directions = nullptr;
   const Tensors_* grads = nullptr;  // one per entry of `active`
 };
 
-inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active, const TensorLists& lists) {
+inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active,
+                                        const TensorLists& lists) {
   std::vector<Tensors> all(tables.num_items, Tensors{});
-  for (const Tensors_* list : {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
+  for (const Tensors_* list :
+       {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
     if (list) check_list(*list, tables.num_items, "a list with one tensor per item");
   }
   if (lists.grads) check_list(*lists.grads, static_cast<int64_t>(active.size()), "grads");
@@ -112,7 +133,8 @@ inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active
     if (lists.momentum) t.momentum = floats((*lists.momentum)[i], K * item.numel, "momentum");
     if (lists.rms) t.rms = floats((*lists.rms)[i], item.numel, "rms");
     if (lists.row_or_diag) {
-      float* first = floats((*lists.row_or_diag)[i], K * (item.factored ? item.rows : item.numel), "row_or_diag");
+      float* first = floats((*lists.row_or_diag)[i], K * (item.factored ? item.rows : item.numel),
+                            "row_or_diag");
       (item.factored ? t.row : t.diag) = first;
     }
     if (lists.col && item.factored) t.col = floats((*lists.col)[i], K * item.cols, "col");
@@ -126,16 +148,18 @@ inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active
 
 // The float64 buffers of a Sum; `needed(item)` gives the end of what an item has in its buffer.
 template <class BufferOf, class EndOf>
-std::vector<double*> buffers_of(
-    const Tables& tables, const Tensors_& sums, const Ints& active, BufferOf buffer, EndOf end) {
+std::vector<double*> buffers_of(const Tables& tables, const Tensors_& sums, const Ints& active,
+                                BufferOf buffer, EndOf end) {
   Ints sizes(sums.size(), 0);
   for (int64_t i : active) {
     const int64_t at = buffer(tables.items[i]);
-    STD_TORCH_CHECK(0 <= at && at < static_cast<int64_t>(sums.size()), "item ", i, " has no buffer ", at);
+    STD_TORCH_CHECK(0 <= at && at < static_cast<int64_t>(sums.size()), "item ", i,
+                    " has no buffer ", at);
     if (end(tables.items[i]) > sizes[at]) sizes[at] = end(tables.items[i]);
   }
   std::vector<double*> pointers;
-  for (size_t b = 0; b < sums.size(); ++b) pointers.push_back(doubles(sums[b], sizes[b], "a buffer of sums"));
+  for (size_t b = 0; b < sums.size(); ++b)
+    pointers.push_back(doubles(sums[b], sizes[b], "a buffer of sums"));
   return pointers;
 }
 
@@ -156,23 +180,33 @@ inline FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
 }
 
 inline RuleConstants rule_of(const std::vector<double>& rule) {
-  STD_TORCH_CHECK(rule.size() == RULE_NUMBERS, "rule has ", rule.size(), " numbers, wanted ", RULE_NUMBERS);
-  return rule_constants(rule.data());
+  STD_TORCH_CHECK(rule.size() == RULE_WIDTH, "rule has ", rule.size(), " numbers, wanted ",
+                  RULE_WIDTH);
+  RuleNumbers numbers;
+  std::copy(rule.begin(), rule.end(), reinterpret_cast<double*>(&numbers));
+  return rule_constants(numbers);
 }
 
 inline int64_t network_size(bool extended, int64_t hidden) {
   if (!extended && hidden == 32) return PackedNetwork<false, 32>::SIZE;
   if (extended && hidden == 8) return PackedNetwork<true, 8>::SIZE;
   if (extended && hidden == 4) return PackedNetwork<true, 4>::SIZE;
-  STD_TORCH_CHECK(false, "no kernel for ", extended ? 30 : 28, " features and ", hidden, " hidden units");
+  STD_TORCH_CHECK(false, "no kernel for ", extended ? 30 : 28, " features and ", hidden,
+                  " hidden units");
   return 0;
 }
 
-inline int64_t num_inputs(bool extended) { return extended ? Layout<true>::INPUTS : Layout<false>::INPUTS; }
+inline int64_t num_inputs(bool extended) {
+  return extended ? Layout<true>::INPUTS : Layout<false>::INPUTS;
+}
 
-inline int64_t first_factor(bool extended) { return extended ? Layout<true>::FIRST_FACTOR : Layout<false>::FIRST_FACTOR; }
+inline int64_t first_factor(bool extended) {
+  return extended ? Layout<true>::FIRST_FACTOR : Layout<false>::FIRST_FACTOR;
+}
 
-inline int64_t param_feature(bool extended) { return extended ? Layout<true>::P : Layout<false>::P; }
+inline int64_t param_feature(bool extended) {
+  return extended ? Layout<true>::P : Layout<false>::P;
+}
 
 // Sums of pass B per lead of an item.
 inline int64_t num_sums(const Item& item, bool extended) {
@@ -186,14 +220,17 @@ inline int64_t end_of_a(const Item& item) {
 }
 
 inline int64_t end_of_b(const Item& item, bool extended) {
-  return std::max(item.b_at + num_sums(item, extended) * item.leads, item.moments_at < 0 ? 0 : item.moments_at + NUM_MOMENTS);
+  return std::max(item.b_at + num_sums(item, extended) * item.leads,
+                  item.moments_at < 0 ? 0 : item.moments_at + NUM_MOMENTS);
 }
 
-inline std::vector<double*> buffers_of_a(const Tables& tables, const Tensors_& sums, const Ints& active) {
+inline std::vector<double*> buffers_of_a(const Tables& tables, const Tensors_& sums,
+                                         const Ints& active) {
   return buffers_of(tables, sums, active, [](const Item& item) { return item.a_buffer; }, end_of_a);
 }
 
-inline std::vector<double*> buffers_of_b(const Tables& tables, const Tensors_& sums, const Ints& active, bool extended) {
+inline std::vector<double*> buffers_of_b(const Tables& tables, const Tensors_& sums,
+                                         const Ints& active, bool extended) {
   return buffers_of(
       tables, sums, active, [](const Item& item) { return item.b_buffer; },
       [extended](const Item& item) { return end_of_b(item, extended); });

@@ -1,12 +1,14 @@
-// What ops.cpp, which deals the work, and cpu_kernels.h, which does it for one instruction set, say to each other. No torch.
+// What ops.cpp, which deals the work, and cpu_kernels.h, which does it for one instruction set, say
+// to each other. No torch.
 #pragma once
 
 #include "pylo_dist/mlp.h"
 
 namespace pylo_dist {
 
-// Runs first_run .. last_run of a box, and of each the elements first .. last along the innermost dim. Jobs follow from the tables
-// alone, never from the number of threads: so do the partial sums, and with them the bits of the results.
+// Runs first_run .. last_run of a box, and of each the elements first .. last along the innermost
+// dim. Jobs follow from the tables alone, never from the number of threads: so do the partial sums,
+// and with them the bits of the results.
 struct Job {
   int64_t box, first_run, last_run, first, last;
 };
@@ -27,7 +29,7 @@ struct PassArgs {
   const Box* boxes;
   const Tensors* tensors;
   RuleConstants rule;
-  const double* scale;       // per item
+  const double* scale;  // per item
   const float* factors;
   const float* normalisers;  // (leads, INPUTS) per item, from normalisers_at[item]
   const int64_t* normalisers_at;
@@ -44,14 +46,16 @@ struct GradientPartial {
   IndexRange rows, cols;
 };
 
-constexpr int PAD = 16;  // numbers beyond the end of row and col of a partial that may be written (zeros are added there)
+// Numbers beyond the end of row and col of a partial that may be written (zeros are added there).
+constexpr int PAD = 16;
 
 struct Kernels {
   const char* name;
   void (*gradients)(const PassArgs&, const Job&, const GradientLimits&, GradientPartial&);
   // p^2, m_k, m_k^2, v, v^2 over the local elements first .. last
   void (*moments)(const Tensors&, int64_t numel, int64_t first, int64_t last, double* out);
-  // (num_partials, leads.size) sums of squares of the element features; then, where an item has moments, all of them but p^2
+  // (num_partials, leads.size) sums of squares of the element features; then, where an item has
+  // moments, all of them but p^2
   void (*features)(const PassArgs&, const Job&, bool extended, IndexRange leads, double* out);
   // pass C; gives the sum of (p_new - p)^2
   double (*updates)(const PassArgs&, const Job&, int hidden);

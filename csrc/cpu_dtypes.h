@@ -19,8 +19,10 @@ PYLO_HD uint32_t to_bits(float x) {
 }
 
 PYLO_HD float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = static_cast<uint32_t>(h & 0x7fff) << 13;
-  const float magnitude = from_bits(rest) * from_bits(0x77800000u);  // * 2^112: exact, subnormals become normal
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16,
+                 rest = static_cast<uint32_t>(h & 0x7fff) << 13;
+  // times 2^112: exact, subnormals become normal
+  const float magnitude = from_bits(rest) * from_bits(0x77800000u);
   return from_bits((h & 0x7c00) == 0x7c00 ? sign | 0x7f800000u | rest : sign | to_bits(magnitude));
 }
 
@@ -31,7 +33,8 @@ PYLO_HD uint16_t float_to_half(float x) {  // to nearest, ties to even
   if (magnitude < 0x38800000u) {  // subnormal: the sum with 0.5 rounds at 2^-24
     return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u));
   }
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13));
+  return static_cast<uint16_t>(sign |
+                               ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
 
 PYLO_HD uint16_t float_to_bfloat(float x) {  // to nearest, ties to even

@@ -12,8 +12,8 @@ static void moments(const Tensors& t, int64_t numel, int64_t first, int64_t last
   for (int64_t at = first; at < last; at += TILE) {
     const int count = static_cast<int>(last - at < TILE ? last - at : TILE);
     const float* p = static_cast<const float*>(t.value) + at;
-    const float* state[4] = {
-        t.momentum + at, t.momentum + numel + at, t.momentum + 2 * numel + at, t.rms + at};
+    const float* state[4] = {t.momentum + at, t.momentum + numel + at, t.momentum + 2 * numel + at,
+                             t.rms + at};
     if (count < TILE || t.value_type != FLOAT32) {
       __builtin_memset(p_buffer, 0, sizeof p_buffer);
       read(p_buffer, t.value, t.value_type, at, count);
@@ -40,8 +40,9 @@ static void moments(const Tensors& t, int64_t numel, int64_t first, int64_t last
   for (int s = 0; s < NUM_MOMENTS; ++s) out[s] += total(sums[s]);
 }
 
-// Sums of squares of the features, in double: so exact that the normalisers' float bits do not depend on the cut. With `Moments`
-// VeLO's sums of the old accumulators too (m, m^2, v, v^2; that of p^2 is a feature's), which are at hand here.
+// Sums of squares of the features, in double: so exact that the normalisers' float bits do not
+// depend on the cut. With `Moments` VeLO's sums of the old accumulators too (m, m^2, v, v^2; that
+// of p^2 is a feature's), which are at hand here.
 template <bool Extended, bool Diag, bool Moments>
 struct FeatureSums {
   using L = Layout<Extended>;
@@ -50,10 +51,12 @@ struct FeatureSums {
   static constexpr int M = FEATURES, M_SQUARES = M + K, V_ = M + 2 * K, V_SQUARES = V_ + 1;
   RawWide sums[NUM] = {};
 
-  // Below two dims: feature by feature. (There, as above, whatever box an element lies in: see add_tile.)
+  // Below two dims: feature by feature. (There, as above, whatever box an element lies in: see
+  // add_tile.)
   PYLO_HD void add(const Element<Vec, Extended>& e, int count) {
     for (int f = 0; f < L::ELEMENT; ++f) {
-      add_square(sums[f < L::FIRST_FACTOR ? f : f + SIDE], count < W ? first_of(e.x[f], count) : e.x[f]);
+      add_square(sums[f < L::FIRST_FACTOR ? f : f + SIDE],
+                 count < W ? first_of(e.x[f], count) : e.x[f]);
     }
     for (int k = 0; k < K; ++k) {
       const Vec d = e.d[k], q = factor_rsqrt_of(d);
@@ -68,9 +71,11 @@ struct FeatureSums {
     sums[square] = fma_(low, low, fma_(high, high, sums[square]));
   }
 
-  PYLO_HD void add_diag_tile(const Tile& tile, float scale, const RuleConstants& rule, const Scales& scales) {
+  PYLO_HD void add_diag_tile(const Tile& tile, float scale, const RuleConstants& rule,
+                             const Scales& scales) {
     for (int o = 0; o < tile.count; o += W) {
-      add(features_at<Extended, true, false>(tile, o, scale, rule, scales), tile.count - o < W ? tile.count - o : W);
+      add(features_at<Extended, true, false>(tile, o, scale, rule, scales),
+          tile.count - o < W ? tile.count - o : W);
       if constexpr (Moments) {
         for (int k = 0; k < K; ++k) add_old(M + k, M_SQUARES + k, load(tile.m[k] + o));
         add_old(V_, V_SQUARES, load(tile.v + o));
@@ -78,21 +83,26 @@ struct FeatureSums {
     }
   }
 
-  // Two dims and more. A feature that is a product is squared as the product of squares, in double: a conversion costs more than a
-  // multiplication. What depends on no decay goes first, then one decay after the other, so that all sums stay in registers.
+  // Two dims and more. A feature that is a product is squared as the product of squares, in double:
+  // a conversion costs more than a multiplication. What depends on no decay goes first, then one
+  // decay after the other, so that all sums stay in registers.
   template <bool Dense>
-  PYLO_HD void add_tile(const Tile& tile, float scale, const RuleConstants& rule, const Scales& scales) {
+  PYLO_HD void add_tile(const Tile& tile, float scale, const RuleConstants& rule,
+                        const Scales& scales) {
     alignas(64) float g_used[TILE];
     RawWide g2[TILE / W][2], q2[TILE / W][2];
     const int vectors = (tile.count + W - 1) / W;
     {
       RawWide g_sum = sums[0], p_sum = sums[L::P], v_sum = sums[L::P + 4], q_sum = sums[L::P + 8];
-      RawWide clipped = sums[Extended ? 1 : 0], gq = sums[L::FIRST_FACTOR - 1], old = sums[Moments ? V_ : 0];
+      RawWide clipped = sums[Extended ? 1 : 0], gq = sums[L::FIRST_FACTOR - 1],
+              old = sums[Moments ? V_ : 0];
       RawWide old_square = sums[Moments ? V_SQUARES : 0];
-      constexpr double bound = static_cast<double>(CLIPPED_GRADIENT) * static_cast<double>(CLIPPED_GRADIENT);
+      constexpr double bound =
+          static_cast<double>(CLIPPED_GRADIENT) * static_cast<double>(CLIPPED_GRADIENT);
       for (int i = 0; i < vectors; ++i) {
         const int o = i * W;
-        const Vec g = used_gradient(load(tile.g + o), scale, rule), v = new_rms(g, load(tile.v + o), rule);
+        const Vec g = used_gradient(load(tile.g + o), scale, rule),
+                  v = new_rms(g, load(tile.v + o), rule);
         Vec q = rms_rsqrt(v, rule);
         if (tile.count - o < W) q = first_of(q, tile.count - o);  // all else is zero beyond the end
         store(g_used + o, g);
@@ -205,14 +215,17 @@ template <bool Extended, bool Moments>
 static void features_of_job(const PassArgs& args, const Job& job, IndexRange leads, double* out) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
-  if (is_dense(item, box)) return features_of<Extended, false, true, Moments>(args, job, leads, out);
+  if (is_dense(item, box))
+    return features_of<Extended, false, true, Moments>(args, job, leads, out);
   if (item.factored) return features_of<Extended, false, false, Moments>(args, job, leads, out);
   return features_of<Extended, true, false, Moments>(args, job, leads, out);
 }
 
-static void features(const PassArgs& args, const Job& job, bool extended, IndexRange leads, double* out) {
+static void features(const PassArgs& args, const Job& job, bool extended, IndexRange leads,
+                     double* out) {
   if (!extended) return features_of_job<false, false>(args, job, leads, out);
-  if (args.items[args.boxes[job.box].item].moments_at < 0) return features_of_job<true, false>(args, job, leads, out);
+  if (args.items[args.boxes[job.box].item].moments_at < 0)
+    return features_of_job<true, false>(args, job, leads, out);
   return features_of_job<true, true>(args, job, leads, out);
 }
 

@@ -13,10 +13,11 @@ struct GradientSums {
   RawWide squares{};  // of what was not clamped
 };
 
-// Squares of R runs of `count` (a multiple of W) gradients: their sums over each run to run_sums, over the runs added to `vector`.
+// Squares of R runs of `count` (a multiple of W) gradients: their sums over each run to run_sums,
+// over the runs added to `vector`.
 template <int R, bool Clamp, bool HasVector>
-PYLO_HD void add_runs(
-    const float* const (&g)[R], int count, const GradientLimits& limits, GradientSums& sums, double (&run_sums)[R], double* vector) {
+PYLO_HD void add_runs(const float* const (&g)[R], int count, const GradientLimits& limits,
+                      GradientSums& sums, double (&run_sums)[R], double* vector) {
   RawWide of_run[R] = {};
   for (int o = 0; o < count; o += W) {
     RawWide low{}, high{};
@@ -50,14 +51,18 @@ PYLO_HD void add_runs(
   }
 }
 
-// The gradients at `at` in place, or as floats in `buffer`, whose pads up to a multiple of W are zero.
-PYLO_HD const float* gradients_at(
-    const Tensors& t, int64_t at, int count, const GradientLimits& limits, GradientSums& sums, float* buffer) {
-  if (t.grad_type == FLOAT32 && count % W == 0 && !limits.replace) return static_cast<const float*>(t.grad) + at;
+// The gradients at `at` in place, or as floats in `buffer`, whose pads up to a multiple of W are
+// zero.
+PYLO_HD const float* gradients_at(const Tensors& t, int64_t at, int count,
+                                  const GradientLimits& limits, GradientSums& sums, float* buffer) {
+  if (t.grad_type == FLOAT32 && count % W == 0 && !limits.replace)
+    return static_cast<const float*>(t.grad) + at;
   read(buffer, t.grad, t.grad_type, at, count);
   for (int i = count; i % W; ++i) buffer[i] = 0.0f;
   if (limits.replace) {
-    const float largest = t.grad_type == FLOAT32 ? 3.402823466e38f : t.grad_type == BFLOAT16 ? 3.389531390e38f : 65504.0f;
+    const float largest = t.grad_type == FLOAT32    ? 3.402823466e38f
+                          : t.grad_type == BFLOAT16 ? 3.389531390e38f
+                                                    : 65504.0f;
     for (int i = 0; i < count; ++i) {
       const float x = buffer[i];
       sums.beyond += !(__builtin_fabsf(x) <= limits.limit);
@@ -69,25 +74,27 @@ PYLO_HD const float* gradients_at(
 }
 
 template <int R, bool Clamp>
-static void dense_runs(
-    const Tensors& t, const Run (&runs)[R], int64_t first, int64_t last, const GradientLimits& limits, GradientSums& sums,
-    double* vector, double* const (&constant)[R]) {
+static void dense_runs(const Tensors& t, const Run (&runs)[R], int64_t first, int64_t last,
+                       const GradientLimits& limits, GradientSums& sums, double* vector,
+                       double* const (&constant)[R]) {
   alignas(64) float buffers[R][CHUNK];
   GradientLimits counted = limits;
   if (limits.replace) counted.limit = __builtin_inff();  // counted before they were replaced
   for (int64_t j = first; j < last; j += CHUNK) {
     const int count = static_cast<int>(last - j < CHUNK ? last - j : CHUNK);
     const float* g[R];
-    for (int r = 0; r < R; ++r) g[r] = gradients_at(t, runs[r].local + j, count, limits, sums, buffers[r]);
+    for (int r = 0; r < R; ++r)
+      g[r] = gradients_at(t, runs[r].local + j, count, limits, sums, buffers[r]);
     double run_sums[R];
-    add_runs<R, Clamp, true>(g, (count + W - 1) / W * W, counted, sums, run_sums, vector + (j - first));
+    add_runs<R, Clamp, true>(g, (count + W - 1) / W * W, counted, sums, run_sums,
+                             vector + (j - first));
     for (int r = 0; r < R; ++r) *constant[r] += run_sums[r];
   }
 }
 
 template <bool Clamp>
-static void dense_gradients(
-    const PassArgs& args, const Job& job, const GradientLimits& limits, GradientPartial& out, GradientSums& sums) {
+static void dense_gradients(const PassArgs& args, const Job& job, const GradientLimits& limits,
+                            GradientPartial& out, GradientSums& sums) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
   const Tensors& t = args.tensors[box.item];
@@ -101,11 +108,13 @@ static void dense_gradients(
     for (; count < 4 && run + count < job.last_run; ++count) {
       runs[count] = run_of(box, run + count);
       at[count] = item.vector_is_row ? runs[count].col : runs[count].row;
-      if (item.vector_is_row ? runs[count].row != runs[0].row : runs[count].col != runs[0].col) break;
+      if (item.vector_is_row ? runs[count].row != runs[0].row : runs[count].col != runs[0].col)
+        break;
     }
     double* to = vector + (item.vector_is_row ? runs[0].row : runs[0].col) + job.first;
     if (count == 4) {
-      double* const sides[4] = {constant + at[0], constant + at[1], constant + at[2], constant + at[3]};
+      double* const sides[4] = {constant + at[0], constant + at[1], constant + at[2],
+                                constant + at[3]};
       dense_runs<4, Clamp>(t, runs, job.first, job.last, limits, sums, to, sides);
       run += 4;
     } else {
@@ -117,7 +126,8 @@ static void dense_gradients(
   }
 }
 
-static void gradients(const PassArgs& args, const Job& job, const GradientLimits& limits, GradientPartial& out) {
+static void gradients(const PassArgs& args, const Job& job, const GradientLimits& limits,
+                      GradientPartial& out) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
   const Tensors& t = args.tensors[box.item];
@@ -144,7 +154,8 @@ static void gradients(const PassArgs& args, const Job& job, const GradientLimits
         double* row = out.row - out.rows.first + at.row + j * box.row[inner];
         double* col = out.col - out.cols.first + at.col + j * box.col[inner];
         for (int i = 0; i < count; ++i) {
-          const double square = min_(static_cast<double>(g[0][i]) * static_cast<double>(g[0][i]), limits.clamp_square);
+          const double square = min_(static_cast<double>(g[0][i]) * static_cast<double>(g[0][i]),
+                                     limits.clamp_square);
           row[i * box.row[inner]] += square;
           col[i * box.col[inner]] += square;
         }

@@ -1,4 +1,5 @@
-// The passes over the elements of one job, compiled once per instruction set (cpu_avx512.cpp, cpu_avx2.cpp, cpu_baseline.cpp).
+// The passes over the elements of one job, compiled once per instruction set (cpu_avx512.cpp,
+// cpu_avx2.cpp, cpu_baseline.cpp).
 #pragma once
 
 #include "cpu_features.h"

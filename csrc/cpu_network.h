@@ -6,7 +6,8 @@
 namespace pylo_dist {
 inline namespace PYLO_ISA {
 
-// A packed network (mlp.h) in the order in which it is read here: weights of the same input beside each other.
+// A packed network (mlp.h) in the order in which it is read here: weights of the same input beside
+// each other.
 template <bool Extended, int H>
 struct alignas(64) Network {
   float element[Layout<Extended>::ELEMENT][H];
@@ -19,7 +20,8 @@ struct alignas(64) Network {
     using P = PackedNetwork<Extended, H>;
     for (int h = 0; h < H; ++h) {
       const float* inputs = packed + h * P::INPUTS;
-      for (int e = 0; e < Layout<Extended>::ELEMENT; ++e) element[e][h] = inputs[Layout<Extended>::input_of(e)];
+      for (int e = 0; e < Layout<Extended>::ELEMENT; ++e)
+        element[e][h] = inputs[Layout<Extended>::input_of(e)];
       for (int s = 0; s < SIDE; ++s) {
         vector[s][h] = inputs[side_input<Extended>(vector_is_row, s)];
         constant[s][h] = inputs[side_input<Extended>(!vector_is_row, s)];
@@ -35,13 +37,15 @@ struct alignas(64) Network {
   }
 };
 
-// Vectors of a block that are worked on together, so that sums of 4 outputs stay in registers: 16 where there are 32 of them.
+// Vectors of a block that are worked on together, so that sums of 4 outputs stay in registers: 16
+// where there are 32 of them.
 constexpr int BLOCK_VECTORS = W == 16 ? 4 : 2;
 constexpr int OUT = 4;
 
 // sums[j][i] += sum over `count` inputs of x[input][o + i W] weights[input][h + j]
 template <int V, int H>
-PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], int o, const float (*weights)[H], int h) {
+PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], int o,
+                        const float (*weights)[H], int h) {
 #pragma GCC unroll 2
   for (int input = 0; input < count; ++input) {
     Vec in[V];
@@ -56,11 +60,11 @@ PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], 
   }
 }
 
-// The first layer of V vectors from o on. It starts from u + r (see mlp.h), where r has one number per hidden unit, and adds
-// `count` features x by their weights.
+// The first layer of V vectors from o on. It starts from u + r (see mlp.h), where r has one number
+// per hidden unit, and adds `count` features x by their weights.
 template <int V, int H>
-PYLO_HD void first_layer(
-    int count, const float (*x)[TILE], const float (*weights)[H], const float (*u)[TILE], const float* r, int o, float (*first)[TILE]) {
+PYLO_HD void first_layer(int count, const float (*x)[TILE], const float (*weights)[H],
+                         const float (*u)[TILE], const float* r, int o, float (*first)[TILE]) {
   for (int h = 0; h < H; h += OUT) {
     Vec sums[OUT][V];
 #pragma GCC unroll 4
@@ -79,7 +83,8 @@ PYLO_HD void first_layer(
 
 // The network's two outputs for V vectors from o on, from their first layer.
 template <int V, bool Extended, int H>
-PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], int o, float (*out)[TILE]) {
+PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], int o,
+                        float (*out)[TILE]) {
   Vec o0[V], o1[V];
 #pragma GCC unroll 4
   for (int i = 0; i < V; ++i) {
@@ -114,7 +119,8 @@ PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TI
 
 // u or r along a tile: a chain from `start` over a side's normalised features.
 template <int H>
-PYLO_HD void side_layer(const float* bias, const float (*side)[TILE], const float (*weights)[H], float (*out)[TILE]) {
+PYLO_HD void side_layer(const float* bias, const float (*side)[TILE], const float (*weights)[H],
+                        float (*out)[TILE]) {
   for (int h = 0; h < H; ++h) {
     for (int o = 0; o < TILE; o += W) {
       Vec sum = splat_<Vec>(bias ? bias[h] : 0.0f);

@@ -1,7 +1,8 @@
-// Elements are worked on in tiles of TILE, a structure of arrays. A tile's inputs are read in place where they are 64 contiguous
-// floats, else they are copied to a buffer whose pads are zero: there is one sequence of instructions for an element, wherever it
-// lies. `Dense` boxes have long runs along which one factor changes (the vector side) and the other does not (the constant side);
-// all others, and tensors below two dims, have both sides filled in element by element.
+// Elements are worked on in tiles of TILE, a structure of arrays. A tile's inputs are read in place
+// where they are 64 contiguous floats, else they are copied to a buffer whose pads are zero: there
+// is one sequence of instructions for an element, wherever it lies. `Dense` boxes have long runs
+// along which one factor changes (the vector side) and the other does not (the constant side); all
+// others, and tensors below two dims, have both sides filled in element by element.
 #pragma once
 
 #include "cpu.h"
@@ -18,7 +19,8 @@ PYLO_HD bool is_dense(const Item& item, const Box& box) {
   const int64_t inner = MAX_DIMS - 1;
   const int64_t vector = item.vector_is_row ? box.row[inner] : box.col[inner];
   const int64_t constant = item.vector_is_row ? box.col[inner] : box.row[inner];
-  return item.factored && box.sizes[inner] >= DENSE_RUN && vector == 1 && constant == 0 && box.lead[inner] == 0;
+  return item.factored && box.sizes[inner] >= DENSE_RUN && vector == 1 && constant == 0 &&
+         box.lead[inner] == 0;
 }
 
 struct Piece {  // `count` elements of one run, from `at` on in the tile
@@ -87,7 +89,8 @@ PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
   }
 }
 
-// How far ahead of the elements in work memory is asked for, in elements: the machine itself does not look beyond a page.
+// How far ahead of the elements in work memory is asked for, in elements: the machine itself does
+// not look beyond a page.
 constexpr int64_t AHEAD = 512;
 
 // Fetch the inputs of a tile that is worked on later.
@@ -110,7 +113,8 @@ PYLO_HD void unstage(const Tile& tile, const Tensors& t, int64_t numel, bool mov
     }
     scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
   }
-  if (moves && (!in_place(tile) || t.value_type != FLOAT32)) scatter(tile, t.value, t.value_type, 0, tile.new_p);
+  if (moves && (!in_place(tile) || t.value_type != FLOAT32))
+    scatter(tile, t.value, t.value_type, 0, tile.new_p);
 }
 
 // Goes over a job's elements in tiles of one lead.
@@ -129,9 +133,9 @@ static bool next_tile(const Box& box, const Job& job, Cursor& cursor, Tile& tile
     int64_t count = job.last - cursor.at;
     if (count > TILE - tile.count) count = TILE - tile.count;
     if (box.lead[inner]) count = 1;
-    tile.piece[tile.pieces++] = Piece{
-        run.local + cursor.at, run.row + cursor.at * box.row[inner], run.col + cursor.at * box.col[inner], tile.count,
-        static_cast<int>(count)};
+    tile.piece[tile.pieces++] =
+        Piece{run.local + cursor.at, run.row + cursor.at * box.row[inner],
+              run.col + cursor.at * box.col[inner], tile.count, static_cast<int>(count)};
     tile.count += static_cast<int>(count);
     cursor.at += count;
     if (cursor.at == job.last) cursor = Cursor{cursor.run + 1, job.first};
@@ -146,11 +150,13 @@ struct Side {
 };
 
 PYLO_HD Side side_of(const Factors& f, bool row) {
-  return row ? Side{f.row, f.row_scale, f.row_rsqrt, f.rows} : Side{f.col, f.col_scale, f.col_rsqrt, f.cols};
+  return row ? Side{f.row, f.row_scale, f.row_rsqrt, f.rows}
+             : Side{f.col, f.col_scale, f.col_rsqrt, f.cols};
 }
 
 // x (K, TILE) of a side's numbers, element by element.
-PYLO_HD void fill_side(const Tile& tile, const Box& box, bool row, const float* from, int64_t size, float (*to)[TILE]) {
+PYLO_HD void fill_side(const Tile& tile, const Box& box, bool row, const float* from, int64_t size,
+                       float (*to)[TILE]) {
   constexpr int inner = MAX_DIMS - 1;
   const int64_t stride = row ? box.row[inner] : box.col[inner];
   for (int k = 0; k < K; ++k) {
@@ -163,15 +169,17 @@ PYLO_HD void fill_side(const Tile& tile, const Box& box, bool row, const float* 
   }
 }
 
-// Where the features of a tile find their factors: the vector side along the tile, the constant side along it too (Dense: one
-// number for all). Unused below two dims.
+// Where the features of a tile find their factors: the vector side along the tile, the constant
+// side along it too (Dense: one number for all). Unused below two dims.
 struct Scales {
   const float* vector[K];
   const float* constant[K];
 };
 
-// The vector side's scales from `at` on: in place, or where they end within the tile with zeros after them, in `padded`.
-PYLO_HD void vector_scales(Scales& scales, const Side& vector, int64_t at, int count, float (&padded)[K][TILE]) {
+// The vector side's scales from `at` on: in place, or where they end within the tile with zeros
+// after them, in `padded`.
+PYLO_HD void vector_scales(Scales& scales, const Side& vector, int64_t at, int count,
+                           float (&padded)[K][TILE]) {
   for (int k = 0; k < K; ++k) {
     scales.vector[k] = vector.scale + k * vector.size + at;
     if (count < TILE) {
@@ -182,25 +190,30 @@ PYLO_HD void vector_scales(Scales& scales, const Side& vector, int64_t at, int c
   }
 }
 
-// Calls work(tile, scales) for all tiles of a job, in order. The arrays that both point to are its own or where the data lies.
+// Calls work(tile, scales) for all tiles of a job, in order. The arrays that both point to are its
+// own or where the data lies.
 template <bool Diag, bool Dense, class Work>
 PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
   const Tensors& t = args.tensors[box.item];
   const Factors factors = factors_of(item, t, args.factors);
-  const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+  const Side vector = side_of(factors, item.vector_is_row),
+             constant = side_of(factors, !item.vector_is_row);
   Buffers buffers;
   alignas(64) float vector_scale[K][TILE], constant_scale[K][TILE];
-  Scales scales{{vector_scale[0], vector_scale[1], vector_scale[2]}, {constant_scale[0], constant_scale[1], constant_scale[2]}};
+  Scales scales{{vector_scale[0], vector_scale[1], vector_scale[2]},
+                {constant_scale[0], constant_scale[1], constant_scale[2]}};
   Tile tile;
   if constexpr (Dense) {
     tile.pieces = 1;
     for (int64_t index = job.first_run; index < job.last_run; ++index) {
       const Run run = run_of(box, index);
       tile.lead = run.lead;
-      const int64_t vector_at = item.vector_is_row ? run.row : run.col, constant_at = item.vector_is_row ? run.col : run.row;
-      for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + constant_at;
+      const int64_t vector_at = item.vector_is_row ? run.row : run.col,
+                    constant_at = item.vector_is_row ? run.col : run.row;
+      for (int k = 0; k < K; ++k)
+        scales.constant[k] = constant.scale + k * constant.size + constant_at;
       for (int64_t j = job.first; j < job.last; j += TILE) {
         tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
         tile.piece[0] = Piece{run.local + j, run.row, run.col, 0, tile.count};
@@ -224,7 +237,8 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
 }
 
 template <bool Extended, bool Diag, bool Dense>
-PYLO_HD Element<Vec, Extended> features_at(const Tile& tile, int o, float scale, const RuleConstants& rule, const Scales& s) {
+PYLO_HD Element<Vec, Extended> features_at(const Tile& tile, int o, float scale,
+                                           const RuleConstants& rule, const Scales& s) {
   Element<Vec, Extended> e;
   const Vec m[K] = {load(tile.m[0] + o), load(tile.m[1] + o), load(tile.m[2] + o)};
   const Vec g = used_gradient(load(tile.g + o), scale, rule);

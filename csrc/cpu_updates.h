@@ -6,7 +6,7 @@
 namespace pylo_dist {
 inline namespace PYLO_ISA {
 
-constexpr int ROWS = 16;       // runs that share the vector side's first layer
+constexpr int ROWS = 16;  // runs that share the vector side's first layer
 
 template <bool Extended, int H>
 struct Updater {
@@ -56,7 +56,8 @@ struct Updater {
   PYLO_HD void fill(const Tile& tile, const Scales& scales) {
     const RuleConstants constants = rule;
     for (int o = 0; o < tile.count; o += W) {
-      const Element<Vec, Extended> e = features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
+      const Element<Vec, Extended> e =
+          features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
       for (int k = 0; k < K; ++k) {
         store(tile.new_m[k] + o, e.m[k]);
         if constexpr (Diag) store(tile.new_d[k] + o, e.d[k]);
@@ -66,14 +67,17 @@ struct Updater {
     }
   }
 
-  // Small networks, but for tensors below two dims, take a vector of elements from its features to its first layer in registers.
+  // Small networks, but for tensors below two dims, take a vector of elements from its features to
+  // its first layer in registers.
   static constexpr bool IN_REGISTERS = H <= 8;
 
   template <bool Dense>
-  PYLO_HD void fill_first(const Tile& tile, const Scales& scales, const float (*u)[TILE], const float* r) {
+  PYLO_HD void fill_first(const Tile& tile, const Scales& scales, const float (*u)[TILE],
+                          const float* r) {
     const RuleConstants constants = rule;
     for (int o = 0; o < tile.count; o += W) {
-      const Element<Vec, Extended> e = features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
+      const Element<Vec, Extended> e =
+          features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
       for (int k = 0; k < K; ++k) store(tile.new_m[k] + o, e.m[k]);
       store(tile.new_v + o, e.v);
       Vec sums[H];
@@ -89,7 +93,8 @@ struct Updater {
     }
   }
 
-  // The network for the vectors from o on, `Vectors` or, near the end, fewer at a time; its first layer too if that comes from x.
+  // The network for the vectors from o on, `Vectors` or, near the end, fewer at a time; its first
+  // layer too if that comes from x.
   template <int Vectors, bool FromX>
   PYLO_HD void networks(int o, int count, const float (*u)[TILE], const float* r) {
     for (; count - o > (Vectors - 1) * W; o += Vectors * W) {
@@ -106,14 +111,16 @@ struct Updater {
     if (t.direction) {
       alignas(64) float s[TILE];
       for (int o = 0; o < tile.count; o += W) {
-        store(s + o, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult) * step.step_size);
+        store(s + o,
+              direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult) * step.step_size);
       }
       scatter(tile, t.direction, FLOAT32, 0, s);
     } else {
       RawWide sum = squares;
       for (int o = 0; o < tile.count; o += W) {
         const Vec p = load(tile.p + o);
-        const Vec now = moved(p, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult), step);
+        const Vec now =
+            moved(p, direction_of(load(out[0] + o), load(out[1] + o), step.exp_mult), step);
         const int count = tile.count - o;
         add_square(sum, count < W ? first_of(now - p, count) : now - p);
         store(tile.new_p + o, now);
@@ -123,13 +130,15 @@ struct Updater {
     unstage(tile, t, item.numel, !t.direction);
   }
 
-  // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A small network reads memory row by
-  // row then; a large one goes down the rows, and fetches the row below.
+  // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A
+  // small network reads memory row by row then; a large one goes down the rows, and fetches the row
+  // below.
   static constexpr int BLOCK = H == 32 ? 1 : 32;
 
   void dense(const PassArgs& args, const Job& job) {
     const Factors factors = factors_of(item, t, args.factors);
-    const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+    const Side vector = side_of(factors, item.vector_is_row),
+               constant = side_of(factors, !item.vector_is_row);
     alignas(64) float u[BLOCK][H][TILE], side[SIDE][TILE], padded[K][TILE];
     alignas(64) float r[ROWS][H];
     Run runs[ROWS];
@@ -139,7 +148,8 @@ struct Updater {
       int rows = 0;
       for (; rows < ROWS && first_run + rows < job.last_run; ++rows) {
         runs[rows] = run_of(box, first_run + rows);
-        const bool same = item.vector_is_row ? runs[rows].row == runs[0].row : runs[rows].col == runs[0].col;
+        const bool same =
+            item.vector_is_row ? runs[rows].row == runs[0].row : runs[rows].col == runs[0].col;
         if (!same || runs[rows].lead != runs[0].lead) break;
       }
       const float* norm = normalisers + runs[0].lead * L::INPUTS;
@@ -163,7 +173,8 @@ struct Updater {
         for (int64_t j = block; j < end; j += TILE) {
           const int count = static_cast<int>(end - j < TILE ? end - j : TILE);
           for (int s = 0; s < SIDE; ++s) {
-            const float* from = (s < K ? vector.factor : vector.rsqrt) + s % K * vector.size + vector_at + j;
+            const float* from =
+                (s < K ? vector.factor : vector.rsqrt) + s % K * vector.size + vector_at + j;
             const float by = side_normaliser(norm, true, s);
             for (int i = 0; i < count; ++i) side[s][i] = from[i] * by;
             for (int i = count; i < TILE; ++i) side[s][i] = 0.0f;
@@ -173,15 +184,18 @@ struct Updater {
         for (int i = 0; i < rows; ++i) {
           const int64_t constant_at = item.vector_is_row ? runs[i].col : runs[i].row;
           Scales scales;
-          for (int k = 0; k < K; ++k) scales.constant[k] = constant.scale + k * constant.size + constant_at;
+          for (int k = 0; k < K; ++k)
+            scales.constant[k] = constant.scale + k * constant.size + constant_at;
           for (int64_t j = block; j < end; j += TILE) {
             tile.count = static_cast<int>(end - j < TILE ? end - j : TILE);
             vector_scales(scales, vector, vector_at + j, tile.count, padded);
-            const int64_t later = BLOCK > 1 ? runs[i].local + j + AHEAD : i + 1 < rows ? runs[i + 1].local + j : runs[0].local + end;
+            const int64_t later = BLOCK > 1      ? runs[i].local + j + AHEAD
+                                  : i + 1 < rows ? runs[i + 1].local + j
+                                                 : runs[0].local + end;
             prefetch(t, item.numel, later);
             tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
             stage(tile, t, item.numel, buffers);
-            const float(*start)[TILE] = u[(j - block) / TILE];
+            const float (*start)[TILE] = u[(j - block) / TILE];
             if constexpr (IN_REGISTERS) {
               fill_first<true>(tile, scales, start, r[i]);
             } else {
@@ -198,7 +212,8 @@ struct Updater {
   template <bool Diag>
   void anywhere(const PassArgs& args, const Job& job) {
     const Factors factors = factors_of(item, t, args.factors);
-    const Side vector = side_of(factors, item.vector_is_row), constant = side_of(factors, !item.vector_is_row);
+    const Side vector = side_of(factors, item.vector_is_row),
+               constant = side_of(factors, !item.vector_is_row);
     alignas(64) float vector_side[SIDE][TILE], constant_side[SIDE][TILE], u[H][TILE], r[H][TILE];
     const float zeros[H] = {};
     for_tiles<Diag, false>(args, job, [&](const Tile& tile, const Scales& scales) {
@@ -212,7 +227,8 @@ struct Updater {
       }
       if constexpr (Diag || !IN_REGISTERS) fill<Diag, false>(tile, scales);
       for (int s = 0; s < SIDE; ++s) {
-        const float vector_norm = side_normaliser(norm, true, s), constant_norm = side_normaliser(norm, false, s);
+        const float vector_norm = side_normaliser(norm, true, s),
+                    constant_norm = side_normaliser(norm, false, s);
         for (int o = 0; o < TILE; o += W) {
           if constexpr (Diag) {
             Vec d = load(tile.new_d[s % K] + o);

@@ -1,9 +1,12 @@
-// The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and writes; the kernels are in
-// cuda_gradients.cuh, cuda_sums.cuh and cuda_update.cuh, how work is dealt to blocks in cuda_tables.h.
+// The operators on a GPU: from tensor lists to launches. csrc/README.md says what each reads and
+// writes; the kernels are in cuda_gradients.cuh, cuda_sums.cuh and cuda_update.cuh, how work is
+// dealt to blocks in cuda_tables.h.
 //
-// The gradients' pointers travel as an argument of the first kernel of a pass, all others are sent when they change; so nothing is
-// allocated, nothing waits for the host, and a CUDA graph that captured a step keeps its own. Launches of a step: A 2, B 2, C 2, whatever
-// the number of tensors (an argument holds 4000 gradients, 2000 where directions are written; one more launch per 4000 after that).
+// The gradients' pointers travel as an argument of the first kernel of a pass, all others are sent
+// when they change; so nothing is allocated, nothing waits for the host, and a CUDA graph that
+// captured a step keeps its own. Launches of a step: A 2, B 2, C 2, whatever the number of tensors
+// (an argument holds 4000 gradients, 2000 where directions are written; one more launch per 4000
+// after that).
 #include "bindings.h"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
@@ -22,7 +25,8 @@ namespace {
 using HostTables = pylo_dist::Tables;
 
 #if defined(PYLO_FIBERS)
-#define PYLO_LAUNCH(kernel, blocks, threads, ...) fibers::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); })
+#define PYLO_LAUNCH(kernel, blocks, threads, ...) \
+  fibers::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); })
 
 struct Device {
   explicit Device(const Tensor&) {}
@@ -34,12 +38,12 @@ struct Device {
   }
 };
 #else
-#define PYLO_LAUNCH(kernel, blocks, threads, ...)               \
-  do {                                                          \
-    if ((blocks) > 0) {                                         \
+#define PYLO_LAUNCH(kernel, blocks, threads, ...)                     \
+  do {                                                                \
+    if ((blocks) > 0) {                                               \
       kernel<<<(blocks), (threads), 0, device.stream>>>(__VA_ARGS__); \
-      STD_CUDA_KERNEL_LAUNCH_CHECK();                           \
-    }                                                           \
+      STD_CUDA_KERNEL_LAUNCH_CHECK();                                 \
+    }                                                                 \
   } while (0)
 
 // The device of a tensor, made current, and its current stream.
@@ -48,7 +52,8 @@ struct Device {
   cudaStream_t stream = nullptr;
   int index;
 
-  explicit Device(const Tensor& like) : guard(like.get_device_index()), index(like.get_device_index()) {
+  explicit Device(const Tensor& like)
+      : guard(like.get_device_index()), index(like.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
@@ -60,7 +65,9 @@ struct Device {
     return status != cudaStreamCaptureStatusNone;
   }
 
-  void clear(void* at, int64_t bytes) const { STD_CUDA_CHECK(cudaMemsetAsync(at, 0, bytes, stream)); }
+  void clear(void* at, int64_t bytes) const {
+    STD_CUDA_CHECK(cudaMemsetAsync(at, 0, bytes, stream));
+  }
 
   // As many blocks as the device runs at a time, if there are as many jobs.
   template <class Kernel>
@@ -68,7 +75,8 @@ struct Device {
     int processors = 0, each = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0));
-    return static_cast<int>(std::min<int64_t>(jobs, static_cast<int64_t>(processors) * (each > 0 ? each : 1)));
+    return static_cast<int>(
+        std::min<int64_t>(jobs, static_cast<int64_t>(processors) * (each > 0 ? each : 1)));
   }
 };
 #endif
@@ -85,7 +93,8 @@ void send(const Device& device, const void* from, int64_t bytes, void* to) {
   }
 }
 
-// The batch's memory on the device and what is known about it. Its tables are made in the first call; by a graph, if that call is captured.
+// The batch's memory on the device and what is known about it. Its tables are made in the first
+// call; by a graph, if that call is captured.
 struct Workspace {
   Plan plan;
   char* base;
@@ -101,31 +110,38 @@ struct Workspace {
 
   static Live* kept_rows(const Tensors_& workspace, const HostTables& host) {
     const int64_t bytes = host_bytes(host.num_items);
-    return reinterpret_cast<Live*>(static_cast<char*>(memory(workspace[1], bytes, ScalarType::Byte, "workspace[1]")) + sizeof(Plan));
+    return reinterpret_cast<Live*>(
+        static_cast<char*>(memory(workspace[1], bytes, ScalarType::Byte, "workspace[1]")) +
+        sizeof(Plan));
   }
 
   static int64_t host_bytes(int64_t num_items) {
-    return static_cast<int64_t>(sizeof(Plan)) + PASSES * num_items * static_cast<int64_t>(sizeof(Live));
+    return static_cast<int64_t>(sizeof(Plan)) +
+           PASSES * num_items * static_cast<int64_t>(sizeof(Live));
   }
 
   void make(const Device& device, const Tensors_& workspace, const HostTables& host) {
     check_list(workspace, 2, "workspace");
     base = static_cast<char*>(memory(workspace[0], 0, ScalarType::Byte, "workspace[0]"));
     STD_TORCH_CHECK(workspace[1].is_cpu(), "workspace[1] must be on the host");
-    Plan* kept = static_cast<Plan*>(memory(workspace[1], sizeof(Plan), ScalarType::Byte, "workspace[1]"));
-    const bool known = kept->magic == PLAN_MAGIC && kept->num_items == host.num_items && kept->num_boxes == host.num_boxes;
+    Plan* kept =
+        static_cast<Plan*>(memory(workspace[1], sizeof(Plan), ScalarType::Byte, "workspace[1]"));
+    const bool known = kept->magic == PLAN_MAGIC && kept->num_items == host.num_items &&
+                       kept->num_boxes == host.num_boxes;
     if (known) {
       plan = *kept;
       return;
     }
     const Work work = deal(host.items, host.num_items, host.boxes, host.num_boxes);
     plan = work.plan;
-    STD_TORCH_CHECK(workspace[0].numel() >= plan.total, "workspace[0] has ", workspace[0].numel(), " bytes, wanted ", plan.total);
+    STD_TORCH_CHECK(workspace[0].numel() >= plan.total, "workspace[0] has ", workspace[0].numel(),
+                    " bytes, wanted ", plan.total);
     const auto bring = [&](const auto& table, int64_t at) {
       send(device, table.data(), static_cast<int64_t>(table.size() * sizeof(table[0])), base + at);
     };
     device.clear(base + plan.counters, 2 * plan.num_items * 4);
-    send(device, host.items, host.num_items * static_cast<int64_t>(sizeof(Item)), base + plan.items);
+    send(device, host.items, host.num_items * static_cast<int64_t>(sizeof(Item)),
+         base + plan.items);
     send(device, host.boxes, host.num_boxes * static_cast<int64_t>(sizeof(Box)), base + plan.boxes);
     bring(work.jobs, plan.jobs);
     bring(work.side_jobs, plan.side_jobs);
@@ -144,18 +160,33 @@ struct Workspace {
   }
 
   Tables tables() const {
-    return Tables{
-        rows, at<unsigned>(plan.counters), at<Item>(plan.items), at<Box>(plan.boxes), at<Job>(plan.jobs),
-        at<SideJob>(plan.side_jobs), at<int64_t>(plan.side_at), at<EntryJob>(plan.entry_jobs), at<LeadJob>(plan.lead_jobs),
-        at<ItemRange>(plan.ranges), at<int64_t>(plan.normalisers_at), at<float>(plan.normalisers), at<uint32_t>(plan.networks),
-        at<double>(plan.partials), plan.num_items, plan.num_jobs, plan.num_side_jobs, plan.num_entry_jobs, plan.num_lead_jobs};
+    return Tables{rows,
+                  at<unsigned>(plan.counters),
+                  at<Item>(plan.items),
+                  at<Box>(plan.boxes),
+                  at<Job>(plan.jobs),
+                  at<SideJob>(plan.side_jobs),
+                  at<int64_t>(plan.side_at),
+                  at<EntryJob>(plan.entry_jobs),
+                  at<LeadJob>(plan.lead_jobs),
+                  at<ItemRange>(plan.ranges),
+                  at<int64_t>(plan.normalisers_at),
+                  at<float>(plan.normalisers),
+                  at<uint32_t>(plan.networks),
+                  at<double>(plan.partials),
+                  plan.num_items,
+                  plan.num_jobs,
+                  plan.num_side_jobs,
+                  plan.num_entry_jobs,
+                  plan.num_lead_jobs};
   }
 };
 
-// What the first kernel of a pass gets. The rows go ahead if one of the active items is not as it was in the last call.
-Head head_of(
-    const Device& device, const HostTables& host, const Ints& active, const TensorLists& lists, const std::vector<double*>* a,
-    const std::vector<double*>* b, const Workspace& space) {
+// What the first kernel of a pass gets. The rows go ahead if one of the active items is not as it
+// was in the last call.
+Head head_of(const Device& device, const HostTables& host, const Ints& active,
+             const TensorLists& lists, const std::vector<double*>* a, const std::vector<double*>* b,
+             const Workspace& space) {
   const std::vector<Tensors> tensors = pointers_of(host, active, lists);
   const size_t num_items = static_cast<size_t>(host.num_items);
   const bool writes_directions = lists.directions && !lists.directions->empty();
@@ -165,9 +196,16 @@ Head head_of(
   for (int64_t i : active) {
     const Tensors& t = tensors[i];
     const Item& item = host.items[i];
-    rows[i] = Live{
-        t.value, nullptr, t.momentum, t.rms, item.factored ? t.row : t.diag, t.col, nullptr, a ? (*a)[item.a_buffer] : nullptr,
-        b ? (*b)[item.b_buffer] : nullptr, 0};
+    rows[i] = Live{t.value,
+                   nullptr,
+                   t.momentum,
+                   t.rms,
+                   item.factored ? t.row : t.diag,
+                   t.col,
+                   nullptr,
+                   a ? (*a)[item.a_buffer] : nullptr,
+                   b ? (*b)[item.b_buffer] : nullptr,
+                   0};
     const int64_t grad = reinterpret_cast<int64_t>(t.grad);
     STD_TORCH_CHECK((grad & ~GRAD_BITS) == 0, "a gradient at an address of more than 56 bits");
     words[i] = grad | (t.value_type | t.grad_type << 2 | int64_t{1} << 4) << GRAD_SHIFT;
@@ -181,16 +219,18 @@ Head head_of(
   head.items = host.num_items;
   head.directions = writes_directions ? host.num_items : 0;
   head.further = space.at<int64_t>(space.plan.words);
-  const int64_t size = static_cast<int64_t>(words.size()), here = std::min<int64_t>(UPLOAD_WORDS, size);
+  const int64_t size = static_cast<int64_t>(words.size()),
+                here = std::min<int64_t>(UPLOAD_WORDS, size);
   std::memcpy(head.upload.words, words.data(), static_cast<size_t>(here) * 8);
-  if (size > here) send(device, words.data() + here, (size - here) * 8, space.at<int64_t>(space.plan.words));
+  if (size > here)
+    send(device, words.data() + here, (size - here) * 8, space.at<int64_t>(space.plan.words));
   return head;
 }
 
-// ------------------------------------------------------------------------------------------------ operators
+// --------------------------------------------------------------------------------------- operators
 
-void gradient_pass(
-    Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits, bool replace, Tensors_ sums, Tensors_ workspace) {
+void gradient_pass(Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits,
+                   bool replace, Tensors_ sums, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(grads[0]);
   const HostTables host(items, boxes);
@@ -200,12 +240,13 @@ void gradient_pass(
   const Workspace space(device, workspace, host, GRADIENTS);
   const Head head = head_of(device, host, active, lists, &a, nullptr, space);
   const GradientArgs args{space.tables(), doubles(limits, 2 * host.num_items, "limits"), replace};
-  PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256, head, args);
+  PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256,
+              head, args);
   PYLO_LAUNCH(entry_kernel, static_cast<int>(space.plan.num_entry_jobs), 256, args);
 }
 
-void moment_pass(
-    Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+void moment_pass(Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum,
+                 Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(values[0]);
   const HostTables host(items, boxes);
@@ -214,20 +255,21 @@ void moment_pass(
   lists.momentum = &momentum;
   lists.rms = &rms;
   const std::vector<double*> b = buffers_of_b(host, sums, active, true);
-  for (int64_t i : active) STD_TORCH_CHECK(host.items[i].moments_at >= 0, "item ", i, " has no moments");
+  for (int64_t i : active)
+    STD_TORCH_CHECK(host.items[i].moments_at >= 0, "item ", i, " has no moments");
   const Workspace space(device, workspace, host, MOMENTS);
   const Head head = head_of(device, host, active, lists, nullptr, &b, space);
   const Plan& plan = space.plan;
-  PYLO_LAUNCH(
-      moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head, space.tables(),
-      space.at<int64_t>(plan.first_moment_job), space.at<unsigned>(plan.counters) + host.num_items,
-      space.at<double>(plan.moment_partials));
+  PYLO_LAUNCH(moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head,
+              space.tables(), space.at<int64_t>(plan.first_moment_job),
+              space.at<unsigned>(plan.counters) + host.num_items,
+              space.at<double>(plan.moment_partials));
 }
 
-void feature_pass(
-    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
-    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
-    Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
+void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                  Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms,
+                  Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor moves, Tensor scale,
+                  Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(values[0]);
   const HostTables host(items, boxes);
@@ -237,22 +279,30 @@ void feature_pass(
   const FactorSizes sizes = factor_sizes(host, active);
   const Workspace space(device, workspace, host, FEATURES);
   const Head head = head_of(device, host, active, lists, &a, &b, space);
-  const PassArgs args{
-      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
-      floats(factors, sizes.factors, "factors"), doubles(squares, sizes.squares, "squares")};
+  const PassArgs args{space.tables(),
+                      rule_of(rule),
+                      bools(moves, host.num_items, "moves"),
+                      doubles(scale, host.num_items, "scale"),
+                      floats(factors, sizes.factors, "factors"),
+                      doubles(squares, sizes.squares, "squares")};
   PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
-  const bool moments = extended && host.items[active[0]].moments_at >= 0;  // a rule's tensors are alike in this
-  for (int64_t i : active) STD_TORCH_CHECK(moments == (host.items[i].moments_at >= 0), "only some items have moments");
-  const auto features = moments ? feature_kernel<true, true> : extended ? feature_kernel<true, false> : feature_kernel<false, false>;
+  // a rule's tensors are alike in this
+  const bool moments = extended && host.items[active[0]].moments_at >= 0;
+  for (int64_t i : active)
+    STD_TORCH_CHECK(moments == (host.items[i].moments_at >= 0), "only some items have moments");
+  const auto features = moments    ? feature_kernel<true, true>
+                        : extended ? feature_kernel<true, false>
+                                   : feature_kernel<false, false>;
   PYLO_LAUNCH(features, device.blocks(features, 256, jobs), 256, args);
 }
 
-void update_pass(
-    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
-    Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
-    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
-    Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
+                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
+                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
+                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
+                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
   if (active.empty()) return;
   const Device device(values[0]);
   const HostTables host(items, boxes);
@@ -263,14 +313,20 @@ void update_pass(
   const Workspace space(device, workspace, host, UPDATES);
   const Head head = head_of(device, host, active, lists, nullptr, &b, space);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
-  const PassArgs pass{
-      space.tables(), rule_of(rule), bools(keep, host.num_items, "keep"), doubles(scale, host.num_items, "scale"),
-      floats(factors, sizes.factors, "factors"), nullptr};
-  const UpdateArgs args{
-      pass, floats(networks, 0, "networks"),
-      static_cast<const int64_t*>(memory(network_of, host.num_items, ScalarType::Long, "network_of")),
-      reinterpret_cast<const Step*>(floats(steps, 4 * host.num_items, "steps")),
-      doubles(param_squares, host.num_items, "param_squares"), doubles(update_squares, host.num_items, "update_squares"), squares_};
+  const PassArgs pass{space.tables(),
+                      rule_of(rule),
+                      bools(moves, host.num_items, "moves"),
+                      doubles(scale, host.num_items, "scale"),
+                      floats(factors, sizes.factors, "factors"),
+                      nullptr};
+  const UpdateArgs args{pass,
+                        floats(networks, 0, "networks"),
+                        static_cast<const int64_t*>(
+                            memory(network_of, host.num_items, ScalarType::Long, "network_of")),
+                        reinterpret_cast<const Step*>(floats(steps, 4 * host.num_items, "steps")),
+                        doubles(param_squares, host.num_items, "param_squares"),
+                        doubles(update_squares, host.num_items, "update_squares"),
+                        squares_};
   const int64_t jobs = space.plan.num_jobs;
   const int slices = static_cast<int>(SLICES * host.num_items);
   if (!extended && precision > 0) {
@@ -283,7 +339,9 @@ void update_pass(
   }
   const auto prepare = extended ? prepare_kernel<true, 0> : prepare_kernel<false, 0>;
   PYLO_LAUNCH(prepare, slices, 128, head, args);
-  const auto update = !extended ? scalar_kernel<false, 32> : hidden == 8 ? scalar_kernel<true, 8> : scalar_kernel<true, 4>;
+  const auto update = !extended     ? scalar_kernel<false, 32>
+                      : hidden == 8 ? scalar_kernel<true, 8>
+                                    : scalar_kernel<true, 4>;
   const int threads = scalar_threads(static_cast<int>(hidden));
   PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
 }
@@ -291,7 +349,8 @@ void update_pass(
 // Bytes on the device and pinned on the host, both zeroed by the caller.
 Ints workspace_sizes(Tensor items, Tensor boxes, Tensor) {
   const HostTables host(items, boxes);
-  return Ints{deal(host.items, host.num_items, host.boxes, host.num_boxes).plan.total, Workspace::host_bytes(host.num_items)};
+  return Ints{deal(host.items, host.num_items, host.boxes, host.num_boxes).plan.total,
+              Workspace::host_bytes(host.num_items)};
 }
 
 #if !defined(PYLO_FIBERS)
@@ -309,10 +368,14 @@ std::string cuda_architectures() { return "unknown"; }
 }  // namespace pylo_dist
 
 #if !defined(PYLO_FIBERS)
-STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) { m.def("cuda_architectures() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) {
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_table_fields(str table) -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&pylo_dist::gpu::cuda_architectures));
+  m.impl("cuda_table_fields", TORCH_BOX(&pylo_dist::table_fields));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CUDA, m) {

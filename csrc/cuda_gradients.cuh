@@ -1,5 +1,6 @@
-// Pass A on a GPU, VeLO's moments of tensors at rest, and what all first kernels of a pass are told. Every sum is made of partial sums per
-// job, added in the order of the table in double: no atomics on floating point, the same bits in every run.
+// Pass A on a GPU, VeLO's moments of tensors at rest, and what all first kernels of a pass are
+// told. Every sum is made of partial sums per job, added in the order of the table in double: no
+// atomics on floating point, the same bits in every run.
 #pragma once
 
 #include "cuda_platform.cuh"
@@ -8,8 +9,8 @@
 namespace pylo_dist {
 namespace gpu {
 
-// A table or a part of it on its way to the device, as the argument of a kernel: it needs no memory on the host that would have to
-// live on, and a CUDA graph keeps its copy.
+// A table or a part of it on its way to the device, as the argument of a kernel: it needs no memory
+// on the host that would have to live on, and a CUDA graph keeps its copy.
 constexpr int UPLOAD_WORDS = 4000;
 struct Upload {
   int64_t words[UPLOAD_WORDS];
@@ -20,8 +21,12 @@ __global__ void upload(const __grid_constant__ Upload from, int64_t* to, int cou
 }
 
 __device__ __forceinline__ bool is_active(const Live& live) { return live.types >> 4 & 1; }
-__device__ __forceinline__ int value_type(const Live& live) { return static_cast<int>(live.types & 3); }
-__device__ __forceinline__ int grad_type(const Live& live) { return static_cast<int>(live.types >> 2 & 3); }
+__device__ __forceinline__ int value_type(const Live& live) {
+  return static_cast<int>(live.types & 3);
+}
+__device__ __forceinline__ int grad_type(const Live& live) {
+  return static_cast<int>(live.types >> 2 & 3);
+}
 
 // Pointers into the workspace.
 struct Tables {
@@ -42,9 +47,10 @@ struct Tables {
   int64_t num_items, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs;
 };
 
-// What changes from call to call, as an argument of the first kernel of a pass: a word per item, its gradient with the types in the upper
-// byte (0: not active), then, if the pass writes directions, a word per item with that pointer. Words that do not fit in are in
-// `further` already. All else about an item is in the workspace since it last changed.
+// What changes from call to call, as an argument of the first kernel of a pass: a word per item,
+// its gradient with the types in the upper byte (0: not active), then, if the pass writes
+// directions, a word per item with that pointer. Words that do not fit in are in `further` already.
+// All else about an item is in the workspace since it last changed.
 struct Head {
   Upload upload;
   int64_t items, directions;  // how many words of each kind
@@ -60,7 +66,8 @@ __device__ __forceinline__ Live live_at(const Head& head, const Tables& tables, 
   Live live = tables.live[i];
   live.grad = reinterpret_cast<const void*>(word & GRAD_BITS);
   live.types = word >> GRAD_SHIFT;
-  live.direction = i < head.directions ? reinterpret_cast<float*>(head_word(head, head.items + i)) : nullptr;
+  live.direction =
+      i < head.directions ? reinterpret_cast<float*>(head_word(head, head.items + i)) : nullptr;
   return live;
 }
 
@@ -73,7 +80,7 @@ __device__ __forceinline__ void keep_live(const Head& head, const Tables& tables
   tables.live[i].direction = now.direction;
 }
 
-// ------------------------------------------------------------------------------------------------ pass A
+// ------------------------------------------------------------------------------------------ pass A
 
 struct GradientArgs {
   Tables tables;
@@ -81,9 +88,11 @@ struct GradientArgs {
   bool replace;
 };
 
-// In `partials`: the audits of all side jobs, two numbers each, then what the sides of the boxes sum, (chunks, outputs).
+// In `partials`: the audits of all side jobs, two numbers each, then what the sides of the boxes
+// sum, (chunks, outputs).
 __device__ __forceinline__ double* side_partials(const Tables& tables, int64_t box, int64_t side) {
-  return tables.partials + 2 * tables.num_side_jobs + (side == NEITHER ? 0 : tables.side_at[2 * box + side]);
+  return tables.partials + 2 * tables.num_side_jobs +
+         (side == NEITHER ? 0 : tables.side_at[2 * box + side]);
 }
 
 struct GradientSums {
@@ -91,16 +100,22 @@ struct GradientSums {
 };
 
 // g^2 as the factors see it; the audit counts what came.
-__device__ __forceinline__ double square_of(float g, float limit, double clamp_square, bool replace, int type, GradientSums& sums) {
+__device__ __forceinline__ double square_of(float g, float limit, double clamp_square, bool replace,
+                                            int type, GradientSums& sums) {
   const float size = fabsf(g);
   sums.beyond += size <= limit ? 0.0 : 1.0;
-  if (replace && !(size < INFINITY)) g = g != g ? 0.0f : type == FLOAT32 ? 3.402823466e38f : type == BFLOAT16 ? 3.389531390e38f : 65504.0f;
+  if (replace && !(size < INFINITY))
+    g = g != g             ? 0.0f
+        : type == FLOAT32  ? 3.402823466e38f
+        : type == BFLOAT16 ? 3.389531390e38f
+                           : 65504.0f;
   const double square = static_cast<double>(g) * static_cast<double>(g);
   sums.squares += square;
   return min_(square, clamp_square);
 }
 
-__global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ Head head, const GradientArgs args) {
+__global__ void __launch_bounds__(256)
+    gradient_kernel(const __grid_constant__ Head head, const GradientArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.tables;
   for (int64_t i = blockIdx.x; i < tables.num_items; i += gridDim.x) keep_live(head, tables, i);
@@ -119,12 +134,14 @@ __global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ H
     GradientSums sums;
     if (dim == INNER) {  // a warp per output
       const int lane = threadIdx.x & 31;
-      for (int64_t o = job.first_output + (threadIdx.x >> 5); o < job.last_output; o += blockDim.x >> 5) {
+      for (int64_t o = job.first_output + (threadIdx.x >> 5); o < job.last_output;
+           o += blockDim.x >> 5) {
         const int64_t at = find_run(box, o).local;
         double sum = 0.0;
 #pragma unroll 4
         for (int64_t i = first + lane; i < last; i += 32) {
-          sum += square_of(load_as_float(live.grad, type, at + i), limit, clamp_square, args.replace, type, sums);
+          sum += square_of(load_as_float(live.grad, type, at + i), limit, clamp_square,
+                           args.replace, type, sums);
         }
         sum = warp_sum(sum);
         if (lane == 0 && job.side != NEITHER) to[o] = sum;
@@ -135,13 +152,15 @@ __global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ H
         double sum = 0.0;
 #pragma unroll 4
         for (int64_t i = first; i < last; ++i) {
-          sum += square_of(load_as_float(live.grad, type, at + i * step), limit, clamp_square, args.replace, type, sums);
+          sum += square_of(load_as_float(live.grad, type, at + i * step), limit, clamp_square,
+                           args.replace, type, sums);
         }
         to[o] = sum;
       }
     }
     if (job.side != COLUMN) {  // the other sides go over every element once
-      const double beyond = block_sum(sums.beyond, scratch), squares = block_sum(sums.squares, scratch);
+      const double beyond = block_sum(sums.beyond, scratch),
+                   squares = block_sum(sums.squares, scratch);
       if (threadIdx.x == 0) {
         tables.partials[2 * j] = beyond;
         tables.partials[2 * j + 1] = squares;
@@ -192,18 +211,21 @@ __global__ void __launch_bounds__(256) entry_kernel(const GradientArgs args) {
   }
 }
 
-// ------------------------------------------------------- VeLO's moments, of items that pass B leaves out
+// ------------------------------------------------- VeLO's moments, of items that pass B leaves out
 
-__global__ void __launch_bounds__(256) moment_kernel(
-    const __grid_constant__ Head head, const Tables tables, const int64_t* first_job, unsigned* counters, double* partials) {
+__global__ void __launch_bounds__(256)
+    moment_kernel(const __grid_constant__ Head head, const Tables tables, const int64_t* first_job,
+                  unsigned* counters, double* partials) {
   __shared__ double scratch[MOST_WARPS];
   const int num_items = static_cast<int>(tables.num_items);
   for (int64_t j = blockIdx.x; j < first_job[num_items]; j += gridDim.x) {
     int low = 0, high = num_items;  // first_job[low] <= j < first_job[high]
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (first_job[middle] <= j) low = middle;
-      else high = middle;
+      if (first_job[middle] <= j)
+        low = middle;
+      else
+        high = middle;
     }
     const Live it = live_at(head, tables, low);
     if (!is_active(it)) continue;
@@ -230,7 +252,8 @@ __global__ void __launch_bounds__(256) moment_kernel(
     if (is_last(&counters[low], static_cast<unsigned>(first_job[low + 1] - first_job[low]))) {
       if (threadIdx.x < NUM_MOMENTS) {
         double sum = 0.0;
-        for (int64_t i = first_job[low]; i < first_job[low + 1]; ++i) sum += partials[NUM_MOMENTS * i + threadIdx.x];
+        for (int64_t i = first_job[low]; i < first_job[low + 1]; ++i)
+          sum += partials[NUM_MOMENTS * i + threadIdx.x];
         it.b[tables.items[low].moments_at + threadIdx.x] += sum;
       }
     }

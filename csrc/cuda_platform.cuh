@@ -1,5 +1,6 @@
-// What the GPU kernels need of their platform: CUDA, or (PYLO_FIBERS) the emulation in tests/maths/fibers.h, which runs blocks one
-// after the other and the threads of a block as fibers, so that the same kernels and launchers run on a CPU.
+// What the GPU kernels need of their platform: CUDA, or (PYLO_FIBERS) the emulation in
+// tests/maths/fibers.h, which runs blocks one after the other and the threads of a block as fibers,
+// so that the same kernels and launchers run on a CPU.
 #pragma once
 
 #if defined(PYLO_FIBERS)
@@ -18,26 +19,16 @@ namespace gpu {
 
 constexpr unsigned ALL = 0xffffffffu;
 
-#if defined(PYLO_FIBERS)
-inline float from_bfloat(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+__device__ __forceinline__ float from_bfloat(uint16_t x) {
+  return __bfloat162float(__ushort_as_bfloat16(x));
 }
-inline uint16_t to_bfloat(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+__device__ __forceinline__ uint16_t to_bfloat(float x) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
-inline float from_half(uint16_t x) { return lanes::float_from_half(x); }
-inline uint16_t to_half(float x) { return lanes::half_from_float(x); }
-#else
-__device__ __forceinline__ float from_bfloat(uint16_t x) { return __bfloat162float(__ushort_as_bfloat16(x)); }
-__device__ __forceinline__ uint16_t to_bfloat(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ __forceinline__ float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }
-__device__ __forceinline__ uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
-#endif
+__device__ __forceinline__ uint16_t to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
 
 // Element i of a tensor of one of the three dtypes.
 __device__ __forceinline__ float load_as_float(const void* from, int type, int64_t i) {
@@ -63,7 +54,8 @@ __device__ __forceinline__ double warp_sum(double x) {
 
 constexpr int MOST_WARPS = 16;
 
-// The sum over a block, the same bits in every run; all threads get it. `scratch` (MOST_WARPS) may be used again at once.
+// The sum over a block, the same bits in every run; all threads get it. `scratch` (MOST_WARPS) may
+// be used again at once.
 __device__ __forceinline__ double block_sum(double x, double* scratch) {
   x = warp_sum(x);
   if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = x;
@@ -74,8 +66,8 @@ __device__ __forceinline__ double block_sum(double x, double* scratch) {
   return sum;
 }
 
-// Whether this block is the last of `count` to get here; what the others wrote before is then visible. `counter` is 0 before the
-// first and after the last. The same answer in all threads.
+// Whether this block is the last of `count` to get here; what the others wrote before is then
+// visible. `counter` is 0 before the first and after the last. The same answer in all threads.
 __device__ __forceinline__ bool is_last(unsigned* counter, unsigned count) {
   __shared__ bool last;
   __threadfence();

@@ -1,4 +1,5 @@
-// Pass B on a GPU: the factors of every item, then the sums of squares of the element features, added as in cuda_gradients.cuh.
+// Pass B on a GPU: the factors of every item, then the sums of squares of the element features,
+// added as in cuda_gradients.cuh.
 #pragma once
 
 #include "cuda_gradients.cuh"
@@ -9,15 +10,19 @@ namespace gpu {
 struct PassArgs {
   Tables tables;
   RuleConstants rule;
-  const bool* keep;
+  const bool* moves;
   const double* scale;
   float* factors;
   double* squares;
 };
 
-// The mean over the middle of row (outer, middle, inner), and from it the row's scale. `lanes` threads share a mean.
-__device__ __forceinline__ void scale_rows(const Item& item, const float* row, float* to, int64_t group, int thread, int threads, double* scratch) {
-  const int64_t at = group / item.row_inner * item.size_d1 * item.row_inner + group % item.row_inner;
+// The mean over the middle of row (outer, middle, inner), and from it the row's scale. `lanes`
+// threads share a mean.
+__device__ __forceinline__ void scale_rows(const Item& item, const float* row, float* to,
+                                           int64_t group, int thread, int threads,
+                                           double* scratch) {
+  const int64_t at =
+      group / item.row_inner * item.size_d1 * item.row_inner + group % item.row_inner;
   double sum = 0.0;
   for (int64_t i = thread; i < item.size_d1; i += threads) sum += row[at + i * item.row_inner];
   sum = scratch ? block_sum(sum, scratch) : warp_sum(sum);
@@ -28,7 +33,8 @@ __device__ __forceinline__ void scale_rows(const Item& item, const float* row, f
 }
 
 // Sum over the elements of a lead of the squares of a factor, by one warp.
-__device__ __forceinline__ double lead_square(const Item& item, const float* x, bool is_row, int64_t lead, int lane) {
+__device__ __forceinline__ double lead_square(const Item& item, const float* x, bool is_row,
+                                              int64_t lead, int lane) {
   const int64_t* strides = is_row ? item.lead_row : item.lead_col;
   const int64_t* matrix = is_row ? item.matrix_row : item.matrix_col;
   int64_t at = 0;
@@ -36,7 +42,8 @@ __device__ __forceinline__ double lead_square(const Item& item, const float* x, 
     at += lead % item.lead_sizes[d] * strides[d];
     lead /= item.lead_sizes[d];
   }
-  const int64_t rows = matrix[0] ? item.matrix_sizes[0] : 1, cols = matrix[1] ? item.matrix_sizes[1] : 1;
+  const int64_t rows = matrix[0] ? item.matrix_sizes[0] : 1,
+                cols = matrix[1] ? item.matrix_sizes[1] : 1;
   double sum = 0.0;
   for (int64_t i = lane; i < rows * cols; i += 32) {
     const double value = x[at + i / cols * matrix[0] + i % cols * matrix[1]];
@@ -46,7 +53,8 @@ __device__ __forceinline__ double lead_square(const Item& item, const float* x, 
 }
 
 // One block per item: the factors' new state, and everything the passes read of them.
-__global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
+__global__ void __launch_bounds__(512, 1)
+    factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
   __shared__ double scratch[MOST_WARPS];
   const int64_t i = blockIdx.x;
   keep_live(head, args.tables, i);
@@ -55,11 +63,13 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
   if (!is_active(live) || !item.factored) return;
   float *row = live.row_or_diag, *col = live.col;
   float* row_scale = args.factors + item.factors_at;
-  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols, *col_rsqrt = row_rsqrt + K * item.rows;
+  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols,
+        *col_rsqrt = row_rsqrt + K * item.rows;
   const double *row_sums = live.a + item.a_at, *col_sums = row_sums + item.rows;
   const double by = args.scale[i] * args.scale[i];
-  const double row_by = by / static_cast<double>(item.size_d0), col_by = by / static_cast<double>(item.size_d1);
-  const bool keep = args.keep[i];
+  const double row_by = by / static_cast<double>(item.size_d0),
+               col_by = by / static_cast<double>(item.size_d1);
+  const bool moves = args.moves[i];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   double* squares = args.squares + item.squares_at;
 #pragma unroll 1
@@ -68,7 +78,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
     double row_square = 0.0, row_rsqrt_square = 0.0, col_square = 0.0, col_rsqrt_square = 0.0;
     for (int64_t r = threadIdx.x; r < item.rows; r += blockDim.x) {
       float x = row_k[r];
-      if (keep) row_k[r] = x = update_factor(x, row_sums[r] * row_by, k, args.rule);
+      if (moves) row_k[r] = x = update_factor(x, row_sums[r] * row_by, k, args.rule);
       const float rsqrt = factor_rsqrt_of(x);
       row_rsqrt[k * item.rows + r] = rsqrt;
       row_square += static_cast<double>(x) * x;
@@ -76,7 +86,7 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
     }
     for (int64_t c = threadIdx.x; c < item.cols; c += blockDim.x) {
       float x = col_k[c];
-      if (keep) col_k[c] = x = update_factor(x, col_sums[c] * col_by, k, args.rule);
+      if (moves) col_k[c] = x = update_factor(x, col_sums[c] * col_by, k, args.rule);
       const float rsqrt = factor_rsqrt_of(x);
       col_rsqrt[k * item.cols + c] = rsqrt;
       col_scale[k * item.cols + c] = col_scale_of(x);
@@ -84,11 +94,14 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
       col_rsqrt_square += static_cast<double>(rsqrt) * rsqrt;
     }
     if (item.leads == 1) {
-      const double row_times = static_cast<double>(item.lead_numel) / static_cast<double>(item.rows);
-      const double col_times = static_cast<double>(item.lead_numel) / static_cast<double>(item.cols);
-      const double sums[4] = {
-          block_sum(row_square, scratch) * row_times, block_sum(col_square, scratch) * col_times,
-          block_sum(row_rsqrt_square, scratch) * row_times, block_sum(col_rsqrt_square, scratch) * col_times};
+      const double row_times =
+          static_cast<double>(item.lead_numel) / static_cast<double>(item.rows);
+      const double col_times =
+          static_cast<double>(item.lead_numel) / static_cast<double>(item.cols);
+      const double sums[4] = {block_sum(row_square, scratch) * row_times,
+                              block_sum(col_square, scratch) * col_times,
+                              block_sum(row_rsqrt_square, scratch) * row_times,
+                              block_sum(col_rsqrt_square, scratch) * col_times};
       if (threadIdx.x == 0) {
         for (int s = 0; s < 4; ++s) squares[s * K + k] = sums[s];
       }
@@ -100,13 +113,15 @@ __global__ void __launch_bounds__(512, 1) factor_kernel(const __grid_constant__ 
         scale_rows(item, row_k, row_scale + k * item.rows, g, threadIdx.x, blockDim.x, scratch);
       }
     } else {
-      for (int64_t g = warp; g < groups; g += warps) scale_rows(item, row_k, row_scale + k * item.rows, g, lane, 32, nullptr);
+      for (int64_t g = warp; g < groups; g += warps)
+        scale_rows(item, row_k, row_scale + k * item.rows, g, lane, 32, nullptr);
     }
     if (item.leads > 1) {
       for (int64_t l = warp; l < 4 * item.leads; l += warps) {
         const int s = static_cast<int>(l / item.leads);
         const bool is_row = s % 2 == 0;
-        const float* x = is_row ? (s == 0 ? row_k : row_rsqrt + k * item.rows) : (s == 1 ? col_k : col_rsqrt + k * item.cols);
+        const float* x = is_row ? (s == 0 ? row_k : row_rsqrt + k * item.rows)
+                                : (s == 1 ? col_k : col_rsqrt + k * item.cols);
         const double sum = lead_square(item, x, is_row, l % item.leads, lane);
         if (lane == 0) squares[(s * K + k) * item.leads + l % item.leads] = sum;
       }
@@ -121,9 +136,10 @@ struct Place {
 
 // New accumulators and element features of one element.
 template <bool Extended, bool Diag>
-__device__ __forceinline__ void read_element(
-    Element<float, Extended>& e, const Live& live, const Item& item, const Factors& factors, const Place& at, float scale,
-    const RuleConstants& rule) {
+__device__ __forceinline__ void read_element(Element<float, Extended>& e, const Live& live,
+                                             const Item& item, const Factors& factors,
+                                             const Place& at, float scale,
+                                             const RuleConstants& rule) {
   float m[K], x[K], y[K];
 #pragma unroll
   for (int k = 0; k < K; ++k) m[k] = live.momentum[k * item.numel + at.local];
@@ -144,17 +160,21 @@ __device__ __forceinline__ void read_element(
   }
 }
 
-__device__ __forceinline__ Factors factors_on_device(const Item& item, const Live& live, const float* factors) {
+__device__ __forceinline__ Factors factors_on_device(const Item& item, const Live& live,
+                                                     const float* factors) {
   const float* at = factors + item.factors_at;
   const int64_t r = K * item.rows, c = K * item.cols;
-  return Factors{live.row_or_diag, live.col, at, at + r, at + r + c, at + 2 * r + c, item.rows, item.cols};
+  return Factors{live.row_or_diag, live.col,       at,        at + r,
+                 at + r + c,       at + 2 * r + c, item.rows, item.cols};
 }
 
 // sums[s] += squares of what pass B sums, in its order.
 template <bool Extended, bool Diag, int N>
 __device__ __forceinline__ void add_squares(double (&sums)[N], const Element<float, Extended>& e) {
   using L = Layout<Extended>;
-  const auto add = [&](int s, float x) { sums[s] += static_cast<double>(x) * static_cast<double>(x); };
+  const auto add = [&](int s, float x) {
+    sums[s] += static_cast<double>(x) * static_cast<double>(x);
+  };
 #pragma unroll
   for (int f = 0; f < L::FIRST_FACTOR; ++f) add(f, e.x[f]);
   if constexpr (Diag) {
@@ -165,17 +185,22 @@ __device__ __forceinline__ void add_squares(double (&sums)[N], const Element<flo
     }
   }
 #pragma unroll
-  for (int k = 0; k < K; ++k) add(L::FIRST_FACTOR + (Diag ? 2 * K : 0) + k, e.x[L::FIRST_FACTOR + k]);
+  for (int k = 0; k < K; ++k)
+    add(L::FIRST_FACTOR + (Diag ? 2 * K : 0) + k, e.x[L::FIRST_FACTOR + k]);
 }
 
-// Element `index` of a job: its run and column, without a division where a run of the job has a power of two of them.
+// Element `index` of a job: its run and column, without a division where a run of the job has a
+// power of two of them.
 struct JobShape {
   int64_t first_run, first;
   uint32_t columns;
   int shift;
 
   __device__ __forceinline__ explicit JobShape(const Job& job)
-      : first_run(job.first_run), first(job.first), columns(static_cast<uint32_t>(job.last - job.first)), shift(0) {
+      : first_run(job.first_run),
+        first(job.first),
+        columns(static_cast<uint32_t>(job.last - job.first)),
+        shift(0) {
     while ((1u << shift) < columns) ++shift;
     if ((1u << shift) != columns) shift = -1;
   }
@@ -199,7 +224,8 @@ __device__ __forceinline__ constexpr int num_feature_sums() {
 
 // VeLO's sums of the old accumulators, from sums[first] on: m_k, m_k^2, v, v^2.
 template <int first, int N>
-__device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, const Item& item, int64_t at) {
+__device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, const Item& item,
+                                        int64_t at) {
   const double v = live.rms[at];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -213,8 +239,8 @@ __device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, con
 
 // With `Moments` those too, behind the others.
 template <bool Extended, bool Diag, bool Moments, int N>
-__device__ __forceinline__ void sum_job(
-    const PassArgs& args, const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[N]) {
+__device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, const Box& box,
+                                        const Item& item, const Live& live, double (&sums)[N]) {
   const Factors factors = factors_on_device(item, live, args.factors);
   const float scale = static_cast<float>(args.scale[box.item]);
   const JobShape shape(job);
@@ -228,18 +254,20 @@ __device__ __forceinline__ void sum_job(
   }
 }
 
-// The same of those sums alone. Vectors take a turn of their own for them, since the registers are full without.
-__device__ __forceinline__ void sum_old(
-    const Job& job, const Box& box, const Item& item, const Live& live, double (&sums)[NUM_MOMENTS - 1]) {
+// The same of those sums alone. Vectors take a turn of their own for them, since the registers are
+// full without.
+__device__ __forceinline__ void sum_old(const Job& job, const Box& box, const Item& item,
+                                        const Live& live, double (&sums)[NUM_MOMENTS - 1]) {
   const JobShape shape(job);
   const uint32_t numel = job_numel(job);
-  for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) add_old<0>(sums, live, item, shape.place(box, i, nullptr).local);
+  for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x)
+    add_old<0>(sums, live, item, shape.place(box, i, nullptr).local);
 }
 
 // The sums of a block to rows first .. first + num of the partial sums of a job.
 template <int N>
-__device__ __forceinline__ void store_sums(
-    const double (&sums)[N], double (*warp_sums)[8], const Tables& tables, int64_t job, int first, int num) {
+__device__ __forceinline__ void store_sums(const double (&sums)[N], double (*warp_sums)[8],
+                                           const Tables& tables, int64_t job, int first, int num) {
 #pragma unroll
   for (int s = 0; s < N; ++s) {
     const double sum = warp_sum(sums[s]);
@@ -254,10 +282,11 @@ __device__ __forceinline__ void store_sums(
   __syncthreads();
 }
 
-// The sums over the groups of an item's jobs, box after box, by the block that finished the last of them.
+// The sums over the groups of an item's jobs, box after box, by the block that finished the last of
+// them.
 template <bool Extended, bool Moments>
-__device__ __forceinline__ void sum_groups(
-    const PassArgs& args, const Item& item, const Live& live, const ItemRange& range, int num, int features) {
+__device__ __forceinline__ void sum_groups(const PassArgs& args, const Item& item, const Live& live,
+                                           const ItemRange& range, int num, int features) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   const int64_t jobs = args.tables.num_jobs;
   double* to = live.b + item.b_at;
@@ -265,13 +294,15 @@ __device__ __forceinline__ void sum_groups(
   while (j < range.last_job) {
     const int64_t box = args.tables.jobs[j].box;
     int64_t turn = 0;
-    for (; j < range.last_job && args.tables.jobs[j].box == box; j = args.tables.jobs[j].group_end) {
+    for (; j < range.last_job && args.tables.jobs[j].box == box;
+         j = args.tables.jobs[j].group_end) {
       const Job& group = args.tables.jobs[j];
       for (int s = 0; s < num; ++s, ++turn) {
         if (turn % warps != warp) continue;
         double sum = 0.0;
 #pragma unroll 4
-        for (int64_t i = j + lane; i < group.group_end; i += 32) sum += args.tables.partials[s * jobs + i];
+        for (int64_t i = j + lane; i < group.group_end; i += 32)
+          sum += args.tables.partials[s * jobs + i];
         sum = warp_sum(sum);
         if (lane != 0) continue;
         if (s < features) to[s * item.leads + group.lead] += sum;
@@ -334,7 +365,8 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
         }
       }
 #pragma unroll
-      for (int s = 0; s < Layout<Extended>::SUMS_FACTORED; ++s) live.b[item.b_at + s * item.leads + lead] += sums[s];
+      for (int s = 0; s < Layout<Extended>::SUMS_FACTORED; ++s)
+        live.b[item.b_at + s * item.leads + lead] += sums[s];
     }
   }
 }
@@ -342,7 +374,8 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
 template <bool Extended, bool Moments>
 __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
   constexpr int further = Moments ? NUM_MOMENTS - 1 : 0;
-  constexpr int factored = num_feature_sums<Extended, false>(), diag = num_feature_sums<Extended, true>();
+  constexpr int factored = num_feature_sums<Extended, false>(),
+                diag = num_feature_sums<Extended, true>();
   constexpr int most = factored + further > diag ? factored + further : diag;
   __shared__ double warp_sums[most][8];
   const Tables& tables = args.tables;
@@ -367,7 +400,8 @@ __global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
       }
     }
     const ItemRange range = tables.ranges[box.item];
-    if (is_last(&tables.counters[box.item], static_cast<unsigned>(range.last_job - range.first_job))) {
+    if (is_last(&tables.counters[box.item],
+                static_cast<unsigned>(range.last_job - range.first_job))) {
       sum_groups<Extended, Moments>(args, item, live, range, num, features);
     }
   }

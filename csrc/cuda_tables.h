@@ -1,5 +1,6 @@
-// How the work of a batch is dealt to the blocks of a GPU: tables that follow from the shapes alone, made on the host once per batch
-// and kept in the workspace on the device. No torch, no CUDA include.
+// How the work of a batch is dealt to the blocks of a GPU: tables that follow from the shapes
+// alone, made on the host once per batch and kept in the workspace on the device. No torch, no CUDA
+// include.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +14,14 @@ namespace gpu {
 
 constexpr int INNER = MAX_DIMS - 1;
 
-// Runs first_run .. last_run of a box, and of each the elements first .. last. Jobs of one box and one lead follow each other: the
-// first of them says where they end (group_end), the others have 0.
+// Runs first_run .. last_run of a box, and of each the elements first .. last. Jobs of one box and
+// one lead follow each other: the first of them says where they end (group_end), the others have 0.
 struct Job {
   int64_t box, first_run, last_run, first, last, lead, group_end;
 };
 
-// Sums along the dim of a box that one of its factors lacks. An output is an index of the other dims, in C order; `chunk` of `along`
-// elements belong to a job.
+// Sums along the dim of a box that one of its factors lacks. An output is an index of the other
+// dims, in C order; `chunk` of `along` elements belong to a job.
 struct SideJob {
   int64_t box, side, first_output, last_output, chunk;
 };
@@ -52,7 +53,8 @@ struct ItemRange {
 };
 
 #if defined(PYLO_SMALL_JOBS)  // for tests: small tensors then have many jobs and sums of many parts
-constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700, SMALL_LEAD = 50;
+constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700,
+                  SMALL_LEAD = 50;
 #else
 constexpr int64_t JOB = 8192;          // elements
 constexpr int64_t COLUMNS = 128;       // of a job with more than one run
@@ -63,7 +65,7 @@ constexpr int64_t SMALL_LEAD = 1024;   // largest matrix that one thread sums
 #endif
 constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
 constexpr int64_t TENSOR_CORE_RUN = 16;              // shortest run that is worth whole products
-constexpr int MOST_SUMS = 32;  // of pass B, with moments
+constexpr int MOST_SUMS = 32;                        // of pass B, with moments
 
 // The dim of a box along which a side is summed; -1 where the box is one element long there.
 PYLO_HD int summed_dim(const Box& box, int64_t side) {
@@ -81,13 +83,17 @@ PYLO_HD int64_t along(const Box& box, int dim) { return dim < 0 ? 1 : box.sizes[
 
 PYLO_HD int64_t chunk_length(int dim) { return dim == INNER ? WARP_ALONG : ALONG; }
 
-PYLO_HD int64_t num_chunks(const Box& box, int dim) { return (along(box, dim) + chunk_length(dim) - 1) / chunk_length(dim); }
+PYLO_HD int64_t num_chunks(const Box& box, int dim) {
+  return (along(box, dim) + chunk_length(dim) - 1) / chunk_length(dim);
+}
 
-// index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a function call on a GPU, which costs
-// registers around it even where it is never made, so the rest is done bit by bit.
+// index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a
+// function call on a GPU, which costs registers around it even where it is never made, so the rest
+// is done bit by bit.
 PYLO_HD int64_t divide(int64_t index, int64_t size, int64_t& rest) {
   if (static_cast<uint64_t>(index | size) <= 0xffffffffull) {
-    const uint32_t i = static_cast<uint32_t>(index), by = static_cast<uint32_t>(size), quotient = i / by;
+    const uint32_t i = static_cast<uint32_t>(index), by = static_cast<uint32_t>(size),
+                   quotient = i / by;
     rest = i - quotient * by;
     return quotient;
   }
@@ -147,26 +153,35 @@ PYLO_HD int64_t output_of_entry(const Box& box, int64_t side, int dim, int64_t e
   return rest == 0 ? output : -1;
 }
 
-// Whether a warp of the tensor-core path takes this box: long runs along which one factor changes and the other does not.
+// Whether a warp of the tensor-core path takes this box: long runs along which one factor changes
+// and the other does not.
 PYLO_HD bool fits_tensor_cores(const Item& item, const Box& box) {
-  return item.factored && box.sizes[INNER] >= TENSOR_CORE_RUN && (box.row[INNER] == 0) != (box.col[INNER] == 0) &&
-         box.lead[INNER] == 0;
+  return item.factored && box.sizes[INNER] >= TENSOR_CORE_RUN &&
+         (box.row[INNER] == 0) != (box.col[INNER] == 0) && box.lead[INNER] == 0;
 }
 
-PYLO_HD bool has_small_leads(const Item& item) { return item.leads > 1 && item.lead_numel <= SMALL_LEAD; }
+PYLO_HD bool has_small_leads(const Item& item) {
+  return item.leads > 1 && item.lead_numel <= SMALL_LEAD;
+}
 
-// Everything of a batch that is known before its first step. Offsets are bytes into the workspace on the device.
+// Everything of a batch that is known before its first step. Offsets are bytes into the workspace
+// on the device.
 struct Plan {
   int64_t magic;
-  int64_t num_items, num_boxes, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs, num_moment_jobs, num_leads;
-  int64_t live, words, first_moment_job, counters, moment_partials, items, boxes, jobs, side_jobs, side_at, entry_jobs, lead_jobs, ranges, normalisers_at;
+  int64_t num_items, num_boxes, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs,
+      num_moment_jobs, num_leads;
+  int64_t live, words, first_moment_job, counters, moment_partials, items, boxes, jobs, side_jobs,
+      side_at, entry_jobs, lead_jobs, ranges, normalisers_at;
   int64_t normalisers, networks, partials, total;
 };
 constexpr int64_t PLAN_MAGIC = 0x70796c6f31;
-// Rows of `Live` are kept for each of these apart, since they read different tensors, and once more for a stream that is being captured:
-// a graph brings its own rows whenever it runs, and eager steps must not take those for theirs.
+// Rows of `Live` are kept for each of these apart, since they read different tensors, and once more
+// for a stream that is being captured: a graph brings its own rows whenever it runs, and eager
+// steps must not take those for theirs.
 enum Pass : int64_t { GRADIENTS = 0, MOMENTS = 1, FEATURES = 2, UPDATES = 3, PASSES = 4 };
-constexpr int64_t GRAD_SHIFT = 56, GRAD_BITS = (int64_t{1} << GRAD_SHIFT) - 1;  // of a word: pointer and types of a gradient
+// of a word: pointer and types of a gradient
+constexpr int64_t GRAD_SHIFT = 56;
+constexpr int64_t GRAD_BITS = (int64_t{1} << GRAD_SHIFT) - 1;
 constexpr int64_t MOST_INPUTS = 30;
 constexpr int64_t NETWORK_WORDS = 128 * 32;  // of one network as the lanes of a warp keep it
 
@@ -182,7 +197,9 @@ struct Work {
   std::vector<int64_t> first_moment_job;  // of every item, and one more
 };
 
-inline int64_t num_moment_jobs(const Item& item) { return (item.numel + MOMENT_JOB - 1) / MOMENT_JOB; }
+inline int64_t num_moment_jobs(const Item& item) {
+  return (item.numel + MOMENT_JOB - 1) / MOMENT_JOB;
+}
 
 inline int64_t take(Plan& plan, int64_t bytes) {
   const int64_t here = plan.total;
@@ -205,11 +222,14 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
       const int64_t runs = num_runs(box), inner = box.sizes[INNER];
       if (runs * inner == 0) continue;
       // jobs of at most JOB elements, of one lead each unless leads are summed by threads
-      int64_t most_columns = std::min(inner, runs == 1 && !fits_tensor_cores(item, box) ? JOB : COLUMNS), together = runs;
+      const bool one_run = runs == 1 && !fits_tensor_cores(item, box);
+      int64_t most_columns = std::min(inner, one_run ? JOB : COLUMNS);
+      int64_t together = runs;
       if (item.leads > 1 && !has_small_leads(item)) {
         together = 1;
         if (box.lead[INNER] != 0) most_columns = 1;
-        for (int d = INNER - 1; d >= 0 && (box.lead[d] == 0 || box.sizes[d] == 1); --d) together *= box.sizes[d];
+        for (int d = INNER - 1; d >= 0 && (box.lead[d] == 0 || box.sizes[d] == 1); --d)
+          together *= box.sizes[d];
       }
       const int64_t most_runs = std::max<int64_t>(1, std::min(together, JOB / most_columns));
       for (int64_t begin = 0; begin < runs; begin += together) {
@@ -218,7 +238,8 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
           const int64_t last_run = std::min(begin + together, run + most_runs);
           for (int64_t at = 0; at < inner; at += most_columns) {
             const int64_t lead = run_of(box, begin).lead + at * box.lead[INNER];
-            w.jobs.push_back(Job{b, run, last_run, at, std::min(inner, at + most_columns), lead, 0});
+            w.jobs.push_back(
+                Job{b, run, last_run, at, std::min(inner, at + most_columns), lead, 0});
           }
         }
         size_t first = group;  // columns of a lead each are groups of their own
@@ -227,7 +248,8 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
           w.jobs[first].group_end = static_cast<int64_t>(j + 1);
         }
       }
-      for (int64_t side = item.factored ? ROW : NEITHER; side <= (item.factored ? COLUMN : NEITHER); ++side) {
+      for (int64_t side = item.factored ? ROW : NEITHER; side <= (item.factored ? COLUMN : NEITHER);
+           ++side) {
         const int dim = summed_dim(box, side);
         const int64_t outputs = runs * inner / along(box, dim), chunks = num_chunks(box, dim);
         const int64_t most = dim == INNER ? WARP_OUTPUTS : OUTPUTS;
@@ -246,7 +268,8 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
       w.entry_jobs.push_back(EntryJob{i, NEITHER, 0, 1});
       for (int64_t side = ROW; item.factored && side <= COLUMN; ++side) {
         const int64_t size = side == ROW ? item.rows : item.cols;
-        for (int64_t at = 0; at < size; at += OUTPUTS) w.entry_jobs.push_back(EntryJob{i, side, at, std::min(size, at + OUTPUTS)});
+        for (int64_t at = 0; at < size; at += OUTPUTS)
+          w.entry_jobs.push_back(EntryJob{i, side, at, std::min(size, at + OUTPUTS)});
       }
       if (has_small_leads(item)) {
         for (int64_t at = 0; at < item.leads; at += OUTPUTS) {

@@ -1,8 +1,9 @@
 // Pass C on a GPU: normalise, run the network, write momentum, rms, diag and the value.
 //
-// small_fc has two paths in one kernel. Boxes with long runs go through tensor cores (lanes.h): a warp keeps a strip of 32 columns
-// for many runs, the weights and the strip's column features in registers. All others, and "highest", are computed in float32
-// with the weights in shared memory, an order of additions as mlp.h has it. VeLO and CELO2, whose networks are small, always are.
+// small_fc has two paths in one kernel. Boxes with long runs go through tensor cores (lanes.h): a
+// warp keeps a strip of 32 columns for many runs, the weights and the strip's column features in
+// registers. All others, and "highest", are computed in float32 with the weights in shared memory,
+// an order of additions as mlp.h has it. VeLO and CELO2, whose networks are small, always are.
 #pragma once
 
 #include "cuda_sums.cuh"
@@ -19,7 +20,7 @@ struct UpdateArgs {
   const double* squares;
 };
 
-// ------------------------------------------------------------------------------------------------ before
+// ------------------------------------------------------------------------------------------ before
 
 constexpr int SLICES = 4;  // blocks that share an item
 
@@ -28,9 +29,15 @@ template <int kParts>
 __device__ __forceinline__ void pack_network(const float* net, uint32_t* packed) {
   using P = PackedNetwork<false, 32>;
   using Weights = lanes::LaneWeights<kParts>;
-  static_assert(sizeof(Weights) % 4 == 0 && sizeof(Weights) * 32 <= NETWORK_WORDS * 4, "NETWORK_WORDS is too small");
-  const lanes::NetworkPointers from{net,           P::INPUTS,       net + P::INPUT_BIAS, net + P::HIDDEN, net + P::HIDDEN_BIAS,
-                                    net + P::OUTPUT, net + P::OUTPUT_BIAS};
+  static_assert(sizeof(Weights) % 4 == 0 && sizeof(Weights) * 32 <= NETWORK_WORDS * 4,
+                "NETWORK_WORDS is too small");
+  const lanes::NetworkPointers from{net,
+                                    P::INPUTS,
+                                    net + P::INPUT_BIAS,
+                                    net + P::HIDDEN,
+                                    net + P::HIDDEN_BIAS,
+                                    net + P::OUTPUT,
+                                    net + P::OUTPUT_BIAS};
   lanes::DeviceWarp::Each<Weights> weights;
   lanes::Scales<lanes::DeviceWarp> scales;
   lanes::load_network<lanes::DeviceWarp, kParts>(weights, scales, from, false);
@@ -40,10 +47,11 @@ __device__ __forceinline__ void pack_network(const float* net, uint32_t* packed)
   for (unsigned w = 0; w < sizeof(Weights) / 4; ++w) packed[w * 32 + threadIdx.x] = words[w];
 }
 
-// Normalisers (leads, inputs) of every item, its global sum of p^2, and 0 for what is summed next: SLICES blocks per item. Then,
-// where kParts is not 0, a block per network that packs it.
+// Normalisers (leads, inputs) of every item, its global sum of p^2, and 0 for what is summed next:
+// SLICES blocks per item. Then, where kParts is not 0, a block per network that packs it.
 template <bool Extended, int kParts>
-__global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ Head head, const UpdateArgs args) {
+__global__ void __launch_bounds__(128)
+    prepare_kernel(const __grid_constant__ Head head, const UpdateArgs args) {
   using L = Layout<Extended>;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;
@@ -52,7 +60,8 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ He
     const int64_t network = static_cast<int64_t>(blockIdx.x) - SLICES * tables.num_items;
     if (network >= 0) {
       if (threadIdx.x < 32) {
-        pack_network<kParts>(args.networks + network * PackedNetwork<false, 32>::SIZE, tables.networks + network * NETWORK_WORDS);
+        pack_network<kParts>(args.networks + network * PackedNetwork<false, 32>::SIZE,
+                             tables.networks + network * NETWORK_WORDS);
       }
       return;
     }
@@ -64,7 +73,8 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ He
   const double* sums = live.b + item.b_at;
   const int num = item.factored ? L::SUMS_FACTORED : L::SUMS_DIAG;
   float* to = tables.normalisers + tables.normalisers_at[i];
-  for (int64_t at = slice * blockDim.x + threadIdx.x; at < item.leads * L::INPUTS; at += SLICES * blockDim.x) {
+  for (int64_t at = slice * blockDim.x + threadIdx.x; at < item.leads * L::INPUTS;
+       at += SLICES * blockDim.x) {
     const int64_t lead = at / L::INPUTS, f = at % L::INPUTS, factor = f - L::FIRST_FACTOR;
     double sum;
     if (factor >= 12) {
@@ -80,7 +90,8 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ He
   }
   if (slice != 0) return;
   double total = 0.0;
-  for (int64_t l = threadIdx.x; l < item.leads; l += blockDim.x) total += sums[L::P * item.leads + l];
+  for (int64_t l = threadIdx.x; l < item.leads; l += blockDim.x)
+    total += sums[L::P * item.leads + l];
   total = block_sum(total, scratch);
   if (threadIdx.x == 0) {
     args.param_squares[i] = total;
@@ -89,32 +100,35 @@ __global__ void __launch_bounds__(128) prepare_kernel(const __grid_constant__ He
 }
 
 template <int kParts>
-__device__ __forceinline__ void unpack_weights(lanes::LaneWeights<kParts>& weights, const uint32_t* packed, int lane) {
+__device__ __forceinline__ void unpack_weights(lanes::LaneWeights<kParts>& weights,
+                                               const uint32_t* packed, int lane) {
   uint32_t words[sizeof(weights) / 4];
 #pragma unroll
   for (unsigned w = 0; w < sizeof(weights) / 4; ++w) words[w] = packed[w * 32 + lane];
   memcpy(&weights, words, sizeof(weights));
 }
 
-// ------------------------------------------------------------------------------------------------ after
+// ------------------------------------------------------------------------------------------- after
 
 // Writes where a job's elements went, and, in the block that finishes an item, their sum.
-__device__ __forceinline__ void finish_job(const UpdateArgs& args, int64_t j, int64_t i, double change, double* scratch) {
+__device__ __forceinline__ void finish_job(const UpdateArgs& args, int64_t j, int64_t i,
+                                           double change, double* scratch) {
   const Tables& tables = args.pass.tables;
   change = block_sum(change, scratch);
   if (threadIdx.x == 0) tables.partials[j] = change;
   const ItemRange range = tables.ranges[i];
   if (is_last(&tables.counters[i], static_cast<unsigned>(range.last_job - range.first_job))) {
     double sum = 0.0;
-    for (int64_t at = range.first_job + threadIdx.x; at < range.last_job; at += blockDim.x) sum += tables.partials[at];
+    for (int64_t at = range.first_job + threadIdx.x; at < range.last_job; at += blockDim.x)
+      sum += tables.partials[at];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) args.update_squares[i] = sum;
   }
 }
 
 // The new value of an element, or its direction; gives the square of the change.
-__device__ __forceinline__ double move_element(
-    const Live& live, int64_t at, float p, float o0, float o1, const Step& step) {
+__device__ __forceinline__ double move_element(const Live& live, int64_t at, float p, float o0,
+                                               float o1, const Step& step) {
   const float direction = direction_of(o0, o1, step.exp_mult);
   if (live.direction) {
     live.direction[at] = direction * step.step_size;
@@ -126,9 +140,10 @@ __device__ __forceinline__ double move_element(
   return change * change;
 }
 
-// ------------------------------------------------------------------------------------------------ float32
+// ----------------------------------------------------------------------------------------- float32
 
-// A network in shared memory, weights of an input beside each other, and the normalisers where an item has one set of them.
+// A network in shared memory, weights of an input beside each other, and the normalisers where an
+// item has one set of them.
 template <bool Extended, int H>
 struct SharedNetwork {
   using P = PackedNetwork<Extended, H>;
@@ -138,7 +153,8 @@ struct SharedNetwork {
   float input_bias[H], hidden_bias[H], output_bias[2];
 
   __device__ void load(const float* net) {
-    for (int i = threadIdx.x; i < H * P::INPUTS; i += blockDim.x) input[i % P::INPUTS][i / P::INPUTS] = net[i];
+    for (int i = threadIdx.x; i < H * P::INPUTS; i += blockDim.x)
+      input[i % P::INPUTS][i / P::INPUTS] = net[i];
     for (int i = threadIdx.x; i < H * H; i += blockDim.x) hidden[i / H][i % H] = net[P::HIDDEN + i];
     for (int i = threadIdx.x; i < 2 * H; i += blockDim.x) output[i % H][i / H] = net[P::OUTPUT + i];
     for (int i = threadIdx.x; i < H; i += blockDim.x) {
@@ -157,7 +173,8 @@ __device__ __forceinline__ void feed(float (&acc)[H], float x, const float* weig
 }
 
 template <bool Extended, int H>
-__device__ __forceinline__ void hidden_and_output(const SharedNetwork<Extended, H>& net, float (&first)[H], float& o0, float& o1) {
+__device__ __forceinline__ void hidden_and_output(const SharedNetwork<Extended, H>& net,
+                                                  float (&first)[H], float& o0, float& o1) {
 #pragma unroll
   for (int h = 0; h < H; ++h) first[h] = relu_(first[h]);
   o0 = net.output_bias[0];
@@ -173,11 +190,14 @@ __device__ __forceinline__ void hidden_and_output(const SharedNetwork<Extended, 
   }
 }
 
-// One element of a job: features, network, new state and value. norm: normalisers of the element's lead.
+// One element of a job: features, network, new state and value. norm: normalisers of the element's
+// lead.
 template <bool Extended, int H, bool Diag>
-__device__ __forceinline__ double update_element(
-    const UpdateArgs& args, const SharedNetwork<Extended, H>& net, const Item& item, const Live& live, const Factors& factors,
-    const Place& at, const float* norm, float scale, const Step& step) {
+__device__ __forceinline__ double update_element(const UpdateArgs& args,
+                                                 const SharedNetwork<Extended, H>& net,
+                                                 const Item& item, const Live& live,
+                                                 const Factors& factors, const Place& at,
+                                                 const float* norm, float scale, const Step& step) {
   using L = Layout<Extended>;
   Element<float, Extended> e;
   read_element<Extended, Diag>(e, live, item, factors, at, scale, args.pass.rule);
@@ -207,7 +227,8 @@ __device__ __forceinline__ double update_element(
 #pragma unroll
   for (int h = 0; h < H; ++h) acc[h] += constant[h];
 #pragma unroll
-  for (int f = 0; f < L::ELEMENT; ++f) feed<H>(acc, e.x[f] * norm[L::input_of(f)], net.input[L::input_of(f)]);
+  for (int f = 0; f < L::ELEMENT; ++f)
+    feed<H>(acc, e.x[f] * norm[L::input_of(f)], net.input[L::input_of(f)]);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     live.momentum[k * item.numel + at.local] = e.m[k];
@@ -226,8 +247,9 @@ struct ScalarShared {
 };
 
 template <bool Extended, int H>
-__device__ __forceinline__ void scalar_job(
-    const UpdateArgs& args, int64_t j, const Job& job, ScalarShared<Extended, H>& shared, int64_t& loaded, double* scratch) {
+__device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, const Job& job,
+                                           ScalarShared<Extended, H>& shared, int64_t& loaded,
+                                           double* scratch) {
   constexpr int INPUTS = PackedNetwork<Extended, H>::INPUTS;
   const Tables& tables = args.pass.tables;
   const Box& box = tables.boxes[job.box];
@@ -236,10 +258,11 @@ __device__ __forceinline__ void scalar_job(
   const Live& live = tables.live[i];
   const float* norms = tables.normalisers + tables.normalisers_at[i];
   double change = 0.0;
-  if (args.pass.keep[i]) {  // alike in all threads
+  if (args.pass.moves[i]) {  // alike in all threads
     const int64_t network = args.network_of[i];
     __syncthreads();  // nobody reads the last job's
-    if (network != loaded) shared.network.load(args.networks + network * PackedNetwork<Extended, H>::SIZE);
+    if (network != loaded)
+      shared.network.load(args.networks + network * PackedNetwork<Extended, H>::SIZE);
     loaded = network;
     for (int f = threadIdx.x; f < INPUTS; f += blockDim.x) shared.norm[f] = norms[f];
     __syncthreads();
@@ -253,8 +276,10 @@ __device__ __forceinline__ void scalar_job(
       int64_t lead = 0;
       const Place at = shape.place(box, e, item.leads > 1 ? &lead : nullptr);
       const float* norm = item.leads > 1 ? norms + lead * INPUTS : shared.norm;
-      change += item.factored ? update_element<Extended, H, false>(args, shared.network, item, live, factors, at, norm, scale, step)
-                              : update_element<Extended, H, true>(args, shared.network, item, live, factors, at, norm, scale, step);
+      change += item.factored ? update_element<Extended, H, false>(args, shared.network, item, live,
+                                                                   factors, at, norm, scale, step)
+                              : update_element<Extended, H, true>(args, shared.network, item, live,
+                                                                  factors, at, norm, scale, step);
     }
   }
   finish_job(args, j, i, change, scratch);
@@ -265,7 +290,8 @@ constexpr int scalar_threads(int hidden) { return hidden == 32 ? 256 : 128; }
 constexpr int scalar_blocks(int hidden) { return hidden == 32 ? 0 : hidden == 8 ? 3 : 4; }
 
 template <bool Extended, int H>
-__global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H)) scalar_kernel(const UpdateArgs args) {
+__global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H))
+    scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
@@ -277,14 +303,15 @@ __global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H)) scalar_ke
   }
 }
 
-// ------------------------------------------------------------------------------------------------ tensor cores
+// ------------------------------------------------------------------------------------ tensor cores
 
 // What a lane reads of an element: its own stream (p in lane 0 of a quad, m_k in lane k), g and v.
 struct LaneElement {
   float x, g, v;
 };
 
-// A row or column side for one element or, the constant one, for all of a run: normalised factor and rsqrt in float16, and the scale.
+// A row or column side for one element or, the constant one, for all of a run: normalised factor
+// and rsqrt in float16, and the scale.
 template <int kParts>
 struct LaneSide {
   uint32_t packed[kParts];
@@ -292,10 +319,11 @@ struct LaneSide {
 };
 
 template <int kParts>
-__device__ __forceinline__ void read_side(
-    LaneSide<kParts>& to, const float* factor, const float* rsqrt, const float* scale, int64_t at, float factor_norm, float rsqrt_norm,
-    bool here) {
-  lanes::split<kParts>(here ? factor[at] * factor_norm : 0.0f, here ? rsqrt[at] * rsqrt_norm : 0.0f, to.packed);
+__device__ __forceinline__ void read_side(LaneSide<kParts>& to, const float* factor,
+                                          const float* rsqrt, const float* scale, int64_t at,
+                                          float factor_norm, float rsqrt_norm, bool here) {
+  lanes::split<kParts>(here ? factor[at] * factor_norm : 0.0f, here ? rsqrt[at] * rsqrt_norm : 0.0f,
+                       to.packed);
   to.scale = here ? scale[at] : 0.0f;
 }
 
@@ -303,9 +331,12 @@ template <int kParts>
 __device__ __forceinline__ double tensor_core_job(
     const UpdateArgs& args, const Job& job, const Box& box, const Item& item, const Live& live,
     const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane >> 2, t = lane & 3, k = t > 0 ? t - 1 : 0;
-  const int columns = static_cast<int>(job.last - job.first), strips = (columns + 31) / 32, warps = blockDim.x >> 5;
-  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, strip = warp % strips, turn = warp / strips;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane >> 2, t = lane & 3,
+            k = t > 0 ? t - 1 : 0;
+  const int columns = static_cast<int>(job.last - job.first), strips = (columns + 31) / 32,
+            warps = blockDim.x >> 5;
+  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, strip = warp % strips,
+            turn = warp / strips;
   const RuleConstants& rule = args.pass.rule;
   const float scale = static_cast<float>(args.pass.scale[box.item]);
   const Step step = args.steps[box.item];
@@ -313,24 +344,30 @@ __device__ __forceinline__ double tensor_core_job(
   const Factors factors = factors_on_device(item, live, args.pass.factors);
   const bool row_varies = box.row[INNER] != 0;
   const int64_t vector_step = row_varies ? box.row[INNER] : box.col[INNER];
-  const int64_t vector_size = row_varies ? factors.rows : factors.cols, constant_size = row_varies ? factors.cols : factors.rows;
+  const int64_t vector_size = row_varies ? factors.rows : factors.cols,
+                constant_size = row_varies ? factors.cols : factors.rows;
   // the side that changes along the run, and the other, of decay k
   const float* vector[3] = {(row_varies ? factors.row : factors.col) + k * vector_size,
                             (row_varies ? factors.row_rsqrt : factors.col_rsqrt) + k * vector_size,
                             (row_varies ? factors.row_scale : factors.col_scale) + k * vector_size};
-  const float* constant[3] = {(row_varies ? factors.col : factors.row) + k * constant_size,
-                              (row_varies ? factors.col_rsqrt : factors.row_rsqrt) + k * constant_size,
-                              (row_varies ? factors.col_scale : factors.row_scale) + k * constant_size};
-  const float vector_norms[2] = {norms[side_input<false>(row_varies, k)], norms[side_input<false>(row_varies, K + k)]};
-  const float constant_norms[2] = {norms[side_input<false>(!row_varies, k)], norms[side_input<false>(!row_varies, K + k)]};
+  const float* constant[3] = {
+      (row_varies ? factors.col : factors.row) + k * constant_size,
+      (row_varies ? factors.col_rsqrt : factors.row_rsqrt) + k * constant_size,
+      (row_varies ? factors.col_scale : factors.row_scale) + k * constant_size};
+  const float vector_norms[2] = {norms[side_input<false>(row_varies, k)],
+                                 norms[side_input<false>(row_varies, K + k)]};
+  const float constant_norms[2] = {norms[side_input<false>(!row_varies, k)],
+                                   norms[side_input<false>(!row_varies, K + k)]};
   float norm[4];
 #pragma unroll
   for (int slot = 0; slot < 4; ++slot) norm[slot] = norms[lanes::feature_of_slot(false, t, slot)];
   const float old = rule.momentum_old[k], now = rule.momentum_new[k];
   const void* own = t == 0 ? live.value : live.momentum + k * item.numel;
-  const int own_type = t == 0 ? value_type(live) : static_cast<int>(FLOAT32), g_type = grad_type(live);
+  const int own_type = t == 0 ? value_type(live) : static_cast<int>(FLOAT32),
+            g_type = grad_type(live);
 
-  // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and q + 24 of the strip
+  // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and
+  // q + 24 of the strip
   const int64_t column = job.first + 32 * strip + q;  // of element 0
   const int left = turn < warps_per_strip ? columns - 32 * strip - q : 0;
   const auto here = [&](int i) { return 8 * i < left; };
@@ -351,7 +388,8 @@ __device__ __forceinline__ double tensor_core_job(
   if (turn >= warps_per_strip) run = job.last_run;
   if (run < job.last_run) {
     read(next, find_run(box, run).local);
-    __syncwarp();  // lane 0 of a quad overwrites the rms that all four have read; later runs have a product in between
+    __syncwarp();  // lane 0 of a quad overwrites the rms that all four have read; later runs have a
+                   // product in between
   }
 #pragma unroll 1
   for (; run < job.last_run; run += warps_per_strip) {
@@ -359,19 +397,20 @@ __device__ __forceinline__ double tensor_core_job(
     LaneElement e[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) e[i] = next[i];
-    if (run + warps_per_strip < job.last_run) read(next, find_run(box, run + warps_per_strip).local);  // on its way meanwhile
+    if (run + warps_per_strip < job.last_run)
+      read(next, find_run(box, run + warps_per_strip).local);  // on its way meanwhile
     const int64_t vector_at = row_varies ? at.row : at.col;
     if (vector_at != held) {
       held = vector_at;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        read_side<kParts>(
-            along[i], vector[0], vector[1], vector[2], vector_at + (column + 8 * i) * vector_step, vector_norms[0], vector_norms[1],
-            here(i) && t > 0);
+        read_side<kParts>(along[i], vector[0], vector[1], vector[2],
+                          vector_at + (column + 8 * i) * vector_step, vector_norms[0],
+                          vector_norms[1], here(i) && t > 0);
       }
     }
-    read_side<kParts>(
-        across, constant[0], constant[1], constant[2], row_varies ? at.col : at.row, constant_norms[0], constant_norms[1], t > 0);
+    read_side<kParts>(across, constant[0], constant[1], constant[2], row_varies ? at.col : at.row,
+                      constant_norms[0], constant_norms[1], t > 0);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       float slots[2][4];
@@ -389,15 +428,17 @@ __device__ __forceinline__ double tensor_core_job(
         slots[half][3] = (t == 0 ? rs : f * m) * norm[3];
         if (here(i)) {
           const int64_t local = at.local + column + 8 * i;
-          if (t == 0) live.rms[local] = v;
-          else live.momentum[k * item.numel + local] = m;
+          if (t == 0)
+            live.rms[local] = v;
+          else
+            live.momentum[k * item.numel + local] = m;
         }
       }
       lanes::DeviceWarp::Each<lanes::LaneInputs<kParts>> in;
       lanes::pack_inputs<kParts>(in[lane], 0, slots[0], slots[1]);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        uint32_t(&r)[4] = in[lane].step[1][part].r;
+        uint32_t (&r)[4] = in[lane].step[1][part].r;
         r[0] = row_varies ? along[2 * tile].packed[part] : across.packed[part];
         r[1] = row_varies ? along[2 * tile + 1].packed[part] : across.packed[part];
         r[2] = row_varies ? across.packed[part] : along[2 * tile].packed[part];
@@ -409,7 +450,8 @@ __device__ __forceinline__ double tensor_core_job(
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * tile + half;
         if (t == 0 && here(i)) {
-          change += move_element(live, at.local + column + 8 * i, e[i].x, out[lane].x[2 * half], out[lane].x[2 * half + 1], step);
+          change += move_element(live, at.local + column + 8 * i, e[i].x, out[lane].x[2 * half],
+                                 out[lane].x[2 * half + 1], step);
         }
       }
     }
@@ -434,9 +476,10 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
       const Live& live = tables.live[box.item];
       if (!is_active(live) || !fits_tensor_cores(item, box)) continue;
       double change = 0.0;
-      if (args.pass.keep[box.item]) {
+      if (args.pass.moves[box.item]) {
         const int64_t network = args.network_of[box.item];
-        if (network != loaded) unpack_weights<kParts>(weights[lane], tables.networks + network * NETWORK_WORDS, lane);
+        if (network != loaded)
+          unpack_weights<kParts>(weights[lane], tables.networks + network * NETWORK_WORDS, lane);
         loaded = network;
         change = tensor_core_job<kParts>(args, job, box, item, live, weights);
       }
@@ -448,7 +491,8 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
   for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
     const Job job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
-    if (!is_active(tables.live[box.item]) || fits_tensor_cores(tables.items[box.item], box)) continue;
+    if (!is_active(tables.live[box.item]) || fits_tensor_cores(tables.items[box.item], box))
+      continue;
     scalar_job<false, 32>(args, j, job, shared, loaded, scratch);
   }
 }

@@ -1,4 +1,5 @@
-// The operators on a CPU: jobs, threads and the sums over jobs. The element work is in cpu_kernels.h.
+// The operators on a CPU: jobs, threads and the sums over jobs. The element work is in
+// cpu_kernels.h.
 
 #include <algorithm>
 #include <atomic>
@@ -12,14 +13,15 @@
 namespace pylo_dist {
 namespace {
 
-// ------------------------------------------------------------------------------------------ instruction sets
+// -------------------------------------------------------------------------------- instruction sets
 
 const Kernels* supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
   if (avx512 && (name == "auto" || name == "avx512")) return &kernels_avx512;
   if (avx2 && (name == "auto" || name == "avx2")) return &kernels_avx2;
 #endif
@@ -37,9 +39,10 @@ const Kernels& kernels() {
   return *now;
 }
 
-// ---------------------------------------------------------------------------------------------- threads
+// ----------------------------------------------------------------------------------------- threads
 
-// Calls work(i) for every i < count, on torch's threads. Which thread takes which i is open; what is computed is not.
+// Calls work(i) for every i < count, on torch's threads. Which thread takes which i is open; what
+// is computed is not.
 template <class Work>
 void for_each(int64_t count, const Work& work) {
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
@@ -53,7 +56,7 @@ void for_each(int64_t count, const Work& work) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------- jobs
+// -------------------------------------------------------------------------------------------- jobs
 
 constexpr int64_t SMALLEST_JOB = 1 << 14, LARGEST_JOB = 1 << 20, JOBS = 256;
 constexpr int64_t LONGEST_RUN = 2048;  // sums of as many columns stay in the first-level cache
@@ -71,16 +74,18 @@ Jobs deal(const Tables& tables, const Ints& active, int64_t smallest = SMALLEST_
   for (int64_t i : active) {
     all.first.push_back(static_cast<int64_t>(all.jobs.size()));
     const Item& item = tables.items[i];
-    STD_TORCH_CHECK(
-        0 <= item.first_box && item.first_box + item.num_boxes <= tables.num_boxes, "item ", i, " has boxes beyond the table");
+    STD_TORCH_CHECK(0 <= item.first_box && item.first_box + item.num_boxes <= tables.num_boxes,
+                    "item ", i, " has boxes beyond the table");
     for (int64_t b = item.first_box; b < item.first_box + item.num_boxes; ++b) {
       const Box& box = tables.boxes[b];
       const int64_t runs = num_runs(box), inner = box.sizes[MAX_DIMS - 1];
       const int64_t longest = runs == 1 ? size : LONGEST_RUN;
-      const int64_t length = std::min(inner, longest), count = std::max<int64_t>(1, size / std::max<int64_t>(1, length));
+      const int64_t length = std::min(inner, longest),
+                    count = std::max<int64_t>(1, size / std::max<int64_t>(1, length));
       for (int64_t run = 0; run < runs; run += count) {
         for (int64_t at = 0; at < inner; at += length) {
-          all.jobs.push_back(Job{b, run, std::min(runs, run + count), at, std::min(inner, at + length)});
+          all.jobs.push_back(
+              Job{b, run, std::min(runs, run + count), at, std::min(inner, at + length)});
         }
       }
     }
@@ -101,7 +106,8 @@ IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DI
     a /= box.sizes[d];
     b /= box.sizes[d];
   }
-  bool differ = false;  // beyond the first dim in which the ends differ, a job goes over all of a dim
+  // beyond the first dim in which the ends differ, a job goes over all of a dim
+  bool differ = false;
   for (int d = 0; d < MAX_DIMS - 1; ++d) {
     if (differ) {
       low[d] = 0;
@@ -117,17 +123,18 @@ IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DI
   return IndexRange{first, last - first + 1};
 }
 
-// ------------------------------------------------------------------------------------------------ pass A
+// ------------------------------------------------------------------------------------------ pass A
 
-void gradient_pass(
-    Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits, bool replace, Tensors_ sums, Tensors_ workspace) {
+void gradient_pass(Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits,
+                   bool replace, Tensors_ sums, Tensors_ workspace) {
   const Tables tables(items, boxes);
   TensorLists lists;
   lists.grads = &grads;
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
   const double* limit = doubles(limits, 2 * tables.num_items, "limits");
   const std::vector<double*> buffers = buffers_of_a(tables, sums, active);
-  const Jobs jobs = deal(tables, active, 4 * SMALLEST_JOB);  // one thread adds the jobs' sums of an item: the fewer the better
+  // one thread adds the jobs' sums of an item: the fewer the better
+  const Jobs jobs = deal(tables, active, 4 * SMALLEST_JOB);
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;
@@ -154,7 +161,8 @@ void gradient_pass(
     std::fill(memory_.get() + at[j], memory_.get() + at[j + 1], 0.0);
     const int64_t i = tables.boxes[jobs.jobs[j].box].item;
     const double clamp = limit[2 * i + 1];
-    k.gradients(args, jobs.jobs[j], GradientLimits{static_cast<float>(limit[2 * i]), clamp * clamp, replace}, p);
+    k.gradients(args, jobs.jobs[j],
+                GradientLimits{static_cast<float>(limit[2 * i]), clamp * clamp, replace}, p);
   });
   for_each(static_cast<int64_t>(active.size()), [&](int64_t a) {
     const Item& item = tables.items[active[a]];
@@ -163,19 +171,21 @@ void gradient_pass(
       const GradientPartial& p = partials[j];
       buffer[item.a_audit + AUDIT_NONFINITE] += p.audit[0];
       buffer[item.a_audit + AUDIT_SQUARES] += p.audit[1];
-      double *row = buffer + item.a_at + p.rows.first, *col = buffer + item.a_at + item.rows + p.cols.first;
+      double *row = buffer + item.a_at + p.rows.first,
+             *col = buffer + item.a_at + item.rows + p.cols.first;
       for (int64_t x = 0; x < p.rows.size; ++x) row[x] += p.row[x];
       for (int64_t x = 0; x < p.cols.size; ++x) col[x] += p.col[x];
     }
   });
 }
 
-void moment_pass(
-    Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum, Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
+void moment_pass(Tensor items, Tensor boxes, Ints active, Tensors_ values, Tensors_ momentum,
+                 Tensors_ rms, Tensors_ sums, Tensors_ workspace) {
   const Tables tables(items, boxes);
   std::vector<Job> jobs;
   for (int64_t i : active) {
-    STD_TORCH_CHECK(0 <= i && i < tables.num_items && tables.items[i].moments_at >= 0, "item ", i, " has no moments");
+    STD_TORCH_CHECK(0 <= i && i < tables.num_items && tables.items[i].moments_at >= 0, "item ", i,
+                    " has no moments");
     for (int64_t at = 0; at < tables.items[i].numel; at += LARGEST_JOB / 4) {
       jobs.push_back(Job{i, 0, 1, at, std::min(tables.items[i].numel, at + LARGEST_JOB / 4)});
     }
@@ -190,31 +200,36 @@ void moment_pass(
   const Kernels& k = kernels();
   for_each(static_cast<int64_t>(jobs.size()), [&](int64_t j) {
     const Job& job = jobs[j];
-    k.moments(tensors[job.box], tables.items[job.box].numel, job.first, job.last, partials.data() + NUM_MOMENTS * j);
+    k.moments(tensors[job.box], tables.items[job.box].numel, job.first, job.last,
+              partials.data() + NUM_MOMENTS * j);
   });
   for (size_t j = 0; j < jobs.size(); ++j) {
     const Item& item = tables.items[jobs[j].box];
-    for (int s = 0; s < NUM_MOMENTS; ++s) buffers[item.b_buffer][item.moments_at + s] += partials[NUM_MOMENTS * j + s];
+    for (int s = 0; s < NUM_MOMENTS; ++s)
+      buffers[item.b_buffer][item.moments_at + s] += partials[NUM_MOMENTS * j + s];
   }
 }
 
-// ------------------------------------------------------------------------------------------------ pass B
+// ------------------------------------------------------------------------------------------ pass B
 
 // How many sums a job of pass B makes per lead; moments come of whole tensors (leads == 1).
 int64_t num_partials(const Item& item, bool extended) {
   return num_sums(item, extended) + (item.moments_at < 0 ? 0 : NUM_MOMENTS - 1);
 }
 
-// EMA of one factor's means (`state` is modified where `keep` holds), K x size.
-void update_factor_state(float* state, const double* sums, int64_t size, double by, const RuleConstants& rule) {
+// EMA of one factor's means (`state` is modified where `moves` holds), K x size.
+void update_factor_state(float* state, const double* sums, int64_t size, double by,
+                         const RuleConstants& rule) {
   for (int k = 0; k < K; ++k) {
-    for (int64_t i = 0; i < size; ++i) state[k * size + i] = update_factor(state[k * size + i], sums[i] * by, k, rule);
+    for (int64_t i = 0; i < size; ++i)
+      state[k * size + i] = update_factor(state[k * size + i], sums[i] * by, k, rule);
   }
 }
 
 // Sums of squares of a factor (or its rsqrt) over the elements of every lead, to out[lead].
 void factor_squares(const Item& item, const float* x, bool is_row, double* out) {
-  const int64_t size = is_row ? item.rows : item.cols, dropped = is_row ? item.size_d0 : item.size_d1;
+  const int64_t size = is_row ? item.rows : item.cols,
+                dropped = is_row ? item.size_d0 : item.size_d1;
   if (item.leads == 1) {
     double sum = 0.0;
     for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
@@ -222,10 +237,12 @@ void factor_squares(const Item& item, const float* x, bool is_row, double* out) 
     (void)dropped;
     return;
   }
-  const int64_t(&lead)[MAX_LEAD_DIMS] = is_row ? item.lead_row : item.lead_col;
-  const int64_t(&matrix)[2] = is_row ? item.matrix_row : item.matrix_col;
-  // along the dim that the factor was averaged over its stride is 0: there is one number, as often as the dim is long
-  const int64_t rows = matrix[0] ? item.matrix_sizes[0] : 1, cols = matrix[1] ? item.matrix_sizes[1] : 1;
+  const int64_t (&lead)[MAX_LEAD_DIMS] = is_row ? item.lead_row : item.lead_col;
+  const int64_t (&matrix)[2] = is_row ? item.matrix_row : item.matrix_col;
+  // along the dim that the factor was averaged over its stride is 0: there is one number, as often
+  // as the dim is long
+  const int64_t rows = matrix[0] ? item.matrix_sizes[0] : 1,
+                cols = matrix[1] ? item.matrix_sizes[1] : 1;
   const double times = static_cast<double>(item.lead_numel) / static_cast<double>(rows * cols);
   for (int64_t l = 0; l < item.leads; ++l) {
     int64_t rest = l, at = 0;
@@ -244,15 +261,17 @@ void factor_squares(const Item& item, const float* x, bool is_row, double* out) 
   }
 }
 
-void prepare_factors(
-    const Item& item, const Tensors& t, const double* sums, bool keep, double scale, const RuleConstants& rule, float* factors,
-    double* squares) {
-  if (keep) {
-    update_factor_state(t.row, sums, item.rows, scale * scale / static_cast<double>(item.size_d0), rule);
-    update_factor_state(t.col, sums + item.rows, item.cols, scale * scale / static_cast<double>(item.size_d1), rule);
+void prepare_factors(const Item& item, const Tensors& t, const double* sums, bool moves,
+                     double scale, const RuleConstants& rule, float* factors, double* squares) {
+  if (moves) {
+    update_factor_state(t.row, sums, item.rows, scale * scale / static_cast<double>(item.size_d0),
+                        rule);
+    update_factor_state(t.col, sums + item.rows, item.cols,
+                        scale * scale / static_cast<double>(item.size_d1), rule);
   }
   float* row_scale = factors + item.factors_at;
-  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols, *col_rsqrt = row_rsqrt + K * item.rows;
+  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols,
+        *col_rsqrt = row_rsqrt + K * item.rows;
   for (int k = 0; k < K; ++k) {
     const float *row = t.row + k * item.rows, *col = t.col + k * item.cols;
     for (int64_t outer = 0; outer < item.row_outer; ++outer) {
@@ -262,7 +281,8 @@ void prepare_factors(
         for (int64_t i = 0; i < item.size_d1; ++i) sum += row[at + i * item.row_inner];
         const float mean = static_cast<float>(sum / static_cast<double>(item.size_d1));
         for (int64_t i = 0; i < item.size_d1; ++i) {
-          row_scale[k * item.rows + at + i * item.row_inner] = row_scale_of(row[at + i * item.row_inner], mean);
+          row_scale[k * item.rows + at + i * item.row_inner] =
+              row_scale_of(row[at + i * item.row_inner], mean);
         }
       }
     }
@@ -277,10 +297,10 @@ void prepare_factors(
   }
 }
 
-void feature_pass(
-    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, Tensors_ values, Tensors_ grads,
-    Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor keep, Tensor scale,
-    Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
+void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                  Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms,
+                  Tensors_ row_or_diag, Tensors_ col, Tensors_ sums_a, Tensor moves, Tensor scale,
+                  Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   const Tables tables(items, boxes);
   TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
@@ -289,7 +309,7 @@ void feature_pass(
   const FactorSizes sizes = factor_sizes(tables, active);
   float* factors_ = floats(factors, sizes.factors, "factors");
   double* squares_ = doubles(squares, sizes.squares, "squares");
-  const bool* keep_ = bools(keep, tables.num_items, "keep");
+  const bool* moves_ = bools(moves, tables.num_items, "moves");
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;
@@ -301,7 +321,8 @@ void feature_pass(
     const Item& item = tables.items[active[a]];
     if (!item.factored) return;
     const double* sums = a_buffers[item.a_buffer] + item.a_at;
-    prepare_factors(item, tensors[active[a]], sums, keep_[active[a]], args.scale[active[a]], args.rule, factors_, squares_);
+    prepare_factors(item, tensors[active[a]], sums, moves_[active[a]], args.scale[active[a]],
+                    args.rule, factors_, squares_);
   });
   const Jobs jobs = deal(tables, active);
   std::vector<IndexRange> leads(jobs.jobs.size());
@@ -333,11 +354,14 @@ void feature_pass(
   }
 }
 
-// ------------------------------------------------------------------------------------------------ pass C
+// ------------------------------------------------------------------------------------------ pass C
 
-// Normalisers (leads, inputs) of an item, from the sums of B and the squares of the factor features.
-void fill_normalisers(const Item& item, bool extended, const double* sums, const double* squares, double eps, float* out) {
-  const int64_t row = first_factor(extended), inputs = num_inputs(extended), n = num_sums(item, extended);
+// Normalisers (leads, inputs) of an item, from the sums of B and the squares of the factor
+// features.
+void fill_normalisers(const Item& item, bool extended, const double* sums, const double* squares,
+                      double eps, float* out) {
+  const int64_t row = first_factor(extended), inputs = num_inputs(extended),
+                n = num_sums(item, extended);
   for (int64_t f = 0; f < inputs; ++f) {
     const double* from = sums + f * item.leads;
     if (f >= row + 12) {
@@ -353,24 +377,27 @@ void fill_normalisers(const Item& item, bool extended, const double* sums, const
   }
 }
 
-void update_pass(
-    Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended, int64_t hidden, int64_t precision,
-    Tensors_ values, Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col, Tensor factors,
-    Tensor squares, Tensors_ sums_b, Tensor keep, Tensor scale, Tensor networks, Tensor network_of, Tensor steps,
-    Tensor param_squares, Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
+                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
+                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
+                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
+                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
   const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
-  const bool* keep_ = bools(keep, tables.num_items, "keep");
-  const int64_t* network_of_ = static_cast<int64_t*>(memory(network_of, tables.num_items, ScalarType::Long, "network_of"));
+  const bool* moves_ = bools(moves, tables.num_items, "moves");
+  const int64_t* network_of_ =
+      static_cast<int64_t*>(memory(network_of, tables.num_items, ScalarType::Long, "network_of"));
   PassArgs args{};
   args.network_size = network_size(extended, hidden);
   const int64_t num_networks = networks.numel() / args.network_size;
   for (int64_t i : active) {
-    STD_TORCH_CHECK(0 <= network_of_[i] && network_of_[i] < num_networks, "item ", i, " has no network ", network_of_[i]);
+    STD_TORCH_CHECK(0 <= network_of_[i] && network_of_[i] < num_networks, "item ", i,
+                    " has no network ", network_of_[i]);
   }
   args.items = tables.items;
   args.boxes = tables.boxes;
@@ -392,7 +419,7 @@ void update_pass(
     param_squares_[i] = 0.0;
     for (int64_t l = 0; l < item.leads; ++l) param_squares_[i] += p[l];
     update_squares_[i] = 0.0;
-    if (!keep_[i]) continue;
+    if (!moves_[i]) continue;
     moving.push_back(i);
     normalisers_at[i] = total;
     total += item.leads * num_inputs(extended);
@@ -403,7 +430,8 @@ void update_pass(
   for_each(static_cast<int64_t>(moving.size()), [&](int64_t a) {
     const Item& item = tables.items[moving[a]];
     const double* sums = b_buffers[item.b_buffer] + item.b_at;
-    fill_normalisers(item, extended, sums, squares_, args.rule.eps_normalise, normalisers.data() + normalisers_at[moving[a]]);
+    fill_normalisers(item, extended, sums, squares_, args.rule.eps_normalise,
+                     normalisers.data() + normalisers_at[moving[a]]);
   });
   const Jobs jobs = deal(tables, moving);
   std::vector<double> changes(jobs.jobs.size(), 0.0);
@@ -412,13 +440,15 @@ void update_pass(
     changes[j] = k.updates(args, jobs.jobs[j], static_cast<int>(hidden));
   });
   for (size_t a = 0; a < moving.size(); ++a) {
-    for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j) update_squares_[moving[a]] += changes[j];
+    for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j)
+      update_squares_[moving[a]] += changes[j];
   }
 }
 
 Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) { return Ints(); }
 
-// Chooses the instruction set for all later calls ("auto": the best one there is), and gives its name.
+// Chooses the instruction set for all later calls ("auto": the best one there is), and gives its
+// name.
 std::string instruction_set(std::string name) {
   const Kernels* wanted = supported(name);
   STD_TORCH_CHECK(wanted, "this machine or build has no instruction set '", name, "'");
@@ -432,6 +462,7 @@ std::string instruction_set(std::string name) {
 STABLE_TORCH_LIBRARY(pylo_dist, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
   m.def("instruction_set(str name) -> str");
+  m.def("table_fields(str table) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
@@ -441,4 +472,5 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&pylo_dist::instruction_set));
+  m.impl("table_fields", TORCH_BOX(&pylo_dist::table_fields));
 }

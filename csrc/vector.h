@@ -1,5 +1,6 @@
-// One CPU register of floats, Vec, with the functions that the shared headers ask of a float. Its width is that of the instruction
-// set this file is compiled for; without AVX it is plain C++ that any compiler turns into what the machine has.
+// One CPU register of floats, Vec, with the functions that the shared headers ask of a float. Its
+// width is that of the instruction set this file is compiled for; without AVX it is plain C++ that
+// any compiler turns into what the machine has.
 #pragma once
 
 #include <cstring>
@@ -59,30 +60,54 @@ PYLO_HD Vec load(const float* at) {
 PYLO_HD void store(float* at, Vec x) { __builtin_memcpy(at, &x.raw, sizeof x.raw); }
 
 #if defined(__AVX512F__)
-PYLO_HD Vec fma_(Vec a, Vec b, Vec c) { return {(RawVec)_mm512_fmadd_ps((__m512)a.raw, (__m512)b.raw, (__m512)c.raw)}; }
+PYLO_HD Vec fma_(Vec a, Vec b, Vec c) {
+  return {(RawVec)_mm512_fmadd_ps((__m512)a.raw, (__m512)b.raw, (__m512)c.raw)};
+}
 PYLO_HD Vec sqrt_(Vec x) { return {(RawVec)_mm512_sqrt_ps((__m512)x.raw)}; }
 // the machine's max and min give their second operand where either is NaN
-PYLO_HD Vec max_(Vec x, float floor) { return {(RawVec)_mm512_max_ps(_mm512_set1_ps(floor), (__m512)x.raw)}; }
-PYLO_HD Vec min_(Vec x, float ceiling) { return {(RawVec)_mm512_min_ps(_mm512_set1_ps(ceiling), (__m512)x.raw)}; }
+PYLO_HD Vec max_(Vec x, float floor) {
+  return {(RawVec)_mm512_max_ps(_mm512_set1_ps(floor), (__m512)x.raw)};
+}
+PYLO_HD Vec min_(Vec x, float ceiling) {
+  return {(RawVec)_mm512_min_ps(_mm512_set1_ps(ceiling), (__m512)x.raw)};
+}
 PYLO_HD RawWide load_wide(const float* at) { return (RawWide)_mm512_cvtps_pd(_mm256_loadu_ps(at)); }
-PYLO_HD RawWide low_half(Vec x) { return (RawWide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x.raw)); }
-PYLO_HD RawWide high_half(Vec x) { return (RawWide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x.raw, 1)); }
+PYLO_HD RawWide low_half(Vec x) {
+  return (RawWide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x.raw));
+}
+PYLO_HD RawWide high_half(Vec x) {
+  return (RawWide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x.raw, 1));
+}
 PYLO_HD RawWide fma_(RawWide a, RawWide b, RawWide c) {
   return (RawWide)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
-PYLO_HD RawWide min_(RawWide x, double ceiling) { return (RawWide)_mm512_min_pd(_mm512_set1_pd(ceiling), (__m512d)x); }
+PYLO_HD RawWide min_(RawWide x, double ceiling) {
+  return (RawWide)_mm512_min_pd(_mm512_set1_pd(ceiling), (__m512d)x);
+}
 #elif defined(__AVX2__)
-PYLO_HD Vec fma_(Vec a, Vec b, Vec c) { return {(RawVec)_mm256_fmadd_ps((__m256)a.raw, (__m256)b.raw, (__m256)c.raw)}; }
+PYLO_HD Vec fma_(Vec a, Vec b, Vec c) {
+  return {(RawVec)_mm256_fmadd_ps((__m256)a.raw, (__m256)b.raw, (__m256)c.raw)};
+}
 PYLO_HD Vec sqrt_(Vec x) { return {(RawVec)_mm256_sqrt_ps((__m256)x.raw)}; }
-PYLO_HD Vec max_(Vec x, float floor) { return {(RawVec)_mm256_max_ps(_mm256_set1_ps(floor), (__m256)x.raw)}; }
-PYLO_HD Vec min_(Vec x, float ceiling) { return {(RawVec)_mm256_min_ps(_mm256_set1_ps(ceiling), (__m256)x.raw)}; }
+PYLO_HD Vec max_(Vec x, float floor) {
+  return {(RawVec)_mm256_max_ps(_mm256_set1_ps(floor), (__m256)x.raw)};
+}
+PYLO_HD Vec min_(Vec x, float ceiling) {
+  return {(RawVec)_mm256_min_ps(_mm256_set1_ps(ceiling), (__m256)x.raw)};
+}
 PYLO_HD RawWide load_wide(const float* at) { return (RawWide)_mm256_cvtps_pd(_mm_loadu_ps(at)); }
-PYLO_HD RawWide low_half(Vec x) { return (RawWide)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.raw)); }
-PYLO_HD RawWide high_half(Vec x) { return (RawWide)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.raw, 1)); }
+PYLO_HD RawWide low_half(Vec x) {
+  return (RawWide)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.raw));
+}
+PYLO_HD RawWide high_half(Vec x) {
+  return (RawWide)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.raw, 1));
+}
 PYLO_HD RawWide fma_(RawWide a, RawWide b, RawWide c) {
   return (RawWide)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
-PYLO_HD RawWide min_(RawWide x, double ceiling) { return (RawWide)_mm256_min_pd(_mm256_set1_pd(ceiling), (__m256d)x); }
+PYLO_HD RawWide min_(RawWide x, double ceiling) {
+  return (RawWide)_mm256_min_pd(_mm256_set1_pd(ceiling), (__m256d)x);
+}
 #else
 PYLO_HD Vec fma_(Vec a, Vec b, Vec c) { return a * b + c; }
 PYLO_HD Vec sqrt_(Vec x) {
@@ -90,7 +115,9 @@ PYLO_HD Vec sqrt_(Vec x) {
   return x;
 }
 PYLO_HD Vec max_(Vec x, float floor) { return {x.raw < floor ? splat_<Vec>(floor).raw : x.raw}; }
-PYLO_HD Vec min_(Vec x, float ceiling) { return {x.raw > ceiling ? splat_<Vec>(ceiling).raw : x.raw}; }
+PYLO_HD Vec min_(Vec x, float ceiling) {
+  return {x.raw > ceiling ? splat_<Vec>(ceiling).raw : x.raw};
+}
 PYLO_HD RawWide load_wide(const float* at) { return RawWide{at[0], at[1]}; }
 PYLO_HD RawWide low_half(Vec x) { return RawWide{x.raw[0], x.raw[1]}; }
 PYLO_HD RawWide high_half(Vec x) { return RawWide{x.raw[2], x.raw[3]}; }
@@ -109,7 +136,8 @@ PYLO_HD Vec scale2_(Vec y, Vec rounded) {
 // How many entries are not within [-limit, limit], NaN among them.
 PYLO_HD int count_beyond(Vec x, float limit) {
 #if defined(__AVX512F__)
-  return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x.raw), _mm512_set1_ps(limit), _CMP_NLE_UQ));
+  return __builtin_popcount(
+      _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x.raw), _mm512_set1_ps(limit), _CMP_NLE_UQ));
 #else
   const RawInt inside = (x.raw <= limit) & (x.raw >= -limit);
   int count = W;

@@ -1,10 +1,11 @@
 """Checkpoints of a run: where they lie, what they hold beside model and optimizer, when they are
 made, and the way back in.
 
-    OUT/checkpoints/step-00000050    one folder each, of pylo_dist.checkpoint: published complete, with checksums, or not at all
+    OUT/checkpoints/step-00000050    one folder each, of pylo_dist.checkpoint: published complete,
+                                     with checksums, or not at all
 
 A run needs no random state: its samples are a function of seed, step and global batch, and nothing
-    else is drawn while it trains.
+else is drawn while it trains.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from options import AUTO, Options, WrongInput, flag
+
+if TYPE_CHECKING:
+    from learner import Trainable
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
@@ -44,11 +48,7 @@ TOLD = (
     *("parallel", "replicas", "tp", "clip", "grad_scale", "order"),
 )
 # what earlier versions did, whose config.json does not say so
-ADDED = {
-    "clip": "global",
-    "grad_scale": 1.0,
-    "order": "random",
-}
+ADDED = {"clip": "global", "grad_scale": 1.0, "order": "random"}
 
 
 class Stopped(Exception):
@@ -164,7 +164,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     Changes nothing.
 
     Args:
-        config: what `gpt2.describe` gives of this run.
+        config: what `run.describe` gives of this run.
 
     Raises:
         WrongInput: this run cannot go on from the checkpoint.
@@ -221,7 +221,7 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     return step, seen, ", ".join(others)
 
 
-def load(start: Start, learner: Any) -> None:
+def load(start: Start, learner: Trainable) -> None:
     """Give model and optimizer of `learner` the checkpoint's numbers (both modified in place); call
     it on all ranks.
 
@@ -260,7 +260,7 @@ class Keeper:
         self,
         options: Options,
         folder: Path,
-        learner: Any,
+        learner: Trainable,
         config: Mapping[str, Any],
         *,
         is_first: bool,

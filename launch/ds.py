@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from model import GPT, build
-from options import LEARNED, Options, WrongInput
+from options import Options, WrongInput
 from torch import Tensor
 
 # What the flags decide; in the JSON it would say the same thing twice.
@@ -69,7 +69,7 @@ def package() -> Any:
 
 
 class DeepSpeedLearner:
-    """As gpt2.Learner, with the model and its optimizer in a DeepSpeed engine."""
+    """As learner.Learner, with the model and its optimizer in a DeepSpeed engine."""
 
     def __init__(self, options: Options, place: Any, accumulation: int, micro_batch: int) -> None:
         """Raises WrongInput for a JSON, arguments or weights that are refused."""
@@ -90,10 +90,10 @@ class DeepSpeedLearner:
         arguments = options.learned_arguments()
         for key in ("max_grad_norm", "clip_grad", "clip_norm"):
             arguments.pop(key, None)
-        if options.optimizer == "mulo":
+        if "width_mults" in arguments:
             arguments["width_mults"] = model.width_mults()
         config |= {
-            "optimizer": {"type": LEARNED[options.optimizer].class_name, "params": arguments},
+            "optimizer": {"type": options.chosen().entry.deepspeed, "params": arguments},
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": options.clip_norm() or 0.0,

@@ -44,8 +44,8 @@ class Environment:
         launcher: who started it, in words.
         rank, world_size: among all.
         local_rank, local_size: among those of this machine; None where a hand has set RANK and
-        WORLD_SIZE without them. address, port: where rank 0 waits for the others; None in a world
-        of one.
+            WORLD_SIZE without them.
+        address, port: where rank 0 waits for the others; None in a world of one.
     """
 
     launcher: str
@@ -65,7 +65,10 @@ class Environment:
             if self.local_rank is None
             else f", {self.local_rank} of {self.local_size} on this machine"
         )
-        return f"{self.launcher}: rank {self.rank} of {self.world_size}{here}; they meet at {self.address}:{self.port}"
+        return (
+            f"{self.launcher}: rank {self.rank} of {self.world_size}{here}; they meet at "
+            f"{self.address}:{self.port}"
+        )
 
     def export(self) -> None:
         """Put it into the process's variables, by the names that torchrun, torch.distributed and
@@ -235,7 +238,10 @@ def _compare(variables: Mapping[str, str], world_size: int, mpi: str | None) -> 
         found.append((SLURM, "SLURM_PROCID", "srun"))
     agreeing = None
     for size, rank, launcher in found:
-        remedy = f"unset RANK and WORLD_SIZE, and {launcher}'s are taken; or start the ranks with torchrun."
+        remedy = (
+            f"unset RANK and WORLD_SIZE, and {launcher}'s are taken; or start the ranks with "
+            "torchrun."
+        )
         count = _number(variables, size, least=1)
         if count == 1:
             continue
@@ -357,7 +363,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's list of hosts, such as gpu[003-010,12],login1 or rack[0-3]_blade[0-41]."""
+    """The first of SLURM's list of hosts, such as gpu[003-010,12],login1, or of
+    rack[0-3]_blade[0-41].
+    """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None  # it may match nothing
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

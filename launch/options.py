@@ -1,5 +1,8 @@
 """The command line of gpt2.py: flags, defaults, and the checks that need neither files nor other
 ranks.
+
+`read` takes flags as they are, and needs no PyTorch; `parse` also asks pylo_dist what the optimizer
+takes, and so do the methods whose result depends on it.
 """
 
 from __future__ import annotations
@@ -12,44 +15,28 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import optimizers
 import recipe
 from data import BatchPlan
+from optimizers import ADAMW, MISSING, Optimizer, listed
 from presets import EMBEDDINGS, PRESETS, GPTConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A learned optimizer: its class in pylo_dist, and what that class does unless a flag says
-    otherwise.
-    """
-
-    class_name: str
-    lr: float
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    clip_arguments: bool = True  # takes clip_grad and clip_norm, in place of max_grad_norm
-
-
-# By name on the command line. AdamW, the yardstick, is PyTorch's.
-LEARNED = {
-    "adafaclo": Learned("AdafacLO", lr=1.0, clip_arguments=False),
-    "mulo": Learned("MuLO", lr=1.0, clip_arguments=False),
-    "velo": Learned("VeLO", lr=1.0, clip_arguments=False),
-    "elo": Learned("ELO", lr=1e-3),
-    "celo2": Learned("CELO2", lr=1e-3),
-    "elo-celo2": Learned("ELO_CELO2", lr=1e-3, weight_decay=0.1, max_grad_norm=1.0),
-}
-OPTIMIZERS = (*LEARNED, "adamw")
 # Flags that replace a number of the preset's model.
 SHAPE_FLAGS = ("vocab_size", "n_embd", "n_head", "mup_base_width", "mup_base_heads")
-# Flags that mean something to one optimizer alone.
-OWN_FLAGS = {"num_steps": "velo", "mup_base_width": "mulo", "mup_base_heads": "mulo"}
+# Flags that mean something only to optimizers whose class takes an argument, one of these.
+OWN_FLAGS = {
+    "num_steps": ("num_steps",),
+    "mup_base_width": ("width_mults",),
+    "mup_base_heads": ("width_mults",),
+    "weight_decay": ("weight_decay",),
+    "max_grad_norm": ("max_grad_norm", "clip_norm"),
+}
 PARALLEL = ("zero1", "zero2", "fsdp2", "hsdp", "tp", "ddp")
 # Flags that mean something to one layout alone.
 MESH_FLAGS = {"replicas": "hsdp", "tp": "tp"}
@@ -96,6 +83,7 @@ class Options:
     n_embd: int | None
     n_head: int | None
     optimizer: str
+    plugin: str | None
     weights: str | None
     parallel: str
     replicas: int | None
@@ -169,33 +157,17 @@ class Options:
                 f"--block-size {self.block_size} is above the {longest} positions of preset "
                 f"{self.preset}; use {longest} or less, or a larger preset."
             )
-        if self.optimizer == "adamw" and self.weights is not None:
+        if self.optimizer == ADAMW and self.weights is not None:
             raise WrongInput(
                 "--weights is for learned optimizers, and adamw is none; drop it, or take a "
                 "recipe's back: --weights none."
             )
-        if self.clip == "per_tensor" and (self.optimizer == "adamw" or self.clip_norm() is None):
-            raise WrongInput(
-                "--clip per_tensor is for learned optimizers, with --max-grad-norm; pass that, or "
-                "drop it."
-            )
-        for name, owner in OWN_FLAGS.items():
-            if getattr(self, name) is not None and self.optimizer != owner:
-                raise WrongInput(
-                    f"{flag(name)} is for --optimizer {owner} and means nothing to "
-                    f"{self.optimizer}; drop it, or use {owner}."
-                )
         for name, owner in MESH_FLAGS.items():
             if getattr(self, name) is not None and self.parallel != owner:
                 raise WrongInput(
                     f"{flag(name)} is for --parallel {owner} and means nothing to {self.parallel}; "
                     f"drop it, or use {owner}."
                 )
-        if self.optimizer == "velo" and self.planned_steps() < 2:
-            raise WrongInput(
-                "--steps is 1, and velo plans for a run of 2 steps or more; pass --num-steps, the "
-                "length of the run."
-            )
         try:
             self.config()
         except ValueError as error:
@@ -211,7 +183,7 @@ class Options:
                 "recipe's: --keep none)."
             )
         if self.deepspeed is not None:
-            if self.optimizer == "adamw":
+            if self.optimizer == ADAMW:
                 raise WrongInput(
                     "--deepspeed is for learned optimizers here, and adamw is none; pass "
                     "--optimizer."
@@ -238,11 +210,59 @@ class Options:
                 f"--resume {AUTO} looks for a checkpoint of the run in --out; pass --out FOLDER."
             )
 
+    def check_optimizer(self) -> None:
+        """Raise WrongInput for an optimizer that there is not, and for flags that mean nothing to
+        it or are wanted by it.
+        """
+        chosen = self.chosen()
+        for name, arguments in OWN_FLAGS.items():
+            if getattr(self, name) is not None and not any(map(chosen.takes, arguments)):
+                owners = listed(optimizers.taking(arguments[0], self.plugin), "or")
+                raise WrongInput(
+                    f"{flag(name)} is for --optimizer {owners} and means nothing to "
+                    f"{self.optimizer}; drop it, or use {owners}."
+                )
+        if self.clip == "per_tensor" and (not chosen.takes("clip") or self.clip_norm() is None):
+            raise WrongInput(
+                "--clip per_tensor is for learned optimizers, with --max-grad-norm; pass that, or "
+                "drop it."
+            )
+        planned = self.planned_steps()
+        if planned is not None and planned < 2:
+            raise WrongInput(
+                f"--steps is 1, and {self.optimizer} plans for a run of 2 steps or more; pass "
+                "--num-steps, the length of the run."
+            )
+        if chosen.entry is None:
+            return
+        if not chosen.takes("lr"):
+            raise WrongInput(
+                f"--optimizer {self.optimizer} takes no argument lr, which is set at each step."
+            )
+        given = self.learned_arguments()
+        for name, default in chosen.arguments.items():
+            if default is MISSING and (name not in given or (name == "lr" and self.lr is None)):
+                has_flag = name in (field.name for field in dataclasses.fields(self))
+                remedy = (
+                    f"pass {flag(name)}" if has_flag else "give it one, there is no flag for it"
+                )
+                raise WrongInput(
+                    f"--optimizer {self.optimizer} has no default for {name}; {remedy}."
+                )
+
+    def chosen(self) -> Optimizer:
+        """The optimizer. Raises WrongInput where there is none of that name."""
+        try:
+            return optimizers.find(self.optimizer, self.plugin)
+        except ValueError as error:
+            raise WrongInput(str(error)) from None
+
     def shared(self) -> dict[str, Any]:
         """By flag what must be the same on all ranks: all but paths and threads, which belong to a
         machine.
         """
-        own = ("recipe", "weights", "data", "val_data", "out", "resume", "deepspeed", "threads")
+        own = ("recipe", "plugin", "weights", "data", "val_data", "out", "resume", "deepspeed")
+        own += ("threads",)
         return {
             flag(field.name): getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -275,48 +295,48 @@ class Options:
         return BatchPlan(batch, world_size, micro)
 
     def base_lr(self) -> float:
+        """The learning rate of the run."""
         if self.lr is not None:
             return self.lr
-        return (
-            DEFAULTS[self.preset].adamw_lr
-            if self.optimizer == "adamw"
-            else LEARNED[self.optimizer].lr
-        )
+        own: float | None = self.chosen().default("lr")
+        return DEFAULTS[self.preset].adamw_lr if own is None else own
 
     def decay(self) -> float:
+        """The weight decay of the run."""
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.1 if self.optimizer == "adamw" else LEARNED[self.optimizer].weight_decay
+        return self.chosen().default("weight_decay") or 0.0
 
     def clip_norm(self) -> float | None:
         """The bound on the norm of all gradients."""
-        if self.max_grad_norm is not None or self.optimizer == "adamw":
-            return self.max_grad_norm
-        return LEARNED[self.optimizer].max_grad_norm
+        return self.chosen().max_grad_norm if self.max_grad_norm is None else self.max_grad_norm
 
-    def planned_steps(self) -> int:
-        """The length of the run that VeLO is told, of which this command may be a part."""
-        return self.num_steps or self.steps
+    def planned_steps(self) -> int | None:
+        """The length of the run that an optimizer is told which asks for it, of which this command
+        may be a part; None for others.
+        """
+        return (self.num_steps or self.steps) if self.chosen().takes("num_steps") else None
 
     def learned_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the learned optimizer, but for MuLO's multipliers, which follow from
-        the model.
+        """What the learned optimizer is given of the arguments that it takes: what the flags say,
+        and what the run knows. `width_mults`, which follow from the model, are empty.
         """
-        arguments: dict[str, Any] = {"lr": self.base_lr(), "weight_decay": self.decay()}
-        bound = self.clip_norm()
-        if not LEARNED[self.optimizer].clip_arguments:
-            arguments["max_grad_norm"] = bound
+        chosen, bound = self.chosen(), self.clip_norm()
+        known: dict[str, Any] = {
+            "lr": self.base_lr(),
+            "weight_decay": self.decay(),
+            "weights": self.weights,
+            "clip": self.clip if self.clip != "global" else None,
+            "num_steps": self.planned_steps(),
+            "width_mults": {},
+            "embedding_pattern": EMBEDDINGS,  # by CELO2's paper, embeddings follow AdamW
+        }
+        # of the two ways to bound a norm, a class has one
+        if not chosen.takes("clip_norm"):
+            known["max_grad_norm"] = bound
         elif bound is not None:
-            arguments |= {"clip_grad": True, "clip_norm": bound}
-        if self.clip != "global":
-            arguments["clip"] = self.clip
-        if self.weights is not None:
-            arguments["weights"] = self.weights
-        if self.optimizer == "velo":
-            arguments["num_steps"] = self.planned_steps()
-        if self.optimizer in ("celo2", "elo-celo2"):  # by their paper, embeddings follow AdamW
-            arguments["embedding_pattern"] = EMBEDDINGS
-        return arguments
+            known |= {"clip_grad": True, "clip_norm": bound}
+        return {name: x for name, x in known.items() if x is not None and chosen.takes(name)}
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 1 ... `steps`: linear warm-up, then constant or a cosine to a
@@ -360,10 +380,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of a command line. Raises WrongInput."""
+    """The options of a command line, whose optimizer there is. Raises WrongInput."""
+    options = read(argv)
+    options.check_optimizer()
+    return options
+
+
+def read(argv: Sequence[str]) -> Options:
+    """The options of a command line, whatever its optimizer; without PyTorch, but for --help.
+    Raises WrongInput.
+    """
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment too
-    parser = _parser()
     argv = [word for word in argv if not word.startswith("--local_rank=")]
+    parser = _parser(_said_of_optimizers(argv) if {"-h", "--help"} & set(argv) else {})
     given = parser.parse_args(argv)
     if given.recipe is not None:
         try:
@@ -384,7 +413,7 @@ def repeatable(command: Sequence[str]) -> Options:
             "the command names no gpt2.py; pass one such as: torchrun --nproc_per_node=8 "
             "launch/gpt2.py --out runs/x ..."
         )
-    options = parse(command[script + 1 :])
+    options = read(command[script + 1 :])
     if options.out is None:
         raise WrongInput(
             "the command has no --out FOLDER; pass it, so that the next start finds the "
@@ -402,11 +431,26 @@ def repeatable(command: Sequence[str]) -> Options:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _said_of_optimizers(argv: Sequence[str]) -> dict[str, str]:
+    """What --help says of the optimizers, by flag. Raises WrongInput for a plugin that cannot be
+    imported.
+    """
+    finder = OneLineParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--plugin")
+    try:
+        return optimizers.in_words(finder.parse_known_args(argv)[0].plugin)
+    except ValueError as error:
+        raise WrongInput(str(error)) from None
+
+
+def _parser(said: Mapping[str, str]) -> argparse.ArgumentParser:
+    """With what `_said_of_optimizers` said, if it was asked."""
+    own = "the optimizer's own"
     parser = OneLineParser(
         prog="gpt2.py",
         allow_abbrev=False,
-        description="Pretrain GPT-2 with a learned optimizer: python for one rank, torchrun for many.",
+        description="Pretrain GPT-2 with a learned optimizer: python for one rank, torchrun for "
+        "many.",
         epilog="Example: torchrun --nproc_per_node=2 launch/gpt2.py --preset micro --weights demo",
     )
     switch = argparse.BooleanOptionalAction
@@ -431,24 +475,28 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--n-head", type=int, help="attention heads; default: the preset's")
 
     learn = parser.add_argument_group("optimizer")
-    learn.add_argument("--optimizer", choices=OPTIMIZERS, default="adafaclo")
+    learn.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        default="adafaclo",
+        help=f"{said.get('optimizer', 'of a learned optimizer, or adamw')}; default: adafaclo",
+    )
+    learn.add_argument(
+        "--plugin",
+        metavar="MODULE|FILE.py",
+        help="optimizers of your own: what calls pylo_dist.register_optimizer",
+    )
     learn.add_argument(
         "--weights", help="of a learned optimizer: a name, folder, file, or demo; default: its own"
     )
+    learn.add_argument("--lr", type=float, help=f"default: {said.get('lr', own)}")
     learn.add_argument(
-        "--lr",
-        type=float,
-        help="default: 1 for adafaclo, mulo and velo, 0.001 for elo and the celo2s, the preset's for adamw",
-    )
-    learn.add_argument(
-        "--weight-decay",
-        type=float,
-        help="decoupled; default: 0.1 for adamw and elo-celo2, 0 for others",
+        "--weight-decay", type=float, help=f"decoupled; default: {said.get('weight_decay', own)}"
     )
     learn.add_argument(
         "--max-grad-norm",
         type=float,
-        help="clip the global gradient norm; default: 1 for elo-celo2, no clipping for others",
+        help=f"clip the global gradient norm; default: {said.get('max_grad_norm', own)}",
     )
     learn.add_argument(
         "--clip",
@@ -462,17 +510,23 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="multiply every gradient, as a loss scaler does that never unscales",
     )
+    planning, scaled = said.get("num_steps", "velo"), said.get("mup", "mulo")
     learn.add_argument(
-        "--num-steps", type=int, help="of velo: length of the run it plans for; default: --steps"
+        "--num-steps",
+        type=int,
+        help=f"of {planning}: length of the run it plans for; default: --steps",
     )
     learn.add_argument(
         "--mup-base-width",
         type=int,
-        help="of mulo: the width that settings were tuned at; initialisation, attention, logits and learning rates are scaled "
-        "from there by muP; default: the model's own, which changes nothing",
+        help=f"of {scaled}: the width that settings were tuned at; initialisation, attention, "
+        "logits and learning rates are scaled from there by muP; default: the model's own, which "
+        "changes nothing",
     )
     learn.add_argument(
-        "--mup-base-heads", type=int, help="of mulo: heads at that width; default: the model's own"
+        "--mup-base-heads",
+        type=int,
+        help=f"of {scaled}: heads at that width; default: the model's own",
     )
     learn.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     learn.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
@@ -482,8 +536,9 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel",
         choices=PARALLEL,
         default="zero1",
-        help="what several ranks share: zero1 and zero2 optimizer state (and gradients); fsdp2 parameters too; hsdp the same in "
-        "several copies; tp matrix products; ddp nothing but gradients",
+        help="what several ranks share: zero1 and zero2 optimizer state (and gradients); fsdp2 "
+        "parameters too; hsdp the same in several copies; tp matrix products; ddp nothing but "
+        "gradients",
     )
     mesh.add_argument("--replicas", type=int, help="of hsdp: copies of the model; default: 2")
     mesh.add_argument(
@@ -551,7 +606,8 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--resume",
         metavar="DIR|auto",
-        help="go on from a checkpoint or a run's newest; auto: the newest in --out, if there is one",
+        help="go on from a checkpoint or a run's newest; auto: the newest in --out, if there is "
+        "one",
     )
     files.add_argument("--tensorboard", action=switch, default=False)
     files.add_argument("--wandb", action=switch, default=False)
@@ -562,7 +618,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command_for_more_ranks(argv: Sequence[str], plan: BatchPlan) -> str:
-    """The command that repeats a run on the next number of ranks that its batch can be shared by."""
+    """The command that repeats a run on the next number of ranks that can share its batch."""
     wider = (
         n for n in range(plan.world_size + 1, plan.global_batch + 1) if plan.global_batch % n == 0
     )

@@ -7,7 +7,9 @@ Arrays of tokens that others have made, .npy of uint16, become one file each; "t
 their names says which split:
 
     python launch/prepare_data.py edufineweb_train_0.npy edufineweb_val_0.npy --out tokens
-    python launch/prepare_data.py --check tokens     # reads every file, and names those that are not what was written
+    python launch/prepare_data.py --check tokens
+
+--check reads every file, and names those that are not what was written.
 
 Beside the files lies tokens.json, with their lengths and hashes. Exit code 0: written. 2: wrong
 input, one line on stderr.
@@ -73,7 +75,10 @@ def split(tokens: TokenArray, val_fraction: float) -> tuple[TokenArray, TokenArr
 def prepare(
     texts: Sequence[Path], out: Path, *, encode: Encode, val_fraction: float, overwrite: bool
 ) -> str:
-    """Write `out`/train.bin and `out`/val.bin; a line that says what they hold. Raises WrongInput."""
+    """Write `out`/train.bin and `out`/val.bin; a line that says what they hold.
+
+    Raises WrongInput.
+    """
     if not 0 < val_fraction < 1:
         raise WrongInput(f"--val-fraction is {val_fraction}; it must lie between 0 and 1.")
     for text in texts:
@@ -165,7 +170,8 @@ def check(folder: Path) -> str:
     ]
     if wrong:
         raise WrongInput(f"{folder}: {', '.join(wrong)}: missing, cut or damaged; make them again.")
-    return f"{folder}: {len(listed)} file(s), {sum(entry['tokens'] for entry in listed.values()):,} tokens, as they were written"
+    tokens = sum(entry["tokens"] for entry in listed.values())
+    return f"{folder}: {len(listed)} file(s), {tokens:,} tokens, as they were written"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

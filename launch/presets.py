@@ -26,7 +26,8 @@ class GPTConfig:
     tied to the embedding, with its learning rates for Adam, and definition 4.1 for attention:
 
         embeddings, biases, norms    as in the base model
-        hidden matrices              initial standard deviation times 1 / sqrt(m); learning rate times 1 / m, see `width_mults`
+        hidden matrices              initial standard deviation times 1 / sqrt(m);
+                                     learning rate times 1 / m, see `width_mults`
         logits                       times 1 / m
         attention scores             q k sqrt(d_base) / d, which is q k / sqrt(d) where d = d_base
 

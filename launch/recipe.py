@@ -4,11 +4,11 @@
 Values are read as they are written, without YAML's own ideas of numbers, in which 010 is 8 and 1:30
 is 90.
 
-about: one line
-cost: what a run of it takes, where that has been measured
-flags:
-  preset: 124m
-  batch_size: 512
+    about: one line
+    cost: what a run of it takes, where that has been measured
+    flags:
+      preset: 124m
+      batch_size: 512
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A tiny GPT-2 with the Trainer of transformers and a DeepSpeed JSON that names a learned
 optimizer.
 
-    torchrun --nproc_per_node=2 launch/trainer.py --deepspeed launch/deepspeed/trainer.json --steps
-    20
+    torchrun --nproc_per_node=2 launch/trainer.py --deepspeed launch/deepspeed/trainer.json
 
 The one line that a script of yours needs is `import pylo_dist.deepspeed`: it makes the JSON's
 "type" known.
@@ -90,11 +89,9 @@ def main() -> None:
     trainer.train()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-        # DeepSpeed's modules hold process groups to the end, whose threads then now and then abort
-        # the process
-    )
+    # DeepSpeed's modules hold process groups to the end, whose threads then now and then abort the
+    # process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line: `python -m pylo_dist doctor` and `... weights list | show | fetch | verify`.
 
-Writes only the folder that `fetch` is given.
+Writes only the folder that `fetch` is given, and imports what `--plugin` names.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import torch
 
 from ._version import __version__
 from .maths import compiled
+from .optimizer import load_plugin
 from .weights import (
-    ARCHITECTURES,
     DEMO,
     MetaNetwork,
     Registered,
     WeightsChangedError,
     WeightsError,
+    architecture_named,
+    architectures,
     load_weights,
     registered_entry,
     registered_weights,
 )
 from .weights.hub import HubError
-from .weights.publish import architecture_named, save_weights, stored_digest
+from .weights.publish import save_weights, stored_digest
 
 DONE, OTHER, WRONG_INPUT = 0, 1, 2
 
@@ -36,8 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit code: 0 done, 2 wrong input, 1 otherwise. Errors are one line
     on stderr.
     """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument(
+        "--plugin",
+        metavar="MODULE|FILE.py",
+        help="your own optimizers: what calls pylo_dist.register_optimizer",
+    )
+    # first of all, since it brings in names that other arguments may have
+    plugin, argv = own.parse_known_args(argv)
+    try:
+        if plugin.plugin is not None:
+            load_plugin(plugin.plugin)
+    except ValueError as error:
+        return _wrong(error)
     parser = argparse.ArgumentParser(
-        prog="python -m pylo_dist", description="Learned optimizers for sharded training."
+        prog="python -m pylo_dist",
+        description="Learned optimizers for sharded training.",
+        parents=[own],
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     doctor = commands.add_parser(
@@ -54,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except WeightsError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        code = OTHER if isinstance(error, WeightsChangedError) else WRONG_INPUT
+        code = _wrong(error, OTHER if isinstance(error, WeightsChangedError) else WRONG_INPUT)
+    return code
+
+
+def _wrong(error: Exception, code: int = WRONG_INPUT) -> int:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -75,7 +96,7 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help='a registered name, "demo", org/name[@revision], a folder or a file',
     )
     show.add_argument(
-        "--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them"
+        "--architecture", choices=architectures(), help="for tensors that fit two of them"
     )
     show.set_defaults(run=_show)
 
@@ -83,7 +104,7 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     fetch.add_argument("name", metavar="NAME", help="as for show")
     fetch.add_argument("--to", metavar="FOLDER", required=True)
     fetch.add_argument(
-        "--architecture", choices=ARCHITECTURES, help="for tensors that fit two of them"
+        "--architecture", choices=architectures(), help="for tensors that fit two of them"
     )
     fetch.add_argument("--overwrite", action="store_true", help="replace other weights in FOLDER")
     fetch.set_defaults(run=_fetch)
@@ -139,8 +160,9 @@ def _show(arguments: argparse.Namespace) -> int:
     about: MetaNetwork | Registered
     shapes: Mapping[str, Sequence[int | str]]
     try:
+        given = arguments.architecture
         about = network = load_weights(
-            name, architecture_named(arguments.architecture), local_only=True
+            name, None if given is None else architecture_named(given), local_only=True
         )
         digest, shapes = (
             network.digest,
@@ -152,7 +174,7 @@ def _show(arguments: argparse.Namespace) -> int:
         about, digest, shapes = (
             entry,
             f"not known here: {_one_line(error)}",
-            ARCHITECTURES[entry.architecture].shapes,
+            architecture_named(entry.architecture).shapes,
         )
     print(f"name: {name}")
     if entry is not None:
@@ -161,7 +183,8 @@ def _show(arguments: argparse.Namespace) -> int:
     print(f"architecture: {about.architecture}")
     print(f"horizon: {_horizon(about.horizon)}")
     print(f"licence: {about.licence}")
-    for key, values in {**ARCHITECTURES[about.architecture].decays, **about.decays}.items():
+    implied = architecture_named(about.architecture).decays
+    for key, values in {**implied, **about.decays}.items():
         print(f"{key}: {', '.join(map(repr, values))}")
     print(f"digest: {digest}")
     print(f"tensors: {len(shapes)}")

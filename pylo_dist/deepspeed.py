@@ -4,13 +4,19 @@ registers the optimizers.
     import pylo_dist.deepspeed
     engine, *_ = deepspeed.initialize(model=model, config="zero2.json")
 
+A "type" is the name under which an optimizer is registered with pylo_dist, also one of a user's own
+(`pylo_dist.register_optimizer`), before the import or after it.
+
 DeepSpeed has no hook for optimizers of others, so the import touches these names of other packages
 (`unregister()` takes all of it back, and `initialize()` here does without any of it):
 
-    torch.optim                               AdafacLO, MuLO, VeLO, ELO, CELO2, ELO_CELO2: where DeepSpeed looks a "type" up
-    deepspeed.runtime.zero.utils              ZERO_SUPPORTED_OPTIMIZERS: the same six classes appended
-    deepspeed.runtime.engine.DeepSpeedEngine  _configure_optimizer: checks the JSON before it, calls
-    `attach` after it
+    torch.optim
+        AdafacLO, MuLO, VeLO, ... : a class for each "type", where DeepSpeed looks it up
+    deepspeed.runtime.zero.utils
+        ZERO_SUPPORTED_OPTIMIZERS: the same classes appended
+    deepspeed.runtime.engine.DeepSpeedEngine
+        _is_supported_optimizer: registers what is new before an engine looks at its JSON
+        _configure_optimizer: checks the JSON before it, calls `attach` after it
 
 On an engine of its own, `attach` hooks the parameters, to know which of them have a gradient, and
 for optimizers that read the loss sets `engine.backward`, which keeps the loss it is given.
@@ -20,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +34,7 @@ import torch
 
 from .adapters.deepspeed.checkpoint import load_checkpoint, read_checkpoint, states
 from .adapters.deepspeed.optimizer import DeepSpeedOptimizer
-from .optim.adafac import AdafacLO
-from .optim.celo2 import CELO2, ELO_CELO2
-from .optim.elo import ELO
-from .optim.mulo import MuLO
-from .optim.velo import VeLO
-from .optimizer import LearnedOptimizer
+from .optimizer import LearnedOptimizer, registered_optimizers
 
 try:
     import deepspeed
@@ -62,69 +63,103 @@ if (deepspeed.__version_major__, deepspeed.__version_minor__) < (0, 19):
         "whose bfloat16 optimizer takes steps of its own: pip install 'deepspeed>=0.19'"
     )
 
-FACES: tuple[type[LearnedOptimizer], ...] = (AdafacLO, MuLO, VeLO, ELO, CELO2, ELO_CELO2)
-OPTIMIZERS: dict[str, type[DeepSpeedOptimizer]] = {
-    face.__name__: type(
-        face.__name__,
-        (DeepSpeedOptimizer,),
-        {"face": face, "__doc__": face.__doc__, "__module__": __name__},
-    )
-    for face in FACES
-}
+# by "type" in the JSON; brought up to date by `register` and `initialize`
+OPTIMIZERS: dict[str, type[DeepSpeedOptimizer]] = {}
 
-_registered: Any = None  # DeepSpeed's own _configure_optimizer while ours is in its place
+_shown: dict[str, type[DeepSpeedOptimizer]] = {}  # those that torch.optim holds now
+_replaced: dict[str, Any] = {}  # DeepSpeed's own methods while ours are in their place
 
 
 def register() -> None:
-    """Make the names in OPTIMIZERS known to DeepSpeed's JSON. Done by the import; again it does
-    nothing.
+    """Make the registered optimizers known to DeepSpeed's JSON. Done by the import, and whenever an
+    engine looks at its JSON, for those that are new; again it does nothing.
 
     Raises:
-        RuntimeError: torch.optim has an optimizer of one of these names already.
+        RuntimeError: DeepSpeed or torch.optim has an optimizer of one of these names already.
     """
-    global _registered
-    if _registered is not None:
-        return
-    taken = [name for name in OPTIMIZERS if hasattr(torch.optim, name)]
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    _follow_registry()
+    new = {name: held for name, held in OPTIMIZERS.items() if _shown.get(name) is not held}
+    taken = [name for name in new if name not in _shown and hasattr(torch.optim, name)]
     if taken:
         raise RuntimeError(
             f"torch.optim has {', '.join(taken)} already; use pylo_dist.deepspeed.initialize, "
             "which needs no name"
         )
-    for name, held in OPTIMIZERS.items():
+    # which DeepSpeed would build in place of ours
+    taken = [name for name in new if name.lower() in DEEPSPEED_OPTIMIZERS]
+    if taken:
+        raise RuntimeError(
+            f"DeepSpeed has {', '.join(taken)} already; register under another name "
+            "(deepspeed=...), or use pylo_dist.deepspeed.initialize"
+        )
+    for name, held in new.items():
+        _take_back(name)
         setattr(torch.optim, name, held)
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(held)
-    original = DeepSpeedEngine._configure_optimizer
-
-    @functools.wraps(original)
-    def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
-        if isinstance(client_optimizer, LearnedOptimizer):
-            name = type(client_optimizer).__name__
-            raise ValueError(
-                f"DeepSpeed was given a {name} that was built before it partitioned the "
-                f'parameters; name it in the JSON instead: "optimizer": {{"type": "{name}", '
-                '"params": {...}}'
-            )
-        if client_optimizer is None and self.optimizer_name() in OPTIMIZERS:
-            refuse(self.config, self.module)
-        original(self, client_optimizer, model_parameters)
-        if isinstance(self.basic_optimizer, DeepSpeedOptimizer):
-            attach(self)
-
-    DeepSpeedEngine._configure_optimizer = configure_optimizer
-    _registered = original
+        _shown[name] = held
+    if not _replaced:
+        _replace("_is_supported_optimizer", _is_supported_optimizer)
+        _replace("_configure_optimizer", _configure_optimizer)
 
 
 def unregister() -> None:
     """Take back what `register` did; engines that exist go on."""
-    global _registered
-    if _registered is None:
-        return
-    for name, held in OPTIMIZERS.items():
+    for name in list(_shown):
+        _take_back(name)
+    while _replaced:
+        setattr(DeepSpeedEngine, *_replaced.popitem())
+
+
+def _follow_registry() -> None:
+    """Bring OPTIMIZERS up to date."""
+    for entry in registered_optimizers().values():
+        held = OPTIMIZERS.get(entry.deepspeed)
+        if held is None or held.face is not entry.face:
+            parts = {"face": entry.face, "__doc__": entry.face.__doc__, "__module__": __name__}
+            OPTIMIZERS[entry.deepspeed] = type(entry.deepspeed, (DeepSpeedOptimizer,), parts)
+
+
+def _take_back(name: str) -> None:
+    held = _shown.pop(name, None)
+    if held is not None:
         delattr(torch.optim, name)
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.remove(held)
-    DeepSpeedEngine._configure_optimizer = _registered
-    _registered = None
+
+
+def _replace(method: str, own: Callable[..., Any]) -> None:
+    """Call `own(original, engine, ...)` in place of a method of DeepSpeed's engines."""
+    original = _replaced[method] = getattr(DeepSpeedEngine, method)
+
+    @functools.wraps(original)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(original, self, *args, **kwargs)
+
+    setattr(DeepSpeedEngine, method, called)
+
+
+def _is_supported_optimizer(original: Callable[..., bool], engine: Any, name: str) -> bool:
+    register()
+    return original(engine, name)
+
+
+def _configure_optimizer(
+    original: Callable[..., None], engine: Any, client_optimizer: Any, model_parameters: Any
+) -> None:
+    if isinstance(client_optimizer, LearnedOptimizer):
+        face = type(client_optimizer)
+        name = next((n for n, held in OPTIMIZERS.items() if held.face is face), face.__name__)
+        raise ValueError(
+            f"DeepSpeed was given a {face.__name__} that was built before it partitioned the "
+            f'parameters; name it in the JSON instead: "optimizer": {{"type": "{name}", '
+            '"params": {...}}'
+        )
+    if client_optimizer is None and engine.optimizer_name() in OPTIMIZERS:
+        refuse(engine.config, engine.module)
+    original(engine, client_optimizer, model_parameters)
+    if isinstance(engine.basic_optimizer, DeepSpeedOptimizer):
+        attach(engine)
 
 
 def attach(engine: Any) -> DeepSpeedOptimizer:
@@ -150,7 +185,8 @@ def attach(engine: Any) -> DeepSpeedOptimizer:
 
 
 def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
-    """`deepspeed.initialize` for a JSON that names one of OPTIMIZERS, touching no other package.
+    """`deepspeed.initialize` for a JSON that names a registered optimizer, touching no other
+    package.
 
     Arguments and result are those of deepspeed.initialize, without `optimizer`.
 
@@ -164,6 +200,7 @@ def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
     ]
     config = _read(next((c for c in given if c is not None), None))
     entry = config.pop("optimizer", None) or {}
+    _follow_registry()
     held = OPTIMIZERS.get(entry.get("type", ""))
     if held is None or kwargs.get("optimizer") is not None:
         raise ValueError(

@@ -8,7 +8,7 @@ module advances them in lock step and adds by hand what a process group would ad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Union
@@ -97,9 +97,9 @@ def run_virtual(
             )
             bind_shard(pieces[fqn], shards[fqn], rank, group)
         locals_.append(pieces)
-    run = VirtualRun(
-        {}, {}, [], [optimizer_class(list(pieces.items()), **kwargs) for pieces in locals_]
-    )  # type: ignore[arg-type]
+    face: Callable[..., LearnedOptimizer] = optimizer_class
+    optimizers = [face(list(pieces.items()), **kwargs) for pieces in locals_]
+    run = VirtualRun({}, {}, [], optimizers)
     for t, step_grads in enumerate(grads):
         for optimizer in run.optimizers:
             if losses is not None:
@@ -162,7 +162,9 @@ def _shards(fqn: str, shape: tuple[int, ...], cut: Cut) -> list[TensorShard]:
 
 
 def _step(ranks: Sequence[Iterator[list[Collective]]]) -> tuple[int, int]:
-    """Serve one step of all ranks in lock step; returns how many reductions and exchanges it took."""
+    """Serve one step of all ranks in lock step; returns how many reductions and exchanges it
+    took.
+    """
     reductions = exchanges = 0
     while True:
         requests = [next(rank, None) for rank in ranks]

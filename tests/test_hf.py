@@ -35,6 +35,8 @@ accelerate = pytest.importorskip(
     "accelerate", reason="the recipes for Hugging Face need accelerate"
 )
 
+from pylo_dist.huggingface import LossCallback  # noqa: E402
+
 VOCABULARY, LENGTH = 53, 8
 
 
@@ -59,35 +61,21 @@ def samples(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-class LossForOptimizer(transformers.TrainerCallback):
-    """Brings the optimizer the loss of each step: the Trainer calls step() without it.
-
-    The model divides by the number of tokens of the whole accumulated batch, so that the parts of a
-    batch add up.
-    """
+class Losses(LossCallback):
+    """The shipped callback, which also notes what every step was given."""
 
     def __init__(self) -> None:
-        self.parts: list[Tensor] = []
+        super().__init__()
         self.losses: list[float] = []
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
-        model.register_forward_hook(
-            lambda _, inputs, output: self.parts.append(output.loss.detach())
-        )
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        loss = torch.stack(self.parts).sum()
-        getattr(optimizer, "optimizer", optimizer).set_loss(loss)  # accelerate wraps it
-        self.losses.append(float(loss))
-        self.parts.clear()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.keeper is not None
+        assert self.keeper.last is not None
+        self.losses.append(float(self.keeper.last))
 
 
 def test_trainer(tmp_path: Path) -> None:
-    callback, steps = LossForOptimizer(), 6
+    callback, steps = Losses(), 6
     trainer = transformers.Trainer(
         model=gpt2(),
         args=transformers.TrainingArguments(
@@ -136,7 +124,7 @@ def test_trainer(tmp_path: Path) -> None:
         args=trainer.args,
         train_dataset=samples(24),
         optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
-        callbacks=[LossForOptimizer()],
+        callbacks=[LossCallback()],
     )
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for a, b in zip(trainer.model.parameters(), resumed.parameters(), strict=True):

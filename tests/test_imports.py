@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pylo_dist"
 
-# Folders are floors, from the ground up: a module imports from its own folder and from rows above
+# Folders are floors, the ground first: a module imports from its own folder and from floors below
 # its own here, nothing else.
 FLOORS = (
     ("core",),
@@ -22,13 +22,13 @@ FLOORS = (
     ("optimizer",),
     ("optim",),
     ("adapters", "checkpoint", "testing"),
-    ("deepspeed",),
+    ("deepspeed", "huggingface"),
     ("__init__", "_moved", "__main__"),
 )
 GROUND = {"_version"}  # a number, for anybody
 ROOMS = 16  # at most so many names at the top level
 # packages that are a docstring and nothing else
-BARE = {"core", "maths", "layouts", "optim", "adapters", "adapters.deepspeed"}
+BARE = {"core", "maths", "layouts", "optim", "adapters"}
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
     "optimizer.sharded_state": "torch.distributed.checkpoint",
     "checkpoint.full_state": "torch.distributed.checkpoint",
@@ -36,6 +36,34 @@ NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types
     "layouts.dtensor": "torch.distributed.tensor",
     "layouts.gradients": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),
+}
+MOST_METHODS = 22
+NAMES_OF_ACC4D19 = {
+    "AdafacLO",
+    "CELO2",
+    "CheckpointError",
+    "CommunicationError",
+    "ELO",
+    "ELO_CELO2",
+    "LearnedOptimizer",
+    "MuLO",
+    "NonFiniteGradientError",
+    "PeerError",
+    "Registered",
+    "VeLO",
+    "WeightsError",
+    "ZeroOptimizer",
+    "__version__",
+    "checkpoint",
+    "clip_grad_norm_",
+    "full_state_dict",
+    "get_optimizer_state_dict",
+    "push_to_hub",
+    "register_weights",
+    "registered_weights",
+    "save_weights",
+    "shard",
+    "testing",
 }
 OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py")
 
@@ -201,3 +229,33 @@ def test_no_text_names_a_machine() -> None:
     for path in text_files():
         text = path.read_text(errors="replace")
         assert not [word for word in forbidden if word in text], path.relative_to(ROOT)
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    """Every class of the package with the module it is in."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                yield module, node
+
+
+def test_no_class_knows_too_much() -> None:
+    """Few methods rather than few lines: what is more belongs to a collaborator."""
+    sizes = {
+        f"{module}.{node.name}": sum(isinstance(entry, ast.FunctionDef) for entry in node.body)
+        for module, node in classes()
+    }
+    assert {name: size for name, size in sizes.items() if size > MOST_METHODS} == {}
+    assert sizes["optimizer.learned.LearnedOptimizer"] > 10  # they are counted
+
+
+def test_zero_asks_its_inner_optimizer_and_not_its_kind() -> None:
+    for module, path in MODULES.items():
+        assert "isinstance(self.inner" not in path.read_text(), module
+
+
+def test_the_public_names_of_earlier_versions_are_there() -> None:
+    import pylo_dist
+
+    assert set(pylo_dist.__all__) >= NAMES_OF_ACC4D19
+    assert all(hasattr(pylo_dist, name) for name in pylo_dist.__all__)

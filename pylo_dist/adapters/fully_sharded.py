@@ -16,6 +16,7 @@ from ..core.shards import TensorShard
 from ..layouts.dtensor import TENSOR_PARALLEL, shard_of
 from ..layouts.plain import check_param, is_dtensor, local_tensor
 from ..optimizer import LearnedOptimizer
+from .attributes import attributes_of, hand_on
 
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
 
@@ -41,9 +42,10 @@ def shard(
 
     Args:
         model: modified in place. Tensor parallelism (`parallelize_module`) comes before, activation
-        checkpointing too. optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on
-        DTensors; or a callable that takes named parameters and `optimizer_kwargs`. Frozen
-        parameters are left out.
+            checkpointing too.
+        optimizer_class: e.g. `pylo_dist.VeLO`; any torch optimizer that works on DTensors; or a
+            callable that takes named parameters and `optimizer_kwargs`. Frozen parameters are left
+            out.
         mesh: 1-D: sharded over it; 2-D with named dimensions: copies along the first, sharded along
             the second (HSDP). None: all ranks.
         wrap: which modules are units: classes, or a callable that is asked of each module. None:
@@ -95,6 +97,7 @@ def shard(
         return units_of(model, wrap), _meta_modules(model), kwargs
 
     units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
+    attributes = attributes_of(model)
     if mesh is None:
         mesh = init_device_mesh(
             comm.device_type(), (comm.size(comm.default_group()),), mesh_dim_names=("dp",)
@@ -126,6 +129,7 @@ def shard(
         reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward,
         **options,
     )
+    hand_on(model, attributes)
     if on_meta:
         model.to_empty(device=device)
         _initialise(on_meta, device, group)

@@ -1,15 +1,11 @@
-"""Checkpoints: folders with checksums that any layout on any number of ranks loads."""
+"""Checkpoints: folders with checksums that any layout on any number of ranks loads.
 
-from .folder import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    load,
-    published,
-    read_meta,
-    save,
-    verify,
-)
+`tree` matches nested states by key, `folder` writes, verifies and reads; `full_state` gathers whole
+tensors for torch.save.
+"""
+
+from .folder import FORMAT, MANIFEST, load, published, read_meta, save, verify
+from .tree import CheckpointError
 
 __all__ = [
     "FORMAT",

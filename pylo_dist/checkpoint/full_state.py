@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
+from ..layouts.dtensor import domain_of
 from ..layouts.plain import is_dtensor
 from ..optimizer.sharded_state import ShardedState
 
@@ -23,7 +24,7 @@ def full_state_dict(optimizer: torch.optim.Optimizer, *, rank0_only: bool = True
     back. Memory on the way: one state tensor at a time on the device.
 
     Args:
-        rank0_only: give it to rank 0 only, and {} to the others.
+        rank0_only: give it to the first of these ranks only, and {} to the others.
     """
     return _gathered(optimizer.state_dict(), optimizer, rank0_only, cpu=True)
 
@@ -39,7 +40,7 @@ def get_optimizer_state_dict(
 
     Args:
         options: a StateDictOptions. With `full_state_dict` tensors are whole on every rank; with
-            `cpu_offload` too, on rank 0 only and {} elsewhere, as in torch.
+            `cpu_offload` too, on the first of the ranks only and {} elsewhere, as in torch.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as get
@@ -59,12 +60,28 @@ def _bindings(optimizer: torch.optim.Optimizer) -> dict[str, ShardBinding]:
     return {binding.shard.fqn: binding for binding in bound if binding is not None}
 
 
+def _is_first(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is the first of the ranks that share the parameters; where none are shared, of
+    those that average the loss.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    sharded = [("", param) for param in params if is_dtensor(param)]
+    holders = next((b.holders for b in _bindings(optimizer).values()), None)
+    if holders is not None:
+        return comm.rank(holders) == 0
+    group = comm.default_group()
+    if sharded:
+        return comm.rank(group) == domain_of(sharded)[0]
+    given = getattr(optimizer, "process_group", None)
+    return given is False or comm.rank(given or group) == 0
+
+
 @torch.no_grad()
 def _gathered(
     tree: dict[str, Any], optimizer: torch.optim.Optimizer, rank0_only: bool, cpu: bool
 ) -> dict[str, Any]:
     bindings = _bindings(optimizer)
-    keep = not (rank0_only and comm.rank(comm.default_group()))
+    wanted = not rank0_only or _is_first(optimizer)
 
     def whole(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -72,20 +89,20 @@ def _gathered(
         if isinstance(value, list):
             return [whole(entry) for entry in value]
         if isinstance(value, ShardedState):
-            value = _whole_tensor(value, bindings[value.shard.fqn], keep)
+            value = _whole_tensor(value, bindings[value.shard.fqn], wanted)
         elif is_dtensor(value):
             value = value.full_tensor()
-        if isinstance(value, Tensor) and keep:
+        if isinstance(value, Tensor) and wanted:
             return value.detach().to("cpu" if cpu else value.device, copy=True)
         return value
 
     result: dict[str, Any] = whole(tree)
-    return result if keep else {}
+    return result if wanted else {}
 
 
-def _whole_tensor(state: ShardedState, binding: ShardBinding, keep: bool) -> Tensor | None:
-    """A state tensor whole, from the ranks that have its pieces; None where it is not to be kept."""
-    result = state.local.new_empty(state.shape) if keep else None
+def _whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Tensor | None:
+    """A state tensor whole, from the ranks that have its pieces; None where it is not wanted."""
+    result = state.local.new_empty(state.shape) if wanted else None
     for source, peer in enumerate(binding.peers or (binding.shard,)):
         if peer.numel:
             piece = (

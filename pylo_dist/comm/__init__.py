@@ -1,39 +1,41 @@
-"""Everything that talks to torch.distributed; the only folder that does."""
+"""Everything that talks to torch.distributed; the only folder that does.
 
+From the ground up: `meeting` knows the store alone, `collectives` process groups, `own` those that
+one user has to itself, `agreement` what ranks must have in common.
+"""
+
+from .agreement import PeerError, check_equal, checksums, differing, raise_together, together
 from .collectives import (
-    GRACE,
-    PATIENCE,
     PHASES,
     Collective,
-    CommunicationError,
-    PeerError,
     Pending,
     Reduction,
     all_gather,
     all_reduce,
-    awaited_by,
     broadcast,
     can_reduce,
-    check_equal,
-    checksums,
-    decline,
     default_group,
     device_type,
-    differing,
     gather_objects,
     group_over,
-    meet,
-    meetings,
-    raise_together,
     rank,
     ranks_of,
     reduce_scatter,
     serve,
     size,
-    timeout_of,
-    together,
     union,
 )
+from .meeting import (
+    GRACE,
+    PATIENCE,
+    CommunicationError,
+    awaited_by,
+    decline,
+    meet,
+    meetings,
+    timeout_of,
+)
+from .own import OwnGroup, own_group
 
 __all__ = [
     "GRACE",
@@ -41,6 +43,7 @@ __all__ = [
     "PHASES",
     "Collective",
     "CommunicationError",
+    "OwnGroup",
     "PeerError",
     "Pending",
     "Reduction",
@@ -59,6 +62,7 @@ __all__ = [
     "group_over",
     "meet",
     "meetings",
+    "own_group",
     "raise_together",
     "rank",
     "ranks_of",

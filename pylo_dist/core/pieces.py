@@ -1,5 +1,8 @@
 """A rank's piece of a parameter: what a rule sees of it, and the mark that tells an optimizer where
-it lies. Marks the tensors it is handed."""
+it lies. Marks the tensors it is handed.
+
+Legend: N local elements.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,16 @@ class ShardedParam:
     Attributes:
         shard: where the local elements lie.
         value: local elements (N,), written in place by the rule.
-        grad: local gradient (N,); None only where `present` is False and `group` is None.
-        present: whether this rank's backward produced a gradient; a tensor moves when that holds on
-            any rank of its group, and ranks without one then contribute zeros.
+        grad: local gradient (N,); None only where `present` is False and `holders` is None.
+        present: whether this rank's backward produced a gradient; a tensor moves when one of its
+            holders has one, and ranks without one then contribute zeros.
         group: the process group whose ranks tile the tensor exactly once; None when this rank holds
             all of it.
-        peers: the shards of all ranks of `group`, in rank order, and `rank` this one's place; ()
-        and 0 without a group. holders: the process group over which sums are added: `group`, or
-        where there are replicas the ranks of all of them together, so that every copy of a
-        replicated sum has the same bits; None: nobody else.
+        peers: the shards of all ranks of `group`, in rank order; () without a group.
+        rank: this one's place among them; 0 without a group.
+        holders: the process group over which sums are added: `group`, or where there are replicas
+            the ranks of all of them together, so that every copy of a replicated sum has the same
+            bits; None: nobody else.
         replicas: how often the ranks of `holders` hold every element; sums are divided by it.
     """
 
@@ -48,7 +52,7 @@ class ShardBinding:
     """Says that a local parameter is the piece `shard` of a larger tensor, and who has the others;
     fields as in `ShardedParam`.
 
-    `present` is set by the adapter before each step; `unreduced` says that nobody averages its
+    `present` is set by the adapter before each step; `unreduced` says that nobody has averaged its
     gradients over the holders.
     """
 

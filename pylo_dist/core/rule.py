@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +60,15 @@ class Batch:
         cache: what the rule works out once, for as long as the items are the same; its names are
             the rule's own.
         figures: what else the rule tells `stats()`, by name, (items,) each.
-        summed: items whose gradients are in the first Sum already, see
-            `FactoredRule.gradient_pass`.
+        summed: items whose gradients were read before the step, see `LearnedRule.gradient_pass`;
+            emptied by the engine once it has the first Sum.
         taken: bool 0-d, whether this step is taken; set by the engine after the first Sum. Masks
-        what belongs to no single tensor. loss: float64 0-d, the loss of this step averaged over the
-        ranks, for rules that need it; set with `taken`. param_squares, update_squares: float64
-        (items,), written by the rule for `stats()`: the sum of p^2 over the whole tensor (before
-        the step), and the sum of (p_new - p)^2 over the local elements.
+            what belongs to no single tensor.
+        loss: float64 0-d, the loss of this step averaged over the ranks, for rules that need it;
+            set with `taken`.
+        param_squares, update_squares: float64 (items,), written by the rule for `stats()`: the sum
+            of p^2 over the whole tensor (before the step), and the sum of (p_new - p)^2 over the
+            local elements.
     """
 
     items: list[Item]
@@ -184,7 +186,9 @@ class Batch:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: what is launched now runs later, any number of times."""
+    """Whether a CUDA graph is being captured: what is launched now runs later, any number of
+    times.
+    """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -199,8 +203,8 @@ class LearnedRule(ABC):
     Attributes:
         name: for reports.
         needs_loss: whether `batch.loss` is read. Such a rule couples all tensors of an optimizer,
-        which share one device then. clip_eps: added to the norm that clipping divides by;
-        torch.nn.utils.clip_grad_norm_'s.
+            which share one device then.
+        clip_eps: added to the norm that clipping divides by; torch.nn.utils.clip_grad_norm_'s.
         replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest
             number.
     """
@@ -226,11 +230,28 @@ class LearnedRule(ABC):
 
     @abstractmethod
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
-        """The state of a parameter, from its name and global shape and its group as it was added."""
+        """The state of a parameter, from its name and global shape and its group as it was
+        added.
+        """
 
     def describe(self, fields: dict[str, StateField], binding: ShardBinding) -> str:
         """What drives a parameter with this state and layout, for `report()`."""
         return self.name
+
+    def gradient_pass(self, batch: Batch, indices: Iterable[int]) -> None:  # noqa: B027
+        """Compute now what `step` reads of the gradients of these items alone; by default nothing.
+
+        Called before the step, as gradients arrive and as often as some do, when neither
+        `batch.moves` nor `batch.scale` is known. A rule that implements it adds the indices to
+        `batch.summed`, and leaves these items out when `step` does the same for the others. What it
+        has computed, such as sums in a `batch.reused_sum`, counts for items of `batch.summed`
+        alone: where that is empty, all begins from nothing.
+        """
+
+    def forget_gradient(self, batch: Batch, i: int) -> None:  # noqa: B027
+        """Undo `gradient_pass` for an item of `batch.summed`, and take it out: its gradient is
+        another one now.
+        """
 
     @abstractmethod
     def step(self, batch: Batch) -> Generator[Request, None, None]:

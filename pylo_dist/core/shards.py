@@ -2,7 +2,7 @@
 tensor's values.
 
 Legend: N local elements, `fqn` the full parameter name, `dim` a tensor dimension, C order
-    throughout.
+throughout.
 """
 
 from __future__ import annotations
@@ -303,7 +303,8 @@ def _interval_boxes(shape: Shape, start: int, stop: int) -> list[Box]:
             add((*offsets, first), shape[1:], start - first * inner, stop - first * inner, local)
             return
         head = -start % inner  # elements before the first full row
-        add((*offsets, first), shape[1:], start - first * inner, inner, local) if head else None
+        if head:
+            add((*offsets, first), shape[1:], start - first * inner, inner, local)
         rows_from, rows_to = -(-start // inner), stop // inner
         if rows_to > rows_from:
             sizes = (*lead, rows_to - rows_from, *shape[1:])

@@ -1,4 +1,7 @@
-"""Which state a parameter has, and its allocation. Touches only the tensors it makes."""
+"""Which state a parameter has, and its allocation. Touches only the tensors it makes.
+
+Legend: N local elements of a parameter.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class StateField:
     initial: Tensor | None = None
 
     def canonical_shape(self, shape: Shape) -> Shape:
-        """Shape of this state in the unsharded optimizer, for a parameter of global shape `shape`."""
+        """Shape of this state in the unsharded optimizer; `shape` is the parameter's global one."""
         return (*self.copies, *(shape if self.replicated is None else self.replicated))
 
     def local_shape(self, shard: TensorShard) -> Shape:

@@ -1,5 +1,5 @@
-"""Building optimizers over DTensors: an error of one rank reaches the ranks that wait for it, and
-they for one that never comes.
+"""Building optimizers over DTensors: the ranks meet, and an error of one reaches those that wait
+for it. Looks at parameters; changes none.
 
 A constructor compares the ranks of a mesh group by group. A rank that fails before (weights that
 only it lacks, a parameter that cannot be served) says so to those that would wait. A rank without a
@@ -41,12 +41,12 @@ class Announced(ABCMeta):
         if comm.size(comm.default_group()) == 1:
             return super().__call__(*args, **kwargs)
         given = args[0] if args else kwargs.get("params")
-        kept = _kept(given)
+        params = _without_iterators(given)  # looked at here, and again by the constructor
         if args:
-            args = (kept, *args[1:])
+            args = (params, *args[1:])
         elif "params" in kwargs:
-            kwargs["params"] = kept
-        with _failures_told(lambda: _groups_of(kept)):
+            kwargs["params"] = params
+        with _failures_told(lambda: _groups_of(params)):
             return super().__call__(*args, **kwargs)
 
 
@@ -60,7 +60,7 @@ def announced(
         if comm.size(comm.default_group()) == 1:
             add_param_group(optimizer, param_group)
             return
-        group = _kept([param_group])[0]
+        group = _without_iterators([param_group])[0]
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
@@ -75,15 +75,15 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
     kind so far.
 
     Raises:
-        ValueError: what keeps one of them from building the same. CommunicationError: one did not
-            come in time.
+        ValueError: what keeps one of them from building the same.
+        CommunicationError: one did not come in time.
     """
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
     if not sharded:
         return
     try:
         check_domain(sharded)
-    except ValueError as error:  # no saying who waits
+    except ValueError as error:  # nobody can say who waits
         for ranks in {domain_of(sharded), tuple(range(comm.size(comm.default_group())))}:
             comm.decline(ranks, error)
         setattr(error, _TOLD, True)
@@ -155,8 +155,8 @@ def _domains(groups: Groups) -> list[tuple[int, ...]]:
     return met
 
 
-def _kept(params: Any) -> Any:
-    """The same parameters or groups, where they could be looked at only once as lists."""
+def _without_iterators(params: Any) -> Any:
+    """The same parameters or groups; lists in place of what can be looked at only once."""
     if isinstance(params, Iterator):
         params = list(params)
     if not isinstance(params, (list, tuple)):

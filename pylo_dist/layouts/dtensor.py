@@ -1,10 +1,11 @@
 """DTensor parameters (FSDP2, HSDP, tensor parallel and what they combine to): where their local
 elements lie. Reads parameters, placements and meshes.
 
-Legend: the *domain* of an optimizer is the largest set of ranks that any of its parameters is
-spread over. A parameter on fewer ranks (a norm beside tensor-parallel matrices lives on the
-data-parallel ranks of its own column) has a copy on each other column: its sums go over the whole
-domain, so that all copies stay the same to the bit.
+Legend: `axis` a mesh axis, `dim` a tensor dimension, N local elements; the *domain* of an optimizer
+is the largest set of ranks that any of its parameters is spread over. A parameter on fewer ranks (a
+norm beside tensor-parallel matrices lives on the data-parallel ranks of its own column) has a copy
+on each other column: its sums go over the whole domain, so that all copies stay the same to the
+bit.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from ..core.shards import TensorShard
 from . import plain
 from .plain import is_dtensor
 
-# Names of mesh dimensions: every rank has other experts; every rank computes the same but for its
-# part of each product.
+# Names of a mesh axis along which every rank computes the same but for its part of each product.
 TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
+# Names of one along which every rank has other experts.
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
@@ -62,7 +63,7 @@ def describe_all(
     try:
         check_domain(sharded)
         for fqn, param in named:
-            _check(fqn, param, holders)
+            _check_layout(fqn, param, holders)
         entries: list[Any] = [*settings, *(_spec(fqn, param) for fqn, param in named)]
     except ValueError as error:  # the others hear of it in the comparison
         problem, entries = error, [[f"an error: {error}"]]
@@ -100,7 +101,7 @@ def check_domain(sharded: Sequence[tuple[str, Any]]) -> None:
             )
 
 
-def _check(fqn: str, param: Any, holders: Any) -> None:
+def _check_layout(fqn: str, param: Any, holders: Any) -> None:
     """Raise ValueError for a DTensor whose layout cannot be expressed."""
     if not is_dtensor(param):
         return

@@ -117,7 +117,7 @@ def _axis_to_add(grad: Any) -> int | None:
 
 
 def _pack(parts: Sequence[Tensor]) -> Tensor:
-    """One buffer, 1-D, at least float32: gloo and NCCL add up narrower numbers in their own width."""
+    """One buffer, 1-D, at least float32: gloo and NCCL add narrower numbers in their own width."""
     dtype = reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
     return torch.cat([part.reshape(-1).to(dtype) for part in parts])
 

@@ -1,5 +1,8 @@
-"""Parameters as they are: whole tensors (plain and DDP), and local pieces bound by another adapter.
-Reads gradients, writes parameters back where they could not be viewed as one dimension."""
+"""Parameters as they are: whole tensors (plain and DDP), and local pieces bound by an adapter.
+Reads gradients; writes parameters back where they could not be viewed as one dimension.
+
+Legend: N local elements; a parameter and its gradient are seen as (N,).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local: Any = tensor.to_local()  # type: ignore[attr-defined]
     local = local.wait() if hasattr(local, "wait") else local  # a collective may be under way
-    return local.detach()  # type: ignore[no-any-return]  # of the local tensor: an operation on a DTensor costs ten times as much
+    # of the local tensor: an operation on a DTensor costs ten times as much
+    return local.detach()  # type: ignore[no-any-return]
 
 
 def check_param(fqn: str, param: Tensor) -> None:

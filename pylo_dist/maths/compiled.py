@@ -1,15 +1,14 @@
-"""The Python face of the compiled passes: finds the built libraries and makes the tables they read.
-Writes what the passes write.
+"""The Python face of the compiled passes: finds the built libraries and calls them. Writes what the
+passes write.
 
 `Kernels` are the passes over a batch that they serve (`servable`); `reference.py` serves all
-others. Which tensors an operator reads and modifies is in csrc/README.md; the tables (`Item`,
-`Box`) are those of csrc/include/pylo_dist/geometry.h.
+others. Which tensors an operator reads and modifies is in csrc/README.md; the rows of the tables it
+reads are made in `tables.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import trace
 from ..core.requests import Sum
-from ..core.rule import Batch, Item
-from ..core.shards import Box, Shape, drop_dim
+from ..core.rule import Batch
+from . import tables
 from .reference import NUM_MOMENTS, FeatureSet, Network
+from .tables import FIELDS, MAX_DIMS, RowOrder
 
-MAX_DIMS = 5
 # (extended features, hidden units) that there are kernels for
 HIDDEN = {
     (False, 32),
@@ -61,14 +61,38 @@ def library(device_type: str) -> str:
             return "no CUDA device"
     found = sorted(Path(__file__).parents[1].glob(f"_kernels_{device_type}.*"))
     if not found:
-        return f"the {device_type} extension was not built (pip install --no-build-isolation with a compiler builds it)"
+        return (
+            f"the {device_type} extension was not built (pip install --no-build-isolation with a "
+            "compiler builds it)"
+        )
     try:
         torch.ops.load_library(found[-1])
     except OSError as error:
         return f"{found[-1].name} cannot be loaded: {error.__cause__ or error}"
+    try:
+        row_orders(device_type)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        return (
+            f"{found[-1].name} was built for another version of pylo_dist ({why}): build it again"
+        )
     if device_type == "cpu":
         _register_fakes()
     return ""
+
+
+@cache
+def row_orders(device_type: str) -> dict[str, RowOrder]:
+    """By table the order in which the library of a kind of device wants the fields of a row.
+
+    Raises:
+        AttributeError: a library that does not say it.
+        RuntimeError: a library that lacks a table.
+        ValueError: a library with other fields than are filled here.
+    """
+    name = "cuda_table_fields" if device_type == "cuda" else "table_fields"
+    fields = getattr(torch.ops.pylo_dist, name)
+    return {table: RowOrder.read(table, fields(table)) for table in FIELDS}
 
 
 def _register_fakes() -> None:
@@ -99,120 +123,22 @@ def paths() -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------- tables
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an item's numbers lie in a Sum: its buffer, and where audit and vector begin in it."""
+
+    buffer: int
+    audit: int
+    vector: int
 
 
-def _strides(shape: Shape, dropped: int | None) -> list[int]:
-    """C-order strides of a vector of `shape` without dim `dropped`, 0 along it."""
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(range(len(shape))):
-        if dim != dropped:
-            strides[dim] = step
-            step *= shape[dim]
-    return strides
-
-
-def _box_row(
-    i: int, box: Box, shape: Shape, dims: tuple[int, int] | None, lead_dims: int
-) -> list[int] | None:
-    """A block as a row of the table; None if it has too many dims."""
-    none = [0] * len(shape)
-    row, col = (
-        (none, none) if dims is None else (_strides(shape, dims[1]), _strides(shape, dims[0]))
-    )
-    lead = _strides(shape[:lead_dims], None) + [0] * (len(shape) - lead_dims)
-    at = [
-        sum(o * s for o, s in zip(box.offsets, strides, strict=True))
-        for strides in (row, col, lead)
-    ]
-    merged: list[tuple[int, list[int]]] = []  # innermost first
-    for dim in reversed(range(len(shape))):
-        size, steps = box.sizes[dim], [box.local_strides[dim], row[dim], col[dim], lead[dim]]
-        if size == 1:
-            continue
-        if merged and steps == [merged[-1][0] * step for step in merged[-1][1]]:
-            merged[-1] = (merged[-1][0] * size, merged[-1][1])
-        else:
-            merged.append((size, steps))
-    if not merged or merged[0][1][0] != 1:
-        merged.insert(0, (1, [1, 0, 0, 0]))
-    if len(merged) > MAX_DIMS:
-        return None
-    merged += [(1, [0, 0, 0, 0])] * (MAX_DIMS - len(merged))
-    merged.reverse()
-    return [
-        i,
-        *(size for size, _ in merged),
-        *(steps[k] for k in range(4) for _, steps in merged),
-        box.local_offset,
-        *at,
-    ]
-
-
-def _item_row(
-    item: Item,
-    features: FeatureSet,
-    factors_at: int,
-    squares_at: int,
-    a: list[int],
-    b: list[int],
-    boxes: tuple[int, int],
-) -> list[int]:
-    """A tensor as a row of the table."""
-    shape, dims = item.param.shard.shape, item.dims if "row" in item.state else None
-    lead = features.lead(shape) if "momentum" in item.state else ()
-    rows = cols = row_outer = row_inner = size_d0 = size_d1 = vector_is_row = 0
-    lead_table, matrix_table = [1, 1, 1, *[0] * 6], [1, 1, 0, 0, 0, 0]
-    if dims is not None:
-        d1, d0 = dims
-        row_shape, d1_in_row = drop_dim(shape, d0), d1 - (d0 < d1)
-        rows, cols, size_d0, size_d1 = (
-            math.prod(row_shape),
-            math.prod(drop_dim(shape, d1)),
-            shape[d0],
-            shape[d1],
-        )
-        row_outer, row_inner = (
-            math.prod(row_shape[:d1_in_row]),
-            math.prod(row_shape[d1_in_row + 1 :]),
-        )
-        vector_is_row = int(
-            next((dim for dim in reversed(range(len(shape))) if shape[dim] > 1), d0) == d1
-        )
-        if lead:
-            row, col = _strides(shape, d0), _strides(shape, d1)
-            pad = [0] * (MAX_DIMS - 2 - len(lead))
-            lead_table = [*[1] * len(pad), *lead, *pad, *row[:-2], *pad, *col[:-2]]
-            matrix_table = [*shape[-2:], *row[-2:], *col[-2:]]
-    numel, global_numel, leads = item.param.shard.numel, math.prod(shape), math.prod(lead)
-    return [
-        *(
-            numel,
-            global_numel,
-            int(dims is not None),
-            rows,
-            cols,
-            size_d0,
-            size_d1,
-            row_outer,
-            row_inner,
-            vector_is_row,
-        ),
-        *(leads, global_numel // leads, *lead_table, *matrix_table, factors_at, squares_at),
-        *(a[0], a[1], a[2] + a[3], *b, *boxes),
-    ]
-
-
-def _places(request: Sum) -> list[tuple[int, int, int]]:
-    """Of every item: the number of its buffer, and where in it audit and vector begin."""
-    places = [(0, 0, 0)] * len(request.vectors)
+def _places(request: Sum) -> list[_Place]:
+    """Of every item."""
+    places = [_Place(0, 0, 0)] * len(request.vectors)
     for number, packed in enumerate(request.buffers):
         for i in packed.members:
-            places[i] = (
-                number,
-                int(request.audits[i].storage_offset()),
-                int(request.vectors[i].storage_offset()),
-            )
+            audit, vector = request.audits[i], request.vectors[i]
+            places[i] = _Place(number, int(audit.storage_offset()), int(vector.storage_offset()))
     return places
 
 
@@ -268,33 +194,45 @@ class Kernels:
         moments: bool,
     ) -> None:
         self.features, self.hidden = features, hidden
-        clamp = math.inf if features.clamp is None else features.clamp
-        self.rule = [*decays, features.eps_diag, features.eps_rms, features.eps_normalise, clamp]
-        item_rows: list[list[int]] = []
-        box_rows: list[list[int] | None] = []
+        # tensors of other devices have no passes, but tests see them off on the CPU's tables
+        orders = row_orders("cuda" if batch.device.type == "cuda" else "cpu")
+        rule = orders["rule"].new_table()
+        rule.add(tables.rule_row(features, decays))
+        self.rule: list[float] = rule.tensor(torch.float64)[0].tolist()
+        items, boxes = orders["items"].new_table(), orders["boxes"].new_table()
+        self.served = len(batch.items) > 0
         factors = squares = 0
         for i, (item, a_at, b_at) in enumerate(
             zip(batch.items, _places(a), _places(b), strict=True)
         ):
-            shard = item.param.shard
-            dims = item.dims if "row" in item.state else None
+            shard, row = item.param.shard, tables.item_row(item, features)
+            dims = item.dims if row["factored"] else None
             lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
-            first = len(box_rows)
-            box_rows += [_box_row(i, box, shard.shape, dims, lead_dims) for box in shard.boxes()]
-            boxes = (first, len(box_rows) - first)
-            moments_at, features_at = (b_at[2], b_at[2] + NUM_MOMENTS) if moments else (-1, b_at[2])
-            b_places = [b_at[0], features_at, moments_at]
-            row = _item_row(item, features, factors, squares, [*a_at, extra[i]], b_places, boxes)
-            item_rows.append(row)
-            factors += 6 * (row[3] + row[4])
-            squares += 12 * row[10] if dims is not None else 0
-        self.served = all(row is not None for row in box_rows) and len(item_rows) > 0
+            first = boxes.num_rows
+            for box in shard.boxes():
+                box_row = tables.box_row(i, box, shard.shape, dims, lead_dims)
+                if box_row is None:
+                    self.served = False
+                    return
+                boxes.add(box_row)
+            row |= {
+                "factors_at": factors,
+                "squares_at": squares,
+                "a_buffer": a_at.buffer,
+                "a_audit": a_at.audit,
+                "a_at": a_at.vector + extra[i],
+                "b_buffer": b_at.buffer,
+                "b_at": b_at.vector + NUM_MOMENTS if moments else b_at.vector,
+                "moments_at": b_at.vector if moments else -1,
+                "first_box": first,
+                "num_boxes": boxes.num_rows - first,
+            }
+            items.add(row)
+            factors += 6 * (row["rows"] + row["cols"])
+            squares += 12 * row["leads"] if row["factored"] else 0
         if not self.served:
             return
-        self.items = torch.tensor(item_rows, dtype=torch.int64)
-        self.boxes = torch.tensor([row or [] for row in box_rows], dtype=torch.int64).view(
-            len(box_rows), 30
-        )
+        self.items, self.boxes = items.tensor(torch.int64), boxes.tensor(torch.int64)
         device = batch.device
         self.factors = torch.empty(factors, dtype=torch.float32, device=device)
         self.squares = torch.empty(squares, dtype=torch.float64, device=device)
@@ -317,6 +255,7 @@ class Kernels:
             for size, pinned in zip(sizes, (False, True, *[False] * len(sizes)), strict=False)
         ]
 
+    @trace.phased("kernels: gradient_pass")
     def gradient_pass(
         self,
         batch: Batch,
@@ -341,6 +280,7 @@ class Kernels:
         )
         torch.ops.pylo_dist.gradient_pass(*args)
 
+    @trace.phased("kernels: moment_pass")
     def moment_pass(self, batch: Batch, indices: Sequence[int]) -> None:
         """The nine sums of VeLO's tensors for items that pass B leaves out."""
         values = [item.param.value for item in batch.items]
@@ -356,6 +296,7 @@ class Kernels:
         )
         torch.ops.pylo_dist.moment_pass(*args)
 
+    @trace.phased("kernels: feature_pass")
     def feature_pass(self, batch: Batch, indices: Sequence[int]) -> None:
         """Row and column factors of some items, then pass B, with the moments where they were asked
         for.
@@ -376,6 +317,7 @@ class Kernels:
             ),
         )
 
+    @trace.phased("kernels: update_pass")
     def update_pass(
         self,
         batch: Batch,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import trace
 from ..core.requests import Request, Sum
 from ..core.rule import Batch, Item, LearnedRule
 from ..core.shards import Shape, TensorShard, drop_dim, factored_dims
@@ -104,15 +105,15 @@ class FactoredRule(LearnedRule):
         return 0
 
     def first_sum(self, batch: Batch) -> Sum:
-        """The request of pass A: zeroed, unless it holds gradients of this step already."""
+        """The request of pass A: zeroed, unless it holds gradients of the coming step already."""
 
         def length(item: Item) -> int:
             return self.extra_sums(item) + reference.num_gradient_sums(
                 item.param.shard.shape, self._factored_dims(item)
             )
 
-        kept = batch.reused_sum("A", length, audited=True)
-        return kept if batch.summed else kept.zero_()
+        a = batch.reused_sum("A", length, audited=True)
+        return a if batch.summed else a.zero_()
 
     def second_sum(self, batch: Batch) -> Sum:
         """The request of pass B, with what is in it."""
@@ -159,16 +160,9 @@ class FactoredRule(LearnedRule):
 
     def gradient_pass(self, batch: Batch, indices: Iterable[int]) -> None:
         """Add what pass A reads of the gradients of these items to the first Sum of the coming
-        step.
-
-        `step` calls it for the items that are left. An adapter may call it before, as soon as
-        gradients are there, and again for items whose gradient changed since; it clears
-        `batch.summed` if that step is not taken (see `forget_gradient` too).
+        step, which calls it for the items that are left.
         """
         a, indices = self.first_sum(batch), list(indices)
-        for i in batch.summed.intersection(indices):
-            a.vectors[i].zero_()
-            a.audits[i].zero_()
         batch.summed.update(indices)
         replace = self.replaces_nonfinite and batch.allows_nonfinite
         limits = [self._limits(item) for item in batch.items]
@@ -195,7 +189,6 @@ class FactoredRule(LearnedRule):
             param.grad = param.grad.nan_to_num() if replace else param.grad
 
     def forget_gradient(self, batch: Batch, i: int) -> None:
-        """Take item i out of the first Sum again."""
         a = self.first_sum(batch)
         a.vectors[i].zero_()
         a.audits[i].zero_()
@@ -301,7 +294,6 @@ class ThreePassRule(FactoredRule):
         # A: sums of g^2 along rows and columns
         self.gradient_pass(batch, [i for i in candidates if i not in batch.summed])
         a = self.first_sum(batch)
-        batch.summed.clear()
         kernels = self.kernels(batch)
         yield a
 
@@ -327,7 +319,8 @@ class ThreePassRule(FactoredRule):
                     item.param.value, item.state["momentum"], item.state["rms"], b.vectors[i][:own]
                 )
         yield b
-        self.prepare(batch, b.heads(own) if own and batch.items else None)
+        with trace.phase("step: prepare"):
+            self.prepare(batch, b.heads(own) if own and batch.items else None)
 
         # C: normalise, run the network, write
         if kernels is not None and candidates:

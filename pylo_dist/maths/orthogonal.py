@@ -9,6 +9,9 @@ themselves a call needs five times a batch, and through Gram matrices, which are
 400 MB for float32 on a GPU. The last bits of a product may depend on how many matrices are in its
 batch, so copies of a matrix on several ranks must be batched with the same others: callers give a
 call only matrices that the same ranks share.
+
+Legend: B matrices of a batch, R rows and C columns of each; in the Gram way of slender ones X as
+`gram` has it, on its side where it is tall, so that R <= C. N local elements.
 """
 
 from __future__ import annotations
@@ -22,9 +25,8 @@ from torch import Tensor
 from ..core.shards import TensorShard
 from . import gram, reference, stacks
 
-EPS_STEP = (
-    1e-9  # added to the mean square of the step (and, where that scales it, of the parameter)
-)
+# added to the mean square of the step (and, where that scales it, of the parameter)
+EPS_STEP = 1e-9
 MOST_CPU = 1 << 20
 MOST_GPU = 1 << 24
 
@@ -43,8 +45,8 @@ class NewtonSchulz:
     eps: float
 
     def whole_(self, tensors: Sequence[Tensor]) -> None:
-        """Every matrix of contiguous tensors (..., rows, columns) to its iterate at rms 1 (modified
-        in place).
+        """Every matrix of contiguous tensors (..., R, C) to its iterate at rms 1 (modified in
+        place).
         """
         slender = [x for x in tensors if gram.is_slender(tuple(x.shape)) and x.numel()]
         shards = [TensorShard.whole("", tuple(x.shape)) for x in slender]
@@ -58,32 +60,33 @@ class NewtonSchulz:
         )
         self.gram_sums(locals_, shards, sums)
         self.through_gram_(locals_, shards, sums)
-        pieces: list[Tensor] = []
+        pieces: list[Tensor] = []  # (B, R, C) of each other tensor, as many matrices as may be
         for x in tensors:
             if not gram.is_slender(tuple(x.shape)) and x.numel():
                 size = x.shape[-2] * x.shape[-1]
                 pieces += x.view(-1, *x.shape[-2:]).split(max(1, most_elements(x.device) // size))
         for members in _batches(pieces):
             own = [pieces[i] for i in members]
-            batch = own[0] if len(own) == 1 else torch.cat(own)
-            s = reference.newton_schulz(batch, self.coefficients, self.iterations, self.eps)
+            batch_BRC = own[0] if len(own) == 1 else torch.cat(own)
+            s_BRC = reference.newton_schulz(batch_BRC, self.coefficients, self.iterations, self.eps)
             square = torch.linalg.vector_norm(
-                s, dim=(-2, -1), keepdim=True, dtype=torch.float64
+                s_BRC, dim=(-2, -1), keepdim=True, dtype=torch.float64
             ).square_()
-            s.mul_((square / s[0].numel() + EPS_STEP).rsqrt_().to(s.dtype))
-            torch._foreach_copy_(own, list(s.split([len(x) for x in own])))
+            s_BRC.mul_((square / s_BRC[0].numel() + EPS_STEP).rsqrt_().to(s_BRC.dtype))
+            torch._foreach_copy_(own, list(s_BRC.split([len(x) for x in own])))
 
     def gram_sums(
         self, locals_: Sequence[Tensor], shards: Sequence[TensorShard], sums: Sequence[Tensor]
     ) -> None:
-        """X X^T of the local elements (N,) of every slender matrix, into `sums`, float64 (k * k,)
+        """X X^T of the local elements (N,) of every slender matrix, into `sums`, float64 (R * R,)
         each (modified in place).
         """
         views = _contiguous(locals_, shards)
         for members in _batches(views):
-            batch = _slices(stacks.gather([views[i] for i in members]), shards[members[0]])
+            batch = stacks.stacked([views[i] for i in members])
+            x_BRC = batch.mT if _is_tall(shards[members[0]]) else batch
             torch._foreach_copy_(
-                [sums[i] for i in members], list(gram.gram_matrix(batch).flatten(1).unbind())
+                [sums[i] for i in members], list(gram.gram_matrix(x_BRC).flatten(1).unbind())
             )
 
     def through_gram_(
@@ -94,21 +97,24 @@ class NewtonSchulz:
         """
         views = _contiguous(locals_, shards)
         for members in _batches(views):
-            k = min(shards[members[0]].shape)
-            grams = stacks.gather([sums[i].view(k, k) for i in members])
-            q, square = gram.newton_schulz_factor(
-                grams, self.coefficients, self.iterations, self.eps
+            shard = shards[members[0]]
+            rows = min(shard.shape)
+            grams_BRR = stacks.stacked([sums[i].view(rows, rows) for i in members])
+            q_BRR, square = gram.newton_schulz_factor(
+                grams_BRR, self.coefficients, self.iterations, self.eps
             )
-            by = (square / shards[members[0]].global_numel + EPS_STEP).rsqrt()
+            by = (square / shard.global_numel + EPS_STEP).rsqrt()
             own = [views[i] for i in members]
-            batch = stacks.gather(own)
-            q = (q * by[:, None, None]).to(batch.dtype)
-            moved = batch @ q.mT if _is_tall(shards[members[0]]) else q @ batch
+            batch = stacks.stacked(own)
+            q_BRR = (q_BRR * by[:, None, None]).to(batch.dtype)
+            moved = batch @ q_BRR.mT if _is_tall(shard) else q_BRR @ batch
             torch._foreach_copy_(own, list(moved.unbind()))
 
 
 def _batches(views: Sequence[Tensor]) -> list[list[int]]:
-    """Which of them go into one batch: equal matrices, of equal dtype, as many as its bound allows."""
+    """Which of them go into one batch: equal matrices, of equal dtype, as many as its bound
+    allows.
+    """
     entries = [(i, (x.shape[-2:], x.dtype), x.numel()) for i, x in enumerate(views)]
     return stacks.equal(entries, most_elements(views[0].device)) if views else []
 
@@ -118,10 +124,8 @@ def _is_tall(shard: TensorShard) -> bool:
 
 
 def _contiguous(locals_: Sequence[Tensor], shards: Sequence[TensorShard]) -> list[Tensor]:
-    """Views (local l, k) of the local elements of tall matrices, (k, local l) of wide ones."""
+    """Views of the local elements as they lie in memory: X^T (local C, R) of tall matrices, X (R,
+    local C) of wide ones.
+    """
     slices = (gram.local_slices(x, shard) for x, shard in zip(locals_, shards, strict=True))
     return [x.mT if _is_tall(shard) else x for x, shard in zip(slices, shards, strict=True)]
-
-
-def _slices(batch: Tensor, shard: TensorShard) -> Tensor:
-    return batch.mT if _is_tall(shard) else batch

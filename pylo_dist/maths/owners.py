@@ -1,9 +1,11 @@
 """Whole matrices on one rank each: which rank owns which, and the exchanges that bring pieces there
-and back.
+and back. Writes the buffers of its exchanges and the whole matrices it makes.
 
 Where a rule needs a whole matrix (Newton-Schulz), one all-to-all over all matrices brings every
-matrix to its owner and a second one brings the result back. Sent per rank: the elements it holds of
-matrices owned elsewhere, both ways; no rank receives more than the matrices it owns.
+matrix to its owner and a second one brings the results back. Sent per rank: the elements it holds
+of matrices owned elsewhere, both ways; no rank receives more than the matrices it owns.
+
+Legend: N local elements of a matrix, on the rank in question.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ class OwnedMatrices:
         items: index of each matrix in its batch.
         shards: per matrix the shards of all ranks.
         owners: per matrix the rank that gets it.
-        mine: places of the matrices this rank owns; by_owner: places of all, sorted by owner.
-        held: per rank, how many elements this one holds of that one's matrices; owned: how many
-            that one holds of this one's.
+        mine: places of the matrices this rank owns.
+        by_owner: places of all, sorted by owner.
+        held: per rank, how many elements this one holds of that one's matrices.
+        owned: per rank, how many elements that one holds of this one's matrices.
     """
 
     group: Any
@@ -71,20 +74,24 @@ class OwnedMatrices:
         owned = [sum(shards[i][rank].numel for i in mine) for rank in range(ranks)]
         by_owner = tuple(sorted(range(len(owners)), key=lambda i: (owners[i], i)))
         return cls(
-            first.group,
-            first.rank,
-            ranks,
-            tuple(items),
-            shards,
-            tuple(owners),
-            mine,
-            by_owner,
-            held,
-            owned,
+            group=first.group,
+            rank=first.rank,
+            ranks=ranks,
+            items=tuple(items),
+            shards=shards,
+            owners=tuple(owners),
+            mine=mine,
+            by_owner=by_owner,
+            held=held,
+            owned=owned,
         )
 
-    def gather(self, pieces: dict[int, Tensor], like: Tensor) -> Exchange:
-        """Bring this rank's pieces (by item, (N,), dtype of `like`) to the owners."""
+    def to_owners(self, pieces: dict[int, Tensor], like: Tensor) -> Exchange:
+        """Bring this rank's pieces (by item, (N,)) to the owners.
+
+        Args:
+            like: an empty tensor, of the dtype and device in which they travel.
+        """
         send = torch.cat([like, *(pieces[self.items[i]].to(like.dtype) for i in self.by_owner)])
         return Exchange(
             [Transfer(self.group, send, self.held, like.new_empty(sum(self.owned)), self.owned)]
@@ -138,7 +145,7 @@ class OwnedMatrices:
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Each source into its target (modified in place); with one launch for all that are contiguous."""
+    """Each source into its target (modified in place); one launch for all that are contiguous."""
     for contiguous in (True, False):
         chosen = [
             pair

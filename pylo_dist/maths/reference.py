@@ -6,8 +6,11 @@ Mathematics: AdafacMLPLOpt and HyperV2 of google/learned_optimization
 (learned_opts/adafac_mlp_lopt.py, research/general_lopt/hyper_v2.py). All functions are pure per
 shard: they add partial sums of the local elements, and never ask where the other elements are.
 
-Legend: K = 3 decays, N local elements, M elements of a chunk, R and C lengths of the row and column
-factors, n elements of the whole tensor. d0 is averaged away in `row`, d1 in `col`.
+Legend: K = 3 decays, N local elements, R and C lengths of the row and column factors, n elements of
+the whole tensor. d0 is averaged away in `row`, d1 in `col`. F features, H hidden units and O
+outputs of the network. M elements of a chunk; S its dims (`box.sizes`); L those dims in front that
+are normalised index by index (`FeatureSet.lead`: none, or all but the last two), and E the elements
+of a chunk at one such index. B matrices at a time. `x_FS` has the axes (F, *S).
 """
 
 from __future__ import annotations
@@ -31,10 +34,8 @@ Dims = tuple[int, int] | None
 CHUNK_CPU = 16384
 CHUNK_GPU = 1 << 18
 # the same where there are a dozen numbers per element instead of 120
-PART_CPU, PART_GPU = (
-    1 << 15,
-    1 << 22,
-)
+PART_CPU = 1 << 15
+PART_GPU = 1 << 22
 
 # A matrix product rounds a column differently when there are few or oddly many of them. Blocks are
 # padded to a multiple of this, so that an element's network outputs do not depend on where its
@@ -291,13 +292,13 @@ def update_factors(
     scale: Tensor,
     moves: Tensor,
 ) -> Factors:
-    """EMA of the row and column means of g^2 (`row` and `col` are modified in place where `moves`
-    holds).
+    """EMA of the row and column means of g^2 (`row` and `col` are modified in place, if `moves`).
 
     Args:
         row, col: (K, R) and (K, C).
         sums: the global sums of pass A; gradients count as multiplied by `scale` (float64 0-d).
         decays: float64.
+        moves: bool 0-d.
     """
     d1, d0 = dims
     row_sum, col_sum = split_gradient_sums(sums, shape, dims)
@@ -305,6 +306,7 @@ def update_factors(
         # state_k <- c_k state_k + (1 - c_k) (mean g^2 + 1e-30)
         mean = total.flatten() * (scale * scale / size) + EPS_SQUARE
         commit(state, torch.addcmul(decays.old[:, None] * state, decays.new[:, None], mean), moves)
+    # (K, *shape without d0) and (K, *shape without d1)
     row_nd, col_nd = row.view(-1, *drop_dim(shape, d0)), col.view(-1, *drop_dim(shape, d1))
     d1_in_row = 1 + (d1 if d1 < d0 else d1 - 1)
     row_mean = row_nd.mean(d1_in_row, keepdim=True, dtype=torch.float64).to(row.dtype)
@@ -319,8 +321,10 @@ def update_factors(
 
 
 def commit(target: Tensor, new: Tensor, moves: Tensor) -> None:
-    """target <- new where the 0-d bool `moves` holds, without asking the host (`target` is modified
-    in place).
+    """target <- new where `moves` is true, without asking the host (`target` is modified in place).
+
+    Args:
+        moves: bool 0-d, or of a shape that broadcasts to that of `target`.
     """
     target.copy_(torch.where(moves, new.to(target.dtype), target))
 
@@ -352,20 +356,21 @@ class StepTensors:
     diag_decay: Decay
 
 
-def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> None:
-    """Write the features of a block into x (features.num, M), which is modified in place.
+def _fill_features(x_FM: Tensor, box: Box, t: StepTensors, with_factors: bool) -> None:
+    """Write the features of a block into `x_FM` (modified in place).
 
     Without `with_factors` the 12 features that depend on a row or column alone are left as they are
     (below two dims: their 6 copies).
     """
     f = t.features
-    x = x.view(f.num, *box.sizes)
-    g, p = x[0], x[f.p]
-    m, v, mq, q, factored_g = (
-        x[f.p + i : f.p + j] for i, j in ((1, 4), (4, 5), (5, 8), (8, 9), (9, 12))
+    x_FS = x_FM.view(f.num, *box.sizes)
+    # views (*S) of single features, and (K, *S) of those that there is one of for every decay
+    g, p, v, q = x_FS[0], x_FS[f.p], x_FS[f.p + 4], x_FS[f.p + 8]
+    m, mq, factored_g = (x_FS[f.p + first : f.p + first + 3] for first in (1, 5, 9))
+    row, col, row_rsqrt, col_rsqrt = (
+        x_FS[f.row + first : f.row + first + 3] for first in (0, 3, 6, 9)
     )
-    v, q = v[0], q[0]
-    factored_m = x[f.row + 12 :]
+    factored_m = x_FS[f.row + 12 :]
     g.copy_(box.view(t.grad))
     if t.scale is not None:
         g.mul_(t.scale.to(g.dtype))
@@ -383,9 +388,8 @@ def _fill_features(x: Tensor, box: Box, t: StepTensors, with_factors: bool) -> N
     torch.add(v, f.eps_rms, out=q).rsqrt_()
     torch.mul(m, q, out=mq)
     if f.extended:
-        torch.clamp(g, -CLIPPED_GRADIENT, CLIPPED_GRADIENT, out=x[1])
-        torch.mul(g, q, out=x[f.row - 1])
-    row, col, row_rsqrt, col_rsqrt = (x[f.row + i : f.row + i + 3] for i in (0, 3, 6, 9))
+        torch.clamp(g, -CLIPPED_GRADIENT, CLIPPED_GRADIENT, out=x_FS[1])
+        torch.mul(g, q, out=x_FS[f.row - 1])
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
         factors = t.factors
@@ -419,27 +423,26 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
     it.
 
     Args:
-        sums: float64 (features.num_sums(dims) * lead,), in the order of the features (modified in
-            place).
+        sums: float64 (features.num_sums(dims) * indices of the lead,), in the order of the features
+            (modified in place).
     """
     row, lead = t.features.row, t.features.lead(t.shard.shape)
-    sums = sums.view(t.features.num_sums(t.dims), *lead)
+    sums_FL = sums.view(t.features.num_sums(t.dims), *lead)
     for box in chunks(t.shard, t.value.device):
-        x = scratch.take("features", t.features.num, box.numel, t.momentum)[:, : box.numel]
-        _fill_features(x, box, t, with_factors=False)
+        x_FM = scratch.take("features", t.features.num, box.numel, t.momentum)[:, : box.numel]
+        _fill_features(x_FM, box, t, with_factors=False)
+        x_FLE = x_FM.view(len(x_FM), *box.sizes[: len(lead)], -1)
         own = (
-            (x[:row], x[row + 12 :])
+            (x_FLE[:row], x_FLE[row + 12 :])
             if t.factors is not None
-            else (x[: row + 3], x[row + 6 : row + 9], x[row + 12 :])
+            else (x_FLE[: row + 3], x_FLE[row + 6 : row + 9], x_FLE[row + 12 :])
         )
-        # (features, lead of the block, the rest)
-        split = [rows.view(len(rows), *box.sizes[: len(lead)], -1) for rows in own]
-        lead_part(sums, box, len(lead)).add_(torch.cat([square_sums(rows) for rows in split]))
+        lead_part(sums_FL, box, len(lead)).add_(torch.cat([square_sums(some) for some in own]))
 
 
-def square_sums(rows: Tensor) -> Tensor:
+def square_sums(x: Tensor) -> Tensor:
     """Float64 sums of squares over the last dim."""
-    wide = rows.to(torch.float64)
+    wide = x.to(torch.float64)
     return torch.sum(wide * wide, dim=-1)
 
 
@@ -454,14 +457,14 @@ def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
     """1 / sqrt(mean x^2 + eps) of all features, (features.num, *lead), from the global sums of B.
 
     The features that depend on a row or column alone need no communication: the factors are
-        replicated.
+    replicated.
     """
     row, shape = t.features.row, t.shard.shape
     lead = t.features.lead(shape)
-    sums = sums.view(-1, *lead)
-    squares = torch.empty((t.features.num, *lead), dtype=torch.float64, device=sums.device)
-    squares[:row] = sums[:row]
-    squares[row + 12 :] = sums[-3:]
+    sums_FL = sums.view(-1, *lead)
+    squares_FL = torch.empty((t.features.num, *lead), dtype=torch.float64, device=sums.device)
+    squares_FL[:row] = sums_FL[:row]
+    squares_FL[row + 12 :] = sums_FL[-3:]
     if t.factors is not None and t.dims is not None:
         d1, d0 = t.dims
         f = t.factors
@@ -471,24 +474,26 @@ def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
             (6, f.row_rsqrt, d0),
             (9, f.col_rsqrt, d1),
         ):
-            squares[row + first : row + first + 3] = _factor_square_sums(
+            squares_FL[row + first : row + first + 3] = _factor_square_sums(
                 factor, dim, shape, len(lead)
             )
     else:
-        squares[row : row + 3] = squares[row + 3 : row + 6] = sums[row : row + 3]
-        squares[row + 6 : row + 9] = squares[row + 9 : row + 12] = sums[row + 3 : row + 6]
-    mean = squares / math.prod(shape[len(lead) :])
-    return (mean + t.features.eps_normalise).rsqrt_().to(t.momentum.dtype)
+        diag_FL, diag_rsqrt_FL = sums_FL[row : row + 3], sums_FL[row + 3 : row + 6]
+        squares_FL[row : row + 3] = squares_FL[row + 3 : row + 6] = diag_FL
+        squares_FL[row + 6 : row + 9] = squares_FL[row + 9 : row + 12] = diag_rsqrt_FL
+    mean_FL = squares_FL / math.prod(shape[len(lead) :])
+    return (mean_FL + t.features.eps_normalise).rsqrt_().to(t.momentum.dtype)
 
 
 def _factor_square_sums(factor: Tensor, dropped: int, shape: Shape, lead_dims: int) -> Tensor:
-    """Float64 sums over all dims but the lead of the squares of a factor (K, *shape without
-    `dropped`), broadcast.
+    """Float64 (K, *lead): sums over the other dims of the squares of a factor (K, *shape without
+    `dropped`), as if it were broadcast over the whole tensor.
     """
-    square = factor.to(torch.float64).square().unsqueeze(1 + dropped).flatten(1 + lead_dims).sum(-1)
+    square = factor.to(torch.float64).square()
+    square_KL = square.unsqueeze(1 + dropped).flatten(1 + lead_dims).sum(-1)
     if dropped >= lead_dims:
-        return square * shape[dropped]
-    return square.expand(-1, *shape[:lead_dims])
+        return square_KL * shape[dropped]
+    return square_KL.expand(-1, *shape[:lead_dims])
 
 
 @dataclass(slots=True)
@@ -519,7 +524,7 @@ def network_outputs(
     """Pass C up to the network: its first two outputs for every block, each in the shape of the
     block.
 
-    Writes the new momentum, rms and diag as it goes (modified in place where `moves` holds).
+    Writes the new momentum, rms and diag as it goes (modified in place, if `t.moves`).
 
     Args:
         feature_scale: (features.num, *lead), see `normalisers`.
@@ -528,18 +533,17 @@ def network_outputs(
     lead_dims = feature_scale.dim() - 1
     for box in chunks(t.shard, t.value.device):
         padded = scratch.take("features", num, box.numel, t.momentum)
-        x = padded[:, : box.numel]
-        _fill_features(x, box, t, with_factors=True)
-        shaped, m = x.view(num, *box.sizes), t.features.p + 1
-        commit(box.view(t.momentum), shaped[m : m + 3], t.moves)
-        commit(box.view(t.rms), shaped[m + 3], t.moves)
+        x_FM = padded[:, : box.numel]
+        _fill_features(x_FM, box, t, with_factors=True)
+        x_FS, m = x_FM.view(num, *box.sizes), t.features.p + 1
+        commit(box.view(t.momentum), x_FS[m : m + 3], t.moves)
+        commit(box.view(t.rms), x_FS[m + 3], t.moves)
         if t.diag is not None:
-            commit(box.view(t.diag), shaped[t.features.row : t.features.row + 3], t.moves)
-        x.view(num, *box.sizes[:lead_dims], -1).mul_(
-            lead_part(feature_scale, box, lead_dims).unsqueeze(-1)
-        )
-        h1 = scratch.take("hidden1", hidden, box.numel, x)
-        h2 = scratch.take("hidden2", hidden, box.numel, x)
+            commit(box.view(t.diag), x_FS[t.features.row : t.features.row + 3], t.moves)
+        x_FLE = x_FM.view(num, *box.sizes[:lead_dims], -1)
+        x_FLE.mul_(lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
+        h1 = scratch.take("hidden1", hidden, box.numel, x_FM)
+        h2 = scratch.take("hidden2", hidden, box.numel, x_FM)
         torch.mm(network.input_weight, padded, out=h1).add_(network.input_bias).relu_()
         torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
         out = torch.mm(network.output_weight, h2).add_(network.output_bias)[:, : box.numel]
@@ -557,8 +561,7 @@ def apply_update(
     decay_before: float | Tensor = 0.0,
     decay_after: float | Tensor = 0.0,
 ) -> None:
-    """Pass C: features, network, and the new state and value (all modified in place where `moves`
-    holds).
+    """Pass C: features, network, and the new state and value (all modified in place, if `t.moves`).
 
     p <- p - step_size * o0 * exp(exp_mult * o1) - decay_before * p, then p <- p - decay_after * p.
 
@@ -598,8 +601,8 @@ def adamw(
     divided by 1 - beta^step.
 
     Args:
-        value, grad, mean, square: (tensors, N) (all but `grad` modified in place where `moves`
-            holds).
+        value, grad, mean, square: (tensors, N) (all but `grad` modified in place, in the rows where
+            `moves` is true).
         step: number of this step, the first is 1; 0-d, or (tensors, 1).
         scale: what clipping multiplies each gradient by, (tensors, 1), or None.
         moves: bool (tensors, 1).
@@ -624,23 +627,28 @@ def adamw(
 
 
 def newton_schulz(
-    x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float
+    x_BRC: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float
 ) -> Tensor:
-    """About the nearest orthogonal matrix of every matrix in x (..., rows, columns): singular
-    values driven towards 1.
+    """About the nearest orthogonal matrix of every matrix in `x_BRC` (..., R, C): singular values
+    driven towards 1.
 
     X <- X / (|X| + eps), then `iterations` times X <- c0 X + (c1 A + c2 A A) X with A = X X^T; X on
     its side if it is tall.
     """
     c0, c1, c2 = coefficients
-    shape, tall = x.shape, x.shape[-2] > x.shape[-1]
-    x = x.reshape(-1, *shape[-2:])
-    x = x / (torch.linalg.norm(x, dim=(-2, -1), keepdim=True) + eps)
+    shape, tall = x_BRC.shape, x_BRC.shape[-2] > x_BRC.shape[-1]
+    x_BRC = x_BRC.reshape(-1, *shape[-2:])
+    x_BRC = x_BRC / (torch.linalg.norm(x_BRC, dim=(-2, -1), keepdim=True) + eps)
     for _ in range(iterations):
-        a = x.mT @ x if tall else x @ x.mT
+        # A and P = c1 A + c2 A A: (B, C, C) of tall matrices, else (B, R, R)
+        a = x_BRC.mT @ x_BRC if tall else x_BRC @ x_BRC.mT
         p = torch.baddbmm(a, a, a, beta=c1, alpha=c2)
-        x = torch.baddbmm(x, x, p, beta=c0) if tall else torch.baddbmm(x, p, x, beta=c0)
-    return x.view(shape)
+        x_BRC = (
+            torch.baddbmm(x_BRC, x_BRC, p, beta=c0)
+            if tall
+            else torch.baddbmm(x_BRC, p, x_BRC, beta=c0)
+        )
+    return x_BRC.view(shape)
 
 
 def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -651,7 +659,7 @@ def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def move(value: Tensor, old: Tensor, new: Tensor, moves: Tensor, update_squares: Tensor) -> None:
-    """value <- new where `moves` holds, and the square of the change is counted (`value`,
+    """value <- new if `moves` (bool 0-d), and the square of the change is counted (`value`,
     `update_squares` modified in place).
     """
     commit(value, new, moves)

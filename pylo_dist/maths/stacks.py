@@ -4,6 +4,9 @@ Writes the tensors it is handed.
 What has no compiled pass is done on stacks, so that a step on hundreds of small tensors takes as
 many operations as there are sizes. A stack holds at most `most_elements`, which bounds its memory;
 a larger tensor is a stack of its own, and no copy.
+
+Legend: B tensors of a stack, N local elements of each, L the dims in front of the last two (one
+matrix per index; none of a tensor that is one matrix), E local elements of a block in one matrix.
 """
 
 from __future__ import annotations
@@ -51,36 +54,34 @@ def empty(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> l
     return [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
 
 
-def gather(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as (number, *shape); a view where there is one, else a copy."""
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as (B, *shape); a view where there is one, else a copy."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def scatter(stack: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Bring (number, *shape) back to where `gather` took it from (the tensors are modified in
-    place).
-    """
+def put_back(stack: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Bring (B, *shape) back to where `stacked` took it from (`tensors` are modified in place)."""
     if len(tensors) > 1:
         torch._foreach_copy_(list(tensors), list(stack.unbind()))
 
 
 def matrix_square_sums(stack: Tensor, shard: TensorShard) -> Tensor:
-    """Local sums of squares over the last two dims, of tensors (number, N): float64 (number,
-    matrices of each).
+    """Local sums of squares over the last two dims, of tensors (B, N): float64 (B, matrices of
+    each).
 
     Those of several matrices must be cut alike, as `shard` says.
     """
     lead = _lead(shard.shape)
-    sums = torch.zeros((len(stack), *lead), dtype=torch.float64, device=stack.device)
+    sums_BL = torch.zeros((len(stack), *lead), dtype=torch.float64, device=stack.device)
     for box in _boxes(stack, shard):
-        rows = box.view(stack).reshape(len(stack), *box.sizes[: len(lead)], -1)
-        reference.lead_part(sums, box, len(lead)).add_(reference.square_sums(rows))
-    return sums.view(len(stack), math.prod(lead))
+        x_BLE = box.view(stack).reshape(len(stack), *box.sizes[: len(lead)], -1)
+        reference.lead_part(sums_BL, box, len(lead)).add_(reference.square_sums(x_BLE))
+    return sums_BL.view(len(stack), math.prod(lead))
 
 
 def scale_matrices(stack: Tensor, shard: TensorShard, factors: Tensor) -> None:
-    """Multiply the elements by their matrix's number (`stack` is modified in place; `factors` as
-    from `matrix_square_sums`).
+    """Multiply the elements (B, N) by their matrix's number in `factors` (B, matrices of each), in
+    the order of `matrix_square_sums` (`stack` is modified in place).
     """
     lead = _lead(shard.shape)
     for box in _boxes(stack, shard):

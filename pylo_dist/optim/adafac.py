@@ -2,7 +2,12 @@
 its batch.
 
 Source: AdafacMLPLOpt in google/learned_optimization (learned_opts/adafac_mlp_lopt.py), Metz et al.
-2022 (arXiv 2203.11860); PyLO calls it AdafacLO.
+2022 (arXiv 2203.11860).
+
+Three names for one thing. `small_fc`, short for the paper's small_fc_lopt, is the meta-network: it
+names the architecture in files of weights and the rule in reports, and MuLO's weights are of it
+too. "Adafac" is the rule, after its reference's file: Adafactor's row and column factors as
+features. `AdafacLO` is what PyLO calls the two together, and so the face; "adafaclo" in commands.
 """
 
 from __future__ import annotations
@@ -18,10 +23,46 @@ from ..core.rule import Batch, Item
 from ..maths import reference
 from ..maths.factored import Rates, ThreePassRule
 from ..maths.reference import Network
-from ..optimizer import LearnedOptimizer
+from ..optimizer import Registration, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
-from ..weights import SMALL_FC, MetaNetwork, WeightsLike, load_weights
-from .arguments import Precision, check_precision, checked_decays, wide
+from ..weights import (
+    PYLO_LICENCE,
+    Architecture,
+    MetaNetwork,
+    Registered,
+    WeightsLike,
+    load_weights,
+)
+from .arguments import FactoredOptimizer, Precision, checked_decays, wide
+
+# PyLO keeps the decay offsets of btherien/mulo in its constructors, not in the checkpoint, and
+# applies them to any weights.
+ARCHITECTURE = Architecture(
+    "small_fc",
+    {
+        "network.input.weight": (32, 39),
+        "network.input.bias": (32,),
+        "network.linear_0.weight": (32, 32),
+        "network.linear_0.bias": (32,),
+        "network.output.weight": (2, 32),
+        "network.output.bias": (2,),
+    },
+    {
+        "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
+        "rms_decays": (0.01079706,),
+        "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
+    },
+)
+WEIGHTS = {
+    "btherien/mulo": Registered(
+        ARCHITECTURE.name,
+        "btherien/mulo",
+        ARCHITECTURE.decays,
+        "PyLO's small_fc_lopt weights, meta-trained with muP (arXiv 2406.00153); decays from "
+        "PyLO's constructor",
+        licence=PYLO_LICENCE,
+    )
+}
 
 
 class AdafacRule(ThreePassRule):
@@ -106,7 +147,7 @@ def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tupl
     )
 
 
-class AdafacLO(LearnedOptimizer):
+class AdafacLO(FactoredOptimizer):
     r"""The learned optimizer small_fc_lopt, exact on whole and on sharded parameters.
 
     With normalised features x of an element and the MLP's outputs (o_0, o_1):
@@ -130,9 +171,10 @@ class AdafacLO(LearnedOptimizer):
         weight_decay: decoupled, applied after the update to the updated parameter, as PyLO does.
         max_grad_norm: bound on the gradient norm, or None.
         clip: "global" bounds the norm over all parameters, at no extra communication; "per_tensor"
-        that of each (PyLO's). nonfinite: inf or NaN in a gradient raises ("error"), leaves
-        everything as it was ("skip"), or goes through ("allow"). process_group: ranks that average
-        the loss; this rule reads no loss.
+            that of each (PyLO's).
+        nonfinite: inf or NaN in a gradient raises ("error"), leaves everything as it was ("skip"),
+            or goes through ("allow").
+        process_group: ranks that average the loss; this rule reads no loss.
         precision: "highest", "high" or "medium", arithmetic of the network in GPU kernels; on a CPU
             and in plain PyTorch all are float32.
 
@@ -170,8 +212,7 @@ class AdafacLO(LearnedOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
-        self.precision = check_precision(precision)
-        network = load_weights(weights, SMALL_FC)
+        network = load_weights(weights, ARCHITECTURE)
         given = {
             "momentum_decays": momentum_decays,
             "rms_decays": rms_decays,
@@ -186,7 +227,6 @@ class AdafacLO(LearnedOptimizer):
         )
         betas = [effective_decays(*pair) for pair in zip(initial, offsets, strict=True)]
         rule = self.rule_class(network, *betas)
-        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,
@@ -194,12 +234,7 @@ class AdafacLO(LearnedOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": max_grad_norm,
         }
-        super().__init__(
-            params,
-            rule,
-            network,
-            defaults,
-            clip=clip,
-            nonfinite=nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+
+
+register_optimizer(Registration("adafaclo", AdafacLO, ARCHITECTURE, WEIGHTS))

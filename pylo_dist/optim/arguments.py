@@ -1,13 +1,18 @@
-"""What the faces of all rules check and read of their arguments. Touches nothing."""
+"""What the faces of all rules do with their arguments: check them, read them, hand them on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..maths.factored import FactoredRule
+from ..optimizer import LearnedOptimizer
+from ..optimizer.engine import Clip, Nonfinite
+from ..weights import MetaNetwork
 
 Precision = Literal["highest", "high", "medium"]
 
@@ -51,3 +56,34 @@ def check_precision(precision: Precision) -> Precision:
     if precision not in ("highest", "high", "medium"):
         raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
     return precision
+
+
+class FactoredOptimizer(LearnedOptimizer):
+    """The common end of the faces whose rule is a `FactoredRule`: the arguments they all have.
+
+    Args:
+        precision: "highest", "high" or "medium", arithmetic of the rule's network in GPU kernels.
+        Others: as `LearnedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: FactoredRule,
+        weights: MetaNetwork,
+        defaults: dict[str, Any],
+        clip: Clip,
+        nonfinite: Nonfinite,
+        process_group: Any,
+        precision: Precision,
+    ) -> None:
+        self.precision = rule.precision = check_precision(precision)
+        super().__init__(
+            params,
+            rule,
+            weights,
+            defaults,
+            clip=clip,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )

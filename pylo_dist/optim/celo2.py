@@ -29,11 +29,48 @@ from ..maths.factored import FactoredRule
 from ..maths.orthogonal import EPS_STEP, NewtonSchulz
 from ..maths.owners import OwnedMatrices
 from ..maths.reference import Network, StepTensors
-from ..optimizer import LearnedOptimizer
+from ..optimizer import Registration, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
-from ..weights import CELO2 as CELO2_WEIGHTS
-from ..weights import MetaNetwork, WeightsLike, load_weights
-from .arguments import Precision, check_precision, checked_decays, checked_numbers, wide
+from ..weights import (
+    PYLO_LICENCE,
+    Architecture,
+    MetaNetwork,
+    Registered,
+    WeightsLike,
+    load_weights,
+)
+from .arguments import FactoredOptimizer, Precision, checked_decays, checked_numbers, wide
+
+# widths of the groups of features, each with a matrix of its own
+GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+ARCHITECTURE = Architecture(
+    "celo2",
+    {
+        **{f"w0.{i}": (width, 8) for i, width in enumerate(GROUPS)},
+        "b0": (8,),
+        "dense_w.0": (8, 8),
+        "dense_b.0": (8,),
+        "dense_w.1": (8, 3),
+        "dense_b.1": (3,),
+    },
+    config={"activation": "relu"},
+)
+WEIGHTS = {
+    "DiamondXL/celo2": Registered(
+        ARCHITECTURE.name,
+        "DiamondXL/celo2",
+        note="PyLO's CELO2 weights (arXiv 2602.19142)",
+        licence=PYLO_LICENCE,
+    )
+}
+ELO_WEIGHTS = {
+    "DiamondXL/elo-celo2": Registered(
+        ARCHITECTURE.name,
+        "DiamondXL/elo-celo2",
+        note="PyLO's ELO-CELO2 weights",
+        licence=PYLO_LICENCE,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -111,18 +148,17 @@ class CELO2Rule(FactoredRule):
             return "adamw"
         if binding.group is None or not self.settings.orthogonalize:
             return self.name
-        shape, iterations = binding.shard.shape, self.settings.ns_iters
-        return f"{self.name}, {'gram' if gram.is_cheaper(shape, binding.peers, iterations) else 'owner'}"
+        through_gram = gram.is_cheaper(binding.shard.shape, binding.peers, self.settings.ns_iters)
+        return f"{self.name}, {'gram' if through_gram else 'owner'}"
 
     def step(self, batch: Batch) -> Generator[Request, None, None]:
         # A: sums of g^2 along rows and columns of the matrices, p^2 of the others
         a = self.first_sum(batch)
         self.gradient_pass(batch, [i for i, _ in batch.candidates() if i not in batch.summed])
-        batch.summed.clear()
         kernels = self.kernels(batch)
         matrices, others = self._stacks(batch)
         for stack in others:
-            values = stacks.gather([batch.items[i].param.value for i in stack.items])
+            values = stacks.stacked([batch.items[i].param.value for i in stack.items])
             squares = torch.zeros(len(values), 1, dtype=torch.float64, device=batch.device)
             for part in reference.parts(values):
                 squares += values[:, part].to(torch.float64).square().sum(-1, keepdim=True)
@@ -177,9 +213,9 @@ class CELO2Rule(FactoredRule):
             yield c
             self._to_factors(batch, c)
         for stack in matrices:
-            s = stacks.gather([directions[i] for i in stack.items])
+            s = stacks.stacked([directions[i] for i in stack.items])
             if c is not None:
-                factors = stacks.gather([c.vectors[i] for i in stack.items])
+                factors = stacks.stacked([c.vectors[i] for i in stack.items])
                 stacks.scale_matrices(
                     s, batch.items[stack.items[0]].param.shard, factors.to(s.dtype)
                 )
@@ -224,7 +260,7 @@ class CELO2Rule(FactoredRule):
             batch.items[stack.items[0]].hyper,
             [batch.items[i].param.value for i in stack.items],
         )
-        value = stacks.gather(values)
+        value = stacks.stacked(values)
         lr, decay = reference.in_dtype(hyper["lr"], s.dtype), hyper["weight_decay"]
         moves, squares = (
             stack.of(batch.moves),
@@ -234,7 +270,7 @@ class CELO2Rule(FactoredRule):
             old = value[:, part].to(s.dtype, copy=True)
             change = s[:, part] * hyper["rmsmult"] + decay * old
             reference.move_rows(value[:, part], old, old - lr * change, moves, squares)
-        stacks.scatter(value, values)
+        stacks.put_back(value, values)
         batch.update_squares.index_copy_(0, stack.places, squares)
 
     def extra_sums(self, item: Item) -> int:
@@ -318,7 +354,7 @@ class CELO2Rule(FactoredRule):
             self.newton_schulz.whole_(wholes)
         yield from self._through_gram(batch, directions)
         for owned in self._ways(batch)[1]:
-            there = owned.gather(directions, like)
+            there = owned.to_owners(directions, like)
             yield there
             mine = {
                 i: w.to(batch.items[i].state["momentum"].dtype)
@@ -332,7 +368,7 @@ class CELO2Rule(FactoredRule):
     def _through_gram(
         self, batch: Batch, directions: dict[int, Tensor]
     ) -> Generator[Request, None, None]:
-        """The same for the matrices that stay where they are (`directions` is modified in place)."""
+        """The same for matrices that stay where they are (`directions` is modified in place)."""
         by_group = self._ways(batch)[0]
         sizes = {
             id(batch.items[i]): min(batch.items[i].param.shard.shape) ** 2 for i in chain(*by_group)
@@ -391,7 +427,7 @@ class CELO2Rule(FactoredRule):
         for stack in matrices:
             shard = batch.items[stack.items[0]].param.shard
             sums = stacks.matrix_square_sums(
-                stacks.gather([directions[i] for i in stack.items]), shard
+                stacks.stacked([directions[i] for i in stack.items]), shard
             )
             torch._foreach_copy_([c.vectors[i] for i in stack.items], list(sums.unbind()))
         return c
@@ -421,9 +457,9 @@ class CELO2Rule(FactoredRule):
             [item.param.value for item in items],
             [item.param.grad for item in items if item.param.grad is not None],
         )
-        value, grad, mean, square = (stacks.gather(tensors) for tensors in (values, grads, *taken))
+        value, grad, mean, square = (stacks.stacked(tensors) for tensors in (values, grads, *taken))
         counters = [] if group_counter else [state["adam_step"] for state in states]
-        counter = hyper["step"] if group_counter else stacks.gather(counters)
+        counter = hyper["step"] if group_counter else stacks.stacked(counters)
         moves, squares = (
             stack.of(batch.moves),
             torch.zeros(len(items), dtype=torch.float64, device=batch.device),
@@ -445,16 +481,16 @@ class CELO2Rule(FactoredRule):
         )
         if counters:
             reference.commit(counter, counter + 1, moves)
-            stacks.scatter(counter, counters)
+            stacks.put_back(counter, counters)
         for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
-            stacks.scatter(tensor, tensors)
+            stacks.put_back(tensor, tensors)
         batch.update_squares.index_copy_(0, stack.places, squares)
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
         if (dtype, device) not in self._networks:
             w = {name: t.to(device, dtype) for name, t in self.weights.tensors.items()}
             # (30, 8), a matrix per group of features
-            first = torch.cat([w[f"w0.{i}"] for i in range(14)])
+            first = torch.cat([w[f"w0.{i}"] for i in range(len(GROUPS))])
             self._networks[dtype, device] = Network(
                 first.T.contiguous(),
                 w["b0"][:, None],
@@ -508,7 +544,7 @@ def _settings(
     )
 
 
-class CELO2(LearnedOptimizer):
+class CELO2(FactoredOptimizer):
     r"""CELO2, exact on whole and on sharded parameters.
 
     Matrices (the last two dims of tensors with two or more): :math:`s = o_0 \exp(exp\_mult \cdot
@@ -521,12 +557,13 @@ class CELO2(LearnedOptimizer):
 
     Args:
         lr: factor on every update.
-        weight_decay: decoupled, of the parameter before the step; adam_weight_decay: the same for
-        AdamW, None: equal. orthogonalize: False leaves Newton-Schulz out ("celo2-base").
+        weight_decay: decoupled, of the parameter before the step.
+        adam_weight_decay: the same for AdamW; None: equal.
+        orthogonalize: False leaves Newton-Schulz out ("celo2-base").
         clip_grad, clip_norm: whether to bound the gradient norm over all parameters, and by what
             (at most grad_clip_val). A group may hold `max_grad_norm` instead.
-        exp_mult: 0 ignores the network's magnitude. param_scale_mult: multiplies s by the rms of
-            the parameter.
+        exp_mult: 0 ignores the network's magnitude.
+        param_scale_mult: multiplies s by the rms of the parameter.
         ns_coeffs, ns_iters, ns_eps: of Newton-Schulz.
         grad_clip_val: gradients of matrices are clamped to it.
         embedding_pattern: regular expression; tensors whose full name it is found in follow AdamW,
@@ -570,10 +607,9 @@ class CELO2(LearnedOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
-        self.precision = check_precision(precision)
         if not 0.0 < grad_clip_val < math.inf:
             raise ValueError(f"grad_clip_val={grad_clip_val!r}: wanted a finite number > 0")
-        network = load_weights(weights, CELO2_WEIGHTS)
+        network = load_weights(weights, ARCHITECTURE)
         rule = CELO2Rule(
             network,
             *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
@@ -590,7 +626,6 @@ class CELO2(LearnedOptimizer):
                 embedding_pattern,
             ),
         )
-        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -601,15 +636,7 @@ class CELO2(LearnedOptimizer):
             "max_grad_norm": clip_norm if clip_grad else None,
             "is_embedding": False,
         }
-        super().__init__(
-            params,
-            rule,
-            network,
-            defaults,
-            clip=clip,
-            nonfinite=nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -675,3 +702,7 @@ class ELO_CELO2(CELO2):
             initial_rms_decays=initial_rms_decays,
             **kwargs,
         )
+
+
+register_optimizer(Registration("celo2", CELO2, ARCHITECTURE, WEIGHTS))
+register_optimizer(Registration("elo-celo2", ELO_CELO2, ARCHITECTURE, ELO_WEIGHTS))

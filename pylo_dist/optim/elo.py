@@ -13,12 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from ..maths.factored import Rates
-from ..optimizer import LearnedOptimizer
+from ..optimizer import Registration, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
-from ..weights import ELO as ELO_WEIGHTS
-from ..weights import WeightsLike, load_weights
+from ..weights import PYLO_LICENCE, Architecture, Registered, WeightsLike, load_weights
+from . import adafac
 from .adafac import AdafacRule
-from .arguments import Precision, check_precision, checked_decays, wide
+from .arguments import FactoredOptimizer, Precision, checked_decays, wide
+
+# the network of small_fc, with decays that are used as they are
+ARCHITECTURE = Architecture("elo", adafac.ARCHITECTURE.shapes)
+WEIGHTS = {
+    "DiamondXL/elo": Registered(
+        ARCHITECTURE.name, "DiamondXL/elo", note="PyLO's ELO weights", licence=PYLO_LICENCE
+    )
+}
 
 
 class ELORule(AdafacRule):
@@ -33,7 +41,7 @@ class ELORule(AdafacRule):
         return Rates(lr, hyper["exp_mult"], decay_before=lr * hyper["weight_decay"])
 
 
-class ELO(LearnedOptimizer):
+class ELO(FactoredOptimizer):
     r"""ELO, exact on whole and on sharded parameters.
 
     :math:`p \leftarrow p - lr \cdot (o_0 \exp(exp\_mult \cdot o_1) + weight\_decay \cdot p)`, with
@@ -71,25 +79,18 @@ class ELO(LearnedOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
-        self.precision = check_precision(precision)
-        network = load_weights(weights, ELO_WEIGHTS)
+        network = load_weights(weights, ARCHITECTURE)
         rule = ELORule(
             network,
             *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
         )
-        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,
             "weight_decay": weight_decay,
             "max_grad_norm": clip_norm if clip_grad else None,
         }
-        super().__init__(
-            params,
-            rule,
-            network,
-            defaults,
-            clip=clip,
-            nonfinite=nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+
+
+register_optimizer(Registration("elo", ELO, ARCHITECTURE, WEIGHTS))

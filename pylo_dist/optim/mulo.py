@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.rule import Item
-from .adafac import AdafacLO, AdafacRule
+from ..optimizer import Registration, register_optimizer
+from ..optimizer.parameters import names_of
+from .adafac import ARCHITECTURE, WEIGHTS, AdafacLO, AdafacRule
 
 
 class MuLORule(AdafacRule):
@@ -55,7 +57,7 @@ class MuLO(AdafacLO):
         self._unclaimed = frozenset(width_mults or ())
         super().__init__(params, **kwargs)
         if self._unclaimed:
-            names = [binding.shard.fqn for binding in self._bindings.values()]
+            names = [binding.shard.fqn for binding, _ in self.layouts()]
             raise ValueError(
                 f"width_mults names {sorted(self._unclaimed)}, which are no parameters here; "
                 f"wanted some of {names[:8]} (pass model.named_parameters() so that parameters "
@@ -72,7 +74,7 @@ class MuLO(AdafacLO):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        names = self._names(group)
+        names = names_of(self.param_groups, group)
         if "width_mults" not in group:
             known = self._width_mults
             group["width_mults"] = {
@@ -90,8 +92,11 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
     infshape = getattr(param, "infshape", None)
     if infshape is None:
         raise ValueError(
-            f"{fqn!r} has no infshape: call mup.set_base_shapes(model, base_model) before building "
-            "MuLO, or pass width_mults={fqn: float}"
+            f"{fqn!r} has no infshape: mup.set_base_shapes(model, base_model) was not called, or "
+            "sharding, copying or assigning the parameters lost what it left on them (fully_shard, "
+            "copy.deepcopy and load_state_dict(assign=True) do). Call it before; or take "
+            "pylo_dist.width_mults(model) before and pass width_mults= (pylo_dist.shard and "
+            "ZeroOptimizer see to it)"
         )
     if infshape.ninf() > 2:
         raise ValueError(
@@ -99,3 +104,16 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
             "2"
         )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0
+
+
+def width_mults(model: nn.Module) -> dict[str, float]:
+    """The width multipliers of all parameters of a model after `mup.set_base_shapes`, for
+    `MuLO(..., width_mults=...)` where sharding or copying comes before the optimizer is built.
+
+    Raises:
+        ValueError: a parameter without `infshape`, by name.
+    """
+    return {fqn: width_mult_of(fqn, param) for fqn, param in model.named_parameters()}
+
+
+register_optimizer(Registration("mulo", MuLO, ARCHITECTURE, WEIGHTS))

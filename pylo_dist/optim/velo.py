@@ -24,26 +24,68 @@ from ..maths import reference
 from ..maths.compiled import Updates
 from ..maths.factored import Rates, ThreePassRule, Update
 from ..maths.reference import Network
-from ..optimizer import LearnedOptimizer
+from ..optimizer import Registration, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
-from ..weights import VELO, MetaNetwork, WeightsLike, load_weights
-from .arguments import Precision, check_precision, checked_decays, wide
+from ..weights import (
+    PYLO_LICENCE,
+    Architecture,
+    MetaNetwork,
+    Registered,
+    WeightsLike,
+    load_weights,
+)
+from .arguments import FactoredOptimizer, Precision, checked_decays, wide
+
+ARCHITECTURE = Architecture(
+    "velo",
+    {
+        "mix_layer1.weight": ("H", 30),  # in the files, and in the reference's, but without effect
+        "mix_layer1.bias": ("H",),
+        "mix_layer2.weight": ("H", 30),
+        "mix_layer2.bias": ("H",),
+        "final_mix_layer.weight": ("H", 30),
+        "final_mix_layer.bias": ("H",),
+        "lstm.linear.weight": ("4H", "2H"),
+        "lstm.linear.bias": ("4H",),
+        "rnn_to_controls.weight": ("P", "H"),
+        "rnn_to_controls.bias": ("P",),
+        "step_size.weight": (1, "H"),
+        "step_size.bias": (1,),
+        "lstm_init_state.0": (1, "H"),
+        "lstm_init_state.1": (1, "H"),
+        "input_weights_": ("P", 4, 30),
+        "input_bias_": ("P", 4),
+        "hidden_weights_.0": ("P", 4, 4),
+        "hidden_bias_.0": ("P", 4),
+        "output_weights_": ("P", 3, 4),
+        "output_bias_": ("P", 3),
+    },
+    # PyLO's files also hold the last set it worked with
+    ignored=(
+        "input_weights",
+        "input_bias",
+        "hidden_weights.0",
+        "hidden_bias.0",
+        "output_weights",
+        "output_bias",
+    ),
+    config={"mix_layers": True},
+)
+WEIGHTS = {
+    "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": Registered(
+        ARCHITECTURE.name,
+        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",
+        note="Google's VeLO as PyLO has it (arXiv 2211.09760)",
+        horizon=150_000,
+        licence=PYLO_LICENCE,
+    )
+}
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
 
 # of the run, where its tanh features switch
-FRACTIONS = (
-    0.03,
-    0.1,
-    0.2,
-    0.4,
-    0.6,
-    0.8,
-    0.9,
-    1.0,
-    1.1,
-)
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 NUM_LOSS_MEANS = 10
 NETWORK = {  # of an element, in the order of `reference.Network`; the third output is unused
     "input_weights_": (4, 30),
@@ -288,7 +330,7 @@ class VeLORule(ThreePassRule):
         return self._tensors[dtype, device]
 
 
-class VeLO(LearnedOptimizer):
+class VeLO(FactoredOptimizer):
     r"""The versatile learned optimizer, exact on whole and on sharded parameters. It reads the
     training loss.
 
@@ -343,14 +385,12 @@ class VeLO(LearnedOptimizer):
     ) -> None:
         if tie_break not in ("torch", "as_given"):
             raise ValueError(f"tie_break={tie_break!r}: wanted 'torch' or 'as_given'")
-        self.precision = check_precision(precision)
-        network = load_weights(weights, VELO)
+        network = load_weights(weights, ARCHITECTURE)
         rule = VeLORule(
             network,
             *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
             tie_break,
         )
-        rule.precision = self.precision
         defaults = {
             "lr": lr,
             "exp_mult": exp_mult,
@@ -359,16 +399,8 @@ class VeLO(LearnedOptimizer):
             "max_grad_norm": max_grad_norm,
             "num_steps": num_steps,
         }
-        super().__init__(
-            params,
-            rule,
-            network,
-            defaults,
-            clip=clip,
-            nonfinite=nonfinite,
-            process_group=process_group,
-        )
-        numel = sum(binding.shard.global_numel for binding in self._bindings.values())
+        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        numel = sum(binding.shard.global_numel for binding, _ in self.layouts())
         if numel > LARGEST_MODEL:
             warnings.warn(
                 f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}",
@@ -410,8 +442,10 @@ class VeLO(LearnedOptimizer):
             return super().phases()
         if self._steps_called is None or group["step"].device.type == "cpu":
             self._steps_called = int(group["step"])
-        if self._steps_called >= group["num_steps"] and self._warned_at != group["num_steps"]:
-            self._warned_at = group["num_steps"]
+        num_steps = group["num_steps"]
+        is_over = isinstance(num_steps, int) and self._steps_called >= num_steps
+        if is_over and self._warned_at != num_steps:
+            self._warned_at = num_steps
             warnings.warn(
                 f"VeLO has taken all num_steps={group['num_steps']} steps it was told of; it goes "
                 "on as at the end of a run. extend(num_steps) makes the run longer",
@@ -423,3 +457,6 @@ class VeLO(LearnedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._steps_called = None
+
+
+register_optimizer(Registration("velo", VeLO, ARCHITECTURE, WEIGHTS))

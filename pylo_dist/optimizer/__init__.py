@@ -1,5 +1,17 @@
-"""The `torch.optim.Optimizer` that users see, and what it is made of."""
+"""The `torch.optim.Optimizer` that users see, what it is made of, and the names it goes by."""
 
 from .learned import LearnedOptimizer
+from .registry import (
+    Registration,
+    load_plugin,
+    register_optimizer,
+    registered_optimizers,
+)
 
-__all__ = ["LearnedOptimizer"]
+__all__ = [
+    "LearnedOptimizer",
+    "Registration",
+    "load_plugin",
+    "register_optimizer",
+    "registered_optimizers",
+]

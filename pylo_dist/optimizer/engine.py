@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..comm import Collective, PeerError, Reduction
+from ..core import trace
 from ..core.requests import (
     AUDIT_SLOTS,
     FAILED,
@@ -24,6 +26,7 @@ from ..core.requests import (
     Sum,
 )
 from ..core.rule import Batch, LearnedRule, is_capturing
+from .settings import GroupNumbers
 
 Nonfinite = Literal["error", "skip", "allow"]
 Clip = Literal["global", "per_tensor"]
@@ -37,6 +40,14 @@ class LossSum:
     def __init__(self, loss: Tensor | None, group: Any) -> None:
         self.group = group
         self.loss = loss
+
+    @classmethod
+    def over(cls, process_group: Any, loss: Tensor | None) -> LossSum:
+        """As an optimizer's user says it: None for the world once torch.distributed is initialised,
+        False for this rank alone.
+        """
+        group = comm.default_group() if process_group is None else process_group or None
+        return cls(loss, group)
 
     def buffer(self, device: torch.device, failed: bool) -> Tensor:
         """A new buffer, float64 (4,); what the host knows is written without a copy from its
@@ -54,7 +65,9 @@ class LossSum:
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was changed."""
+    """A gradient holds inf or NaN under `nonfinite="error"`. No parameter and no state was
+    changed.
+    """
 
 
 class Engine:
@@ -64,8 +77,8 @@ class Engine:
     Args:
         work: each rule with the batch it drives. All ranks hold the same items in the same order.
         nonfinite: what to do about inf and NaN in raw gradients. "error" and "skip" leave all
-        parameters and state as they were. clip: whether `max_grad_norm` of a group bounds the norm
-        over all tensors or that of each.
+            parameters and state as they were.
+        clip: whether `max_grad_norm` of a group bounds the norm over all tensors or that of each.
 
     Attributes:
         taken: bool 0-d, whether the last step was taken.
@@ -85,14 +98,17 @@ class Engine:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
-        self._outcome = _Outcome([batch for _, batch in work if batch.items], device)
+        self._pending = _PendingErrors([batch for _, batch in work if batch.items], device)
         self._steps_begun = self._captured = False
         self.shared = any(
             item.param.holders is not None for _, batch in self.work for item in batch.items
         )
 
     def phases(
-        self, losses: LossSum | None = None, problem: ValueError | None = None
+        self,
+        losses: LossSum | None = None,
+        problem: ValueError | None = None,
+        numbers: GroupNumbers | None = None,
     ) -> Iterator[list[Collective]]:
         """One step. Yields the collectives it needs; whoever drives it carries them out and
         resumes.
@@ -101,33 +117,67 @@ class Engine:
             losses: for rules that need the loss; it is averaged in the first reduction.
             problem: why this rank cannot take the step; raised after the first reduction, so that
                 no rank waits for another.
+            numbers: those of the parameter groups, compared between ranks in the first reduction.
 
         Raises:
             NonFiniteGradientError: under "error"; on a CPU for this step, on a GPU for the one
-            before (see `raise_pending`). ValueError: `problem`, or no loss for a rule that needs
-            it; a captured step that cannot be replayed. PeerError: that another rank has one of
-            them.
+                before (see `raise_pending`).
+            ValueError: `problem`, or no loss for a rule that needs it; numbers that are no good or
+                not the same on all ranks; a captured step that cannot be replayed.
+            PeerError: another rank has one of them.
         """
         if is_capturing(self.taken.device):
             self._check_capture(losses)
         else:
-            self._outcome.raise_last()
+            self._pending.raise_last()
         self._steps_begun = True
         if problem is not None and not self.shared and (losses is None or losses.group is None):
             raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
-        requests = [_first_sum(next(step)) for step in steps]
+        with trace.phase("step: A"):
+            requests = [_first_sum(next(step)) for step in steps]
         for request, (_, batch) in zip(requests, self.work, strict=True):
+            batch.summed.clear()  # what was read early is in the request, and counts once
             _fill_audits(request, batch, failed=problem is not None)
         loss = None if losses is None else losses.buffer(self.taken.device, problem is not None)
+        compared = self._compared(requests, losses, numbers)
         yield from self._serve(
-            requests, [] if losses is None or loss is None else [(losses.group, loss)]
+            requests,
+            [*([] if losses is None or loss is None else [(losses.group, loss)]), *compared],
         )
-        self._judge(requests, loss, problem)
+        with trace.phase("step: judge"):
+            unlike = None
+            if numbers is not None:
+                unlike = numbers.judge([buffer for _, buffer in compared], self.taken.device)
+            self._judge(requests, loss, problem, unlike, numbers)
+        second = True
         while steps:
-            running = [(step, next(step, None)) for step in steps]
+            with trace.phase("step: B" if second else "step: C"):
+                running = [(step, next(step, None)) for step in steps]
+            second = False
             steps = [step for step, request in running if request is not None]
             yield from self._serve([request for _, request in running if request is not None])
+
+    def _compared(
+        self, requests: Sequence[Sum], losses: LossSum | None, numbers: GroupNumbers | None
+    ) -> list[Reduction]:
+        """What compares the groups' numbers over the ranks that this step adds sums over anyway."""
+        if numbers is None:
+            return []
+        devices = {
+            id(packed.group): (packed.group, packed.buffer.device)
+            for request in requests
+            for packed in request.buffers
+            if packed.group is not None and packed.buffer.numel()
+        }
+        here = self.taken.device
+        compared = [
+            (group, numbers.buffer(here, by_group=True).to(device))
+            for group, device in devices.values()
+        ]
+        if losses is not None and losses.group is not None and id(losses.group) not in devices:
+            compared.append((losses.group, numbers.buffer(here, by_group=False)))
+        return compared
 
     @staticmethod
     def _serve(
@@ -165,10 +215,18 @@ class Engine:
                 part.buffer /= part.replicas
 
     def _judge(
-        self, requests: Sequence[Sum], loss: Tensor | None, problem: ValueError | None
+        self,
+        requests: Sequence[Sum],
+        loss: Tensor | None,
+        problem: ValueError | None,
+        unlike: Tensor | None,
+        numbers: GroupNumbers | None,
     ) -> None:
         """From the reduced audits: which tensors move, by what their gradients are scaled, and
         whether there is a step.
+
+        Args:
+            unlike: bool 0-d, whether the groups' numbers forbid it.
         """
         audits = [request.audit_table() for request in requests if request.audits]
         work = [(rule, batch) for rule, batch in self.work if batch.items]
@@ -189,44 +247,56 @@ class Engine:
                 if loss is None
                 else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
             )
-        flags = torch.stack([failed, without_loss, nonfinite, probe])
-        self.taken = ~flags.any()
+        unlike = self._false if unlike is None else unlike
+        # not to take the step
+        reasons = torch.stack([failed, without_loss, unlike, nonfinite, probe])
+        self.taken = ~reasons.any()
         # elsewhere than on a CPU the others do not know yet, and go on to collectives that this
         # rank must not leave
         error = self.nonfinite == "error"
-        self._outcome.note(
-            flags[: 2 + error],
+        self._pending.note(
+            reasons[: 3 + error],
             bad if error else [],
             problem,
             problem is not None and not self.shared,
+            numbers,
         )
         for (rule, batch), audit, stats in zip(work, audits, self._stats, strict=True):
             batch.taken = self.taken.to(batch.device)
             batch.moves = (audit[:, PRESENT] > 0) & batch.taken
             if loss is not None:
                 batch.loss = (loss[0] / loss[2]).to(batch.device)
-            limits = [item.hyper.get("max_grad_norm") for item in batch.items]
-            clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
-            if batch.clips:
-                bounds = tuple(float("inf") if limit is None else limit for limit in limits)
-                bound = batch.on_device("engine: bounds", bounds, torch.float64)
-                norm = (
-                    self.grad_norm.to(batch.device)
-                    if self.clip == "global"
-                    else audit[:, SQUARES].sqrt()
-                )
-                # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside
-                # an infinite norm
-                scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
-                # of a norm that is no number nothing is left: s g is NaN, which counts as 0
-                if rule.replaces_nonfinite:
-                    scale = torch.where(
-                        torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale
-                    )
-                batch.scale = torch.where(bound.isinf(), 1.0, scale)
-            elif clipped:  # before: the groups were changed
-                batch.scale = torch.ones_like(batch.scale)
+            self._scale(rule, batch, audit, bad)
             stats.after_judgement(audit)
+
+    def _scale(self, rule: LearnedRule, batch: Batch, audit: Tensor, bad: Sequence[Tensor]) -> None:
+        """Say by what clipping multiplies the gradients of a batch.
+
+        Args:
+            audit: float64 (items, slots), reduced.
+            bad: per batch, bool (items,), which gradients are no numbers.
+        """
+        limits = [item.hyper.get("max_grad_norm") for item in batch.items]
+        clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
+        if batch.clips:
+            bounds = tuple(float("inf") if limit is None else limit for limit in limits)
+            bound = batch.on_device("engine: bounds", bounds, torch.float64)
+            norm = (
+                self.grad_norm.to(batch.device)
+                if self.clip == "global"
+                else audit[:, SQUARES].sqrt()
+            )
+            # s = min(1, max_grad_norm / (norm + eps)); an unlimited tensor keeps 1 even beside an
+            # infinite norm
+            scale = (bound / (norm + rule.clip_eps)).clamp(max=1.0)
+            # of a norm that is no number nothing is left: s g is NaN, which counts as 0
+            if rule.replaces_nonfinite:
+                scale = torch.where(
+                    torch.stack([b.any().to(batch.device) for b in bad]).any(), 0.0, scale
+                )
+            batch.scale = torch.where(bound.isinf(), 1.0, scale)
+        elif clipped:  # before: the groups were changed
+            batch.scale = torch.ones_like(batch.scale)
 
     def _is_probe(self) -> Tensor:
         """bool 0-d: zero gradients everywhere and lr 0.
@@ -274,7 +344,7 @@ class Engine:
 
         It is alike on all ranks, but for a rank's own problem.
         """
-        self._outcome.raise_now()
+        self._pending.raise_now()
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """Per parameter, as 0-d tensors on its device, see `LearnedOptimizer.stats`."""
@@ -284,47 +354,53 @@ class Engine:
         return merged
 
 
-class _Outcome:
+class _PendingErrors:
     """What is wrong with steps that the host has not asked about yet.
 
-    On a CPU it is asked at once. Elsewhere flags are gathered on the device and copied to the host
+    On a CPU it asks at once. Elsewhere flags are gathered on the device and copied to the host
     behind the step, which nobody waits for; the next step looks at them. Flags stay until they are
     raised, so that replays of a CUDA graph, in which the host takes no part, are heard of at the
     second step outside of it, or by `raise_now`.
 
     Attributes:
-        flags: bool (3,), whether a rank could not take a step, gave no loss, or had a gradient that
-            is no number.
+        flags: bool (4,), whether a rank could not take a step, gave no loss, had other numbers in
+            its groups, or had a gradient that is no number.
         bad: per batch, bool (items,), which gradients were no numbers.
         at_once: whether the host asks within the step.
     """
 
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self.batches = batches
-        self.flags = torch.zeros(3, dtype=torch.bool, device=device)
+        self.flags = torch.zeros(4, dtype=torch.bool, device=device)
         self.bad = [
             torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device)
             for batch in batches
         ]
         self.at_once = device.type == "cpu"
         self.problem: ValueError | None = None  # this rank's own
-        self._host = torch.zeros(3, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.numbers: GroupNumbers | None = None  # those of the last step
+        self._host = torch.zeros(4, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
         self._asked = True
 
     def note(
-        self, flags: Tensor, bad: list[Tensor], problem: ValueError | None, alone: bool
+        self,
+        flags: Tensor,
+        bad: list[Tensor],
+        problem: ValueError | None,
+        alone: bool,
+        numbers: GroupNumbers | None,
     ) -> None:
         """Add what the step under way has shown; `alone`: no other rank waits for this one, so its
         problem is raised now.
 
         Args:
-            flags: the first two or all three.
+            flags: the first three or all four.
         """
         self.flags[: len(flags)].logical_or_(flags)
         for sticky, now in zip(self.bad, bad, strict=False):
             sticky |= now
-        self.problem = problem
+        self.problem, self.numbers = problem, numbers
         device = self.flags.device
         if self.at_once or alone:
             self.raise_now()
@@ -352,10 +428,13 @@ class _Outcome:
         self._raise(self.flags)
 
     def _raise(self, flags: Tensor) -> None:
-        failed, without_loss, nonfinite = flags.tolist()
+        failed, without_loss, unlike, nonfinite = flags.tolist()
         problem, self.problem = self.problem, None
-        if not (failed or without_loss or nonfinite or problem is not None):
+        if not (failed or without_loss or unlike or nonfinite or problem is not None):
             return
+        settings = self.numbers.error() if unlike and self.numbers is not None else None
+        if self.numbers is not None:
+            self.numbers.forget()
         bad = [i.nonzero().flatten().tolist() for i in self.bad] if nonfinite else []
         for tensor in (self.flags, self._host, *self.bad):
             tensor.zero_()
@@ -369,6 +448,8 @@ class _Outcome:
                 "step(loss), step(loss=loss) or step(closure) on every rank, or set_loss(loss) "
                 "before a step() that you do not call yourself"
             )
+        if settings is not None:
+            raise settings
         names = [
             batch.items[i].param.shard.fqn
             for batch, found in zip(self.batches, bad, strict=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import comm
+from ..core.pieces import ShardBinding
+from ..core.rule import LearnedRule
 from ..core.shards import TensorShard
+from ..core.state import StateField
 from ..layouts.plain import local_tensor
 
 COLUMNS = (
@@ -58,6 +62,38 @@ class Report(list[dict[str, Any]]):
         return "\n".join(
             [*self.heading, line(list(COLUMNS)), *(line(c) for c in cells), f"total: {totals}"]
         )
+
+
+def report_of(
+    heading: str,
+    rule: LearnedRule,
+    parameters: Iterable[tuple[ShardBinding, Tensor, dict[str, StateField], Mapping[str, Tensor]]],
+) -> Report:
+    """The report of an optimizer.
+
+    Args:
+        parameters: per parameter where it lies, itself, and its state: which there is, and the
+            tensors on this rank.
+    """
+    rows = []
+    totals = {
+        "parameters": 0,
+        "numel": 0,
+        "global_numel": 0,
+        "sharded_state_bytes": 0,
+        "replicated_state_bytes": 0,
+    }
+    for binding, param, fields, state in parameters:
+        shard, ranks = binding.shard, comm.size(binding.group)
+        driver = rule.describe(fields, binding) if param.requires_grad else "frozen"
+        rows.append(report_row(shard, param.dtype, driver, state, ranks, binding.replicas))
+        totals["parameters"] += 1
+        totals["numel"] += shard.numel
+        totals["global_numel"] += shard.global_numel
+        for name, tensor in state.items():
+            kind = "sharded" if fields[name].replicated is None else "replicated"
+            totals[f"{kind}_state_bytes"] += num_bytes(tensor)
+    return Report(rows, [heading], totals)
 
 
 def report_row(

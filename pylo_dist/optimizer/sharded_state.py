@@ -5,13 +5,13 @@ holds some boxes.
 was loaded. These two are all that the rest of the package knows about formats of sharded tensors.
 
     canonical shape (*copies, *shape)      local tensor (*copies, N)
-    a shard's box of the parameter         the same box under every copy is one chunk of a checkpoint
+    a shard's box of the parameter         the same box under every copy is one chunk of a
+                                           checkpoint
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,26 +24,6 @@ from ..core.state import StateField
 from ..layouts.plain import is_dtensor, local_tensor
 
 aten = torch.ops.aten
-
-STATE_FORMAT = (
-    1  # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
-)
-
-OTHER_MARKS = {
-    "state_format": "it was saved by another version of pylo_dist",
-    "state_rule": "build the optimizer that saved it",
-    "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was saved with",
-}
-_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
-
-
-def same_name(saved: str, own: str) -> bool:
-    """Whether two parameter names may mean the same parameter: wrappers and generated names do not
-    count.
-    """
-    for wrapper in _WRAPPERS * 2:
-        saved, own = saved.removeprefix(wrapper), own.removeprefix(wrapper)
-    return saved == own or any(re.fullmatch(r"group\d+\.\d+", name) for name in (saved, own))
 
 
 class ShardedState(Tensor):
@@ -152,7 +132,10 @@ class ShardedState(Tensor):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ShardedState({self.shard.numel} of {self.shard.global_numel} elements of {tuple(self.shape)}, {self.dtype})"
+        return (
+            f"ShardedState({self.shard.numel} of {self.shard.global_numel} elements of "
+            f"{tuple(self.shape)}, {self.dtype})"
+        )
 
 
 def _new_empty(of: ShardedState, size: Sequence[int], **kwargs: Any) -> ShardedState:

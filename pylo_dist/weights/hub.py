@@ -237,7 +237,10 @@ def _what_is_there(repository: str, revision: str) -> str:
         return f"{repository} holds no {WEIGHTS_FILE} ({_in_words(error, repository, revision)})"
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled and not any(name.endswith(".safetensors") for name in names):
-        return f"{repository} holds only pickled files ({', '.join(pickled)}), which are refused; ask for {WEIGHTS_FILE}"
+        return (
+            f"{repository} holds only pickled files ({', '.join(pickled)}), which are refused; ask "
+            f"for {WEIGHTS_FILE}"
+        )
     return f"{repository} holds no {WEIGHTS_FILE}, only {', '.join(names) or 'nothing'}"
 
 
@@ -310,9 +313,15 @@ def _in_words(error: BaseException, repository: str, revision: str | None) -> st
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}"
     if isinstance(error, GatedRepoError):
-        return f"{repository} is gated: ask for access on its page, then `hf auth login` or set HF_TOKEN"
+        return (
+            f"{repository} is gated: ask for access on its page, then `hf auth login` or set "
+            "HF_TOKEN"
+        )
     if status in (401, 403, 404):
-        return f"{repository}: HTTP {status}, no such repository or a private one: check it, `hf auth login` or set HF_TOKEN"
+        return (
+            f"{repository}: HTTP {status}, no such repository or a private one: check it, `hf auth "
+            "login` or set HF_TOKEN"
+        )
     if status is not None:
         return f"{repository}: HTTP {status} from the Hub"
     return _first_line(error)
@@ -332,7 +341,7 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 
 
 def _write_note(path: Path, note: dict[str, Any]) -> None:
-    """Replaced as a whole, under a new id: whoever waits sees that it is not the note from before."""
+    """Replaced as a whole, under a new id: whoever waits sees that it is not the one before."""
     scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         scratch.write_text(json.dumps({"id": uuid.uuid4().hex, **note}))

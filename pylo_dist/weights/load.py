@@ -1,5 +1,4 @@
-"""Learned weights: the registry, and loading from a mapping, a file, a folder, the Hub or the
-built-in demo.
+"""Learned weights from a mapping, a file, a folder, the Hub or the built-in demo, checked.
 
 Reads safetensors only; nothing is unpickled, nothing is fetched at import, and nothing changes
 after construction.
@@ -10,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -23,6 +21,18 @@ from torch import Tensor
 
 from . import hub
 from .hub import PICKLED
+from .registry import (
+    DEMO,
+    UNKNOWN,
+    Architecture,
+    Registered,
+    WeightsError,
+    architecture_named,
+    architectures,
+    known_architectures,
+    registered_entry,
+    registered_weights,
+)
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # not there in Python 3.14
@@ -30,222 +40,10 @@ if TYPE_CHECKING:
 WeightsLike = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 
 CARD_KEY = "pylo_dist"  # safetensors metadata entry of ours: a JSON card
-UNKNOWN = "unknown"
-
-
-class WeightsError(ValueError):
-    """Learned weights that cannot be had or do not fit; the message names the ways out."""
 
 
 class WeightsChangedError(WeightsError):
     """The tensors of a file are not those that its own card was written for."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A meta-network's tensors, and the decays that its weights imply when none are stored with
-    them.
-
-    Attributes:
-        name: as in safetensors cards.
-        shapes: every tensor and its shape; exactly these must be there. A letter stands for a size
-            that the file decides, the same wherever it occurs, a number before it for a multiple:
-            ("4H", "2H").
-        ignored: names that may be there and are not read.
-        decays: e.g. {"momentum_decays": offsets}, see the optimizer's constructor.
-        config: settings in PyLO's config.json that change the function but no tensor, and the value
-            that is computed here.
-    """
-
-    name: str
-    shapes: Mapping[str, tuple[int | str, ...]]
-    decays: Mapping[str, tuple[float, ...]]
-    ignored: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
-# PyLO keeps the decay offsets of btherien/mulo in its constructors, not in the checkpoint, and
-# applies them to any weights.
-SMALL_FC = Architecture(
-    "small_fc",
-    {
-        "network.input.weight": (32, 39),
-        "network.input.bias": (32,),
-        "network.linear_0.weight": (32, 32),
-        "network.linear_0.bias": (32,),
-        "network.output.weight": (2, 32),
-        "network.output.bias": (2,),
-    },
-    {
-        "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
-        "rms_decays": (0.01079706,),
-        "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
-    },
-)
-
-# the same network with decays that are used as they are
-ELO = Architecture("elo", SMALL_FC.shapes, {})
-
-# widths of the groups of features, each with a matrix of its own
-_CELO2_GROUPS = (
-    1,
-    1,
-    1,
-    3,
-    1,
-    3,
-    1,
-    3,
-    1,
-    3,
-    3,
-    3,
-    3,
-    3,
-)
-CELO2 = Architecture(
-    "celo2",
-    {
-        **{f"w0.{i}": (width, 8) for i, width in enumerate(_CELO2_GROUPS)},
-        "b0": (8,),
-        "dense_w.0": (8, 8),
-        "dense_b.0": (8,),
-        "dense_w.1": (8, 3),
-        "dense_b.1": (3,),
-    },
-    {},
-    config={"activation": "relu"},
-)
-
-VELO = Architecture(
-    "velo",
-    {
-        "mix_layer1.weight": ("H", 30),  # in the files, and in the reference's, but without effect
-        "mix_layer1.bias": ("H",),
-        "mix_layer2.weight": ("H", 30),
-        "mix_layer2.bias": ("H",),
-        "final_mix_layer.weight": ("H", 30),
-        "final_mix_layer.bias": ("H",),
-        "lstm.linear.weight": ("4H", "2H"),
-        "lstm.linear.bias": ("4H",),
-        "rnn_to_controls.weight": ("P", "H"),
-        "rnn_to_controls.bias": ("P",),
-        "step_size.weight": (1, "H"),
-        "step_size.bias": (1,),
-        "lstm_init_state.0": (1, "H"),
-        "lstm_init_state.1": (1, "H"),
-        "input_weights_": ("P", 4, 30),
-        "input_bias_": ("P", 4),
-        "hidden_weights_.0": ("P", 4, 4),
-        "hidden_bias_.0": ("P", 4),
-        "output_weights_": ("P", 3, 4),
-        "output_bias_": ("P", 3),
-    },
-    {},
-    # PyLO's files also hold the last set it worked with
-    ignored=(
-        "input_weights",
-        "input_bias",
-        "hidden_weights.0",
-        "hidden_bias.0",
-        "output_weights",
-        "output_bias",
-    ),
-    config={"mix_layers": True},
-)
-
-ARCHITECTURES = {architecture.name: architecture for architecture in (SMALL_FC, ELO, CELO2, VELO)}
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A name that `weights=` understands: where its file is and what belongs to it.
-
-    Attributes:
-        architecture: "small_fc", "elo", "celo2" or "velo".
-        source: a Hub repository "org/name[@revision]", or a local file or folder; several, joined
-        by "+", hold one part each. decays: decays that belong to the weights but are not stored in
-        the file.
-        note: one line for people: origin and anything to know.
-        horizon: the longest run of the inner training, in steps; None: unknown.
-        licence: its identifier first, as in "apache-2.0"; then, if need be, who says so.
-        revision: branch, tag or commit for sources without an "@"; "": the default branch.
-        sha256: what the file must have, hex, joined by "+" as the sources are; "": unknown, not
-            compared.
-    """
-
-    architecture: str
-    source: str
-    decays: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    note: str = ""
-    horizon: int | None = None
-    licence: str = UNKNOWN
-    revision: str = ""
-    sha256: str = ""
-
-    def __post_init__(self) -> None:
-        digests = self.sha256.split("+") if self.sha256 else []
-        if digests and (
-            len(digests) != len(self.source.split("+"))
-            or not all(re.fullmatch("[0-9a-f]{64}", d) for d in digests)
-        ):
-            raise ValueError(
-                f"sha256={self.sha256!r} of {self.source}: wanted 64 lower-case hex digits for "
-                "every source, in '+'"
-            )
-
-
-# The released files were not seen when this was written: nothing is pinned, and what is unknown
-# says so.
-_PYLO_LICENCE = "apache-2.0 (declared by PyLO's model classes)"
-_REGISTRY: dict[str, Registered] = {
-    "btherien/mulo": Registered(
-        "small_fc",
-        "btherien/mulo",
-        SMALL_FC.decays,
-        "PyLO's small_fc_lopt weights, meta-trained with muP (arXiv 2406.00153); decays from "
-        "PyLO's constructor",
-        licence=_PYLO_LICENCE,
-    ),
-    "DiamondXL/elo": Registered(
-        "elo", "DiamondXL/elo", {}, "PyLO's ELO weights", licence=_PYLO_LICENCE
-    ),
-    "DiamondXL/celo2": Registered(
-        "celo2",
-        "DiamondXL/celo2",
-        {},
-        "PyLO's CELO2 weights (arXiv 2602.19142)",
-        licence=_PYLO_LICENCE,
-    ),
-    "DiamondXL/elo-celo2": Registered(
-        "celo2", "DiamondXL/elo-celo2", {}, "PyLO's ELO-CELO2 weights", licence=_PYLO_LICENCE
-    ),
-    "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": Registered(
-        "velo",
-        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",
-        {},
-        "Google's VeLO as PyLO has it (arXiv 2211.09760)",
-        horizon=150_000,
-        licence=_PYLO_LICENCE,
-    ),
-}
-
-
-DEMO = Registered(
-    "small_fc", "demo", note="built in, made by hand, for trying things out", licence="apache-2.0"
-)
-
-
-def register_weights(name: str, entry: Registered) -> None:
-    """Make `weights=name` mean `entry`. Raises ValueError when the name is taken by something else."""
-    if name == "demo" or _REGISTRY.get(name, entry) != entry:
-        raise ValueError(f"weights name {name!r} is taken; register under another name")
-    _REGISTRY[name] = entry
-
-
-def registered_weights() -> dict[str, Registered]:
-    """All registered names."""
-    return dict(_REGISTRY)
 
 
 @dataclass(frozen=True)
@@ -258,8 +56,8 @@ class MetaNetwork:
         decays: decays stored or registered with them.
         digest: sha256 over names, shapes and values, hex.
         source: where they came from, "repository@commit" or a path, for a saved folder what its
-        card says; "" for a mapping. horizon: as in `Registered`.
-        licence: as in `Registered`.
+            card says; "" for a mapping.
+        horizon, licence: as in `Registered`.
     """
 
     name: str
@@ -334,50 +132,33 @@ def load_weights(
             f"{architecture.name}"
         )
     found = (
-        _demo(architecture or SMALL_FC)
+        _demo(architecture or architecture_named(DEMO.architecture))
         if name == "demo"
         else _find(name, entry, architecture, local_only)
     )
     if architecture is None:
         named = entry.architecture if entry is not None else found.card.get("architecture")
-        if named is not None and named not in ARCHITECTURES:
+        if named is not None and named not in architectures():
             raise WeightsError(
-                f"weights {name!r} are for {named!r}, wanted one of {', '.join(ARCHITECTURES)}"
+                f"weights {name!r} are for {named!r}, wanted one of {known_architectures()}"
             )
         architecture = (
-            ARCHITECTURES[named] if named is not None else _recognised(name, found.tensors)
+            architecture_named(named) if named is not None else _recognised(name, found.tensors)
         )
     return _checked(found, architecture)
-
-
-def registered_entry(name: str) -> Registered | None:
-    """The entry of a name, else None; "name@revision" is that of `name` at another revision, whose
-    sha256 is not known.
-    """
-    base, _, revision = name.partition("@")
-    entry = _REGISTRY.get(name)
-    if (
-        entry is None
-        and revision
-        and "+" not in name
-        and base in _REGISTRY
-        and "@" not in _REGISTRY[base].source
-    ):
-        entry = replace(_REGISTRY[base], revision=revision, sha256="")
-    return entry
 
 
 def _recognised(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
     """The architecture that has just these tensors."""
     fits = [
         a
-        for a in ARCHITECTURES.values()
+        for a in architectures().values()
         if set(a.shapes) <= set(tensors) <= {*a.shapes, *a.ignored}
     ]
     if len(fits) != 1:
         these = " and ".join(a.name for a in fits) if fits else "none"
         raise WeightsError(
-            f"weights {name!r}: of {', '.join(ARCHITECTURES)} the tensors fit {these}; name the "
+            f"weights {name!r}: of {', '.join(architectures())} the tensors fit {these}; name the "
             "architecture"
         )
     return fits[0]
@@ -467,7 +248,7 @@ def _locate(
         *PICKLED,
     )
     if is_file_name or repository.count("/") != 1 or source.startswith((".", "/", "~")):
-        known = ", ".join(["demo", *_REGISTRY])
+        known = ", ".join(["demo", *registered_weights()])
         raise WeightsError(
             f"weights {name!r}: no such file or folder, nor a registered name ({known})"
         )

@@ -16,26 +16,10 @@ from safetensors.torch import save_file
 
 from .._version import __version__
 from . import hub
-from .load import (
-    ARCHITECTURES,
-    CARD_KEY,
-    UNKNOWN,
-    Architecture,
-    MetaNetwork,
-    WeightsError,
-    WeightsLike,
-    load_weights,
-    read_file,
-)
+from .load import CARD_KEY, MetaNetwork, WeightsLike, load_weights, read_file
+from .registry import UNKNOWN, WeightsError, architecture_named, example_of
 
 CARD_FILE = "README.md"
-# of every architecture, one optimizer
-FACES = {
-    "small_fc": "AdafacLO",
-    "elo": "ELO",
-    "celo2": "CELO2",
-    "velo": "VeLO",
-}
 
 
 def save_weights(
@@ -58,9 +42,10 @@ def save_weights(
 
     Args:
         weights: all that `weights=` of an optimizer takes, or the `weights` of an optimizer.
-        architecture: "small_fc", "elo", "celo2" or "velo"; needed for tensors that fit two of them
-        (small_fc and elo). decays: e.g. {"momentum_decays": (0.1, 0.2, 0.3)}; instead of those that
-        `weights` come with, name by name.
+        architecture: the name of a registered one, such as "velo"; needed for tensors that fit two
+            of them (small_fc and elo).
+        decays: e.g. {"momentum_decays": (0.1, 0.2, 0.3)}; instead of those that `weights` come
+            with, name by name.
         horizon: the longest run of the inner training, in steps; None: as `weights` say.
         licence: its identifier first, as in "apache-2.0"; None: as `weights` say.
         description: for the model card.
@@ -70,7 +55,8 @@ def save_weights(
         The weights as read back from `folder`.
 
     Raises:
-        WeightsError: `weights` cannot be had or do not fit, or `folder` holds other weights.
+        WeightsError: `weights` cannot be had or do not fit, their architecture is not registered,
+            or `folder` holds other weights.
     """
     network = _completed(weights, architecture, decays, horizon, licence)
     target = Path(folder)
@@ -107,7 +93,7 @@ def save_weights(
         (target / CARD_FILE).write_text(_model_card(network, description), encoding="utf-8")
     except OSError as error:
         raise WeightsError(f"folder {target} cannot be written: {error}") from error
-    return load_weights(target, ARCHITECTURES[network.architecture])
+    return load_weights(target, architecture_named(network.architecture))
 
 
 def push_to_hub(
@@ -179,8 +165,10 @@ def _completed(
     licence: str | None,
 ) -> MetaNetwork:
     """`weights`, loaded, with what the arguments say about them."""
-    network = load_weights(weights, architecture_named(architecture))
-    known = ARCHITECTURES[network.architecture].decays
+    network = load_weights(
+        weights, None if architecture is None else architecture_named(architecture)
+    )
+    known = architecture_named(network.architecture).decays
     for name, values in (decays or {}).items():
         if (
             name not in known
@@ -210,13 +198,6 @@ def _completed(
     )
 
 
-def architecture_named(name: str | None) -> Architecture | None:
-    """The architecture of that name; None stays None. Raises WeightsError for an unknown name."""
-    if name is not None and name not in ARCHITECTURES:
-        raise WeightsError(f"architecture {name!r}: wanted one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name] if name is not None else None
-
-
 def stored_digest(folder: str | os.PathLike[str]) -> str | None:
     """The digest that `save_weights` wrote into the weights file of `folder`; None where it did not
     write it.
@@ -233,7 +214,6 @@ def _digest_in(file: Path) -> str | None:
 def _model_card(network: MetaNetwork, description: str) -> str:
     """README.md for people and, in its first lines, for the Hub."""
     licence = network.licence.split()[0].lower() if network.licence.strip() else UNKNOWN
-    face = FACES[network.architecture]
     horizon = f"{network.horizon:,} steps" if network.horizon is not None else UNKNOWN
     decays = [
         f"| {name} | {', '.join(map(repr, values))} |" for name, values in network.decays.items()
@@ -241,7 +221,7 @@ def _model_card(network: MetaNetwork, description: str) -> str:
     tensors = [
         f"| `{name}` | {tuple(tensor.shape)} |" for name, tensor in sorted(network.tensors.items())
     ]
-    steps = ", num_steps=..." if network.architecture == "velo" else ""
+    example = example_of(network.architecture)
     return "\n".join(
         [
             "---",
@@ -255,12 +235,7 @@ def _model_card(network: MetaNetwork, description: str) -> str:
             f"# Weights of a learned optimizer: {network.architecture}",
             "",
             *([description.strip(), ""] if description.strip() else []),
-            "```python",
-            "import pylo_dist",
-            f'optimizer = pylo_dist.{face}(model.parameters(), weights="THIS REPOSITORY OR '
-            f'FOLDER"{steps})',
-            "```",
-            "",
+            *(["```python", example, "```", ""] if example else []),
             "| | |",
             "|---|---|",
             f"| architecture | {network.architecture} |",

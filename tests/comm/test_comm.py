@@ -17,7 +17,7 @@ from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.comm import PeerError, collectives
+from pylo_dist.comm import PeerError, meeting
 from support.golden import velo_weights
 from support.ranks import run_ranks
 
@@ -30,10 +30,10 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     found["late"] = late_for_a_meeting(rank, world)
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
-        meeting = f"file://{folder}/{i}"
+        place = f"file://{folder}/{i}"
         dist.init_process_group(
             "gloo",
-            init_method=meeting,
+            init_method=place,
             rank=order[rank],
             world_size=world,
             timeout=timedelta(seconds=20),
@@ -143,6 +143,6 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(
     store = ComesNow()
     monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(collectives, "_next_meeting", lambda ranks: "meeting")
+    monkeypatch.setattr(meeting, "_next_meeting", lambda ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}

@@ -102,7 +102,7 @@ def outcome(model: nn.Module, optimizer: Any, calls: Collectives) -> dict[str, A
 
 
 def place(optimizer: Any, param: Tensor) -> tuple[int, ...]:
-    shard = optimizer._bindings[param].shard
+    shard = next(binding for binding, p in optimizer.layouts() if p is param).shard
     return shard.start, shard.numel, shard.run, shard.pitch
 
 

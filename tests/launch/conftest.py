@@ -10,7 +10,7 @@ import torch
 from data import write_tokens
 from safetensors.torch import save_file
 
-from pylo_dist import weights
+import pylo_dist
 
 # More threads than free cores stall PyTorch; these models are too small to gain from a second one.
 torch.set_num_threads(1)
@@ -33,14 +33,8 @@ def learned_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     """By name of the optimizer on the command line a folder of random weights of its architecture,
     the same in every session.
     """
-    architectures = {
-        "adafaclo": weights.SMALL_FC,
-        "mulo": weights.SMALL_FC,
-        "velo": weights.VELO,
-        "elo": weights.ELO,
-        "celo2": weights.CELO2,
-        "elo-celo2": weights.CELO2,
-    }
+    optimizers = pylo_dist.registered_optimizers()
+    architectures = {name: entry.architecture for name, entry in optimizers.items()}
     # of VeLO's LSTM and of its number of MLPs; 512 and 256 in the released weights
     sizes = {"H": 16, "P": 8}
     folder = tmp_path_factory.mktemp("weights")

@@ -25,6 +25,7 @@ from environment import (
     tasks_per_node,
 )
 from options import WrongInput, parse
+from place import Place
 
 from support.launchers import mpirun, wait_for_rows
 
@@ -196,7 +197,7 @@ def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def gpu(variables: dict[str, str], count: int) -> int | None:
         monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-        return gpt2.Place.find(options, find(variables)).device.index
+        return Place.find(options, find(variables)).device.index
 
     assert gpu(STEP, 2) == gpu(TORCHRUN, 2) == 1
     assert gpu(STEP, 1) == 0  # srun --gpus-per-task=1

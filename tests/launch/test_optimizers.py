@@ -13,14 +13,20 @@ import gpt2
 import pytest
 import torch
 from data import Tokens
+from learner import Learner
+from loop import TRAIN
 from model import build
-from options import LEARNED, OPTIMIZERS, parse
+from optimizers import ADAMW
+from options import parse
+from place import Place
 from presets import PRESETS, GPTConfig
 from torch import nn
 
 import pylo_dist
 
 NANO = PRESETS["nano"]
+LEARNED = pylo_dist.registered_optimizers()
+OPTIMIZERS = (*LEARNED, ADAMW)
 SMALL = ["--preset", "nano", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
 HIDDEN = ("attention.qkv.weight", "attention.proj.weight", "mlp.fc.weight", "mlp.proj.weight")
 
@@ -52,7 +58,7 @@ def losses_by_hand(name: str, config: GPTConfig, weights: Path, tokens: Path) ->
     base_lr, losses = optimizer.param_groups[0]["lr"], []
     for step, factor in enumerate((0.5, 1.0, 0.1), start=1):
         optimizer.param_groups[0]["lr"] = base_lr * factor
-        windows = torch.from_numpy(text.read(text.windows(0, gpt2.TRAIN, step, 4)))
+        windows = torch.from_numpy(text.read(text.windows(0, TRAIN, step, 4)))
         loss = model(windows[:, :-1], windows[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()
@@ -102,7 +108,7 @@ def test_a_run_is_that_of_the_class_by_hand(
     wanted = losses_by_hand(name, model, weights, tokens_folder)
     assert [row["loss"] for row in rows] == wanted
     report = (tmp_path / "o" / "optimizer.txt").read_text().splitlines()
-    assert report[0].startswith(f"{LEARNED[name].class_name}, weights ")
+    assert report[0].startswith(f"{BY_HAND[name][0].__name__}, weights ")
     by_adamw = {line.split()[0] for line in report if "adamw" in line.split()}
     vectors = {n for n, p in build(NANO, seed=0).named_parameters() if p.ndim < 2}
     assert by_adamw == (
@@ -110,10 +116,10 @@ def test_a_run_is_that_of_the_class_by_hand(
     )
 
 
-def learner(name: str, weights: dict[str, Path], *flags: str) -> gpt2.Learner:
+def learner(name: str, weights: dict[str, Path], *flags: str) -> Learner:
     chosen = [] if name == "adamw" else ["--weights", str(weights[name])]
     options = parse([*SMALL, "--optimizer", name, *chosen, "--steps", "10", *flags])
-    return gpt2.Learner(options, gpt2.Place.find(options))
+    return Learner(options, Place.find(options))
 
 
 def matrix_after_a_step(name: str, weights: dict[str, Path], *flags: str) -> nn.Parameter:
@@ -160,16 +166,19 @@ def test_the_flag_bounds_the_gradient(name: str, learned_weights: dict[str, Path
     torch.testing.assert_close(tight, loose * (0.5 / norm), rtol=1e-5, atol=0)
 
 
-def test_the_table_holds_what_the_classes_do() -> None:
-    for name, entry in LEARNED.items():
-        optimizer_class = getattr(pylo_dist, entry.class_name)
-        assert optimizer_class is BY_HAND[name][0]
-        known = defaults_of(optimizer_class)
-        assert (entry.lr, entry.weight_decay) == (known["lr"], known["weight_decay"])
-        assert entry.clip_arguments == ("clip_grad" in known)
+def test_defaults_are_those_of_the_classes() -> None:
+    assert set(BY_HAND) == set(LEARNED)
+    for name, (optimizer_class, told, _) in BY_HAND.items():
+        known, options = defaults_of(optimizer_class), parse(["--optimizer", name, "--steps", "3"])
+        assert options.chosen().entry.face is optimizer_class
+        assert (options.base_lr(), options.decay()) == (known["lr"], known["weight_decay"])
         bound = known["clip_norm"] if known.get("clip_grad") else known.get("max_grad_norm")
-        assert entry.max_grad_norm == bound
-        assert parse(["--optimizer", name]).base_lr() == entry.lr
+        assert options.clip_norm() == bound
+        given = options.learned_arguments()
+        wanted = {"lr": known["lr"], "weight_decay": known["weight_decay"]}
+        wanted |= {"clip_grad": True, "clip_norm": bound} if bound else {}
+        assert {key: given.pop(key) for key in wanted} == wanted
+        assert set(given) == set(told), name  # what it must be told, and nothing else
 
 
 def defaults_of(optimizer_class: type) -> dict[str, Any]:

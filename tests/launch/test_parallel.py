@@ -7,12 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gpt2
 import parallel
 import pytest
+import run
 import torch
 from environment import Environment
+from learner import Learner
+from loop import train
 from options import WrongInput, parse
+from place import Place
 from watch import Row, rows_until
 
 import pylo_dist
@@ -62,11 +65,11 @@ def losses(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Of the launcher's own loop: the loss of every step, and the whole model behind the last."""
     options = parse(command)
-    place = gpt2.Place(rank, world, torch.device("cpu"))
-    learner = gpt2.Learner(options, place)
+    place = Place(rank, world, torch.device("cpu"))
+    learner = Learner(options, place)
     rows: Any = Rows()
     plan = options.plan(parallel.data_ranks(options, world))
-    gpt2.train(learner, gpt2.open_data(options, place), options, place, plan, rows)
+    train(learner, run.open_data(options, place), options, place, plan, rows)
     model = parallel.whole_model(learner.model, options, place.device)
     return [row.loss for row in rows.rows], {
         name: p.detach().clone() for name, p in model.named_parameters()
@@ -88,7 +91,6 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
     as it ends, and the losses.
     """
     found: Run = {}
-    train = gpt2.train
 
     def observed(
         learner: Any, data: Any, options: Any, place: Any, *args: Any, **kwargs: Any
@@ -103,10 +105,10 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
         found["ends"] = everything()
 
     options = parse(command)
-    place = gpt2.Place(rank, world, torch.device("cpu"))
-    gpt2.train = observed
+    place = Place(rank, world, torch.device("cpu"))
+    run.train = observed
     try:
-        gpt2.run(
+        run.run(
             command,
             options,
             place,
@@ -114,7 +116,7 @@ def one_run(rank: int, world: int, command: list[str]) -> Run:
             Environment("a test"),
         )
     finally:
-        gpt2.train = train
+        run.train = train
     return found
 
 

@@ -17,7 +17,11 @@ import gpt2
 import pytest
 import torch
 import torch.distributed as dist
+from learner import Learner
+from loop import train
 from options import WrongInput, parse
+from place import Place
+from run import open_data
 
 from support.ranks import run_ranks
 
@@ -95,7 +99,7 @@ def test_leaving_ends_a_group_that_is_held_in_a_cycle(tmp_path: Path) -> None:
     cycle = [dist.group.WORLD]
     cycle.append(cycle)
     del cycle
-    gpt2.Place(rank=0, world_size=2, device=torch.device("cpu")).leave()
+    Place(rank=0, world_size=2, device=torch.device("cpu")).leave()
     assert group() is None
 
 
@@ -104,8 +108,8 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
     have moved, the local loss.
     """
     options = parse(command)
-    place = gpt2.Place(rank, world, torch.device("cpu"))
-    learner = gpt2.Learner(options, place)
+    place = Place(rank, world, torch.device("cpu"))
+    learner = Learner(options, place)
     if world > 1:  # what rank 1 has otherwise is an error of all
         with pytest.raises(
             WrongInput, match=r"--seed of rank 1: 9, of rank 0: 0; all ranks need the same"
@@ -113,11 +117,11 @@ def lstm_after_a_run(rank: int, world: int, command: list[str]) -> tuple[str, fl
             place.agree((parse([*command, "--seed", "9"]) if rank else options).shared())
         folder = Path(command[command.index("--data") + 1])
         with pytest.raises(WrongInput, match=r"training tokens of rank 1: \w{64}, of rank 0: "):
-            gpt2.open_data(
+            open_data(
                 parse([*command, "--data", str(folder / "val.bin")]) if rank else options, place
             )
-    data = gpt2.open_data(options, place)
-    gpt2.train(learner, data, options, place, options.plan(world), None)
+    data = open_data(options, place)
+    train(learner, data, options, place, options.plan(world), None)
     replicated = hashlib.sha256()
     inner = learner.optimizer.inner if world > 1 else learner.optimizer
     initial, moved = inner.weights.tensors, []

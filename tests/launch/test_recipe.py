@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gpt2
 import pytest
 import torch
 import yaml
 from data import Tokens
+from learner import Learner
+from loop import train
 from options import WrongInput, parse
+from place import Place
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -200,14 +202,14 @@ def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[
     def after(*extra: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The gradients that the optimizer saw in a step, and the parameters after it."""
         options, grads = parse([*words, *extra]), []
-        place = gpt2.Place.find(options)
-        learner = gpt2.Learner(options, place)
+        place = Place.find(options)
+        learner = Learner(options, place)
 
         def before_step(*_: object) -> None:
             grads.extend(p.grad.clone() for p in learner.model.parameters() if p.grad is not None)
 
         learner.optimizer.register_step_pre_hook(before_step)
-        gpt2.train(learner, (tokens, None), options, place, options.plan(1), None)
+        train(learner, (tokens, None), options, place, options.plan(1), None)
         return grads, [p.detach().clone() for p in learner.model.parameters()]
 
     plain, plain_params = after()

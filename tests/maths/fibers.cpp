@@ -1,13 +1,16 @@
-// The operators of csrc/cuda.cu on a CPU, as torch.ops.pylo_dist_fibers: the same kernels and launchers, with fibers for threads.
+// The operators of csrc/cuda.cu on a CPU, as torch.ops.pylo_dist_fibers: the same kernels and
+// launchers, with fibers for threads.
 #define PYLO_FIBERS
 #include "fibers.h"
 
 #include "cuda.cu"
+#include "emulated_warp.h"
 
 namespace fibers {
 
 // All lanes of a warp bring their fragments; the last one multiplies for all.
-void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a, const pylo_dist::lanes::Right& b) {
+void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a,
+         const pylo_dist::lanes::Right& b) {
   using namespace pylo_dist::lanes;
   Block& now = *block;
   const int me = now.running, first = me / WARP * WARP;
@@ -16,9 +19,14 @@ void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a, cons
   now.operands[me][2] = const_cast<Right*>(&b);
   warp_wait();
   if (me == first) {
-    EmulatedWarp<true>::mma([&](int lane) -> Accumulator& { return *static_cast<Accumulator*>(now.operands[first + lane][0]); },
-                            [&](int lane) -> const Left& { return *static_cast<Left*>(now.operands[first + lane][1]); },
-                            [&](int lane) -> const Right& { return *static_cast<Right*>(now.operands[first + lane][2]); });
+    EmulatedWarp<true>::mma(
+        [&](int lane) -> Accumulator& {
+          return *static_cast<Accumulator*>(now.operands[first + lane][0]);
+        },
+        [&](int lane) -> const Left& { return *static_cast<Left*>(now.operands[first + lane][1]); },
+        [&](int lane) -> const Right& {
+          return *static_cast<Right*>(now.operands[first + lane][2]);
+        });
   }
   warp_wait();
 }
@@ -29,6 +37,11 @@ extern "C" int64_t fibers_launches() { return fibers::launches; }
 
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
+  m.def("table_fields(str table) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CompositeExplicitAutograd, m) {
+  m.impl("table_fields", TORCH_BOX(&pylo_dist::table_fields));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CPU, m) {

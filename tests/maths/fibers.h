@@ -1,5 +1,6 @@
-// CUDA's execution model on a CPU, as much of it as csrc/*.cuh uses: blocks one after the other, the threads of a block as fibers that
-// give way at barriers and warp operations. Exact in what is computed, but for the sums inside tensor cores (EmulatedWarp of lanes.h).
+// CUDA's execution model on a CPU, as much of it as csrc/*.cuh uses: blocks one after the other,
+// the threads of a block as fibers that give way at barriers and warp operations. Exact in what is
+// computed, but for the sums inside tensor cores (EmulatedWarp of emulated_warp.h).
 #pragma once
 
 #include <csetjmp>
@@ -14,6 +15,8 @@
 #include <memory>
 #include <vector>
 
+#include "half.h"
+
 #define __global__
 #define __device__
 #define __shared__ static
@@ -21,7 +24,19 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+namespace pylo_dist {
+namespace lanes {
+struct Accumulator;
+struct Left;
+struct Right;
+}  // namespace lanes
+}  // namespace pylo_dist
+
 namespace fibers {
+
+// What lanes.h asks of a warp; defined in fibers.cpp.
+void mma(pylo_dist::lanes::Accumulator&, const pylo_dist::lanes::Left&,
+         const pylo_dist::lanes::Right&);
 
 struct Dim {
   unsigned x = 0;
@@ -159,3 +174,20 @@ inline unsigned atomicAdd(unsigned* at, unsigned by) {
   *at += by;
   return old;
 }
+
+// The 16 bits of a number as a number of that type, and back; the types are their bits here.
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline __half __ushort_as_half(uint16_t bits) { return __half{bits}; }
+inline uint16_t __half_as_ushort(__half x) { return x.bits; }
+inline float __half2float(__half x) { return half::from_half(x.bits); }
+inline __half __float2half_rn(float x) { return __half{half::to_half(x)}; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return __nv_bfloat16{bits}; }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline float __bfloat162float(__nv_bfloat16 x) { return half::from_bfloat(x.bits); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16{half::to_bfloat(x)}; }

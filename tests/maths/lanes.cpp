@@ -1,11 +1,12 @@
 // What test_lanes.py calls of csrc/include/pylo_dist/lanes.h, as a C library.
-#include "pylo_dist/lanes.h"
+#include "emulated_warp.h"
 
 using namespace pylo_dist::lanes;
 
 namespace {
 
-// Normalised features x (n, features), row-major, through the network, 16 elements at a time; out (n, 2).
+// Normalised features x (n, features), row-major, through the network, 16 elements at a time; out
+// (n, 2).
 template <class Warp, int kParts>
 void run(const NetworkPointers& net, int64_t n, int extended, const float* x, float* out) {
   const int features = extended ? 30 : 28;
@@ -41,21 +42,25 @@ void run(const NetworkPointers& net, int64_t n, int extended, const float* x, fl
 
 extern "C" {
 
-void lanes_network(int parts, int truncates, const float* w1, int64_t stride, const float* b1, const float* w2, const float* b2,
-                   const float* w3, const float* b3, int64_t n, int extended, const float* x, float* out) {
+void lanes_network(int parts, int truncates, const float* w1, int64_t stride, const float* b1,
+                   const float* w2, const float* b2, const float* w3, const float* b3, int64_t n,
+                   int extended, const float* x, float* out) {
   const NetworkPointers net{w1, stride, b1, w2, b2, w3, b3};
-  auto* chosen = parts == 2 ? (truncates ? run<EmulatedWarp<true>, 2> : run<EmulatedWarp<false>, 2>)
-                            : (truncates ? run<EmulatedWarp<true>, 1> : run<EmulatedWarp<false>, 1>);
+  auto* chosen = parts == 2
+                     ? (truncates ? run<EmulatedWarp<true>, 2> : run<EmulatedWarp<false>, 2>)
+                     : (truncates ? run<EmulatedWarp<true>, 1> : run<EmulatedWarp<false>, 1>);
   chosen(net, n, extended, x, out);
 }
 
 void lanes_to_half(int64_t n, const float* x, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = half_from_float(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = half::to_half(x[i]);
 }
 
 void lanes_from_half(int64_t n, const uint16_t* x, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = float_from_half(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = half::from_half(x[i]);
 }
 
-int lanes_feature_of_slot(int extended, int t, int slot) { return feature_of_slot(extended, t, slot); }
+int lanes_feature_of_slot(int extended, int t, int slot) {
+  return feature_of_slot(extended, t, slot);
+}
 }

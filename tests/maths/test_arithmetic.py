@@ -186,7 +186,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRATCH = """
 import resource, torch, pylo_dist
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -323,13 +323,13 @@ def _host_asks_later(monkeypatch: pytest.MonkeyPatch) -> None:
     event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-    begin = engine._Outcome.__init__
+    begin = engine._PendingErrors.__init__
 
     def later(self: Any, *args: Any) -> None:
         begin(self, *args)
         self.at_once = False
 
-    monkeypatch.setattr(engine._Outcome, "__init__", later)
+    monkeypatch.setattr(engine._PendingErrors, "__init__", later)
 
 
 @pytest.mark.usefixtures("_host_asks_later")

@@ -104,7 +104,7 @@ def test_passes_replay_in_a_graph(precision: str) -> None:
     of one.
     """
     params, optimizer = trained(precision, 21, 1)
-    rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
+    rule, batch = optimizer._ready().work[0]
     kernels = rule.kernels(batch)  # type: ignore[attr-defined]
     indices = list(range(len(batch.items)))
     limits = [rule._limits(item) for item in batch.items]  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def test_a_step_neither_allocates_nor_waits() -> None:
     host.
     """
     _, optimizer = trained("high", 41, 2)
-    rule, batch = optimizer._engine.work[0]  # type: ignore[union-attr]
+    rule, batch = optimizer._ready().work[0]
     kernels, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
     limits, updates = [rule._limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
     torch.cuda.synchronize()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from pylo_dist.weights import SMALL_FC, load_weights
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import load_weights
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

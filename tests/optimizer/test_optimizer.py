@@ -111,12 +111,12 @@ def test_parameters_on_two_devices_step_in_lock_step() -> None:
     first, second = adafac(named[:2], lr=0.5), adafac(named[2:])
     train(second, named[2:], 0, 1)  # another step count
     set_gradients(named, 1)
-    second.rule = first.rule
-    second._forget_engine()
+    second._lineup.rule = first.rule
+    second._lineup.retire()
     for optimizer in (first, second):
         optimizer._ready()
-        for param, item in optimizer._engine_params:
-            item.param = collect(optimizer._bindings[param], param)
+        for member in optimizer._lineup.members:
+            member.item.param = collect(member.binding, member.param)
     comm.serve(Engine([*first._ready().work, *second._ready().work], "error", "global").phases())
     third, fourth = adafac(alone[:2], lr=0.5), adafac(alone[2:])
     train(fourth, alone[2:], 0, 1)

@@ -80,6 +80,31 @@ def test_state_shapes() -> None:
     }
 
 
+def test_loading_leaves_settings_of_this_process_alone() -> None:
+    optimizer = adafac(make_params(), process_group=False)
+    optimizer.timeout = 5.0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert (optimizer.timeout, optimizer.process_group) == (5.0, False)
+
+
+def test_hooks_of_users_see_what_was_loaded() -> None:
+    """And give what is to be loaded: ours run between theirs."""
+    named, other = make_params(), make_params()
+    optimizer, donor = adafac(named), adafac(other)
+    train(donor, other, 0, 2)
+    seen: list[Any] = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: donor.state_dict())
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.append([dict(s) for s in o.state.values()])
+    )
+    optimizer.register_state_dict_post_hook(
+        lambda _, state: {**state, "names": state["param_groups"][0]["param_names"]}
+    )
+    optimizer.load_state_dict({})
+    assert all(same(a, dict(b)) for a, b in zip(seen[0], donor.state.values(), strict=True))
+    assert optimizer.state_dict()["names"] == list(SHAPES)
+
+
 def _drop(state: dict[str, Any]) -> None:
     del state["state"][2]["row"]
 
@@ -215,6 +240,7 @@ def test_frozen_parameters_have_no_state_until_they_are_unfrozen() -> None:
     assert not any(torch.equal(p, others[fqn]) for fqn, p in named if p is not frozen)
 
     frozen.requires_grad_(False)
+    frozen.grad = None
     value = frozen.detach().clone()
     train(optimizer, named[:2] + named[3:], 3, 4)
     assert torch.equal(frozen, value)

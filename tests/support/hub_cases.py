@@ -18,9 +18,9 @@ from typing import Any
 
 import pylo_dist
 from pylo_dist.weights import (
-    ARCHITECTURES,
     Registered,
     WeightsError,
+    architecture_named,
     hub,
     load_weights,
     register_weights,
@@ -119,7 +119,7 @@ def load(
     start = time.perf_counter()
     found: dict[str, Any]
     try:
-        network = load_weights(name, ARCHITECTURES[architecture])
+        network = load_weights(name, architecture_named(architecture))
         found = {"digest": network.digest, "source": network.source, "error": ""}
     except WeightsError as error:
         found = {"digest": "", "source": "", "error": str(error)}

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.maths.reference import TIME_SCALES, time_features
-from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import CARD_KEY, load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FEATURES = SMALL_FC.shapes["network.input.weight"][1] - len(TIME_SCALES)

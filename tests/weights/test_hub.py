@@ -17,15 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pylo_dist.weights import (
-    CARD_KEY,
-    CELO2,
-    SMALL_FC,
-    VELO,
-    Architecture,
-    WeightsError,
-    load_weights,
-)
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
+from pylo_dist.optim.velo import ARCHITECTURE as VELO
+from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, load_weights
 from support import hub_cases
 from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pylo_dist
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.optim.adafac import effective_decays
+from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
+from pylo_dist.optim.velo import ARCHITECTURE as VELO
 from pylo_dist.weights import (
-    ARCHITECTURES,
     CARD_KEY,
-    CELO2,
-    SMALL_FC,
-    VELO,
     Architecture,
     MetaNetwork,
     Registered,
     WeightsError,
+    architectures,
     load_weights,
     read_file,
     register_weights,
     registered_entry,
 )
-from pylo_dist.weights import load as weights_load
 from pylo_dist.weights.publish import save_weights
+from support.registry import restored
 
 DECAYS = {
     "momentum_decays": [0.01, 0.02, 0.03],
@@ -74,9 +75,10 @@ def adafac(weights: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def registry() -> Iterator[None]:
     """Names registered in a test are gone after it."""
-    monkeypatch.setattr(weights_load, "_REGISTRY", dict(weights_load._REGISTRY))
+    with restored():
+        yield
 
 
 # --------------------------------------------------------------------------------------- where from
@@ -336,7 +338,7 @@ def test_settings_of_pylo_that_are_not_computed_here_are_refused(tmp_path: Path)
 # -------------------------------------------------------------------------------------------- saved
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures().values(), ids=architectures())
 def test_saved_weights_are_read_back_bit_for_bit(
     tmp_path: Path, architecture: Architecture
 ) -> None:
@@ -397,7 +399,7 @@ def test_an_optimizers_weights_can_be_saved(tmp_path: Path) -> None:
 def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match="of small_fc, elo, celo2, velo the tensors fit small_fc and elo; name the "
+        match="of small_fc, celo2, elo, velo the tensors fit small_fc and elo; name the "
         "architecture",
     ):
         save_weights(tmp_path / "new", tensors())
@@ -407,7 +409,7 @@ def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
             == architecture
         )
     with pytest.raises(
-        WeightsError, match="architecture 'mlp': wanted one of small_fc, elo, celo2, velo"
+        WeightsError, match="architecture 'mlp': wanted one of small_fc, celo2, elo, velo"
     ):
         save_weights(tmp_path / "new", tensors(), "mlp")
     for decays in (
@@ -650,7 +652,7 @@ def refused(*args, **kwargs):
     raise AssertionError("a socket was opened")
 socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refused
 import torch, pylo_dist
-from pylo_dist.weights import SMALL_FC
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 tensors = {name: torch.zeros(shape) for name, shape in SMALL_FC.shapes.items()}
 for weights in (tensors, "demo"):
     pylo_dist.AdafacLO([torch.nn.Parameter(torch.ones(3))], weights=weights)

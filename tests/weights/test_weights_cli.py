@@ -16,7 +16,8 @@ from torch import Tensor
 
 import pylo_dist
 from pylo_dist.__main__ import main
-from pylo_dist.weights import CARD_KEY, SMALL_FC, load_weights, read_file
+from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.weights import CARD_KEY, load_weights, read_file
 from support import hub_cases
 from support.hub_cases import Call
 from support.hub_server import serving
@@ -143,6 +144,7 @@ def test_fetch_and_verify_a_file(
         (["verify", "nowhere"], "nowhere is no folder; wanted one that"),
         (["verify", "OTHERS"], "and none to compare it with: write it with"),
         (["verify", "PICKLED"], "only pickled files (model.pt), which are refused"),
+        (["list", "--plugin", "gone.py"], "plugin gone.py cannot be imported (FileNotFoundError"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(

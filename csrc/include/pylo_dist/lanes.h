@@ -1,37 +1,29 @@
-// The network of small_fc on tensor cores, written once for a warp of a GPU and for an emulated warp of a CPU.
+// The network of small_fc on tensor cores, written over a Warp: that of a GPU, or one of
+// tests/maths/emulated_warp.h on a CPU.
 //
-// 16 elements of a tensor are the rows of an m16n8k16 product, its columns are 8 hidden units. A quad of lanes owns two elements
-// (rows q and q + 8 of quad q): lane 0 of the quad knows g, p, v and q = rsqrt(v + eps), lane k knows m_k, m_k q, F_k(g), F_k(m_k)
-// and the row and column features of decay k. These are exactly the 2 x 4 slots that the lane has in the left operand, so that
-// features need no shuffle; and the accumulators of a layer are the left operand of the next one, so that activations need none
-// either. The two outputs of an element arrive in lane 0 of its quad, which owns p.
+// 16 elements of a tensor are the rows of an m16n8k16 product, its columns are 8 hidden units. A
+// quad of lanes owns two elements (rows q and q + 8 of quad q): lane 0 of the quad knows g, p, v
+// and q = rsqrt(v + eps), lane k knows m_k, m_k q, F_k(g), F_k(m_k) and the row and column features
+// of decay k. These are exactly the 2 x 4 slots that the lane has in the left operand, so that
+// features need no shuffle; and the accumulators of a layer are the left operand of the next one,
+// so that activations need none either. The two outputs of an element arrive in lane 0 of its quad,
+// which owns p.
 //
-// Precision: kParts = 1 rounds operands to float16 ("medium"); kParts = 2 splits them into a float16 and the float16 of the rest and
-// adds the three larger products ("high"), but computes the two outputs in float32: there a split costs more than it saves, and
-// trained networks have large terms that cancel. Accumulators are float32. Range: features are normalised before they are rounded, which
-// bounds them by the root of the number of elements; every row of weights is multiplied by the power of two that brings its norm into
-// [1, 2), since the rest of a number far below 1 would be a subnormal float16, and the column of the next layer that reads its unit
+// Precision: kParts = 1 rounds operands to float16 ("medium"); kParts = 2 splits them into a
+// float16 and the float16 of the rest and adds the three larger products ("high"), but computes the
+// two outputs in float32: there a split costs more than it saves, and trained networks have large
+// terms that cancel. Accumulators are float32. Range: features are normalised before they are
+// rounded, which bounds them by the root of the number of elements; every row of weights is
+// multiplied by the power of two that brings its norm into [1, 2), since the rest of a number far
+// below 1 would be a subnormal float16, and the column of the next layer that reads its unit
 // divided by it; what still exceeds float16 saturates. NaN stays NaN.
 //
-// A program is written over a Warp: `Each<T>` holds a T per lane, `lanes(f)` runs f(lane) for every lane there is to run here (on a
-// GPU the one own lane), `mma` is a product of the whole warp, `quad_sum` a sum over four lanes, `of` the value of another lane.
+// A program is written over a Warp: `Each<T>` holds a T per lane, `lanes(f)` runs f(lane) for every
+// lane there is to run here (on a GPU the one own lane), `mma` is a product of the whole warp,
+// `quad_sum` a sum over four lanes, `of` the value of another lane.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-
-#if defined(PYLO_FIBERS)
-namespace pylo_dist {
-namespace lanes {
-struct Accumulator;
-struct Left;
-struct Right;
-}  // namespace lanes
-}  // namespace pylo_dist
-namespace fibers {
-void mma(pylo_dist::lanes::Accumulator&, const pylo_dist::lanes::Left&, const pylo_dist::lanes::Right&);
-}
-#endif
 
 #if defined(__CUDACC__)
 #define PYLO_LANE_FN __device__ __forceinline__
@@ -44,10 +36,9 @@ void mma(pylo_dist::lanes::Accumulator&, const pylo_dist::lanes::Left&, const py
 namespace pylo_dist {
 namespace lanes {
 
-constexpr int kHidden = 32;            // units of both hidden layers
-constexpr int kTiles = kHidden / 8;    // products that make a hidden layer
-constexpr int kSteps = kHidden / 16;   // products that read one; the 28 or 30 features take as many
-constexpr float kLargestHalf = 65504.0f;
+constexpr int kHidden = 32;           // units of both hidden layers
+constexpr int kTiles = kHidden / 8;   // products that make a hidden layer
+constexpr int kSteps = kHidden / 16;  // products that read one; the 28 or 30 features take as many
 
 struct Left {  // two float16 per register; registers 0 and 2 are of row q, 1 and 3 of row q + 8
   uint32_t r[4];
@@ -59,45 +50,7 @@ struct Accumulator {  // columns 2 t and 2 t + 1 of rows q and q + 8
   float x[4];
 };
 
-// ---------------------------------------------------------------------------------------------- float16
-
-#if !defined(__CUDACC__)
-inline uint16_t half_from_float(float x) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return static_cast<uint16_t>(0x7fff);
-  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more
-  if (bits < 0x33000000) return sign;                                   // below half the least subnormal
-  const int exponent = static_cast<int>(bits >> 23) - 127;
-  const uint32_t mantissa = (bits & 0x7fffff) | 0x800000;
-  const int drop = exponent < -14 ? -1 - exponent : 13;  // bits that float16 has not
-  const uint32_t kept = mantissa >> drop, rest = mantissa & ((1u << drop) - 1), middle = 1u << (drop - 1);
-  const uint32_t rounded = kept + (rest > middle || (rest == middle && (kept & 1)));
-  // a carry runs into the exponent, as it should; the leading one of `rounded` counts as one unit of it
-  return static_cast<uint16_t>(sign | (exponent < -14 ? rounded : (static_cast<uint32_t>(exponent + 14) << 10) + rounded));
-}
-
-inline float float_from_half(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
-  uint32_t bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | mantissa << 13;
-  } else if (exponent != 0) {
-    bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  } else {
-    const float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &small, 4);
-    bits |= sign;
-  }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-inline float saturated(float x) { return x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x; }
-#endif
+// ----------------------------------------------------------------------------------------- float16
 
 // max(x, 0), NaN for NaN
 PYLO_LANE_FN float relu(float x) {
@@ -110,18 +63,29 @@ PYLO_LANE_FN float relu(float x) {
 #endif
 }
 
-// (x0, x1) as float16, x0 in the lower half; beyond the range the largest float16
+// pack: (x0, x1) as float16, x0 in the lower half; beyond the range the largest float16. unpack:
+// back. A CPU that runs these programs brings them itself (tests/maths/emulated_warp.h).
+#if defined(__CUDACC__)
 PYLO_LANE_FN uint32_t pack(float x0, float x1) {
+  uint32_t packed = 0;
 #if defined(__CUDA_ARCH__)
-  uint32_t packed;
   asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(x1), "f"(x0));
+#endif
   return packed;
-#elif defined(__CUDACC__)
-  return 0;
-#else
-  return half_from_float(saturated(x0)) | static_cast<uint32_t>(half_from_float(saturated(x1))) << 16;
+}
+
+PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1) {
+#if defined(__CUDA_ARCH__)
+  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, "
+      "high;}"
+      : "=f"(x0), "=f"(x1)
+      : "r"(packed));
 #endif
 }
+#else
+PYLO_LANE_FN uint32_t pack(float x0, float x1);
+PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1);
+#endif
 
 // pack(relu(x0), relu(x1))
 PYLO_LANE_FN uint32_t pack_relu(float x0, float x1) {
@@ -131,17 +95,6 @@ PYLO_LANE_FN uint32_t pack_relu(float x0, float x1) {
   return packed;
 #else
   return pack(relu(x0), relu(x1));
-#endif
-}
-
-PYLO_LANE_FN void unpack(uint32_t packed, float& x0, float& x1) {
-#if defined(__CUDA_ARCH__)
-  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high;}"
-      : "=f"(x0), "=f"(x1)
-      : "r"(packed));
-#elif !defined(__CUDACC__)
-  x0 = float_from_half(static_cast<uint16_t>(packed));
-  x1 = float_from_half(static_cast<uint16_t>(packed >> 16));
 #endif
 }
 
@@ -165,7 +118,7 @@ PYLO_LANE_FN void split_relu(float x0, float x1, uint32_t (&parts)[kParts]) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------- warps
+// ------------------------------------------------------------------------------------------- warps
 
 #if defined(__CUDACC__) || defined(PYLO_FIBERS)
 // The warp that runs this, on a GPU or as fibers (tests/maths/fibers.h).
@@ -212,7 +165,8 @@ struct DeviceWarp {
     fibers::mma(c, a, b);
 #else
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[0]), "r"(b.r[1]));
 #endif
@@ -221,120 +175,58 @@ struct DeviceWarp {
 };
 #endif
 
-#if !defined(__CUDACC__)
-// 32 lanes one after the other. How tensor cores round their sums is not documented. kTruncates, the worst that is known of chips
-// with this product: eight products and the accumulator are aligned to the largest, cut one bit below its last bit, and added; the
-// sum is cut to float32; then the other eight. Otherwise: the sum of all rounded once.
-template <bool kTruncates>
-struct EmulatedWarp {
-  template <class T>
-  struct Each {
-    T of[32];
-    T& operator[](int lane) { return of[lane]; }
-    const T& operator[](int lane) const { return of[lane]; }
-  };
+// ------------------------------------------------------------------------------------------- slots
 
-  template <class F>
-  static void lanes(F&& f) {
-    for (int lane = 0; lane < 32; ++lane) f(lane);
-  }
-
-  static float of(const Each<float>& x, int lane) { return x[lane]; }
-
-  template <class X>
-  static void quad_sum(X&& x) {
-    for (int lane = 0; lane < 32; lane += 4) {
-      const float sum = (x(lane) + x(lane + 1)) + (x(lane + 2) + x(lane + 3));
-      for (int t = 0; t < 4; ++t) x(lane + t) = sum;
-    }
-  }
-
-  static float add(const double* terms, int count, float start);
-
-  template <class C, class A, class B>
-  static void mma(C&& acc, A&& left, B&& right) {
-    float a[16][16], b[16][8], sums[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int q = lane / 4, t = lane % 4;
-      for (int j = 0; j < 4; ++j) unpack(left(lane).r[j], a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1)], a[q + 8 * (j & 1)][2 * t + 8 * (j >> 1) + 1]);
-      for (int j = 0; j < 2; ++j) unpack(right(lane).r[j], b[2 * t + 8 * j][q], b[2 * t + 8 * j + 1][q]);
-    }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 4; ++j) {
-        const int row = lane / 4 + 8 * (j >> 1), column = 2 * (lane % 4) + (j & 1);
-        double terms[16];
-        for (int k = 0; k < 16; ++k) terms[k] = static_cast<double>(a[row][k]) * b[k][column];
-        const float start = acc(lane).x[j];
-        sums[row][column] = kTruncates ? add(terms + 8, 8, add(terms, 8, start)) : add(terms, 16, start);
-      }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 4; ++j) acc(lane).x[j] = sums[lane / 4 + 8 * (j >> 1)][2 * (lane % 4) + (j & 1)];
-  }
-};
-
-template <bool kTruncates>
-float EmulatedWarp<kTruncates>::add(const double* terms, int count, float start) {
-  double sum = start, largest = start < 0.0f ? -start : start;
-  for (int i = 0; i < count; ++i) {
-    sum += terms[i];
-    const double size = terms[i] < 0.0 ? -terms[i] : terms[i];
-    largest = size > largest ? size : largest;
-  }
-  if (!kTruncates || !(largest > 1e-200) || !(largest < 1e200) || sum != sum) return static_cast<float>(sum);
-  uint64_t bits;
-  std::memcpy(&bits, &largest, 8);
-  bits = ((bits >> 52) - 24) << 52;  // half the last bit of a float32 as large as the largest
-  double unit;
-  std::memcpy(&unit, &bits, 8);
-  int64_t units = static_cast<int64_t>(start / unit);
-  for (int i = 0; i < count; ++i) units += static_cast<int64_t>(terms[i] / unit);
-  const double total = static_cast<double>(units) * unit;
-  float cut = static_cast<float>(total);
-  if (total > 0.0 ? cut > total : cut < total) {
-    uint32_t word;
-    std::memcpy(&word, &cut, 4);
-    --word;
-    std::memcpy(&cut, &word, 4);
-  }
-  return cut;
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------- slots
-
-// The feature in slot j of lane t of a quad, in the order of the rule's features (30 if `extended`, else 28); -1 for none.
-// Slots 0..3 are those of the first product, 4..7 of the second.
+// The feature in slot j of lane t of a quad, in the order of the rule's features (30 if `extended`,
+// else 28); -1 for none. Slots 0..3 are those of the first product, 4..7 of the second.
 PYLO_LANE_FN int feature_of_slot(bool extended, int t, int slot) {
   const int p = extended ? 2 : 1, row = extended ? 15 : 13, k = t - 1;
   if (t == 0) {
     switch (slot) {
-      case 0: return 0;                        // g
-      case 1: return p;                        // p
-      case 2: return p + 4;                    // v
-      case 3: return p + 8;                    // q
-      case 4: return extended ? 1 : -1;        // clip(g)
-      case 5: return extended ? row - 1 : -1;  // g q
-      default: return -1;
+      case 0:
+        return 0;  // g
+      case 1:
+        return p;  // p
+      case 2:
+        return p + 4;  // v
+      case 3:
+        return p + 8;  // q
+      case 4:
+        return extended ? 1 : -1;  // clip(g)
+      case 5:
+        return extended ? row - 1 : -1;  // g q
+      default:
+        return -1;
     }
   }
   switch (slot) {
-    case 0: return p + 1 + k;     // m_k
-    case 1: return p + 5 + k;     // m_k q
-    case 2: return p + 9 + k;     // F_k(g)
-    case 3: return row + 12 + k;  // F_k(m_k)
-    case 4: return row + k;       // row factor
-    case 5: return row + 6 + k;   // rsqrt(row factor)
-    case 6: return row + 3 + k;   // column factor
-    default: return row + 9 + k;  // rsqrt(column factor)
+    case 0:
+      return p + 1 + k;  // m_k
+    case 1:
+      return p + 5 + k;  // m_k q
+    case 2:
+      return p + 9 + k;  // F_k(g)
+    case 3:
+      return row + 12 + k;  // F_k(m_k)
+    case 4:
+      return row + k;  // row factor
+    case 5:
+      return row + 6 + k;  // rsqrt(row factor)
+    case 6:
+      return row + 3 + k;  // column factor
+    default:
+      return row + 9 + k;  // rsqrt(column factor)
   }
 }
 
-// The hidden unit in slot j of lane t when a hidden layer is the left operand: columns of tiles 2 s and 2 s + 1, s = slot / 4
+// The hidden unit in slot j of lane t when a hidden layer is the left operand: columns of tiles 2 s
+// and 2 s + 1, s = slot / 4
 PYLO_LANE_FN int unit_of_slot(int t, int slot) { return 8 * (slot / 2) + 2 * t + (slot & 1); }
 
-// ---------------------------------------------------------------------------------------------- network
+// ----------------------------------------------------------------------------------------- network
 
-// float32, row-major: input (32, stride >= features), hidden (32, 32), output (>= 2, 32); the time features are in input_bias.
+// float32, row-major: input (32, stride >= features), hidden (32, 32), output (>= 2, 32); the time
+// features are in input_bias.
 struct NetworkPointers {
   const float* input_weight;
   int64_t input_stride;
@@ -345,7 +237,8 @@ struct NetworkPointers {
   const float* output_bias;
 };
 
-// What one lane keeps of the output layer: its part of the right operand, or, in float32, the weights of its units.
+// What one lane keeps of the output layer: its part of the right operand, or, in float32, the
+// weights of its units.
 template <int kParts>
 struct OutputWeights {
   Right half[kSteps];
@@ -374,7 +267,8 @@ struct LaneInputs {
 PYLO_LANE_FN float power_of_two_for(float norm_square) {
   float scale = 1.0f;
   for (int i = 0; i < 40 && norm_square >= 4.0f; ++i, scale *= 0.5f) norm_square *= 0.25f;
-  for (int i = 0; i < 40 && norm_square > 0.0f && norm_square < 1.0f; ++i, scale *= 2.0f) norm_square *= 4.0f;
+  for (int i = 0; i < 40 && norm_square > 0.0f && norm_square < 1.0f; ++i, scale *= 2.0f)
+    norm_square *= 4.0f;
   return scale;
 }
 
@@ -386,7 +280,8 @@ struct Scales {
 
 template <class Warp>
 PYLO_LANE_FN void load_scales(Scales<Warp>& scales, const NetworkPointers& from, int features) {
-  const auto scale_rows = [&](auto& to, const auto& of_columns, const float* weight, int64_t stride, int rows, int columns) {
+  const auto scale_rows = [&](auto& to, const auto& of_columns, const float* weight, int64_t stride,
+                              int rows, int columns) {
     Warp::lanes([&](int lane) {
       const float* row = weight + lane % rows * stride;
       float square = 0.0f;
@@ -397,15 +292,21 @@ PYLO_LANE_FN void load_scales(Scales<Warp>& scales, const NetworkPointers& from,
       to[lane] = power_of_two_for(square);
     });
   };
-  scale_rows(scales.input, [](int) { return 1.0f; }, from.input_weight, from.input_stride, kHidden, features);
-  scale_rows(scales.hidden, [&](int i) { return Warp::of(scales.input, i); }, from.hidden_weight, kHidden, kHidden, kHidden);
-  scale_rows(scales.output, [&](int i) { return Warp::of(scales.hidden, i); }, from.output_weight, kHidden, 2, kHidden);
+  scale_rows(
+      scales.input, [](int) { return 1.0f; }, from.input_weight, from.input_stride, kHidden,
+      features);
+  scale_rows(
+      scales.hidden, [&](int i) { return Warp::of(scales.input, i); }, from.hidden_weight, kHidden,
+      kHidden, kHidden);
+  scale_rows(
+      scales.output, [&](int i) { return Warp::of(scales.hidden, i); }, from.output_weight, kHidden,
+      2, kHidden);
 }
 
 // Biases differ between tensors of one network, where the iteration counts of their groups do.
 template <class Warp, int kParts>
-PYLO_LANE_FN void load_biases(typename Warp::template Each<LaneWeights<kParts>>& weights, const Scales<Warp>& scales,
-                              const NetworkPointers& from) {
+PYLO_LANE_FN void load_biases(typename Warp::template Each<LaneWeights<kParts>>& weights,
+                              const Scales<Warp>& scales, const NetworkPointers& from) {
   Warp::lanes([&](int lane) {
     LaneWeights<kParts>& w = weights[lane];
     PYLO_LANE_UNROLL
@@ -427,8 +328,8 @@ PYLO_LANE_FN void load_biases(typename Warp::template Each<LaneWeights<kParts>>&
 
 // Everything a lane keeps of a network that reads 28 features, or 30 if `extended`.
 template <class Warp, int kParts>
-PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>& weights, Scales<Warp>& scales,
-                               const NetworkPointers& from, bool extended) {
+PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>& weights,
+                               Scales<Warp>& scales, const NetworkPointers& from, bool extended) {
   load_scales<Warp>(scales, from, extended ? 30 : 28);
   Warp::lanes([&](int lane) {
     LaneWeights<kParts>& w = weights[lane];
@@ -438,7 +339,8 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
     for (int s = 0; s < kSteps; ++s) {
       PYLO_LANE_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const int slot = 4 * s + 2 * r, f0 = feature_of_slot(extended, t, slot), f1 = feature_of_slot(extended, t, slot + 1);
+        const int slot = 4 * s + 2 * r, f0 = feature_of_slot(extended, t, slot),
+                  f1 = feature_of_slot(extended, t, slot + 1);
         const int u0 = unit_of_slot(t, slot), u1 = unit_of_slot(t, slot + 1);
         const float input0 = Warp::of(scales.input, u0), input1 = Warp::of(scales.input, u1);
         const float hidden0 = Warp::of(scales.hidden, u0), hidden1 = Warp::of(scales.hidden, u1);
@@ -446,12 +348,14 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
         for (int i = 0; i < kTiles; ++i) {
           const float* row = from.input_weight + (8 * i + q) * from.input_stride;
           const float row_scale = Warp::of(scales.input, 8 * i + q);
-          split<kParts>(f0 < 0 ? 0.0f : row[f0] * row_scale, f1 < 0 ? 0.0f : row[f1] * row_scale, parts);
+          split<kParts>(f0 < 0 ? 0.0f : row[f0] * row_scale, f1 < 0 ? 0.0f : row[f1] * row_scale,
+                        parts);
           PYLO_LANE_UNROLL
           for (int part = 0; part < kParts; ++part) w.input[s][i][part].r[r] = parts[part];
           row = from.hidden_weight + (8 * i + q) * kHidden;
           const float hidden_scale = Warp::of(scales.hidden, 8 * i + q);
-          split<kParts>(row[u0] * (hidden_scale / input0), row[u1] * (hidden_scale / input1), parts);
+          split<kParts>(row[u0] * (hidden_scale / input0), row[u1] * (hidden_scale / input1),
+                        parts);
           PYLO_LANE_UNROLL
           for (int part = 0; part < kParts; ++part) w.hidden[s][i][part].r[r] = parts[part];
         }
@@ -465,7 +369,8 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
         } else {
           output += (q & 1) * kHidden;
           const float of_row = Warp::of(scales.output, q & 1), scale = q < 2 ? of_row : 0.0f;
-          w.output.half[s].r[r] = pack(output[u0] * (scale / hidden0), output[u1] * (scale / hidden1));
+          w.output.half[s].r[r] =
+              pack(output[u0] * (scale / hidden0), output[u1] * (scale / hidden1));
         }
       }
     }
@@ -479,7 +384,8 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
 
 // Slots 4 s .. 4 s + 3 of elements 0 and 1 of a lane.
 template <int kParts>
-PYLO_LANE_FN void pack_inputs(LaneInputs<kParts>& in, int s, const float (&x0)[4], const float (&x1)[4]) {
+PYLO_LANE_FN void pack_inputs(LaneInputs<kParts>& in, int s, const float (&x0)[4],
+                              const float (&x1)[4]) {
   uint32_t parts[kParts];
   PYLO_LANE_UNROLL
   for (int r = 0; r < 4; ++r) {
@@ -494,13 +400,20 @@ PYLO_LANE_FN void pack_inputs(LaneInputs<kParts>& in, int s, const float (&x0)[4
 template <class Warp, int kParts, class C, class A, class B>
 PYLO_LANE_FN void multiply(C&& acc, A&& left, B&& right) {
   if constexpr (kParts == 2) {
-    Warp::mma(acc, [&](int lane) -> const Left& { return left(lane)[1]; }, [&](int lane) -> const Right& { return right(lane)[0]; });
-    Warp::mma(acc, [&](int lane) -> const Left& { return left(lane)[0]; }, [&](int lane) -> const Right& { return right(lane)[1]; });
+    Warp::mma(
+        acc, [&](int lane) -> const Left& { return left(lane)[1]; },
+        [&](int lane) -> const Right& { return right(lane)[0]; });
+    Warp::mma(
+        acc, [&](int lane) -> const Left& { return left(lane)[0]; },
+        [&](int lane) -> const Right& { return right(lane)[1]; });
   }
-  Warp::mma(acc, [&](int lane) -> const Left& { return left(lane)[0]; }, [&](int lane) -> const Right& { return right(lane)[0]; });
+  Warp::mma(
+      acc, [&](int lane) -> const Left& { return left(lane)[0]; },
+      [&](int lane) -> const Right& { return right(lane)[0]; });
 }
 
-// Both outputs of two elements per quad: out[lane] = o_0, o_1 of element 0, o_0, o_1 of element 1 in lanes with t == 0.
+// Both outputs of two elements per quad: out[lane] = o_0, o_1 of element 0, o_0, o_1 of element 1
+// in lanes with t == 0.
 template <class Warp, int kParts>
 PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>>& w,
                           const typename Warp::template Each<LaneInputs<kParts>>& in,
@@ -535,7 +448,8 @@ PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>
           uint32_t parts[kParts];
           split_relu<kParts>(h[lane].tile[i].x[2 * j], h[lane].tile[i].x[2 * j + 1], parts);
           PYLO_LANE_UNROLL
-          for (int part = 0; part < kParts; ++part) x[lane].step[i / 2][part].r[2 * (i & 1) + j] = parts[part];
+          for (int part = 0; part < kParts; ++part)
+            x[lane].step[i / 2][part].r[2 * (i & 1) + j] = parts[part];
         }
       }
     });
@@ -566,7 +480,8 @@ PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>
         for (int j = 0; j < 4; ++j) {  // column j & 1 of element j / 2
           const float h = relu(h2[lane].tile[i].x[j]);
           PYLO_LANE_UNROLL
-          for (int o = 0; o < 2; ++o) out[lane].x[(j & 2) + o] += h * w[lane].output.of_unit[i][j & 1][o];
+          for (int o = 0; o < 2; ++o)
+            out[lane].x[(j & 2) + o] += h * w[lane].output.of_unit[i][j & 1][o];
         }
       }
     });

@@ -1,1 +1,6 @@
-"""DeepSpeed's partitions: the optimizer on them, and the checkpoints. Imports nothing."""
+"""DeepSpeed's partitions: the optimizer on them, and the checkpoints. Imports no DeepSpeed."""
+
+from .layout import Layout, Source, find_layout
+from .optimizer import STATE_KEY, DeepSpeedOptimizer
+
+__all__ = ["STATE_KEY", "DeepSpeedOptimizer", "Layout", "Source", "find_layout"]

@@ -18,38 +18,17 @@ import torch
 from torch import Tensor
 
 from ... import comm
-from ...core.pieces import bound_shard
 from ...core.shards import TensorShard
 from ...optimizer.sharded_state import ShardedState, copy_elements
 from .optimizer import STATE_KEY, DeepSpeedOptimizer
 
 # what DeepSpeed's model file holds beside what the user gave to save_checkpoint
 _OWN_KEYS = (
-    *(
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-    ),
-    *(
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-    ),
-    *(
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "ds_config",
-        "ds_version",
-        "checkpoint_parallel_dimensions",
-    ),
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
+    *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd"),
+    *("sparse_tensor_module_names", "skipped_steps", "global_steps", "global_samples"),
+    *("dp_world_size", "mp_world_size", "ds_config", "ds_version"),
+    "checkpoint_parallel_dimensions",
 )
 
 
@@ -72,9 +51,11 @@ class DeepSpeedFiles:
         tag: the subfolder; None: the one that the file `latest` names.
 
     Attributes:
-        path: folder / tag. parts: per fqn, over the ranks. shapes: per fqn, in the optimizer's
-            order.
-        groups: the inner optimizer's parameter groups. model: the model file's entries.
+        path: folder / tag.
+        model: the model file's entries.
+        groups: the inner optimizer's parameter groups.
+        shapes: per fqn, in the optimizer's order.
+        parts: per fqn, over the ranks.
 
     Raises:
         ValueError: files that are missing, or of another optimizer.
@@ -146,10 +127,8 @@ class DeepSpeedFiles:
 
     def untrained(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers and frozen parameters, whole."""
-        module, fragments = (
-            self.model["module"],
-            [model.get("frozen_param_fragments") or {} for model in self._models],
-        )
+        module = self.model["module"]
+        fragments = [model.get("frozen_param_fragments") or {} for model in self._models]
         shapes = self.model.get("frozen_param_shapes") or {}
         for name in self.model["buffer_names"] or ():
             yield name, module[name]
@@ -157,12 +136,8 @@ class DeepSpeedFiles:
         for name, shape in shapes.items():
             numel = torch.Size(shape).numel()
             if name not in trained:
-                yield (
-                    name,
-                    torch.cat([f[name].reshape(-1) for f in fragments])[:numel].view(
-                        torch.Size(shape)
-                    ),
-                )
+                whole = torch.cat([f[name].reshape(-1) for f in fragments])[:numel]
+                yield name, whole.view(torch.Size(shape))
         for name, value in module.items():
             known = name in shapes or name in trained or name in (self.model["buffer_names"] or ())
             if not known and isinstance(value, Tensor) and value.numel():
@@ -245,12 +220,8 @@ def load_checkpoint(
         try:
             files = DeepSpeedFiles(load_dir, tag)
             state = _state_for(held, files)
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-        ) as error:
-            # files that are missing or no checkpoint
+        # files that are missing, or no checkpoint
+        except (OSError, RuntimeError, KeyError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         held.inner.check_state_dict(state)
         return files, state
@@ -319,11 +290,7 @@ def _own_parts(held: DeepSpeedOptimizer) -> Iterator[tuple[TensorShard, Tensor]]
     """
     for _, source, member in held.layout.members():
         source.follow()
-        binding, shape = bound_shard(member.piece), tuple(member.piece.shape)
-        yield (
-            TensorShard.whole(member.fqn, shape) if binding is None else binding.shard,
-            member.piece.detach(),
-        )
+        yield member.shard, member.piece.detach()
 
 
 @torch.no_grad()
@@ -466,7 +433,7 @@ class EngineMasters:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's elements, and bring them to the model's parameters; alike on all ranks."""
+        """Take this rank's elements, and bring them to the model's parameters; all ranks alike."""
         for shard, piece in _own_parts(self._engine.basic_optimizer):
             _take(state[shard.fqn], shard, piece)
         publish_parameters(self._engine)

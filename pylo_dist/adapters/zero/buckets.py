@@ -1,5 +1,5 @@
 """Flat memory of ZeRO: parameters packed into buckets, every bucket cut evenly over the ranks. Owns
-the parameters' memory.
+the parameters' memory, and makes the pieces of it that the inner optimizer updates.
 
 Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever tensors lie there.
 
@@ -9,15 +9,19 @@ Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ... import comm
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
 from ...core.shards import TensorShard
+from .sharing import Sharing
+
+T = TypeVar("T")
 
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find
 # aligned pointers.
@@ -27,29 +31,7 @@ Named = tuple[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
-    """Who shares the buckets.
-
-    Attributes:
-        group: the ranks a bucket is cut over; None: this one alone. rank, ranks: its place among
-            how many.
-        replicate_group: the ranks that hold the same part, one of every replica; None: there is one
-            replica.
-        holders: the ranks of all replicas together; `group` where there is one, None for a single
-            process.
-        replicas: how many there are.
-    """
-
-    group: Any
-    rank: int
-    ranks: int
-    replicate_group: Any = None
-    holders: Any = None
-    replicas: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
+class BucketParam:
     """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece
     the inner optimizer updates.
     """
@@ -80,19 +62,21 @@ class Bucket:
 
     Attributes:
         flat: (ranks * shard_numel,) all parameters, padded with zeros.
-        shard_numel: elements per rank. low: where this rank's begin.
+        shard_numel: elements per rank.
+        low: where this rank's begin.
         numel: elements without padding.
         members: in the order of their offsets.
         master: (shard_numel,) this rank's parameters in float32, where they are stored in less; the
-        pieces are views of it then. grad: (shard_numel,) this rank's part of the mean gradient, or
-        None before the first reduction of a step.
+            pieces are views of it then.
+        grad: (shard_numel,) this rank's part of the mean gradient, or None before the first
+            reduction of a step.
     """
 
     flat: Tensor
     shard_numel: int
     low: int
     numel: int
-    members: list[Member]
+    members: list[BucketParam]
     master: Tensor | None = None
     grad: Tensor | None = None
 
@@ -105,7 +89,7 @@ class Bucket:
         """How many elements rank holds, without padding."""
         return max(0, min((rank + 1) * self.shard_numel, self.numel) - rank * self.shard_numel)
 
-    def piece_of(self, member: Member, buffer: Tensor) -> Tensor:
+    def piece_of(self, member: BucketParam, buffer: Tensor) -> Tensor:
         """The elements of a member in a buffer (shard_numel,) of this rank, a view."""
         first = member.offset + member.shard.start - self.low
         return buffer[first : first + member.piece.numel()] if member.piece.numel() else buffer[:0]
@@ -184,7 +168,7 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         start = offset + peers[rank].start - low if peers[rank].numel else 0
         piece = PieceParameter(local[start : start + peers[rank].numel], param)
         bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
-        bucket.members.append(Member(fqn, param, offset, piece))
+        bucket.members.append(BucketParam(fqn, param, offset, piece))
     return bucket
 
 
@@ -204,3 +188,56 @@ def release(buckets: Sequence[Bucket]) -> None:
     for bucket in buckets:
         for member in bucket.members:
             member.param.data = member.param.data.clone()
+
+
+def shard_group(
+    group: dict[str, Any],
+    buckets: list[Bucket],
+    sharing: Sharing,
+    cap_mb: float,
+    with_master: bool,
+) -> dict[str, Any]:
+    """The group with every parameter replaced by its local piece; its parameters become views of
+    new buckets, which are added to `buckets` (modified in place).
+
+    Args:
+        group: with its parameters as (fqn, tensor) pairs.
+        cap_mb: see `fill`.
+        with_master: see `build`.
+    """
+    pieces: dict[str, nn.Parameter] = {}
+    for chunk in fill(group["params"], cap_mb):
+        bucket = build(chunk, sharing, with_master)
+        buckets.append(bucket)
+        pieces.update({member.fqn: member.piece for member in bucket.members})
+    named = [(fqn, pieces[fqn]) for fqn, _ in group["params"]]
+    # torch takes a group without parameters for one without names
+    return {**group, "params": named, **({} if named else {"param_names": []})}
+
+
+def add_together(work: Callable[[], T], buckets: list[Bucket], sharing: Sharing) -> T:
+    """`work()`, which adds buckets, alike on all ranks; where it fails they are given up, and the
+    error reaches all. Collective.
+    """
+    before = len(buckets)
+
+    def attempt() -> T:
+        try:
+            return work()
+        except Exception:
+            release(buckets[before:])
+            del buckets[before:]
+            raise
+
+    return comm.together(attempt, sharing.holders)
+
+
+@torch.no_grad()
+def share_first_values(buckets: Sequence[Bucket], sharing: Sharing) -> None:
+    """Every bucket <- that of the first rank. Collective."""
+    for bucket in buckets:
+        if sharing.group is not None:
+            comm.broadcast(bucket.flat, 0, sharing.group)
+        if sharing.replicate_group is not None:
+            comm.broadcast(bucket.flat, 0, sharing.replicate_group)
+        bucket.refresh_master()

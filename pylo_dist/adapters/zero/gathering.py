@@ -2,7 +2,7 @@
 Writes the buckets' flat memory.
 
 Between the step and the arrival of a bucket its parameters are `PendingParameter`s: whatever reads
-    one waits for it first.
+one waits for it first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
-from .buckets import Bucket, Sharing
+from ...core import trace
+from .buckets import Bucket
+from .sharing import Sharing
 
 _ARRIVAL = "_pylo_dist_arrival"
 
@@ -29,7 +31,8 @@ class PendingParameter(nn.Parameter):
     """
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code that meets one asks for it outside of its graph
+    # compiled code that meets one asks for it outside of its graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS_NOTHING:
             with torch._C.DisableTorchFunctionSubclass():
@@ -49,41 +52,14 @@ class PendingParameter(nn.Parameter):
 
 
 _READS_NOTHING = {
-    *(
-        accessor
-        for name in ("grad", "requires_grad")
-        for accessor in (getattr(torch.Tensor, name).__get__, getattr(torch.Tensor, name).__set__)
-    ),
-    getattr(torch.Tensor, "grad").__delete__,  # noqa: B009
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "layout",
-            "is_leaf",
-            "ndim",
-            "is_cuda",
-            "is_cpu",
-            "is_sparse",
-            "grad_fn",
-        )
-    ),
-    *(
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.numel,
-        torch.Tensor.stride,
-        torch.Tensor.element_size,
-    ),
-    *(
-        torch.Tensor.is_floating_point,
-        torch.Tensor.is_complex,
-        torch.Tensor.is_contiguous,
-        torch.Tensor.requires_grad_,
-    ),
-    *(torch.Tensor.__hash__, torch.Tensor.__len__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim")),
+    *(getattr(Tensor, name).__get__ for name in ("is_leaf", "is_cuda", "is_cpu", "is_sparse")),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn", "requires_grad")),
+    *(getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")),
+    getattr(Tensor, "grad").__delete__,  # noqa: B009
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.requires_grad_),
+    *(Tensor.__hash__, Tensor.__len__),
 }
 
 
@@ -125,6 +101,7 @@ class ParameterGatherer:
                 for param in own:
                     self._owners.setdefault(id(param), set()).add(id(module))
 
+    @trace.phased("gather: start")
     @torch.no_grad()
     def start(self) -> None:
         """Send the updated parts; each bucket's parameters wait for their values when they are
@@ -148,7 +125,8 @@ class ParameterGatherer:
                 setattr(member.param, _ARRIVAL, arrive)
                 member.param.__class__ = PendingParameter
         for pending in at_once:  # only now, with all of them on their way
-            pending.wait()
+            with trace.phase("gather: wait"):
+                pending.wait()
 
     def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
         params = [member.param for member in bucket.members]
@@ -167,7 +145,8 @@ class ParameterGatherer:
 
 def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
     def arrive() -> None:
-        pending.wait()
+        with trace.phase("gather: wait"):
+            pending.wait()
         for param in params:
             param.__class__ = nn.Parameter
             delattr(param, _ARRIVAL)

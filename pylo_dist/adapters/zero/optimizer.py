@@ -1,48 +1,41 @@
 """ZeRO over torch.distributed: gradients are reduce-scattered, each rank steps on its shard,
 parameters are all-gathered.
 
-The optimizer users see, and the order of things in a step; memory is in `buckets`, gradients in
-`reduction`, parameters in `gathering`.
+The optimizer users see, and the order of things in a step. Memory is in `buckets`, gradients in
+`reduction`, parameters in `gathering`, the optimizer that steps on the shard in `inner`, what ranks
+must agree on in `sharing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ... import comm
-from ...layouts.plain import check_param, is_dtensor
-from ...optimizer import LearnedOptimizer
-from ...optimizer.report import Report, group_settings, report_row
-from ...optimizer.sharded_state import (
-    MASTER,
-    element_part,
-    element_state,
-    elementwise_local_state,
-    elementwise_state_dict,
-)
-from .buckets import Bucket, Member, Sharing, build, fill, release
+from ...core import trace
+from ...optimizer.loading import matched
+from ...optimizer.report import Report
+from .buckets import Bucket, add_together, shard_group, share_first_values
 from .gathering import ParameterGatherer
+from .groups import check_params, named_group, named_groups, take_frozen
+from .inner import Inner, kind_of
+from .masters import add_masters, check_masters, load_masters, without_masters
+from .others import inside_ddp
 from .reduction import GradientReducer
-
-T = TypeVar("T")
-
-# Optimizers of torch whose update of an element depends on that element alone; any other would be
-# silently wrong on a shard.
-ELEMENTWISE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adamax,
-    torch.optim.Adagrad,
-    torch.optim.RMSprop,
+from .sharing import (
+    Settings,
+    Sharing,
+    check_same_parameters,
+    check_same_settings,
+    check_same_state,
 )
+from .watch import ModelWatch
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -61,29 +54,34 @@ class ZeroOptimizer(torch.optim.Optimizer):
     the gradients are.
 
     Every rank must run the same backward passes, each with a gradient for some parameter; which
-    ones may differ. Between them and `step()` other collectives are free.
+    ones may differ. With overlap gradients have process groups of their own, made at construction:
+    other ZeroOptimizers, DDP and collectives of yours may send in the same pass, in any order.
 
     Args:
         model_or_params: a module (all its trainable parameters), or what optimizers take:
             parameters, groups, named parameters. Given a module, parameters of eager modules arrive
-            during the next forward pass.
+            during the next forward pass. Given a DistributedDataParallel, which averages gradients
+            by itself, they leave in the step, after that (stage 1 alone).
         optimizer_class: e.g. `pylo_dist.AdafacLO`; or torch.optim's AdamW and its like. A parameter
             without gradient on any rank is passed over by learned optimizers; torch's see a
             gradient of zeros.
+        module: of groups or parameters the module that owns them all: their parameters arrive
+            during its next forward pass, and have its names where they are given without.
         stage: 1: full gradients stay on the parameters until `zero_grad()`, and those of several
             backward passes add up there. 2: they are freed as they are averaged, and add up in the
             shard.
         process_group: the ranks that share the parameters; None: the world, or a single rank where
             torch.distributed is not initialised.
         replicate_group: ranks that hold the same part of other replicas, as in HSDP; gradients are
-        averaged over them too. bucket_cap_mb: a bucket is closed when it reaches this size; a
-        parameter is never split over two.
+            averaged over them too.
+        bucket_cap_mb: a bucket is closed when it reaches this size; a parameter is never split over
+            two.
         reduce_dtype: dtype in which gradients are averaged; None: the parameter's, float32 for
-        bfloat16 and float16. overlap: send gradients while backward goes on, and wait for
-        parameters only where they are read (TorchScript and captured CUDA graphs read them unseen:
-        leave overlap out there). Without it gradients leave at the step or the first look at
-        `param_groups`, alike on all ranks, so that those on the parameters may still be changed
-        after backward (stage 1).
+            bfloat16 and float16.
+        overlap: send gradients while backward goes on, and wait for parameters only where they are
+            read (TorchScript and captured CUDA graphs read them unseen: leave overlap out there).
+            Without it gradients leave at the step or the first look at `param_groups`, alike on all
+            ranks, so that those on the parameters may still be changed after backward (stage 1).
         master_weights: step on a float32 copy of this rank's part of bfloat16 and float16
             parameters.
         check_replicas_every: compare the replicated state of all ranks bit by bit every so many
@@ -93,9 +91,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
             with.
         **optimizer_kwargs: for `optimizer_class`.
 
+    Attributes:
+        inner: the optimizer of `optimizer_class` over this rank's pieces.
+        buckets: the parameters' memory, in the order in which gradients are reduced.
+        sharing: the ranks that share it.
+        stage: as given.
+
     Raises:
         ValueError: a setting or parameter that cannot be served, or a model that is not the same on
-        every rank (on all ranks). PeerError: another rank could not build its optimizer.
+            every rank (on all ranks).
+        PeerError: another rank could not build its optimizer.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         model_or_params: nn.Module | Iterable[Any],
         optimizer_class: type[torch.optim.Optimizer],
         *,
+        module: nn.Module | None = None,
         stage: int = 1,
         process_group: Any = None,
         replicate_group: Any = None,
@@ -116,54 +122,74 @@ class ZeroOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._built = False
         self.stage = stage
-        self.sharing = _sharing(process_group, replicate_group)
+        given, model_or_params = model_or_params, inside_ddp(model_or_params)
+        # what DDP averages leaves after it, in the step
+        overlap_backward = overlap and given is model_or_params
+        watched = model_or_params if isinstance(model_or_params, nn.Module) else inside_ddp(module)
+        self.sharing = Sharing.of(process_group, replicate_group)
         self.buckets: list[Bucket] = []
-        self._cap_mb, self._reduce_dtype, self._timeout = bucket_cap_mb, reduce_dtype, timeout
-        self._overlap, self._master_weights = overlap, master_weights
-        self._check_every, self._steps = check_replicas_every, 0
         self._given = dict(optimizer_kwargs)
-        self._frozen = _frozen_params(model_or_params)
-        self._registered = _registered_params(model_or_params)
+        self._num_steps = 0
 
-        def prepare() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-            self._check_arguments(optimizer_class)
-            groups = [_named_group(i, group) for i, group in enumerate(_as_groups(model_or_params))]
-            _check_params(groups)
-            if not issubclass(optimizer_class, LearnedOptimizer):
-                return groups, optimizer_kwargs
-            named = [pair for group in groups for pair in group["params"]]
-            return groups, optimizer_class.before_sharding(named, optimizer_kwargs)
-
-        groups, kwargs = comm.together(prepare, self.sharing.holders)
-        self._check_same_on_all_ranks(groups)
-        self.inner = self._on_new_buckets(
-            lambda: optimizer_class([self._shard_group(group) for group in groups], **kwargs)
-        )
-        self._check_same_settings()
-        # the loss is averaged over the ranks that share the parameters
-        if isinstance(self.inner, LearnedOptimizer):
-            self.inner.process_group = (
-                False if self.sharing.holders is None else self.sharing.holders
+        def prepare() -> tuple[Settings, type[Inner], list[dict[str, Any]], dict[str, Any]]:
+            settings = Settings(
+                bucket_cap_mb=bucket_cap_mb,
+                reduce_dtype=reduce_dtype,
+                stage=stage,
+                overlap=overlap,
+                master_weights=master_weights,
+                check_replicas_every=check_replicas_every,
+                timeout=timeout,
             )
-            self.inner.timeout = timeout
+            if given is not model_or_params and stage != 1:
+                raise ValueError(
+                    f"stage={stage}: DistributedDataParallel keeps and averages whole gradients, "
+                    "so that stage 2 cannot free them; give ZeroOptimizer the module inside and "
+                    "train that without DDP, or stage=1"
+                )
+            groups = named_groups(model_or_params, inside_ddp(module))
+            kind = kind_of(optimizer_class)
+            check_params(groups)
+            named = [pair for group in groups for pair in group["params"]]
+            kwargs = kind.before_sharding(optimizer_class, named, optimizer_kwargs)
+            return settings, kind, groups, kwargs
+
+        self._settings, kind, groups, kwargs = comm.together(prepare, self.sharing.holders)
+        frozen = take_frozen(groups)
+        check_same_parameters(groups, self._settings, self.sharing)
+        self._sharded = partial(
+            shard_group,
+            buckets=self.buckets,
+            sharing=self.sharing,
+            cap_mb=bucket_cap_mb,
+            with_master=master_weights,
+        )
+        self.inner = add_together(
+            lambda: optimizer_class([self._sharded(group) for group in groups], **kwargs),
+            self.buckets,
+            self.sharing,
+        )
+        self._inner: Inner = kind(self.inner, self.buckets, self.sharing, timeout)
+        check_same_settings(self._inner.settings, self.sharing, self.buckets[0].flat.device)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.state = self.inner.state
+        self._watch = ModelWatch(model_or_params, self.buckets, frozen)
         self._reducer = GradientReducer(
             self.buckets,
             self.sharing,
             frees=stage == 2,
-            overlap=overlap,
+            overlap=overlap_backward,
             dtype=reduce_dtype,
             timeout=timeout,
-            landed=self._landed,
+            landed=self._inner.gradients_arrived if overlap_backward else None,
         )
         self._gatherer = ParameterGatherer(
             self.buckets, self.sharing, overlap=overlap, timeout=timeout
         )
         self._reducer.add(0)
-        if isinstance(model_or_params, nn.Module):
-            self._gatherer.watch(model_or_params)
-        self._share_first_values(self.buckets)
+        if watched is not None:
+            self._gatherer.watch(watched)
+        share_first_values(self.buckets, self.sharing)
         self._built = True
 
     # --------------------------------------------------------------------------------------- groups
@@ -175,9 +201,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._built:
             self._reducer.flush()
-            if self._reducer.spread_nonfinite() and isinstance(self.inner, LearnedOptimizer):
+            if self._reducer.spread_nonfinite():
                 # whoever looks may change them, not always in a way that leaves a trace
-                self.inner.forget_gradients()
+                self._inner.forget_gradients()
+                if self._inner.scaling is not None:
+                    self._inner.scaling.look()
             return self.inner.param_groups
         return cast("list[dict[str, Any]]", self.__dict__.get("_groups", []))
 
@@ -196,182 +224,68 @@ class ZeroOptimizer(torch.optim.Optimizer):
         before = len(self.buckets)
 
         def prepare() -> dict[str, Any]:
-            group = _named_group(len(self.inner.param_groups), param_group)
+            group = named_group(len(self.inner.param_groups), param_group)
             # what the face records of whole parameters, a group of its own has
-            if isinstance(self.inner, LearnedOptimizer):
-                late = self.inner.before_sharding(group["params"], self._given)
-                group |= {key: value for key, value in late.items() if key not in self._given}
+            late = self._inner.before_sharding(type(self.inner), group["params"], self._given)
+            group |= {key: value for key, value in late.items() if key not in self._given}
             known = {id(member.param) for bucket in self.buckets for member in bucket.members}
             for fqn, param in group["params"]:
                 if id(param) in known:
                     raise ValueError(f"{fqn!r} is already in a parameter group of this optimizer")
-            _check_params([group])
+            if group["params"]:
+                check_params([group])
             return group
 
         group = comm.together(prepare, self.sharing.holders)
-        self._check_same_on_all_ranks([group])
+        frozen = take_frozen([group])
+        device = self.buckets[0].flat.device
+        check_same_parameters([group], self._settings, self.sharing, device)
         self._reducer.flush()
         self._gatherer.wait()
-        self._on_new_buckets(lambda: self.inner.add_param_group(self._shard_group(group)))
+        add_together(
+            lambda: self.inner.add_param_group(self._sharded(group)), self.buckets, self.sharing
+        )
         self._reducer.add(before)
-        added = {id(param) for _, param in group["params"]}
-        self._frozen = [(fqn, param) for fqn, param in self._frozen if id(param) not in added]
-        self._check_same_settings()
-        self._share_first_values(self.buckets[before:])
-
-    def _check_arguments(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
-        if self.stage not in (1, 2):
-            raise ValueError(
-                f"stage={self.stage!r}: wanted 1 or 2; for sharded parameters use FSDP2"
-            )
-        if not self._cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb={self._cap_mb!r}: wanted a number > 0")
-        if self._reduce_dtype is not None and not self._reduce_dtype.is_floating_point:
-            raise ValueError(
-                f"reduce_dtype={self._reduce_dtype}: wanted a floating-point dtype or None"
-            )
-        if self._check_every is not None and not self._check_every > 0:
-            raise ValueError(
-                f"check_replicas_every={self._check_every!r}: wanted a number of steps > 0, or None"
-            )
-        if self._timeout is not None and not self._timeout > 0:
-            raise ValueError(f"timeout={self._timeout!r}: wanted seconds > 0, or None")
-        if not issubclass(optimizer_class, LearnedOptimizer) and optimizer_class not in ELEMENTWISE:
-            known = ", ".join(c.__name__ for c in ELEMENTWISE)
-            raise ValueError(
-                f"{optimizer_class.__name__} may read whole tensors and would be silently wrong on "
-                f"shards; wanted a learned optimizer of pylo_dist or one of {known}"
-            )
-
-    def _check_same_on_all_ranks(self, groups: list[dict[str, Any]]) -> None:
-        if self.sharing.holders is None:
-            return
-        named = [(i, fqn, p) for i, group in enumerate(groups) for fqn, p in group["params"]]
-        own = (
-            self._cap_mb,
-            self._reduce_dtype,
-            self.stage,
-            self._overlap,
-            self._master_weights,
-            self._check_every,
-        )
-        names = (
-            "bucket_cap_mb",
-            "reduce_dtype",
-            "stage",
-            "overlap",
-            "master_weights",
-            "check_replicas_every",
-        )
-        specs: list[Any] = [
-            ", ".join(f"{name}={value}" for name, value in zip(names, own, strict=True))
-        ]
-        specs += [[fqn, list(p.shape), str(p.dtype), i] for i, fqn, p in named]
-        comm.check_equal("parameter", specs, self.sharing.holders, named[0][2].device)
-
-    def _check_same_settings(self) -> None:
-        """Ranks with other weights or hyperparameters would not fail, they would drift apart."""
-        if self.sharing.holders is None:
-            return
-        if isinstance(self.inner, LearnedOptimizer):
-            settings = self.inner.settings()
-        else:
-            settings = [type(self.inner).__name__, *group_settings(self.inner.param_groups)]
-        comm.check_equal("setting", settings, self.sharing.holders, self.buckets[0].flat.device)
-
-    def _shard_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group with every parameter replaced by its local piece; its parameters become views
-        of new buckets.
-        """
-        pieces: dict[str, nn.Parameter] = {}
-        for chunk in fill(group["params"], self._cap_mb):
-            bucket = build(chunk, self.sharing, self._master_weights)
-            self.buckets.append(bucket)
-            pieces.update({member.fqn: member.piece for member in bucket.members})
-        return {**group, "params": [(fqn, pieces[fqn]) for fqn, _ in group["params"]]}
-
-    def _on_new_buckets(self, work: Callable[[], T]) -> T:
-        """`work()`, which makes buckets, alike on all ranks; where it fails they are given up, and
-        the error reaches all.
-        """
-        before = len(self.buckets)
-
-        def attempt() -> T:
-            try:
-                return work()
-            except Exception:
-                release(self.buckets[before:])
-                del self.buckets[before:]
-                raise
-
-        return comm.together(attempt, self.sharing.holders)
-
-    @torch.no_grad()
-    def _share_first_values(self, buckets: list[Bucket]) -> None:
-        """Give the first rank's parameters to all."""
-        for bucket in buckets:
-            if self.sharing.group is not None:
-                comm.broadcast(bucket.flat, 0, self.sharing.group)
-            if self.sharing.replicate_group is not None:
-                comm.broadcast(bucket.flat, 0, self.sharing.replicate_group)
-            bucket.refresh_master()
+        self._watch.added(group["params"], frozen)
+        check_same_settings(self._inner.settings, self.sharing, self.buckets[0].flat.device)
+        share_first_values(self.buckets[before:], self.sharing)
 
     # ----------------------------------------------------------------------------------------- step
 
+    @_disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Any = None, *, loss: Tensor | None = None) -> Any:
+    def step(self, closure: Any = None, *, loss: Tensor | float | None = None) -> Any:
         """Average gradients, take the inner optimizer's step on this rank's shard, bring the
         parameters back.
 
         Arguments, result and errors are those of `LearnedOptimizer.step`. When the inner step
         raises, no parameter has changed.
         """
-        if isinstance(closure, Tensor):
+        if closure is not None and not callable(closure):
             closure, loss = None, closure
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._gatherer.wait()
         self._reducer.finish()
-        problem = self._problem()
-        if problem is not None and isinstance(self.inner, LearnedOptimizer):
-            # raised in the step, where the other ranks hear of it too
-            self.inner.fail_next_step(problem)
-            problem = None
+        if self._inner.scaling is not None and self._reducer.unseen:
+            self._inner.scaling.forget()
+        problem = self._watch.problem() or self._reducer.problem
         for bucket in self.buckets:
             bucket.refresh_master()
         try:
-            if isinstance(self.inner, LearnedOptimizer):
-                self.inner.step(loss=loss)
-            else:
-                self._raise_alike(problem)
-                self.inner.step()
+            with trace.phase("step: inner"):
+                self._inner.step(loss, problem)
         finally:  # what is left would be taken for the gradient of the next step
             self._forget_gradients()
         for bucket in self.buckets:
             bucket.write_back()
         self._gatherer.start()
-        self._steps += 1
-        if self._check_every is not None and self._steps % self._check_every == 0:
+        self._num_steps += 1
+        every = self._settings.check_replicas_every
+        if every is not None and self._num_steps % every == 0:
             self.check_replicas()
         return loss
-
-    def _raise_alike(self, problem: ValueError | None) -> None:
-        """Raise `problem` here and a PeerError on the other ranks, where the inner optimizer
-        cannot; waits for the device.
-        """
-        if self.sharing.holders is None:
-            if problem is not None:
-                raise problem
-            return
-        failed = torch.tensor([float(problem is not None)], device=self.buckets[0].flat.device)
-        comm.all_reduce(
-            failed, self.sharing.holders, "the agreement on a step", self._timeout
-        ).wait()
-        if problem is not None:
-            raise problem
-        if float(failed):
-            raise comm.PeerError
 
     def reduce_gradients(self) -> None:
         """Average the gradients that are on the parameters now, for code that reads `param_groups`
@@ -387,88 +301,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         return self._reducer.no_sync()
 
-    def _landed(self, bucket: Bucket) -> None:
-        """A bucket's averaged gradient has arrived: the part of the step that reads gradients alone
-        may begin.
-        """
-        if isinstance(self.inner, LearnedOptimizer) and self._overlap:
-            self.inner.gradients_arrived(member.piece for member in bucket.members)
-
-    def _forget_gradients(self) -> None:
-        self._reducer.forget()
-        if isinstance(self.inner, LearnedOptimizer):
-            self.inner.forget_gradients()
-
-    def _problem(self) -> ValueError | None:
-        """Why this rank cannot take a step."""
-        for bucket in self.buckets:
-            for member in bucket.members:
-                param, fqn = member.param, member.fqn
-                if param.numel() and param.data_ptr() != bucket.flat[member.offset :].data_ptr():
-                    return ValueError(
-                        f"the memory of {fqn!r} was replaced after ZeroOptimizer was built (by "
-                        ".to(), .half(), a new tensor); build the optimizer after such changes"
-                    )
-        for module, name, param in self._registered:
-            if module._parameters.get(name) is not param:
-                return ValueError(
-                    f"{type(module).__name__}.{name} is another parameter than when ZeroOptimizer "
-                    "was built (assigned, or by load_state_dict(assign=True)), which it would not "
-                    "update; load in place, or build the optimizer after it"
-                )
-        for fqn, param in self._frozen:
-            if param.requires_grad:
-                return ValueError(
-                    f"{fqn!r} was frozen when ZeroOptimizer was built and is trainable now; add it "
-                    "on all ranks with add_param_group"
-                )
-        return self._reducer.problem
-
-    def check_replicas(self) -> None:
-        """Compare the replicated state (factors, LSTM rows, run-global values) of all ranks bit by
-        bit. Collective.
-
-        Raises:
-            RuntimeError: on all ranks, naming what differs.
-        """
-        if self.sharing.holders is None or not isinstance(self.inner, LearnedOptimizer):
-            return
-        names, tensors = [], []
-        for bucket in self.buckets:
-            for member in bucket.members:
-                for name, field in self.inner.state_fields(member.piece).items():
-                    if field.replicated is not None and self.state[member.piece]:
-                        names.append(f"{name!r} of {member.fqn!r}")
-                        tensors.append(self.state[member.piece][name])
-        for i, group in enumerate(self.inner.param_groups):
-            for key in ("step", *self.inner.rule.group_state()):
-                names.append(f"{key!r} of group {i}")
-                tensors.append(group[key])
-        different = comm.differing(comm.checksums(tensors), self.sharing.holders)
-        if different:
-            raise RuntimeError(
-                f"replicated state differs between ranks after {self._steps} steps: "
-                f"{', '.join(names[i] for i in different[:5])}; some rank computes differently "
-                "(hardware fault, another library): go back to the last checkpoint"
-            )
-
-    def extend(self, num_steps: int) -> None:
-        """See `VeLO.extend`; call it alike on all ranks."""
-        extend = getattr(self.inner, "extend", None)
-        if extend is None:
-            raise TypeError(f"{type(self.inner).__name__} has no length of run to extend")
-        extend(num_steps)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "a ZeroOptimizer belongs to its process group and its model's memory; it cannot be "
-            "copied or pickled"
-        )
-
+    @_disable_dynamo
     def set_loss(self, loss: Tensor | float) -> None:
         """See `LearnedOptimizer.set_loss`."""
-        if isinstance(self.inner, LearnedOptimizer):
-            self.inner.set_loss(loss)
+        self._inner.set_loss(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the model's parameters and of this rank's pieces."""
@@ -479,6 +315,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     member.param.grad = None
                 elif member.param.grad is not None:
                     member.param.grad.detach_().zero_()
+
+    def _forget_gradients(self) -> None:
+        self._reducer.forget()
+        self._inner.forget_gradients()
+
+    def check_replicas(self) -> None:
+        """Compare the replicated state (factors, LSTM rows, run-global values) of all ranks bit by
+        bit. Collective.
+
+        Raises:
+            RuntimeError: on all ranks, naming what differs.
+        """
+        check_same_state(self._inner.replicated_state(), self.sharing, self._num_steps)
+
+    def extend(self, num_steps: int) -> None:
+        """See `VeLO.extend`; call it alike on all ranks."""
+        self._inner.extend(num_steps)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -491,13 +344,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state: dict[str, Any] = self.inner.state_dict()
-        if not isinstance(self.inner, LearnedOptimizer):
-            state = elementwise_state_dict(state, self.inner.param_groups)
-        for i, member, _ in self._masters(state["param_groups"]):
-            state["state"].setdefault(i, {})[MASTER] = element_state(
-                MASTER, member.piece.detach(), member.piece
-            )
+        state = self._inner.state_dict()
+        add_masters(state, self.inner.param_groups, self.buckets)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
@@ -513,83 +361,47 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        state_dict = matched(state_dict, self.inner.param_groups, self.inner.state)
         self.check_state_dict(state_dict)
-        loaded = _without_masters(state_dict)
-        if not isinstance(self.inner, LearnedOptimizer):
-            loaded = elementwise_local_state(loaded, self.inner.param_groups)
-        self.inner.load_state_dict(loaded)
+        self._inner.load_state_dict(without_masters(state_dict))
         self.state = self.inner.state
-        for i, member, bucket in self._masters(state_dict["param_groups"]):
-            master = state_dict["state"].get(i, {}).get(MASTER)
-            if master is not None:
-                member.piece.data.copy_(element_part(MASTER, master, member.piece))
-            elif bucket.master is not None:
-                # saved without masters: what the parameter holds is all there is
-                member.piece.data.copy_(bucket.piece_of(member, bucket.shard))
+        load_masters(state_dict, self.inner.param_groups, self.buckets)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _masters(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Any, Member, Bucket]]:
-        """Every parameter that has a master, with its id in the groups of a state."""
-        place = {
-            id(member.piece): (member, bucket)
-            for bucket in self.buckets
-            for member in bucket.members
-        }
-        for saved_group, group in zip(groups, self.inner.param_groups, strict=True):
-            for saved, piece in zip(saved_group["params"], group["params"], strict=True):
-                member, bucket = place[id(piece)]
-                if bucket.master is not None and member.param.numel():
-                    yield saved, member, bucket
-
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
-        if isinstance(self.inner, LearnedOptimizer):
-            self.inner.check_state_dict(state_dict)
-        else:
-            elementwise_local_state(_without_masters(state_dict), self.inner.param_groups)
-        for i, member, _ in self._masters(state_dict["param_groups"]):
-            master = state_dict["state"].get(i, {}).get(MASTER)
-            if master is not None:
-                element_part(MASTER, master, member.piece)
+        state_dict = matched(state_dict, self.inner.param_groups, self.inner.state)
+        self._inner.check_state_dict(state_dict)
+        check_masters(state_dict, self.inner.param_groups, self.buckets)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a ZeroOptimizer belongs to its process group and its model's memory; it cannot be "
+            "copied or pickled"
+        )
 
     # ---------------------------------------------------------------------------------------- views
 
     @property
     def weights(self) -> Any:
         """The learned weights of the inner optimizer; None for torch's."""
-        return getattr(self.inner, "weights", None)
+        return self._inner.weights
 
     @property
     def grad_norm(self) -> Tensor:
         """See `LearnedOptimizer.grad_norm`."""
-        if not isinstance(self.inner, LearnedOptimizer):
-            raise TypeError(f"{type(self.inner).__name__} keeps no gradient norm")
-        return self.inner.grad_norm
+        return self._inner.grad_norm
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """See `LearnedOptimizer.stats`; empty for torch's optimizers."""
-        return self.inner.stats() if isinstance(self.inner, LearnedOptimizer) else {}
+        return self._inner.stats()
 
     def report(self) -> Report:
         """The inner optimizer's report, with how evenly the work is dealt (`work_max_over_mean`,
         over all ranks).
         """
-        if isinstance(self.inner, LearnedOptimizer):
-            report = self.inner.report()
-        else:
-            name = type(self.inner).__name__
-            rows = [
-                report_row(
-                    m.shard, m.param.dtype, name, self.state.get(m.piece, {}), self.sharing.ranks
-                )
-                for bucket in self.buckets
-                for m in bucket.members
-            ]
-            report = Report(
-                rows, [name], {"parameters": len(rows), "numel": sum(row["numel"] for row in rows)}
-            )
-        share = self.sharing
+        report, share = self._inner.report(), self.sharing
         work = [
             sum(bucket.elements_of(rank) for bucket in self.buckets) for rank in range(share.ranks)
         ]
@@ -606,97 +418,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
         )
         report.totals["work_max_over_mean"] = max(work) * len(work) / max(1, sum(work))
         return report
-
-
-def _without_masters(state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        i: {name: t for name, t in entries.items() if name != MASTER}
-        for i, entries in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
-
-
-def _frozen_params(model_or_params: Any) -> list[tuple[str, Tensor]]:
-    """Parameters of a module that are not optimized because they are frozen now."""
-    if not isinstance(model_or_params, nn.Module):
-        return []
-    return [(fqn, p) for fqn, p in model_or_params.named_parameters() if not p.requires_grad]
-
-
-def _registered_params(model_or_params: Any) -> list[tuple[nn.Module, str, Tensor]]:
-    """Where a module keeps its parameters."""
-    modules = model_or_params.modules() if isinstance(model_or_params, nn.Module) else ()
-    return [
-        (module, name, p)
-        for module in modules
-        for name, p in module._parameters.items()
-        if p is not None
-    ]
-
-
-def _as_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
-    if isinstance(model_or_params, nn.Module):
-        return [
-            {
-                "params": [
-                    (fqn, p) for fqn, p in model_or_params.named_parameters() if p.requires_grad
-                ]
-            }
-        ]
-    entries = list(model_or_params)
-    if not entries:
-        raise ValueError("optimizer got an empty parameter list")
-    return entries if isinstance(entries[0], dict) else [{"params": entries}]
-
-
-def _named_group(i: int, group: dict[str, Any]) -> dict[str, Any]:
-    """The group with its trainable parameters as (fqn, tensor) pairs."""
-    entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    named = [
-        entry if isinstance(entry, tuple) else (f"group{i}.{j}", entry)
-        for j, entry in enumerate(entries)
-    ]
-    seen: set[int] = set()
-    for fqn, param in named:
-        if id(param) in seen:
-            raise ValueError(f"{fqn!r} is in the same group twice; list a tied parameter once")
-        seen.add(id(param))
-    return {**group, "params": [(fqn, param) for fqn, param in named if param.requires_grad]}
-
-
-def _check_params(groups: list[dict[str, Any]]) -> None:
-    named = [pair for group in groups for pair in group["params"]]
-    if not named:
-        raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
-    for fqn, param in named:
-        check_param(fqn, param)
-        if is_dtensor(param):
-            raise ValueError(
-                f"{fqn!r} is a DTensor (fully_shard, tensor parallelism), which is sharded "
-                "already: give the parameters to the optimizer itself; ZeroOptimizer shards whole "
-                "parameters"
-            )
-
-
-def _sharing(process_group: Any, replicate_group: Any) -> Sharing:
-    group = comm.default_group() if process_group is None else (process_group or None)
-    # a single rank holds everything: nothing to communicate
-    alone = group if comm.size(group) > 1 else None
-    rank, ranks = comm.rank(group), comm.size(group)
-    if replicate_group is None:
-        return Sharing(alone, rank, ranks, None, alone)
-    if process_group is None or group is None:
-        raise ValueError(
-            "replicate_group without process_group: wanted the ranks that share the parameters of "
-            "one replica, too"
-        )
-    if comm.size(replicate_group) == 1:
-        return Sharing(alone, rank, ranks, None, alone)
-    return Sharing(
-        alone,
-        rank,
-        ranks,
-        replicate_group,
-        comm.union(group, replicate_group),
-        comm.size(replicate_group),
-    )

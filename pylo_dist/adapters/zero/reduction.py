@@ -5,24 +5,33 @@ A round reduces every bucket once, strictly in order: one round per backward pas
 whichever parameters had a gradient and whenever. It opens with the first gradient that arrives and
 is closed when backward ends; without overlap by what needs its result (the step, whoever looks at
 `param_groups`) or by the second gradient of one parameter, of another pass.
+
+With overlap the order in which several reducers send depends on the order in which gradients arrive
+on a rank, so that each has process groups of its own, and none makes backward wait for other ranks:
+they may be waiting for what another reducer, DDP or the user sends further on in the same pass.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ... import comm
+from ...core import trace
 from ...core.state import state_dtype
-from .buckets import ALIGNMENT, Bucket, Member, Sharing
+from .buckets import ALIGNMENT, Bucket, BucketParam
+from .others import LateAnswer, changed_after_it_left, largest_elements
+from .sharing import Sharing
 
-# Buckets whose gradients are on their way at the same time; more would only hold memory.
+# Buckets whose gradients are on their way at the same time; more would only hold memory. Several
+# reducers on GPUs may have more.
 MAX_IN_FLIGHT = 2
 
 
@@ -35,6 +44,11 @@ class _Flight:
     bucket: Bucket
     mine: Tensor
     pending: comm.Pending
+    over_replicas: bool = False  # whether these have been asked for theirs
+
+
+_COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
+_OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
 
 class GradientReducer:
@@ -48,7 +62,7 @@ class GradientReducer:
         overlap: whether buckets leave while backward goes on, or when the round is closed.
         dtype: in which gradients are added; None: the parameter's, float32 for bfloat16 and
             float16.
-        landed: called with a bucket whose gradient has arrived.
+        landed: called with a bucket whose gradient has arrived; None: nobody waits for it.
 
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
@@ -64,7 +78,7 @@ class GradientReducer:
         overlap: bool,
         dtype: torch.dtype | None,
         timeout: float | None,
-        landed: Callable[[Bucket], None],
+        landed: Callable[[Bucket], None] | None,
     ) -> None:
         self.buckets = buckets
         self.synchronizing = True
@@ -76,9 +90,27 @@ class GradientReducer:
         self._next = 0
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
-        # id(parameter) -> the gradient that left, and its version then
-        self._left: dict[int, tuple[Tensor, int]] = {}
+        # id(parameter) -> the gradient that left, its version and its largest element then
+        self._left: dict[int, tuple[Tensor, int, Tensor | None]] = {}
+        self._late = LateAnswer()
         self._poison: Tensor | None = None
+        self._pass = -1  # the backward pass in which the round was opened
+        self._number = next(_COUNT)
+        self._own: list[comm.OwnGroup] = []
+        if overlap and sharing.group is not None:
+            self._take_own_groups()
+
+    def _take_own_groups(self) -> None:
+        """Send through process groups of one's own from now on. Collective."""
+        names = ("group", "replicate_group")
+        given = {name: getattr(self._sharing, name) for name in names}
+        for name, group in given.items():
+            if group is not None:
+                own = comm.own_group(group)
+                self._own.append(own)
+                self._sharing = replace(self._sharing, **{name: own.group})
+                weakref.finalize(self, own.give_back, self._arrived, self._flights)
+        _OVERLAPPING.add(self)
 
     def add(self, first: int) -> None:
         """Watch the parameters of the buckets from `first` on."""
@@ -113,11 +145,47 @@ class GradientReducer:
             self._next = 0
             # at the end of this pass: then what a rank sends does not depend on what it does next
             if self._overlap:
-                torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+                self._pass = torch._C._current_graph_task_id()
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
         self._arrived.add((b, i))
         self._missing[b] -= 1
-        while self._overlap and self._next < len(self.buckets) and self._missing[self._next] <= 0:
+        while (
+            self._overlap
+            and self._next < len(self.buckets)
+            and self._missing[self._next] <= 0
+            and self._has_room()
+        ):
             self._launch_next()
+
+    def _has_room(self) -> bool:
+        """Whether another bucket may leave now, without waiting for other ranks."""
+        if len(self._flights) < MAX_IN_FLIGHT:
+            return True
+        flight = self._flights[0]
+        if (
+            flight.mine.device.type != "cpu"
+        ):  # what comes is queued behind it, the host does not wait
+            if len(_OVERLAPPING) <= 1:
+                self._land()
+            return True
+        while flight.pending.done():
+            if not self._ask_replicas(flight):
+                self._land()
+                return True
+        return False
+
+    def _end_of_pass(self) -> None:
+        """Close the rounds of all reducers that this backward pass has opened: all send before any
+        waits, and they wait in an order that is the same on all ranks.
+        """
+        rounds = [r for r in _OVERLAPPING if r._arrived and r._pass == self._pass]
+        rounds.sort(key=lambda reducer: reducer._number)
+        if len(rounds) > 1:
+            for reducer in rounds:
+                while reducer._next < len(reducer.buckets):
+                    reducer._launch_next()
+        for reducer in rounds or [self]:
+            reducer.flush()
 
     def flush(self) -> None:
         """Close the round that is open, if one is: all its gradients are there then."""
@@ -126,16 +194,23 @@ class GradientReducer:
 
     def finish(self) -> None:
         """As `flush`; where nothing has been reduced since `forget`, reduce what is there now."""
+        left_before = self._rounds > 0 and not self._arrived
         self.flush()
         if self._rounds == 0:
             self._next = 0
             self._close_round()
-        for bucket in self.buckets:
-            for member in bucket.members:
-                self.problem = self.problem or self._unreduced(member)
+        members = [member for bucket in self.buckets for member in bucket.members]
+        for member in members:
+            self.problem = self.problem or self._unreduced(member)
+        if left_before and self._sharing.holders is not None and self.problem is None:
+            changed = self._late.ask(*self._changed_unseen(members))
+            if changed is not None:
+                self.problem = changed_after_it_left(changed.fqn, changed.param)
 
     def _close_round(self) -> None:
         while self._next < len(self.buckets):
+            while len(self._flights) >= MAX_IN_FLIGHT:
+                self._land()
             self._launch_next()
         while self._flights:
             self._land()
@@ -153,36 +228,58 @@ class GradientReducer:
         self._left.clear()
         self.problem = None
 
-    def _unreduced(self, member: Member) -> ValueError | None:
+    def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What came to a parameter's gradient after it had been reduced, and would be lost."""
         grad = member.param.grad
-        left, version = self._left.get(id(member.param), (None, 0))
+        left, version, _ = self._left.get(id(member.param), (None, 0, None))
         if grad is None or (grad is left and grad._version == version):
             return None
-        return ValueError(
-            f"the gradient of {member.fqn!r} was changed after backward had sent it to the other "
-            "ranks; change the gradients in optimizer.param_groups instead, or build "
-            "ZeroOptimizer with overlap=False and stage=1"
-        )
+        return changed_after_it_left(member.fqn, member.param)
+
+    @torch.no_grad()
+    def _changed_unseen(
+        self, members: Sequence[BucketParam]
+    ) -> tuple[list[BucketParam], list[Tensor]]:
+        """What raises no version counter, such as a collective: members whose gradient may be
+        another than the one that left, and per dtype and device, in their order, whether it is
+        (bool).
+        """
+        kinds: dict[tuple[torch.dtype, torch.device], list[BucketParam]] = {}
+        for member in members:
+            largest = self._left.get(id(member.param), (None, 0, None))[2]
+            if largest is not None:
+                kinds.setdefault((largest.dtype, largest.device), []).append(member)
+        flags = []
+        for some in kinds.values():
+            left = [self._left[id(member.param)] for member in some]
+            now = torch.stack(largest_elements([grad for grad, _, _ in left]))
+            then = torch.stack([largest for _, _, largest in left if largest is not None])
+            flags.append((now != then) & ~(now.isnan() & then.isnan()))
+        return [member for some in kinds.values() for member in some], flags
 
     # -------------------------------------------------------------------------------------- buckets
 
+    @trace.phased("reduce: launch")
     @torch.no_grad()
     def _launch_next(self) -> None:
         b, bucket = self._next, self.buckets[self._next]
         if b == 0 and not self._frees:
             self._poison = None  # of gradients that this round replaces
-        while len(self._flights) >= MAX_IN_FLIGHT:
-            self._land()
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
         full = bucket.flat.new_zeros(
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
+        dense = _dense_gradients(bucket)
+        # before they are copied: whatever changes one meanwhile is noticed
+        norms = largest_elements(list(dense.values()))
+        largest_of = dict(zip(dense, norms, strict=True))
         for member in bucket.members:
-            self._take(bucket, member, full)
-        largest = torch.linalg.vector_norm(full, torch.inf)
+            self._take(bucket, member, full, largest_of.get(id(member.param)))
+        largest = (
+            torch.stack([norm.to(dtype) for norm in norms]).max() if norms else full.new_zeros(())
+        )
         full[:, bucket.shard_numel] = largest * (self._sharing.ranks * self._sharing.replicas) * 0.0
         self._next += 1  # only now: an error above leaves the round as it was
         if self._sharing.group is None:
@@ -193,8 +290,14 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, bucket: Bucket, member: Member, full: Tensor) -> None:
-        """Copy a gradient to its places in `full` (ranks, ...), which is modified in place."""
+    def _take(
+        self, bucket: Bucket, member: BucketParam, full: Tensor, largest: Tensor | None
+    ) -> None:
+        """Copy a gradient to its places in `full` (ranks, ...), which is modified in place.
+
+        Args:
+            largest: its largest element, 0-d, to compare with later.
+        """
         param, grad = member.param, member.param.grad
         present = grad is not None
         member.binding.present = present or (
@@ -220,17 +323,39 @@ class GradientReducer:
         if self._frees:
             param.grad = None
         else:
-            self._left[id(param)] = (grad, grad._version)
+            self._left[id(param)] = (grad, grad._version, largest)
 
+    def _ask_replicas(self, flight: _Flight) -> bool:
+        """Once a flight is done, whether it goes on over the replicas."""
+        group = self._sharing.replicate_group
+        if group is None or flight.over_replicas:
+            return False
+        with self._broken_by_errors():
+            flight.pending.wait()
+            flight.pending = comm.all_reduce(
+                flight.mine, group, "the sum of gradients over replicas", self._timeout
+            )
+        flight.over_replicas = True
+        return True
+
+    @contextmanager
+    def _broken_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for own in self._own:
+                own.broken = True
+            raise
+
+    @trace.phased("reduce: land")
     @torch.no_grad()
     def _land(self) -> None:
         flight, sharing = self._flights.popleft(), self._sharing
-        flight.pending.wait()
+        with trace.phase("reduce: wait"), self._broken_by_errors():
+            flight.pending.wait()
+            if self._ask_replicas(flight):
+                flight.pending.wait()
         bucket, mine = flight.bucket, flight.mine
-        if sharing.replicate_group is not None:
-            comm.all_reduce(
-                mine, sharing.replicate_group, "the sum of gradients over replicas", self._timeout
-            ).wait()
         copies = sharing.ranks * sharing.replicas
         if copies > 1:
             # once, after the sum: the rounding of an average then does not depend on the backend
@@ -248,7 +373,13 @@ class GradientReducer:
                     member.piece.grad = bucket.piece_of(member, bucket.grad)
         else:
             bucket.show_gradient(grad)
-        self._landed(bucket)
+        if self._landed is not None:
+            self._landed(bucket)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether gradients have arrived since the last `spread_nonfinite`."""
+        return self._poison is not None
 
     @torch.no_grad()
     def spread_nonfinite(self) -> bool:
@@ -273,6 +404,18 @@ class GradientReducer:
                     member.piece.grad[:1].add_(poison.to(member.piece.device))
                     return True
         return True
+
+
+def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
+    """Those that can be added, by the id of their parameter."""
+    return {
+        id(member.param): grad
+        for member in bucket.members
+        if (grad := member.param.grad) is not None
+        and grad.layout == torch.strided
+        and grad.shape == member.param.shape
+        and grad.numel()
+    }
 
 
 def _arrival_hook(

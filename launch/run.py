@@ -1,0 +1,216 @@
+"""One run, on ranks that have met: its data, its learner, where it goes on from, and the files it
+writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import recipe
+import torch
+from checkpoints import Keeper, Start, check, load, package, remove, tell
+from data import BatchPlan, Tokens, builtin_text
+from ds import DeepSpeedLearner
+from environment import Environment
+from learner import Learner, Trainable
+from loop import train
+from model import GPT
+from options import Options, WrongInput, command_for_more_ranks
+from place import Place
+from watch import (
+    DONE,
+    Row,
+    Watch,
+    check_folder,
+    is_leftover,
+    open_folder,
+    plot,
+    rows_until,
+    summary,
+)
+
+
+def open_data(options: Options, place: Place) -> tuple[Tokens, Tokens | None]:
+    """(train, validation) tokens, the same on every rank. Raises WrongInput."""
+    sizes = {"block_size": options.sequence_length(), "vocab_size": options.config().vocab_size}
+    if options.data is not None:
+        train, val = place.together(lambda: open_files(options, sizes))
+        place.agree({"training tokens": train.digest(), "validation tokens": val and val.digest()})
+        return train, val
+    # Rank 0 reads it for all: other machines may carry another Python.
+    texts = place.from_first(builtin_text)
+    names = ("built-in training text", "built-in validation text")
+    tokens = [
+        Tokens.from_bytes(name, text, **sizes) for name, text in zip(names, texts, strict=True)
+    ]
+    return tokens[0], tokens[1] if options.eval_every else None
+
+
+def open_files(options: Options, sizes: dict[str, int]) -> tuple[Tokens, Tokens | None]:
+    """The tokens of --data and --val-data. Raises ValueError."""
+    assert options.data is not None
+    train = Tokens.from_path(options.data, "train", **sizes)
+    if not options.eval_every:
+        return train, None
+    if options.val_data is None and not options.data.is_dir():
+        raise WrongInput(
+            f"--data {options.data} is one file; pass --val-data FILE too, or --eval-every 0."
+        )
+    return train, Tokens.from_path(options.val_data or options.data, "val", **sizes)
+
+
+def describe(
+    learner: Trainable,
+    data: tuple[Tokens, Tokens | None],
+    options: Options,
+    place: Place,
+    plan: BatchPlan,
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """What config.json holds: the flags with their defaults filled in, and what they met."""
+    flags = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+    pylo_dist = sys.modules.get("pylo_dist")
+    return flags | {
+        "command": list(argv),
+        "lr": options.base_lr(),
+        "weight_decay": options.decay(),
+        "max_grad_norm": options.clip_norm(),
+        "num_steps": options.planned_steps(),
+        "batch_size": plan.global_batch,
+        "micro_batch_size": plan.micro_batch,
+        "block_size": options.sequence_length(),
+        "accumulation": plan.accumulation,
+        "world_size": place.world_size,
+        "device": place.device.type,
+        "threads": torch.get_num_threads(),
+        "num_parameters": learner.num_parameters(),
+        "weights": learner.weights,
+        "train_tokens": data[0].num_tokens,
+        "train_digest": data[0].digest(),
+        "val_tokens": None if data[1] is None else data[1].num_tokens,
+        "model": dataclasses.asdict(options.config()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pylo_dist": getattr(pylo_dist, "__version__", None),
+        },
+    }
+
+
+def finish(
+    model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]
+) -> None:
+    """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
+    unit = options.unit()
+    title = f"GPT-2 {options.preset}, {options.optimizer}"
+    plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
+    sample = None
+    if unit == "byte":
+        start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
+        drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
+        sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
+        (watch.folder / "sample.txt").write_text(sample)
+    more_ranks = command_for_more_ranks(config["command"], plan)
+    print(
+        summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample)
+    )
+
+
+def run(
+    argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment
+) -> None:
+    """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped
+    during it.
+    """
+    is_first = place.rank == 0
+    place.agree(options.shared())
+    if options.save_every:
+        place.together(package)
+    start = place.from_first(lambda: Start.find(options))
+    folder, resumes = start.folder, start.checkpoint is not None
+    if not resumes:
+        # What a run left that was killed before its first checkpoint is not in the way of one that
+        # restarts by itself.
+        overwrite = options.overwrite or (
+            options.resume is not None and place.from_first(lambda: is_leftover(folder))
+        )
+        place.together(lambda: open_folder(folder, overwrite=overwrite) if is_first else None)
+    data = open_data(options, place)
+    learner: Trainable
+    if options.deepspeed is None:
+        learner = Learner(options, place)
+    else:
+        learner = DeepSpeedLearner(options, place, plan.accumulation, plan.micro_batch)
+    config = describe(learner, data, options, place, plan, argv)
+    done, seen, rows = resume(start, learner, config, options, place) if resumes else (0, 0, [])
+    said = [f"{found}."]
+    if options.recipe is not None:
+        said.append(f"recipe {options.recipe.stem}, cost: {recipe.read(options.recipe)['cost']}.")
+    watch = place.together(lambda: Watch(options, folder, config, rows, said) if is_first else None)
+    report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
+    if watch is not None and report is not None:
+        (folder / "optimizer.txt").write_text(f"{report}\n")
+    keeper = (
+        Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
+    )
+    try:
+        with keeper or nullcontext():
+            train(learner, data, options, place, plan, watch, done=done, seen=seen, keeper=keeper)
+    finally:
+        if watch is not None:
+            watch.close()
+    model = learner.whole_model(options)
+    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
+        finish(model, options, plan, watch, config)
+    if is_first:
+        (folder / DONE).write_text(f"{options.steps} steps\n")
+
+
+def resume(
+    start: Start,
+    learner: Trainable,
+    config: dict[str, Any],
+    options: Options,
+    place: Place,
+) -> tuple[int, int, list[Row]]:
+    """Bring `learner` to where the checkpoint was (modified in place): steps done, sequences read,
+    and the rows on rank 0.
+
+    Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
+    """
+    step, seen, others = place.together(lambda: check(start, options, config))
+    is_first = place.rank == 0
+    opens = is_first and not start.goes_on  # a folder of its own; the run that goes on has one
+    rows = rows_until(start.source, step) if is_first and start.source is not None else []
+    place.together(
+        lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None
+    )
+    load(start, learner)
+    place.together(
+        lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None
+    )
+    if is_first:
+        for path in start.newer(step):
+            remove(path)
+        tell(
+            f"goes on after step {step} from {start.checkpoint}"
+            + (f", with {others}" if others else "")
+            + "."
+        )
+        if len(rows) < step:
+            tell(
+                f"metrics.jsonl of that run holds {len(rows)} of {step} steps; the others are lost."
+            )
+    config["resumed_from"] = {"checkpoint": str(start.checkpoint), "step": step}
+    return step, seen, rows

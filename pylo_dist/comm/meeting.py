@@ -1,0 +1,167 @@
+"""What ranks tell each other through the store, in no process group: meetings, and who is lost.
+Writes keys of the store, nothing else.
+
+RANKS is a digest of the ranks that meet, N the number of their meeting:
+
+    pylo_dist/met/RANKS/RANK       how many meetings of theirs RANK has gone to, or declined
+    pylo_dist/made/RANKS/RANK      how many process groups of theirs RANK has made
+    pylo_dist/meeting/RANKS/N/     here/RANK, arrived (a count), problem (of who declined), outcome
+    pylo_dist/awaited/RANK         who waits for RANK, the ranks that meet there, its entries
+    pylo_dist/gave_up/RANK         the collective in which RANK has lost others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
+PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
+
+_MET = "met"  # the outcome of a meeting, or who gave it up and why
+_MEETINGS: list[tuple[int, ...]] = []  # the ranks of each that this one has gone to, or declined
+
+
+class CommunicationError(RuntimeError):
+    """Other ranks did not take part in a collective: they died, hang, or went another way. The
+    process group is unusable then.
+    """
+
+
+def digest(content: Any) -> str:
+    """Of JSON-able content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def counted(what: str, ranks: tuple[int, ...], more: int) -> int:
+    """How often this rank did `what` with these, `more` times now. Counted by the store: ranks of a
+    later world are others.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    return int(store.add(f"pylo_dist/{what}/{digest(ranks)}/{dist.get_rank()}", more))
+
+
+def timeout_of(group: Any, device: torch.device) -> float:
+    """Seconds that the ranks of `group` wait for each other; the store's where the backend does not
+    say.
+    """
+    try:
+        return float(group._get_backend(device).options._timeout.total_seconds())
+    except (AttributeError, RuntimeError):
+        return float(dist.distributed_c10d._get_default_store().timeout.total_seconds())  # type: ignore[attr-defined]
+
+
+def meetings() -> int:
+    """How many meetings this rank has gone to, or declined."""
+    return len(_MEETINGS)
+
+
+def _place(ranks: tuple[int, ...], number: int) -> str:
+    """Where the store keeps a meeting of these ranks."""
+    return f"pylo_dist/meeting/{digest(ranks)}/{number}"
+
+
+def _next_meeting(ranks: tuple[int, ...]) -> str:
+    _MEETINGS.append(ranks)
+    return _place(ranks, counted("met", ranks, 1))
+
+
+def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) -> None:
+    """Wait until all these ranks are here, before collectives that a rank with an error of its own
+    would never come to.
+
+    Through the store: no process group is left out of step by whoever does not come.
+
+    Args:
+        ranks: rising; this one among them.
+        entries: JSON-able; shown to those that are late, see `awaited_by`.
+        timeout: seconds to wait for the last one.
+
+    Raises:
+        ValueError: what another rank has declined with.
+        CommunicationError: one did not come in time; on all who come at all.
+    """
+    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    place = _next_meeting(ranks)
+    start, pause, told = time.monotonic(), 0.001, False
+    store.set(f"{place}/here/{mine}", "")
+    arrived = store.add(f"{place}/arrived", 1)
+    while True:
+        if store.check([f"{place}/problem"]):
+            raise ValueError(store.get(f"{place}/problem").decode())
+        waited = time.monotonic() - start
+        given_up, outcome = waited > timeout, _MET if arrived >= len(ranks) else ""
+        if not outcome and (given_up or (waited > PATIENCE and not told)):
+            late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
+            if given_up:
+                outcome = (
+                    f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did "
+                    "not come"
+                )
+            else:
+                told = True
+                for rank in late:
+                    store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
+        # the first one holds for all, or one of them went on alone
+        if outcome or store.check([f"{place}/outcome"]):
+            outcome = store.compare_set(f"{place}/outcome", "", outcome).decode()
+            if outcome == _MET:
+                return
+            raise CommunicationError(outcome)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        arrived = store.add(f"{place}/arrived", 0)
+
+
+def decline(ranks: tuple[int, ...], problem: Exception) -> None:
+    """Tell these ranks that this one does not come to the next meeting with them, and why."""
+    text = f"rank {dist.get_rank()}: {problem}"
+    dist.distributed_c10d._get_default_store().set(f"{_next_meeting(ranks)}/problem", text)
+
+
+def awaited_by() -> tuple[int, tuple[int, ...], list[Any]] | None:
+    """A rank that waits for this one, the ranks that meet there, and its entries; None if nobody
+    does.
+    """
+    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    if not store.check([f"pylo_dist/awaited/{mine}"]):
+        return None
+    rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
+    place = _place(tuple(ranks), counted("met", tuple(ranks), 0) + 1)
+    # else this one came meanwhile
+    return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None
+
+
+def lost(what: str, ranks: Sequence[int], error: Exception) -> CommunicationError:
+    """Tell the other survivors among `ranks` that this one has given up, and name those that say
+    nothing.
+    """
+    mine = dist.get_rank()
+    # whoever lost a peer too says so; one that died or went another way does not
+    silent: list[int] = []
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"pylo_dist/gave_up/{mine}", what)
+        until = time.monotonic() + GRACE
+        silent = [rank for rank in ranks if rank != mine]
+        while silent and time.monotonic() < until:
+            silent = [rank for rank in silent if not store.check([f"pylo_dist/gave_up/{rank}"])]
+            time.sleep(0.05)
+    except Exception:  # the store may have died with its rank; what is known is said all the same
+        pass
+    who = (
+        f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the "
+        "same"
+        if silent
+        else ""
+    )
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CommunicationError(
+        f"rank {mine} lost the other ranks of its group in {what}: {cause}. {who}".strip()
+    )

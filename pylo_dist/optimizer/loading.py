@@ -1,0 +1,275 @@
+"""State dicts of learned optimizers: what saving them adds, whether one fits, and this rank's
+elements of it. Reads only; what it makes is new memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..core.pieces import ShardBinding
+from ..core.rule import LearnedRule
+from ..core.shards import TensorShard
+from ..core.state import StateField, state_dtype
+from ..weights import MetaNetwork
+from .parameters import Groups, Parameters, State, names_of
+from .sharded_state import covering_gap, local_part
+
+# of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
+STATE_FORMAT = 1
+
+OTHER_MARKS = {
+    "state_format": "it was saved by another version of pylo_dist",
+    "state_rule": "build the optimizer that saved it",
+    "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was "
+    "saved with",
+}
+_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
+
+
+def marks_of(rule: LearnedRule, weights: MetaNetwork) -> dict[str, Any]:
+    """What every group says about its state, so that every format of a checkpoint holds it."""
+    return {
+        "state_format": STATE_FORMAT,
+        "state_rule": rule.name,
+        "state_weights": weights.digest,
+    }
+
+
+def unsharded(saved: dict[str, Any], groups: Groups, parameters: Parameters) -> dict[str, Any]:
+    """A state dict of torch's making in the keys, shapes and dtypes of the unsharded optimizer;
+    `saved` (modified in place).
+    """
+    for i, param in _params_by_key(saved["param_groups"], groups).items():
+        if i in saved["state"]:
+            saved["state"][i] = parameters.canonical(param, saved["state"][i])
+        elif param.requires_grad and not parameters.bindings[param].shard.global_numel:
+            saved["state"][i] = {}  # torch's set_optimizer_state_dict misses it otherwise
+    for saved_group, group in zip(saved["param_groups"], groups, strict=True):
+        saved_group["param_names"] = list(names_of(groups, group))
+    return saved
+
+
+def own_state(
+    loaded: dict[str, Any], groups: Groups, parameters: Parameters
+) -> dict[Tensor, State]:
+    """This rank's elements of the loaded state per parameter, copied to its device."""
+    own = {}
+    for saved, param in _params_by_key(loaded["param_groups"], groups).items():
+        entries = loaded["state"].get(saved)
+        if entries:
+            shard = parameters.bindings[param].shard
+            parts = {
+                name: local_part(entries[name], field, shard, param)
+                for name, field in parameters.fields[param].items()
+            }
+            own[param] = parameters.shown(param, parts)
+    return own
+
+
+def without_state(loaded: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """What torch shall load: the groups. Names are the model's own, which torch keeps where a state
+    has none; a group without takes those of the state.
+    """
+    taken = []
+    for saved, group in zip(loaded["param_groups"], groups, strict=True):
+        names = saved.get("param_names")
+        keep = names and "param_names" not in group and not any(map(_is_generated, names))
+        taken.append({k: v for k, v in saved.items() if keep or k != "param_names"})
+    return {**loaded, "param_groups": taken, "state": {}}
+
+
+def matched(loaded: dict[str, Any], groups: Groups, state: Mapping[Tensor, Any]) -> dict[str, Any]:
+    """The same state dict with the parameters of this optimizer, in their order, where it can be
+    told by their names: a frozen parameter may be in one of the two alone, as long as it has no
+    state. Otherwise as it is, for the checks to refuse.
+    """
+    if "param_groups" not in loaded or "state" not in loaded:
+        return loaded
+    stated = {key for key, entries in loaded["state"].items() if entries}
+    found = matched_groups(loaded["param_groups"], groups, state, stated)
+    return loaded if found is loaded["param_groups"] else {**loaded, "param_groups": found}
+
+
+def matched_groups(
+    saved: Groups, groups: Groups, state: Mapping[Tensor, Any], stated: Container[Any]
+) -> Groups:
+    """The groups of `matched`; in the place of what is not in the state they have a new key.
+
+    Args:
+        saved: the groups of a state dict.
+        state: the optimizer's own.
+        stated: keys of which the state dict has state.
+    """
+    if len(saved) != len(groups):
+        return saved
+    result = []
+    for i, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
+        only_saved, only_own = _differing(saved_group, groups, group)
+        if not (only_saved or only_own):
+            result.append(saved_group)
+            continue
+        if any(key in stated for key in only_saved.values()) or any(
+            state.get(param) or param.requires_grad for param in only_own.values()
+        ):
+            return saved
+        keys = dict(zip(_bare(saved_group["param_names"]), saved_group["params"], strict=True))
+        names = names_of(groups, group)
+        params = [keys.get(bare, f"without state: {i}.{j}") for j, bare in enumerate(_bare(names))]
+        result.append({**saved_group, "params": params, "param_names": list(names)})
+    return saved if all(a is b for a, b in zip(result, saved, strict=True)) else result
+
+
+def _differing(
+    saved: dict[str, Any], groups: Groups, group: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The keys that are in a saved group alone and the parameters that are in ours alone, by name;
+    none where names cannot tell.
+    """
+    own_names, saved_names = names_of(groups, group), saved.get("param_names")
+    keys = saved["params"]
+    if not isinstance(saved_names, list) or len(saved_names) != len(keys):
+        return {}, {}
+    if any(map(_is_generated, (*saved_names, *own_names))):
+        return {}, {}
+    theirs, ours = _bare(saved_names), _bare(own_names)
+    if len({*theirs}) != len(theirs) or len({*ours}) != len(ours):
+        return {}, {}
+    return (
+        {name: key for name, key in zip(theirs, keys, strict=True) if name not in {*ours}},
+        {
+            name: param
+            for name, param in zip(ours, group["params"], strict=True)
+            if name not in {*theirs}
+        },
+    )
+
+
+def _params_by_key(saved: Groups, groups: Groups) -> dict[Any, Tensor]:
+    """The parameter that each key of a state dict stands for."""
+    return {
+        key: param
+        for saved_group, group in zip(saved, groups, strict=True)
+        for key, param in zip(saved_group["params"], group["params"], strict=True)
+    }
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def check_parts(loaded: dict[str, Any], kind: str) -> None:
+    """Raise ValueError for what is no state dict at all; `kind` is that of the optimizer."""
+    for key in ("param_groups", "state"):
+        if key not in loaded:
+            raise ValueError(
+                f"the state has no {key!r}; wanted what state_dict() of {kind} returned"
+            )
+
+
+def check_groups(
+    saved: Groups, groups: Groups, keys: Sequence[str], marks: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for parameter groups that do not fit.
+
+    Args:
+        groups: the optimizer's own.
+        keys: what each must have, beside the marks.
+        marks: what each must say.
+    """
+    saved_sizes, own_sizes = ([len(group["params"]) for group in g] for g in (saved, groups))
+    if saved_sizes != own_sizes:
+        alone = ""
+        for saved_group, group in zip(saved, groups, strict=False):
+            only_saved, only_own = _differing(saved_group, groups, group)
+            for where, found in (("state", [*only_saved]), ("optimizer", [*only_own])):
+                if found and not alone:
+                    alone = f" ({found[0]!r} is in the {where} alone)"
+        raise ValueError(
+            f"the state holds groups of {saved_sizes} parameters, this optimizer groups of "
+            f"{own_sizes}{alone}; build the optimizer with the groups that were saved"
+        )
+    for i, (group, own_group) in enumerate(zip(saved, groups, strict=True)):
+        for key in (*keys, *marks):
+            if key not in group:
+                raise ValueError(
+                    f"group {i} of the state has no {key!r}; was it saved by another optimizer?"
+                )
+        for key, wanted in marks.items():
+            if group[key] != wanted:
+                raise ValueError(
+                    f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; "
+                    f"{OTHER_MARKS[key]}"
+                )
+        names = names_of(groups, own_group)
+        for name, own in zip(group.get("param_names") or names, names, strict=False):
+            if not same_name(name, own):
+                raise ValueError(
+                    f"group {i} of the state has {name!r} in the place of {own!r}: it belongs to "
+                    "another model, or has its parameters in another order; build the optimizer "
+                    "as it was saved (without 'param_names' in its groups a state loads by "
+                    "position)"
+                )
+
+
+def check_states(
+    loaded: dict[str, Any], groups: Groups, state: Mapping[Tensor, Any], parameters: Parameters
+) -> None:
+    """Raise ValueError for state that does not fit its parameter.
+
+    Args:
+        state: the optimizer's own; a parameter that has some must find some.
+    """
+    for saved, param in _params_by_key(loaded["param_groups"], groups).items():
+        entries = loaded["state"].get(saved, {})
+        if entries or state.get(param):
+            for name, field in parameters.fields[param].items():
+                _check_tensor(name, entries.get(name), field, parameters.bindings[param], param)
+
+
+def _check_tensor(
+    name: str, got: object, field: StateField, binding: ShardBinding, param: Tensor
+) -> None:
+    shard = binding.shard
+    wanted, dtype = field.canonical_shape(shard.shape), state_dtype(param.dtype)
+    if isinstance(got, Tensor) and (tuple(got.shape), got.dtype) == (wanted, dtype):
+        whole = field.replicated is not None
+        cut, copies = (TensorShard.whole(shard.fqn, wanted), ()) if whole else (shard, field.copies)
+        if gap := covering_gap(got, copies, cut):
+            raise ValueError(
+                f"state {name!r} of {shard.fqn!r}: {gap} elements of this rank are on other "
+                "ranks; load it through torch.distributed.checkpoint, or give whole tensors "
+                "(pylo_dist.full_state_dict)"
+            )
+        return
+    found, asked = "nothing" if got is None else type(got).__name__, f"shape {wanted}"
+    if isinstance(got, Tensor) and tuple(got.shape) == wanted:
+        found, asked = str(got.dtype), str(dtype)
+    elif isinstance(got, Tensor):
+        found = f"shape {tuple(got.shape)}"
+    raise ValueError(
+        f"state {name!r} of {shard.fqn!r}: found {found}, wanted {asked}; the state belongs to "
+        "another model, optimizer or layout"
+    )
+
+
+def same_name(saved: str, own: str) -> bool:
+    """Whether two parameter names may mean the same parameter: wrappers and generated names do not
+    count.
+    """
+    saved, own = _bare([saved, own])
+    return saved == own or _is_generated(saved) or _is_generated(own)
+
+
+def _bare(names: Sequence[str]) -> list[str]:
+    """Names without those of wrappers in front."""
+    found = list(names)
+    for wrapper in _WRAPPERS * 2:
+        found = [name.removeprefix(wrapper) for name in found]
+    return found
+
+
+def _is_generated(name: str) -> bool:
+    return re.fullmatch(r"group\d+\.\d+", name) is not None

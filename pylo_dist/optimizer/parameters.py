@@ -1,0 +1,260 @@
+"""Who the parameters of an optimizer are, what they are called, where their elements lie and which
+state they have. Makes state; writes no parameter.
+
+Who takes part in steps, in every layout: a parameter that was trainable when it came to the
+optimizer, or in any step since. It stays for good, so that freezing it between steps changes
+nothing but its gradient; without one it is not moved, and VeLO's LSTM sees it all the same. Its
+state says that it is in: state is made as it enters, saved, loaded and copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..core.pieces import ShardBinding
+from ..core.rule import LearnedRule
+from ..core.shards import Shape
+from ..core.state import StateField, allocate_state
+from ..layouts import construction, dtensor, plain
+from .sharded_state import canonical
+
+Groups = list[dict[str, Any]]
+State = dict[str, Tensor]
+
+
+def names_of(groups: Groups, group: dict[str, Any]) -> list[str]:
+    """Full names of the parameters of one of these groups: as given, else `group{i}.{j}`."""
+    i = next(i for i, other in enumerate(groups) if other is group)
+    given: list[str] | None = group.get("param_names")
+    return given or [f"group{i}.{j}" for j in range(len(group["params"]))]
+
+
+def named_in(groups: Groups) -> list[tuple[str, Tensor]]:
+    """All parameters of these groups with their full names."""
+    return [
+        pair
+        for group in groups
+        for pair in zip(names_of(groups, group), group["params"], strict=True)
+    ]
+
+
+def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is
+    in a group already.
+    """
+    if isinstance(given["params"], set):
+        return dict(given)  # refused by torch
+    entries = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
+    known = {id(param): i for i, group in enumerate(groups) for param in group["params"]}
+    new = len(groups)
+    for j, entry in enumerate(entries):
+        name, param = entry if isinstance(entry, tuple) else (f"group{new}.{j}", entry)
+        if id(param) in known:
+            i = known[id(param)]
+            where = "in the same group twice" if i == new else f"already in parameter group {i}"
+            raise ValueError(f"{name!r} is {where}; list a tied parameter once")
+        known[id(param)] = new
+    return {**given, "params": entries}
+
+
+def share_names(group: dict[str, Any], groups: Groups) -> None:
+    """An empty group goes with groups that have names and with those that have none (all modified
+    in place): torch wants all alike, and takes an empty one for one without.
+    """
+    named = any(isinstance(entry, tuple) for entry in group["params"])
+    if not group["params"] and any("param_names" in other for other in groups):
+        group.setdefault("param_names", [])
+    elif named and not any(other["params"] for other in groups):
+        for other in groups:
+            other.setdefault("param_names", [])
+
+
+class Parameters:
+    """The one place that is asked about the parameters of an optimizer.
+
+    Args:
+        rule: says which state a parameter has.
+        kind: of the optimizer; ranks that build one together compare it.
+
+    Attributes:
+        bindings: where the elements of each parameter lie; another dict whenever they were
+            described anew.
+        fields: the state of each parameter.
+    """
+
+    def __init__(self, rule: LearnedRule, kind: str) -> None:
+        self.kind = kind
+        self.bindings: dict[Tensor, ShardBinding] = {}
+        self.fields: dict[Tensor, dict[str, StateField]] = {}
+        self._rule = rule
+        self._given: list[list[tuple[str, Shape]]] = []  # names and global shapes, by group
+
+    # ------------------------------------------------------------------------------ which there are
+
+    def describe(self, groups: Groups, settings: Sequence[str]) -> dict[Tensor, ShardBinding]:
+        """Where the elements of all parameters of these groups lie; collective where there are
+        DTensors. Changes nothing here.
+
+        Args:
+            settings: what else must be the same on all ranks.
+        """
+        named = named_in(groups)
+        construction.meet(named, self.kind)
+        bindings = dtensor.describe_all(named, settings)
+        return {param: binding for (_, param), binding in zip(named, bindings, strict=True)}
+
+    def admit(self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]) -> None:
+        """Take over a new group; the bindings are those of all groups, of which some may have
+        changed: a copy of a parameter may lie on ranks that the new group brings in.
+        """
+        fields = self._fields_of(group, bindings)
+        shards = [bindings[param].shard for param in group["params"]]
+        self._given.append([(shard.fqn, shard.shape) for shard in shards])
+        self.bindings, self.fields = bindings, {**self.fields, **fields}
+
+    def follow(
+        self,
+        groups: Groups,
+        state: MutableMapping[Tensor, Any],
+        settings: Callable[[], Sequence[str]],
+    ) -> None:
+        """Take over parameters that a library put in the place of ours before the first step
+        (accelerate, under FSDP2), and drop the state of those that are gone. Changes nothing on an
+        error.
+
+        Raises:
+            ValueError: one has another global shape than that in whose place it is, or steps were
+                taken, and the state belongs to the parameters that are gone.
+        """
+        if all(param in self.bindings for group in groups for param in group["params"]):
+            return
+        for i, group in enumerate(groups):
+            self._check_exchanged(i, group)
+        bindings = self.describe(groups, settings())
+        fields = {p: f for group in groups for p, f in self._fields_of(group, bindings).items()}
+        self.bindings, self.fields = bindings, fields
+        for param in [param for param in state if param not in self.bindings]:
+            del state[param]
+
+    def _check_exchanged(self, i: int, group: dict[str, Any]) -> None:
+        """Raise ValueError for parameters of group i that cannot take the place of ours."""
+        if i >= len(self._given):
+            raise ValueError(
+                f"parameter group {i} was put into param_groups by hand: add it with "
+                "add_param_group, which describes its parameters and makes their state"
+            )
+        given, params = self._given[i], group["params"]
+        if all(param in self.bindings for param in params):
+            return
+        for (name, _), param in zip(given, params, strict=False):
+            plain.check_param(name, param)
+        shapes = [plain.describe("", param).shard.shape for param in params]
+        for j, (name, shape) in enumerate(given):
+            if j < len(shapes) == len(given) and shapes[j] == shape:
+                continue
+            found = f"one of shape {shapes[j]}" if j < len(shapes) else "none"
+            raise ValueError(
+                f"{name!r} of shape {shape} was exchanged in parameter group {i}, which held "
+                f"{len(given)} tensors and holds {len(params)} now: {found} is in its place. A "
+                "step needs whole tensors, or knows how they are cut; a flattened or reshaped one "
+                "it would move wrongly. DeepSpeed does this to an optimizer object: `import "
+                f'pylo_dist.deepspeed` and name it in the JSON instead ({{"optimizer": '
+                f'{{"type": "{self.kind}", "params": {{...}}}}}}). Elsewhere change the model '
+                "first and build the optimizer after it"
+            )
+        if bool(group["step"] > 0):
+            name = next(
+                name for (name, _), p in zip(given, params, strict=True) if p not in self.bindings
+            )
+            raise ValueError(
+                f"{name!r} was replaced by another tensor after {int(group['step'])} steps, and "
+                "its state belongs to the old one: shard the model before the first step"
+            )
+
+    def _fields_of(
+        self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]
+    ) -> dict[Tensor, dict[str, StateField]]:
+        return {
+            param: self._rule.state_fields(bindings[param].shard, group)
+            for param in group["params"]
+        }
+
+    def bound(self, groups: Groups) -> list[tuple[ShardBinding, Tensor]]:
+        """Every parameter with where its elements lie."""
+        return [(self.bindings[param], param) for group in groups for param in group["params"]]
+
+    def taking_part(
+        self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters that take part in steps, with their groups; those without elements never
+        do.
+
+        Args:
+            state: the optimizer's; who has some is in.
+            enter: whether others may come in now: at construction and in a step, which all ranks
+                do at the same time.
+        """
+        return [
+            (param, group)
+            for group in groups
+            for param in group["params"]
+            if (state.get(param) or (enter and self._may_enter(param)))
+            and self.bindings[param].shard.global_numel
+        ]
+
+    def _may_enter(self, param: Tensor) -> bool:
+        # whether there is a gradient may differ between ranks, and the line-up must not
+        alone = param.grad is not None and self.bindings[param].holders is None
+        return param.requires_grad or alone
+
+    def left_out(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> ValueError | None:
+        """What is wrong with the coming step: a gradient that it would pass over."""
+        for group in groups:
+            for param in group["params"]:
+                if (
+                    not param.requires_grad
+                    and param.grad is not None
+                    and not (state.get(param) or self._may_enter(param))
+                ):
+                    return ValueError(
+                        f"{self.bindings[param].shard.fqn!r} has a gradient, and has been frozen "
+                        "in every step since the optimizer was built: call requires_grad_(True) "
+                        "before step(), or build the optimizer while it is trainable and freeze "
+                        "it after that"
+                    )
+        return None
+
+    # ---------------------------------------------------------------------------------- their state
+
+    def new_state(self, param: Tensor) -> State:
+        """What the state of a parameter begins with, as `optimizer.state` shows it."""
+        return self.shown(
+            param, allocate_state(self.fields[param], self.bindings[param].shard, param)
+        )
+
+    def shown(self, param: Tensor, local: State) -> State:
+        """The local state of a parameter as `optimizer.state` shows it: what is sharded as a
+        DTensor is a DTensor.
+        """
+        if not plain.is_dtensor(param):
+            return local
+        fields = self.fields[param]
+        return {
+            name: tensor
+            if fields[name].replicated is not None
+            else dtensor.wrap_like(param, tensor, len(fields[name].copies))
+            for name, tensor in local.items()
+        }
+
+    def canonical(self, param: Tensor, state: State) -> State:
+        """The same state as checkpoints have it, see `sharded_state.canonical`; what no field names
+        stays as it is.
+        """
+        fields, binding = self.fields[param], self.bindings[param]
+        return {
+            name: canonical(tensor, fields[name], binding) if name in fields else tensor
+            for name, tensor in state.items()
+        }
