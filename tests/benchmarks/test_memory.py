@@ -30,8 +30,8 @@ def _measure(rank: int, world: int) -> list[Measured]:
 
 
 @pytest.mark.xfail(
-    reason="on CPUs all buckets of a pass are sent at its end, so that several optimizers may share "
-    "ranks: stage 2 holds more than two in flight, which the formula does not know yet"
+    reason="on CPUs all buckets of a pass are sent at its end, so that several optimizers may "
+    "share ranks: stage 2 holds more than two in flight, which the formula does not know yet"
 )
 def test_peak_and_state_are_as_promised() -> None:
     per_rank = run_ranks(2, _measure)
