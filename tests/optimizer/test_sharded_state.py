@@ -242,7 +242,9 @@ def test_parameters_without_names_load_by_position(tmp_path: Path) -> None:
         dcp.load(contents, checkpoint_id=folder, no_dist=True)
         target.load_state_dict(contents["o"])
         assert not differing(*(dict(flat_local(o)) for o in (source, target)))
-    assert "param_names" not in unnamed.param_groups[0]
+    # names that were loaded stay: the next save has them
+    names = [fqn for fqn, _ in model.trainable()]
+    assert unnamed.param_groups[0]["param_names"] == names
     assert sharded_one.param_groups[0]["param_names"] == [fqn for fqn, _ in model.trainable()]
 
 
