@@ -20,6 +20,8 @@ from pylo_dist import checkpoint
 from support.optimizer_cases import EVERY, Named, build, everything, make_params, same, train
 from support.optimizers import OPTIMIZERS
 
+# rates are large here, so that settings show
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 Pair = tuple[Any, Named]
 

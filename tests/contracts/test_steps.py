@@ -29,6 +29,8 @@ from support.optimizer_cases import (
 )
 from support.optimizers import OPTIMIZERS
 
+# rates are large here, so that settings show
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
