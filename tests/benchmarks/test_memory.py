@@ -29,10 +29,6 @@ def _measure(rank: int, world: int) -> list[Measured]:
     return [measure(SMALL, optimizer, stage, CAP_MB, steps=2) for optimizer, stage in CASES]
 
 
-@pytest.mark.xfail(
-    reason="on CPUs all buckets of a pass are sent at its end, so that several optimizers may "
-    "share ranks: stage 2 holds more than two in flight, which the formula does not know yet"
-)
 def test_peak_and_state_are_as_promised() -> None:
     per_rank = run_ranks(2, _measure)
     elements = sum(torch.Size(shape).numel() for shape in shapes_of(SMALL).values())

@@ -162,11 +162,13 @@ class GradientReducer:
         if len(self._flights) < MAX_IN_FLIGHT:
             return True
         flight = self._flights[0]
-        if (
-            flight.mine.device.type != "cpu"
-        ):  # what comes is queued behind it, the host does not wait
-            if len(_OVERLAPPING) <= 1:
-                self._land()
+        queued = flight.mine.device.type != "cpu"  # what comes: the host does not wait on a GPU
+        # Gradients that are freed as they leave would pile up on a CPU, so it waits for them; but
+        # not beside another optimizer of ours, which on another rank may wait for this one.
+        if len(_OVERLAPPING) <= 1 and (queued or self._frees):
+            self._land()
+            return True
+        if queued:
             return True
         while flight.pending.done():
             if not self._ask_replicas(flight):
