@@ -12,14 +12,16 @@ import json
 import logging
 import os
 import re
-import threading
+import subprocess
+import sys
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
+
+from .client import HEX, first_line, in_words, printable
 
 HEAD_TIMEOUT_S = 5.0  # for the first answer; HF_HUB_ETAG_TIMEOUT, when set, is used instead
 # for one download; the client itself would go on for as long as a server drops the connection half
@@ -30,11 +32,13 @@ GRACE_S = 10.0  # others wait so much longer than the one who downloads may take
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+# bytes; the weights of VeLO, the largest there are, have 20 million
+LARGEST = {WEIGHTS_FILE: 256 << 20, CONFIG_FILE: 1 << 20}
+# branches, tags and commits, of which the client makes the name of a file
+_REVISION = re.compile(r"\w[\w.+=/-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 class HubError(RuntimeError):
@@ -47,7 +51,7 @@ class HubFiles:
 
     Attributes:
         config: config.json, where there is one.
-        commit: the 40 digits of the commit they belong to.
+        commit: the 40 (or 64) digits of the commit they belong to.
     """
 
     weights: Path
@@ -77,11 +81,16 @@ def download(repository: str, revision: str | None = None, *, local_only: bool =
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise HubError(_first_line(error)) from None
+        raise HubError(first_line(error)) from None
     wanted = revision or constants.DEFAULT_REVISION
+    if not _REVISION.fullmatch(wanted) or ".." in wanted:
+        raise HubError(
+            f"revision {printable(wanted)!r} of {repository}: wanted the name of a branch or tag, "
+            "or a commit"
+        )
     files = (
         _cached(repository, wanted)
-        if local_only or constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(wanted)
+        if local_only or constants.HF_HUB_OFFLINE or HEX.fullmatch(wanted)
         else None
     )
     if files is not None:
@@ -114,8 +123,9 @@ def download(repository: str, revision: str | None = None, *, local_only: bool =
         after = _read_note(note)
         if after is not None and after != before:  # someone has asked since this call began
             if "error" in after:
-                raise HubError(str(after["error"]))
-            files = _cached(repository, str(after.get("commit")))
+                raise HubError(printable(after["error"]))
+            commit = str(after.get("commit"))
+            files = _cached(repository, commit) if HEX.fullmatch(commit) else None
             if files is not None:
                 return _intact(files)
         try:
@@ -151,9 +161,12 @@ def upload(
             repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message
         )
     except HFValidationError as error:
-        raise HubError(_first_line(error)) from None
+        raise HubError(first_line(error)) from None
     except Exception as error:  # the errors of the transport differ between versions of the client
-        raise HubError(_in_words(error, repository, revision)) from error
+        raise HubError(in_words(error, repository, revision)) from error
+    if not HEX.fullmatch(commit.oid):
+        named = printable(repr(commit.oid), 80)
+        raise HubError(f"the Hub names the commit {named}; wanted 40 or 64 hex digits")
     return commit.oid
 
 
@@ -168,80 +181,71 @@ def sha256_of(path: Path) -> str:
 
 def _ask(repository: str, revision: str) -> HubFiles:
     """Ask the Hub which commit `revision` is, and have its files in the cache."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import constants
 
     timeout = (
         float(constants.HF_HUB_ETAG_TIMEOUT)
         if "HF_HUB_ETAG_TIMEOUT" in os.environ
         else HEAD_TIMEOUT_S
     )
-    url = hf_hub_url(repository, WEIGHTS_FILE, revision=revision)
-    try:
-        # hf_hub_download alone would retry for half a minute without a network; a name server may
-        # be silent for as long
-        head = _within(2 * timeout, lambda: get_hf_file_metadata(url, timeout=timeout))
-        commit = head.commit_hash
-        if commit is None:
-            raise HubError(
-                f"{constants.ENDPOINT} does not answer like a Hub (no commit in its headers); "
-                "check HF_ENDPOINT"
-            )
-    except RevisionNotFoundError as error:
-        raise HubError(_in_words(error, repository, revision)) from None
-    except EntryNotFoundError:
-        raise HubError(_within(2 * timeout, lambda: _what_is_there(repository, revision))) from None
-    except Exception as error:  # the errors of the transport differ between versions of the client
-        reason = _in_words(error, repository, revision)
-        files = _cached(repository, revision)
-        if files is None:
-            raise HubError(reason) from error
-        log.warning("%s; using the cached files of commit %s", reason, files.commit)
-        return files
     files = _cached(repository, revision)
-    if (
-        files is not None
-        and files.commit == commit
-        and (files.config is not None or _known_without_config(repository, commit))
-    ):
+    complete = files is not None and (
+        files.config is not None or _known_without_config(repository, files.commit)
+    )
+    answer = _in_a_process(
+        {
+            "path": sys.path,
+            "repository": repository,
+            "revision": revision,
+            "files": [WEIGHTS_FILE, CONFIG_FILE],
+            "largest": LARGEST,
+            "pickled": PICKLED,
+            "known": files.commit if files is not None and complete else None,
+            "timeout": timeout,
+            "answer_s": 2 * timeout,  # a name server may be silent for as long
+            "download_s": DEADLINE_S,
+        },
+        {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": constants.HF_HUB_CACHE},
+    )
+    if "error" in answer:
+        if files is None or answer["final"]:
+            raise HubError(answer["error"])
+        log.warning("%s; using the cached files of commit %s", answer["error"], files.commit)
         return files
+    if "known" in answer:
+        assert files is not None
+        return files
+    config = answer["config"]
+    weights = Path(answer["weights"])
+    return HubFiles(weights, None if config is None else Path(config), _commit_of(weights))
 
-    def both() -> HubFiles:
-        weights = Path(
-            hf_hub_download(repository, WEIGHTS_FILE, revision=revision, etag_timeout=timeout)
-        )
-        commit = _commit_of(weights)
-        try:
-            config = Path(
-                hf_hub_download(repository, CONFIG_FILE, revision=commit, etag_timeout=timeout)
-            )
-        except EntryNotFoundError:
-            return HubFiles(weights, None, commit)
-        return HubFiles(weights, config, commit)
 
+def _in_a_process(request: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """The last answer of client.py to a request. It ends itself when it is late; a process that
+    does not is killed.
+    """
+    seconds = request["answer_s"] + request["download_s"] + GRACE_S
+    program = Path(__file__).with_name("client.py")
     try:
-        return _within(DEADLINE_S, both)
-    except HubError:
-        raise
-    except Exception as error:
-        raise HubError(_in_words(error, repository, revision)) from error
-
-
-def _what_is_there(repository: str, revision: str) -> str:
-    """Why a repository without WEIGHTS_FILE is refused, naming its files."""
-    from huggingface_hub import HfApi
-
-    try:
-        names = sorted(HfApi().list_repo_files(repository, revision=revision))
-    except Exception as error:
-        return f"{repository} holds no {WEIGHTS_FILE} ({_in_words(error, repository, revision)})"
-    pickled = [name for name in names if name.endswith(PICKLED)]
-    if pickled and not any(name.endswith(".safetensors") for name in names):
-        return (
-            f"{repository} holds only pickled files ({', '.join(pickled)}), which are refused; ask "
-            f"for {WEIGHTS_FILE}"
+        done = subprocess.run(
+            [sys.executable, "-I", str(program)],
+            input=json.dumps(request),
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
-    return f"{repository} holds no {WEIGHTS_FILE}, only {', '.join(names) or 'nothing'}"
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {seconds:g} s", "final": True}
+    except OSError as error:
+        return {"error": f"{sys.executable} cannot be started: {error}", "final": False}
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    last: dict[str, Any] = answers[-1] if answers else {}
+    if not last.keys() & {"error", "weights", "known"}:
+        why = f"the process that asked the Hub ended with exit code {done.returncode}"
+        return {"error": why, "final": bool(answers)}
+    return last
 
 
 def _cached(repository: str, revision: str) -> HubFiles | None:
@@ -265,71 +269,38 @@ def _known_without_config(repository: str, commit: str) -> bool:
 
 def _commit_of(path: Path) -> str:
     """.../snapshots/<commit>/<file> -> <commit>"""
-    return path.parent.name
+    commit = path.parent.name
+    if not HEX.fullmatch(commit):
+        raise HubError(
+            f"{printable(path)} lies under no commit of 40 or 64 hex digits; delete that folder of "
+            "the cache, try again"
+        )
+    return commit
 
 
 def _intact(files: HubFiles) -> HubFiles:
-    """The same files, after a look at their hashes: the client checks the size of what it downloads
-    and no more.
+    """The same files, after a look at where they are, how large, and at their hashes: the client
+    checks the size of what it downloads and no more.
     """
+    from huggingface_hub import constants
+
     for path in (files.weights, files.config):
-        blob = path.resolve() if path is not None else None
-        if blob is not None and _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
+        if path is None:
+            continue
+        blob = path.resolve()
+        # the folder of a repository may be a link to another disk, which is the user's
+        homes = (Path(constants.HF_HUB_CACHE).resolve(), path.parents[2].resolve())
+        if not any(blob.is_relative_to(home) for home in homes):
+            raise HubError(f"{path} leads out of the cache, to {blob}; delete it, try again")
+        most = LARGEST[path.name]
+        if not blob.is_file() or blob.stat().st_size > most:
+            raise HubError(f"{blob} is no file of at most {most} bytes; delete it, try again")
+        if _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
             raise HubError(
                 f"{blob} is damaged: the Hub's sha256 is its name, its own is {sha256_of(blob)}; "
                 "delete it, try again"
             )
     return files
-
-
-def _within(seconds: float, work: Callable[[], Result]) -> Result:
-    """`work()`, waited for no longer than `seconds`. The client cannot be interrupted: a late
-    thread ends with the process.
-    """
-    done: list[Result] = []
-    failed: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            done.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=target, daemon=True, name="pylo_dist.hub")
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not done:
-        raise HubError(f"no answer within {seconds:g} s")
-    return done[0]
-
-
-def _in_words(error: BaseException, repository: str, revision: str | None) -> str:
-    """An error of the client in one line that names the repository and the remedy."""
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repository} has no revision {revision!r}"
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repository} is gated: ask for access on its page, then `hf auth login` or set "
-            "HF_TOKEN"
-        )
-    if status in (401, 403, 404):
-        return (
-            f"{repository}: HTTP {status}, no such repository or a private one: check it, `hf auth "
-            "login` or set HF_TOKEN"
-        )
-    if status is not None:
-        return f"{repository}: HTTP {status} from the Hub"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:

@@ -6,9 +6,11 @@ huggingface_hub.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -62,7 +64,7 @@ class Call:
             assert self.connection.poll(timeout), f"no result within {timeout} s"
             kind, value = self.connection.recv()
         finally:
-            self.process.kill()  # also when a late thread of the client goes on
+            self.process.kill()
             self.process.join()
         if kind == "WeightsError":
             raise WeightsError(value)
@@ -105,7 +107,9 @@ def _child(
 def load(
     name: str, architecture: str = "small_fc", sha256: str = "", **settings: float
 ) -> dict[str, Any]:
-    """load_weights with other limits of `pylo_dist.hub`; a WeightsError is in "error"."""
+    """load_weights with other limits of `pylo_dist.hub`; a WeightsError is in "error", what is
+    still at work afterwards in "left".
+    """
     for key, value in settings.items():
         assert hasattr(hub, key)
         setattr(hub, key, value)
@@ -123,7 +127,11 @@ def load(
         found = {"digest": network.digest, "source": network.source, "error": ""}
     except WeightsError as error:
         found = {"digest": "", "source": "", "error": str(error)}
-    return {**found, "seconds": time.perf_counter() - start, "warnings": warnings}
+    seconds = time.perf_counter() - start
+    left = [thread.name for thread in threading.enumerate()[1:]]
+    with contextlib.suppress(ChildProcessError):  # there is none
+        left.append(f"a process, {os.waitpid(-1, os.WNOHANG)}")
+    return {**found, "seconds": seconds, "warnings": warnings, "left": left}
 
 
 def push(folder: Path, repository: str, token: str) -> str:

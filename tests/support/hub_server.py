@@ -44,6 +44,9 @@ class Hub:
         drops: the connection is closed in the middle of every file of storage.
         spoils: the last byte of every file of storage is another one.
         delay_s: before every file of storage.
+        drips: every file of storage comes byte by byte, slowly, and never ends.
+        longer: bytes that every file of storage has beyond its own.
+        said: header -> what is sent in its place, wherever it is sent; None: it is left out.
     """
 
     def __init__(self) -> None:
@@ -53,8 +56,10 @@ class Hub:
         self.asked: list[str] = []
         self.status: dict[str, int] = {}
         self.stalls: tuple[str, ...] = ()
-        self.drops = self.spoils = False
+        self.drops = self.spoils = self.drips = False
         self.delay_s = 0.0
+        self.longer = 0
+        self.said: dict[str, str | None] = {}
         self.released = threading.Event()  # stalled requests end with the test
         self.port = 0
 
@@ -162,7 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+            said = self.hub.said.get(name.replace("_", "-"), value)
+            if said is not None:
+                self.send_header(name.replace("_", "-"), said)
         if "Content_Length" not in headers:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -225,8 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.drops:
             self._send(200, content[: len(content) // 2], Content_Length=str(len(content)))
             self.close_connection = True
+        elif self.hub.drips:
+            self._send(200, content[:1], Content_Length=str(len(content)))
+            while not self.hub.released.wait(0.1):
+                self.wfile.write(b"x")
         else:
-            self._send(200, content)
+            self._send(200, content + bytes(self.hub.longer))
 
     def _tree(self, repository: str, revision: str) -> None:
         found = self._files(repository, revision)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
 from pylo_dist.optim.velo import ARCHITECTURE as VELO
-from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, load_weights
+from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, hub, load_weights
 from support import hub_cases
 from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256
@@ -279,15 +281,88 @@ def test_files_that_end_early(server: Hub, node: Node) -> None:
     assert node.load()["digest"] == DIGEST
 
 
-@pytest.mark.parametrize(("part", "limit"), [("/resolve/", 1.0), ("/storage/", 1.5)])
-def test_a_server_that_stalls(server: Hub, node: Node, part: str, limit: float) -> None:
+@pytest.mark.parametrize(("part", "limit"), [("/resolve/", 1.0), ("drips", 1.5)])
+def test_a_late_download_is_ended(server: Hub, node: Node, part: str, limit: float) -> None:
+    """Whether nothing comes, or a byte now and then, which no limit of a single read would end."""
     server.commit(NAME, {"model.safetensors": WEIGHTS})
-    server.stalls = (part,)
+    server.drips = part == "drips"
+    server.stalls = () if server.drips else (part,)
     found = node.load(HEAD_TIMEOUT_S=1.0, DEADLINE_S=1.5)
     assert found["error"].startswith(f"weights {NAME!r} could not be had from the Hub (")
-    assert limit <= found["seconds"] < 8.0
-    server.stalls = ()
+    assert limit <= found["seconds"] < 12.0
+    assert found["left"] == []
+    assert not list(node.cache.rglob("*.incomplete"))
+    server.stalls, server.drips = (), False
     assert node.load()["digest"] == DIGEST
+
+
+STUCK = """
+import signal, sys, time
+sys.path.append(sys.argv[1])
+import client
+client._CLEANUP_S = 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+client.Limit(lambda answer: print(answer, flush=True)).set(0.1)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_hears_no_signal_is_ended_too() -> None:
+    folder = str(Path(hub.__file__).parent)  # imports nothing of the package
+    words = [sys.executable, "-c", STUCK, folder]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.stdout.strip() == "{'error': 'no answer within 0.1 s', 'final': False}", done.stderr
+
+
+# --------------------------------------------------------------------------------- what a Hub says
+
+ODD_HEADERS = {
+    "commit": ("X-Repo-Commit", "main", "comes with the commit 'main'; wanted 40 or 64 hex digits"),
+    "tag": ("X-Linked-Etag", '"a\tname"', r"comes with the entity tag 'a\tname'; wanted 40 or 64"),
+    "no size": ("X-Linked-Size", None, "said to have None bytes; wanted a known size of at most"),
+    "large": ("X-Linked-Size", str(1 << 40), "said to have 1099511627776 bytes; wanted a known"),
+}
+
+
+def test_ids_and_sizes_are_looked_at_before_anything_is_written(server: Hub, node: Node) -> None:
+    server.commit(NAME, {"model.safetensors": WEIGHTS})
+    for header, value, words in ODD_HEADERS.values():
+        server.said = {header: value}
+        found = node.load()
+        assert words in found["error"], found["error"]
+        assert found["error"].isprintable()
+        assert found["left"] == []
+    assert server.count("^GET /storage/") == 0
+    written = [path.name for path in node.cache.rglob("*") if path.is_file()]
+    assert set(written) <= {"pylo_dist.main.json", "pylo_dist.main.lock"}
+
+    # the client would note for this commit that there is no config.json
+    server.said = {"ETag": '"x"'}
+    server.commit(NAME, {"model.safetensors": WEIGHTS, "config.json": b"{}"})
+    assert "comes with the entity tag 'x'; wanted" in node.load()["error"]
+
+
+def test_a_file_cannot_grow_beyond_its_size(server: Hub, node: Node) -> None:
+    server.commit(NAME, {"model.safetensors": WEIGHTS})
+    server.longer = 1 << 20
+    assert "File too large" in node.load()["error"]
+    assert sum(path.stat().st_size for path in node.cache.rglob("*")) < 1 << 17
+    server.longer = 0
+    assert node.load()["digest"] == DIGEST
+    blob = next(node.cache.rglob(f"blobs/{sha256(WEIGHTS)}"))
+    outside = node.cache.parent / blob.name
+    blob.rename(outside)
+    blob.symlink_to(outside)
+    assert f"leads out of the cache, to {outside}" in node.load(environment=OFFLINE)["error"]
+
+
+def test_foreign_names_are_escaped(server: Hub, node: Node) -> None:
+    server.commit("some/names", {"a\nb\x07.txt": b"x", **{f"{i}.txt": b"" for i in range(30)}})
+    error = node.load("some/names")["error"]
+    assert error.isprintable()
+    assert "19 more" in error
+    assert r"a\nb\x07.txt" in error or "30.txt" not in error
+    assert "wanted the name of a branch or tag" in node.load(f"{NAME}@v1/../v2")["error"]
 
 
 # ---------------------------------------------------------------------------------- once per node
