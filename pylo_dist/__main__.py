@@ -110,7 +110,7 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     fetch.set_defaults(run=_fetch)
 
     verify = actions.add_parser(
-        "verify", help="compare a folder's tensors with the digest that was written with them"
+        "verify", help="compare a folder's weights with the digest that was written with them"
     )
     verify.add_argument("folder", metavar="FOLDER")
     verify.set_defaults(run=_verify)
@@ -211,13 +211,15 @@ def _verify(arguments: argparse.Namespace) -> int:
             "wrote"
         )
     network = load_weights(arguments.folder)  # compares, and says what differs
-    if stored_digest(arguments.folder) is None:
+    stored = stored_digest(arguments.folder)
+    if stored is None:
         raise WeightsError(
             f"folder {arguments.folder} holds {network.architecture} weights, digest "
             f"{network.digest}, and none to compare it with: write it with `python -m pylo_dist "
             "weights fetch` or pylo_dist.save_weights"
         )
-    print(f"{arguments.folder}: {network.architecture} weights, digest {network.digest} as written")
+    what = "weights" if stored == network.digest else "tensors"
+    print(f"{arguments.folder}: {network.architecture} {what}, digest {stored} as written")
     return DONE
 
 

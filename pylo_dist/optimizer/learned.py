@@ -322,7 +322,11 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         settings = (name for name in self.defaults if name not in REFUSED)
         keys = ("step", *self.group_keys, *self.rule.group_state(), *settings)
         loading.check_groups(
-            groups, self.param_groups, keys, loading.marks_of(self.rule, self.weights)
+            groups,
+            self.param_groups,
+            keys,
+            loading.marks_of(self.rule, self.weights),
+            loading.earlier_marks_of(self.weights),
         )
 
     def state_template(self, param: Tensor) -> State:

@@ -5,6 +5,7 @@ elements of it. Reads only; what it makes is new memory.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ OTHER_MARKS = {
     "state_weights": "those are sha256 of learned weights: give the optimizer the weights it was "
     "saved with",
 }
+EARLIER_MARKS = {
+    "state_weights": "the state was saved by a version that knew weights by their tensors alone; "
+    "whether they had the same decays cannot be told"
+}
 _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
 
 
@@ -37,6 +42,11 @@ def marks_of(rule: LearnedRule, weights: MetaNetwork) -> dict[str, Any]:
         "state_rule": rule.name,
         "state_weights": weights.digest,
     }
+
+
+def earlier_marks_of(weights: MetaNetwork) -> dict[str, Any]:
+    """What earlier versions said in the place of some marks."""
+    return {"state_weights": weights.tensors_digest}
 
 
 def unsharded(saved: dict[str, Any], groups: Groups, parameters: Parameters) -> dict[str, Any]:
@@ -78,7 +88,9 @@ def without_state(loaded: dict[str, Any], groups: Groups) -> dict[str, Any]:
     for saved, group in zip(loaded["param_groups"], groups, strict=True):
         names = saved.get("param_names")
         keep = names and "param_names" not in group and not any(map(_is_generated, names))
-        taken.append({k: v for k, v in saved.items() if keep or k != "param_names"})
+        kept = {k: v for k, v in saved.items() if keep or k != "param_names"}
+        # a digest of an earlier version is not handed on
+        taken.append({**kept, "state_weights": group["state_weights"]})
     return {**loaded, "param_groups": taken, "state": {}}
 
 
@@ -170,7 +182,11 @@ def check_parts(loaded: dict[str, Any], kind: str) -> None:
 
 
 def check_groups(
-    saved: Groups, groups: Groups, keys: Sequence[str], marks: Mapping[str, Any]
+    saved: Groups,
+    groups: Groups,
+    keys: Sequence[str],
+    marks: Mapping[str, Any],
+    earlier: Mapping[str, Any],
 ) -> None:
     """Raise ValueError for parameter groups that do not fit.
 
@@ -178,6 +194,8 @@ def check_groups(
         groups: the optimizer's own.
         keys: what each must have, beside the marks.
         marks: what each must say.
+        earlier: what states of earlier versions say in the place of some of them, which is taken
+            with a warning.
     """
     saved_sizes, own_sizes = ([len(group["params"]) for group in g] for g in (saved, groups))
     if saved_sizes != own_sizes:
@@ -198,7 +216,9 @@ def check_groups(
                     f"group {i} of the state has no {key!r}; was it saved by another optimizer?"
                 )
         for key, wanted in marks.items():
-            if group[key] != wanted:
+            if key in earlier and group[key] == earlier[key]:
+                warnings.warn(EARLIER_MARKS[key], stacklevel=2)
+            elif group[key] != wanted:
                 raise ValueError(
                     f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; "
                     f"{OTHER_MARKS[key]}"

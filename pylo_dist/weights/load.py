@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import hub
+from .client import printable
 from .hub import PICKLED
 from .registry import (
     DEMO,
@@ -54,7 +56,7 @@ class MetaNetwork:
         name: as the user named them.
         tensors: float32 CPU tensors by name.
         decays: decays stored or registered with them.
-        digest: sha256 over names, shapes and values, hex.
+        tensors_digest: sha256 over names, shapes and values of the tensors, hex.
         source: where they came from, "repository@commit" or a path, for a saved folder what its
             card says; "" for a mapping.
         horizon, licence: as in `Registered`.
@@ -64,10 +66,17 @@ class MetaNetwork:
     architecture: str
     tensors: Mapping[str, Tensor]
     decays: Mapping[str, tuple[float, ...]]
-    digest: str
+    tensors_digest: str
     source: str = ""
     horizon: int | None = None
     licence: str = UNKNOWN
+
+    @property
+    def digest(self) -> str:
+        """sha256, hex, over what a rule computes with: architecture, tensors and decays."""
+        decays = {name: [x.hex() for x in values] for name, values in self.decays.items()}
+        parts = [self.architecture, self.tensors_digest, decays]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> str:
         """One line for logs: name and the start of the hash."""
@@ -138,9 +147,10 @@ def load_weights(
     )
     if architecture is None:
         named = entry.architecture if entry is not None else found.card.get("architecture")
-        if named is not None and named not in architectures():
+        if named is not None and not (isinstance(named, str) and named in architectures()):
             raise WeightsError(
-                f"weights {name!r} are for {named!r}, wanted one of {known_architectures()}"
+                f"weights {name!r} are for {printable(named)!r}, wanted one of "
+                f"{known_architectures()}"
             )
         architecture = (
             architecture_named(named) if named is not None else _recognised(name, found.tensors)
@@ -289,11 +299,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
         card = json.loads(metadata.get(CARD_KEY, "{}"))
     except (SafetensorError, ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: {printable(error)}"
+        ) from error
     if not isinstance(card, dict) or not isinstance(card.get("decays", {}), dict):
         raise WeightsError(
-            f"{path}: the card {card!r} is not what was wanted, {{'architecture': ..., 'decays': "
-            "{...}}"
+            f"{path}: the card {printable(card)} is not what was wanted, {{'architecture': ..., "
+            "'decays': {...}}"
         )
     return tensors, card
 
@@ -312,14 +324,15 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
     name, tensors, card = found.name, found.tensors, found.card
     if card.get("architecture", architecture.name) != architecture.name:
         raise WeightsError(
-            f"weights {name!r} are for {card['architecture']}, this optimizer needs "
+            f"weights {name!r} are for {printable(card['architecture'])}, this optimizer needs "
             f"{architecture.name}"
         )
     for path, config in found.configs:
         for key, wanted in architecture.config.items():
             if config.get(key, wanted) != wanted:
                 raise WeightsError(
-                    f"weights {name!r}: {path} says {key} = {config[key]!r}, {architecture.name} "
+                    f"weights {name!r}: {path} says {key} = {printable(repr(config[key]))}, "
+                    f"{architecture.name} "
                     f"here computes {wanted!r} only; use PyLO for these weights"
                 )
     missing = sorted(set(architecture.shapes) - set(tensors))
@@ -327,7 +340,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
     if missing or extra:
         raise WeightsError(
             f"weights {name!r} do not fit {architecture.name}: missing {missing or 'none'}, "
-            f"unexpected {extra or 'none'}"
+            f"unexpected {printable(extra or 'none')}"
         )
     digest = hashlib.sha256()
     frozen: dict[str, Tensor] = {}
@@ -351,35 +364,74 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
         if not bool(tensor.isfinite().all()):
             raise WeightsError(f"weights {name!r}: {key!r} holds inf or NaN")
         frozen[key] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not bool(frozen[key].isfinite().all()):
+            raise WeightsError(
+                f"weights {name!r}: {key!r} holds numbers that float32, in which rules compute, "
+                "does not reach"
+            )
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(frozen[key].numpy().tobytes())
+    decays = {**architecture.decays, **(found.entry.decays if found.entry else {})}
+    decays |= _stored_decays(name, card, architecture)
+    entry = found.entry or Registered(architecture.name, "")
+    horizon = card.get("horizon")
+    network = MetaNetwork(
+        name,
+        architecture.name,
+        frozen,
+        decays,
+        digest.hexdigest(),
+        source=printable(found.source),
+        horizon=horizon if type(horizon) is int and horizon > 0 else entry.horizon,
+        licence=printable(card.get("licence") or entry.licence),
+    )
+    _compare_digest(network, card.get("digest"))
+    return network
+
+
+def _stored_decays(
+    name: str, card: dict[str, Any], architecture: Architecture
+) -> dict[str, tuple[float, ...]]:
+    """The decays in a card. Raises WeightsError for what are none."""
     stored = {}
     for key, value in card.get("decays", {}).items():
-        if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
+        if not isinstance(value, list) or not all(map(is_float32, value)):
             raise WeightsError(
-                f"weights {name!r}: the card has {key!r} = {value!r}, wanted a list of numbers"
+                f"weights {name!r}: the card has {printable(key)!r} = {printable(value)}, wanted a "
+                "list of numbers that float32 reaches"
             )
         stored[key] = tuple(float(x) for x in value)
     unknown = sorted(set(stored) - set(architecture.decays))
     if unknown:
         raise WeightsError(
-            f"weights {name!r}: the card names unknown decays {unknown}, wanted "
+            f"weights {name!r}: the card names unknown decays {printable(unknown)}, wanted "
             f"{sorted(architecture.decays)}"
         )
-    if card.get("digest", digest.hexdigest()) != digest.hexdigest():
-        raise WeightsChangedError(
-            f"weights {name!r}: the tensors have digest {digest.hexdigest()}, the card of the file "
-            f"says {card['digest']}; they were changed after they were saved: fetch them again, or "
-            "save them anew with pylo_dist.save_weights"
+    return stored
+
+
+def is_float32(value: object) -> bool:
+    """Whether a value is a finite number that stays one in float32."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+
+
+def _compare_digest(network: MetaNetwork, said: object) -> None:
+    """Raise WeightsChangedError where the digest in a card is another one. That of an earlier
+    version, over the tensors alone, is taken with a warning.
+    """
+    if said is None or said == network.digest:
+        return
+    if said == network.tensors_digest:
+        warnings.warn(
+            f"weights {network.name!r}: the digest in the file is that of an earlier version, over "
+            "the tensors alone; whether its decays are as they were written cannot be told. "
+            "pylo_dist.save_weights writes one that covers them",
+            stacklevel=2,
         )
-    entry = found.entry or Registered(architecture.name, "")
-    return MetaNetwork(
-        name,
-        architecture.name,
-        frozen,
-        {**architecture.decays, **entry.decays, **stored},
-        digest.hexdigest(),
-        source=found.source,
-        horizon=card["horizon"] if isinstance(card.get("horizon"), int) else entry.horizon,
-        licence=str(card.get("licence") or entry.licence),
+        return
+    raise WeightsChangedError(
+        f"weights {network.name!r}: tensors, architecture and decays have digest "
+        f"{network.digest}, the card of the file says {printable(said)}; they were changed after "
+        "they were saved: fetch them again, or save them anew with pylo_dist.save_weights"
     )

@@ -5,7 +5,6 @@ bit-equal, or a Hub repository.
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 
 from .._version import __version__
 from . import hub
-from .load import CARD_KEY, MetaNetwork, WeightsLike, load_weights, read_file
+from .load import CARD_KEY, MetaNetwork, WeightsLike, is_float32, load_weights, read_file
 from .registry import UNKNOWN, WeightsError, architecture_named, example_of
 
 CARD_FILE = "README.md"
@@ -69,7 +68,7 @@ def save_weights(
             f"folder {target} holds {', '.join(others)}, a weights folder holds one such file; "
             "name a new folder"
         )
-    if file.exists() and not overwrite and _digest_in(file) != network.digest:
+    if file.exists() and not overwrite and _digest_of(target, network) != network.digest:
         raise WeightsError(
             f"folder {target} holds other weights; name a new folder, or overwrite them "
             "(overwrite=True)"
@@ -172,8 +171,9 @@ def _completed(
     for name, values in (decays or {}).items():
         if (
             name not in known
+            or not isinstance(values, Sequence)
             or len(values) != len(known[name])
-            or not all(math.isfinite(x) for x in values)
+            or not all(map(is_float32, values))
         ):
             wanted = (
                 ", ".join(
@@ -185,8 +185,8 @@ def _completed(
                 f"decays {name!r} = {values!r} do not belong to {network.architecture}: wanted "
                 f"{wanted}"
             )
-    if horizon is not None and horizon < 1:
-        raise WeightsError(f"horizon={horizon}: wanted a number of steps, 1 or more")
+    if horizon is not None and not (type(horizon) is int and horizon >= 1):
+        raise WeightsError(f"horizon={horizon!r}: wanted a number of steps, 1 or more")
     return replace(
         network,
         decays={
@@ -204,6 +204,16 @@ def stored_digest(folder: str | os.PathLike[str]) -> str | None:
     """
     found = sorted(Path(folder).glob("*.safetensors"))
     return _digest_in(found[0]) if found else None
+
+
+def _digest_of(folder: Path, like: MetaNetwork) -> str | None:
+    """The digest of the weights that `folder` holds, by what they are and not by what the file
+    says; None for what are no weights of that architecture.
+    """
+    try:
+        return load_weights(folder, architecture_named(like.architecture)).digest
+    except WeightsError:
+        return None
 
 
 def _digest_in(file: Path) -> str | None:
@@ -245,10 +255,10 @@ def _model_card(network: MetaNetwork, description: str) -> str:
             *decays,
             f"| digest | `{network.digest}` |",
             "",
-            "The digest is a sha256 over the names, shapes and float32 values of the tensors; "
-            "loading compares it with the one",
-            "in the metadata of `model.safetensors`, and `python -m pylo_dist weights verify "
-            "FOLDER` prints it.",
+            "The digest is a sha256 over the architecture, the decays, and the names, shapes and "
+            "float32 values of the tensors;",
+            "loading compares it with the one in the metadata of `model.safetensors`, and `python "
+            "-m pylo_dist weights verify FOLDER` prints it.",
             "",
             "| tensor | shape |",
             "|---|---|",

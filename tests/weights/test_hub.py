@@ -437,10 +437,11 @@ def test_push_then_load(server: Hub, node: Node, tmp_path: Path) -> None:
     card = files["README.md"].decode()
     assert card.startswith("---\nlicense: unknown\nlibrary_name: pylo_dist\n")
     assert "Made in a test." in card
-    assert DIGEST in card
+    given = load_weights(folder, SMALL_FC).digest
+    assert given in card
     for name in ("me/mine", pinned):
         found = node.load(name)
-        assert (found["error"], found["digest"], found["source"]) == ("", DIGEST, pinned)
+        assert (found["error"], found["digest"], found["source"]) == ("", given, pinned)
     with safe_open(next(node.cache.rglob("model.safetensors")), framework="pt") as file:
         assert json.loads(file.metadata()[CARD_KEY])["decays"] == decays
 

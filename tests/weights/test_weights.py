@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import pylo_dist
 from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.optim.adafac import effective_decays
 from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
+from pylo_dist.optim.elo import ARCHITECTURE as ELO
 from pylo_dist.optim.velo import ARCHITECTURE as VELO
 from pylo_dist.weights import (
     CARD_KEY,
@@ -351,6 +354,7 @@ def test_saved_weights_are_read_back_bit_for_bit(
         folder, given, decays=decays, horizon=1234, licence="mit", description="Some words."
     )
     read = load_weights(folder)  # knows its architecture
+    digest = replace(given, decays=decays).digest
     for network in (
         saved,
         read,
@@ -359,7 +363,7 @@ def test_saved_weights_are_read_back_bit_for_bit(
     ):
         assert (network.architecture, network.digest, network.horizon, network.licence) == (
             architecture.name,
-            given.digest,
+            digest,
             1234,
             "mit",
         )
@@ -371,7 +375,7 @@ def test_saved_weights_are_read_back_bit_for_bit(
     card = (folder / "README.md").read_text()
     for said in (
         architecture.name,
-        given.digest,
+        digest,
         "1,234 steps",
         "license: mit",
         "Some words.",
@@ -383,7 +387,7 @@ def test_saved_weights_are_read_back_bit_for_bit(
         decays,
         1234,
         "mit",
-        given.digest,
+        digest,
     )
 
 
@@ -457,6 +461,60 @@ def test_tensors_that_changed_after_they_were_saved_are_refused(tmp_path: Path) 
     write(tmp_path / "model.safetensors", kept, card)
     with pytest.raises(WeightsError, match="changed after they were saved: fetch them again"):
         load(tmp_path)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change entries of a file's card, and nothing else."""
+    kept, card = read_file(path)
+    write(path, kept, {**card, **changes})
+
+
+def test_decays_and_architecture_that_changed_are_refused(tmp_path: Path) -> None:
+    saved = save_weights(tmp_path, tensors(), "small_fc")
+    file = tmp_path / "model.safetensors"
+    changed = {**saved.decays, "momentum_decays": (0.95216392, 0.14245212, 0.06812963)}
+    for changes in ({"decays": changed}, {"architecture": "elo", "decays": {}}):
+        save_weights(tmp_path, tensors(), "small_fc", overwrite=True)
+        rewrite(file, **changes)
+        with pytest.raises(WeightsError, match=r"architecture and decays have digest .* changed"):
+            load_weights(tmp_path)
+    assert load({**tensors()}).digest != load_weights(tensors(), ELO).digest
+
+
+def test_what_an_earlier_version_saved_loads_with_a_note(tmp_path: Path) -> None:
+    """Its digests were of the tensors alone, in files and in states."""
+    network = save_weights(tmp_path / "w", tensors(), "small_fc", decays=DECAYS)
+    rewrite(tmp_path / "w" / "model.safetensors", digest=network.tensors_digest)
+    with pytest.warns(UserWarning, match=r"digest in the file is that of an earlier version"):
+        optimizer = adafac(tmp_path / "w")
+    assert optimizer.weights.digest == network.digest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_weights(tmp_path / "w", tmp_path / "w")  # the same weights, under a digest of today
+    assert adafac(tmp_path / "w").weights.digest == network.digest
+
+    optimizer.param_groups[0]["state_weights"] = network.tensors_digest
+    state = optimizer.state_dict()
+    other = adafac(network)
+    with pytest.warns(UserWarning, match="knew weights by their tensors alone"):
+        other.load_state_dict(state)
+    assert other.param_groups[0]["state_weights"] == network.digest
+    decays = {**network.decays, "rms_decays": (0.05,)}
+    with pytest.raises(ValueError, match="state_weights"):
+        adafac(replace(network, decays=decays)).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("value", [True, 10**400, 1e300, float("nan")], ids=str)
+def test_numbers_that_float32_does_not_reach_are_refused(tmp_path: Path, value: float) -> None:
+    file = write(tmp_path / "w.safetensors", card={"decays": {"rms_decays": [value]}})
+    with pytest.raises(WeightsError, match=r"'rms_decays' = .*numbers that float32 reaches"):
+        load(file)
+    with pytest.raises(WeightsError, match=r"'rms_decays' = .*finite numbers"):
+        save_weights(tmp_path / "new", tensors(), "small_fc", decays={"rms_decays": [value]})
+    wide = {name: tensor.double() for name, tensor in tensors().items()}
+    wide["network.output.bias"][1] = 1e300
+    with pytest.raises(WeightsError, match=r"'network.output.bias' holds numbers that float32"):
+        load(wide)
 
 
 # ----------------------------------------------------------------------------------------- registry

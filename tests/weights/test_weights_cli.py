@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-DIGEST = load_weights(tensors(), SMALL_FC).digest
+NETWORK = load_weights(tensors(), SMALL_FC)
+# as the file has them
+DIGEST = replace(NETWORK, decays={**NETWORK.decays, "rms_decays": (0.25,)}).digest
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_fetch_and_verify_a_file(
     assert main(["weights", "verify", str(folder)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"error: weights '{folder}': the tensors have digest ")
+    assert captured.err.startswith(f"error: weights '{folder}': tensors, architecture and dec")
     assert f"the card of the file says {DIGEST}" in captured.err
 
 
@@ -221,9 +224,13 @@ def test_a_fetched_folder_loads_without_a_network(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
     read = load_weights(folder)
-    assert (read.digest, read.source, read.horizon) == (DIGEST, f"btherien/mulo@{commit}", None)
+    assert (read.digest, read.source, read.horizon) == (
+        NETWORK.digest,
+        f"btherien/mulo@{commit}",
+        None,
+    )
     assert read.licence == "apache-2.0 (declared by PyLO's model classes)"
     assert dict(read.decays) == dict(SMALL_FC.decays)
     nowhere = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "other")}
-    assert Call(nowhere, hub_cases.build, "AdafacLO", str(folder)).result() == DIGEST
+    assert Call(nowhere, hub_cases.build, "AdafacLO", str(folder)).result() == read.digest
     assert not (tmp_path / "other").exists()
