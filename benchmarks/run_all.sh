@@ -48,7 +48,13 @@ while [ $# -gt 0 ]; do
       ;;
     --dion) folders+=(--dion "$2") ;;
     --python) python=$2 ;;
-    --patience) patience=$2 ;;
+    --patience)
+      [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || {
+        echo "--patience ${2@Q}: wanted a whole number" >&2
+        exit 2
+      }
+      patience=$2
+      ;;
     *)
       echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, --patience; see --help" >&2
       exit 2
@@ -63,7 +69,7 @@ else
   [ "$quick" -eq 0 ] || out=$out/quick
   plots=${plots:-$root/docs}
 fi
-mkdir -p "$out"
+mkdir -p -- "$out"
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 

@@ -2,7 +2,7 @@
 # Pretrain a small GPT-2 with a sharded learned optimizer: two ranks, any machine, a few minutes. Sets itself up.
 # Further arguments go to launch/gpt2.py, e.g. ./launch/quickstart.sh --steps 1000
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 launch/setup.sh launch
 export OMP_NUM_THREADS=1 # one thread a rank, so that two cores are shared fairly

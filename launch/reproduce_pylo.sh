@@ -8,11 +8,11 @@
 # Exit code 0: done, with a table of losses. 1: something is missing, each named on a line of its own, and nothing has been trained;
 # or one of the three runs has failed, and the table holds the others. 143: stopped by a signal.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 
 folder=runs/pylo
 case ${1:-} in
-  "" | --*) ;;
+  "" | -*) ;;
   *)
     folder=$1
     shift
@@ -30,6 +30,7 @@ if [ ! -x "$(command -v "$python")" ]; then
   exit 1
 fi
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') || gpus=0
+[[ $gpus =~ ^[0-9]{1,4}$ ]] || gpus=0 # it is computed with
 [ "$gpus" -gt 0 ] || lacks "a GPU: PyTorch sees none (355M parameters and 10 billion tokens are out of a CPU's reach)"
 [ "$gpus" -eq 0 ] || [ $((512 % gpus)) -eq 0 ] ||
   lacks "a number of GPUs that divides the 512 sequences of a step: PyTorch sees $gpus; set CUDA_VISIBLE_DEVICES"
@@ -38,9 +39,9 @@ for name in "${!weights[@]}"; do
     said=$("$python" -m pylo_dist weights verify "$folder/weights/$name" 2>&1) || lacks "sound weights: ${said##*$'\n'}"
   else
     aside=$folder/weights/.$name # half of it, where an earlier call was killed
-    rm -rf "$aside"
+    rm -rf -- "$aside"
     if said=$("$python" -m pylo_dist weights fetch "${weights[$name]}" --to "$aside" 2>&1); then
-      mv "$aside" "$folder/weights/$name"
+      mv -- "$aside" "$folder/weights/$name"
     else
       lacks "weights ${weights[$name]}: ${said##*$'\n'}"
     fi

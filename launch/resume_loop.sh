@@ -24,10 +24,19 @@ failures_allowed=${FAILURES:-5} wait_first=${WAIT:-5} wait_most=600
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 
 say() { echo "resume_loop.sh: $*" >&2; }
+# What comes from outside is computed with only if this says so: arithmetic would evaluate a name, and whatever stands in brackets.
+is_number() { [[ $1 =~ ^[0-9]{1,15}$ ]]; }
 
-launch=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") python=${PYTHON:-}
+for name in FAILURES WAIT; do
+  if [ -n "${!name:-}" ] && ! [[ ${!name} =~ ^[0-9]{1,6}$ ]]; then
+    say "$name is ${!name@Q}; a number of at most 6 digits was wanted"
+    exit 2
+  fi
+done
+failures_allowed=$((10#$failures_allowed)) wait_first=$((10#$wait_first))
+launch=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") python=${PYTHON:-}
 for word in "$@"; do # sbatch runs a copy of this script: options.py lies beside the command's gpt2.py too
-  if [ ! -e "$launch/options.py" ] && [ "${word##*/}" = gpt2.py ]; then launch=$(dirname "$word"); fi
+  if [ ! -e "$launch/options.py" ] && [ "${word##*/}" = gpt2.py ]; then launch=$(dirname -- "$word"); fi
 done
 if [ -z "$python" ]; then
   python=$launch/../.venv/bin/python
@@ -54,13 +63,13 @@ export EXIT_CODE_FILE=${out%/}.exit-code
 
 is_done() {
   local count
-  [ -e "$out/DONE" ] && read -r count _ <"$out/DONE" && [ "$count" -ge "$steps" ] 2>/dev/null
+  [ -f "$out/DONE" ] && read -r count _ <"$out/DONE" && is_number "$count" && [ "$count" -ge "$steps" ]
 }
 
 newest() { # the step of the newest checkpoint, or 0
   local found=0 path
   for path in "$out"/checkpoints/step-*; do
-    if [ -d "$path" ]; then found=${path##*/step-}; fi
+    if [ -d "$path" ] && is_number "${path##*/step-}"; then found=${path##*/step-}; fi
   done
   echo "$((10#$found))"
 }
@@ -106,7 +115,7 @@ while true; do
   attempt=$((attempt + 1))
   if [ -n "$stopping" ]; then stopped; fi
   say "attempt $attempt, from step $before"
-  rm -f "$EXIT_CODE_FILE"
+  rm -f -- "$EXIT_CODE_FILE"
   setsid "$@" & # out of reach of Ctrl-C, which would end the ranks before they have saved
   child=$!
   if [ -n "$stopping" ]; then ask; fi # stopped between the two lines above
@@ -116,8 +125,11 @@ while true; do
     kill -0 "$child" 2>/dev/null || break # a signal of our own ends `wait`, not the command
   done
   child=""
-  if [ "$code" -ne 0 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(<"$EXIT_CODE_FILE"); fi
-  rm -f "$EXIT_CODE_FILE"
+  if [ "$code" -ne 0 ] && [ -f "$EXIT_CODE_FILE" ]; then
+    own=$(<"$EXIT_CODE_FILE")
+    if is_number "$own"; then code=$own; fi
+  fi
+  rm -f -- "$EXIT_CODE_FILE"
   after=$(newest)
   if [ "$code" -eq 0 ] || is_done; then
     say "done after $attempt attempt(s)"

@@ -7,7 +7,7 @@
 # Does nothing when an earlier call with the same EXTRAS, constraints.txt, csrc and pyproject.toml files finished. PYTHON names the
 # interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 extras=$1
 python=${PYTHON:-python3}

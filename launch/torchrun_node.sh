@@ -17,7 +17,7 @@ set -euo pipefail
   echo "usage: NODES=2 HEAD=node1:29400 $0 launch/gpt2.py ..." >&2
   exit 2
 }
-launch=$(dirname "${BASH_SOURCE[0]}")
+launch=$(dirname -- "${BASH_SOURCE[0]}")
 python=${PYTHON:-$launch/../.venv/bin/python}
 ranks=${RANKS_PER_NODE:-}
 if [ -z "$ranks" ]; then

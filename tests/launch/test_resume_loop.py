@@ -216,6 +216,30 @@ def test_when_the_loop_stops(tmp_path: Path) -> None:
     assert waits.returncode == 128 + signal.SIGTERM
 
 
+def test_nothing_from_outside_is_computed_with(tmp_path: Path) -> None:
+    """Names of folders, and what stands in files and variables: `Y` is 7 to arithmetic."""
+    stub = script(tmp_path / "gpt2.py", STUB)
+    out = tmp_path / "out"
+    for name in ("step-Y", "step-1+1", "step-00000003", "step-Y[0]"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    (out / "DONE").write_text("Y steps")
+    (out / "plan").write_text("- 1 Y\n4 0\n")
+    variables = {"PLAN": str(out / "plan"), "CALLS": str(out / "calls"), "OUT": str(out), "Y": "7"}
+    command = [stub, f"--out={out}", "--save-every=5", "--steps=5"]
+    for odd in ({"WAIT": "Y"}, {"FAILURES": "-1"}, {"FAILURES": "1+1"}):
+        process = loop(command, **{**variables, **odd})
+        _, said = process.communicate(timeout=60)
+        ((name, value),) = odd.items()
+        assert process.returncode == 2, said
+        assert f"{name} is '{value}'; a number of at most 6 digits was wanted" in said
+    process = loop(command, **variables, FAILURES="08")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "attempt 1, from step 3" in said
+    assert "exit code 1 at checkpoint 3, 1 of 8 failures" in said
+    assert "attempt 2, from step 3" in said
+
+
 def test_what_the_command_must_say(tmp_path: Path) -> None:
     """Or its recipe, which is read as gpt2.py reads it: flags win, of a repeated one the last, and
     `none` takes one back.
