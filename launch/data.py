@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import json
 import os
 import resource
 import sysconfig
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import texts
 
 MAGIC = 20240520
 VERSION = 1
@@ -166,7 +166,7 @@ def read_listing(folder: Path) -> dict[str, dict[str, Any]]:
     """What tokens.json of a folder lists; {} where there is none. Raises ValueError."""
     path = folder / LISTING
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = texts.read_json(path, 1 << 26) if path.exists() else {}
         return {
             str(name): {"tokens": int(entry["tokens"]), "sha256": str(entry["sha256"])}
             for name, entry in found.items()
@@ -208,8 +208,8 @@ def builtin_text() -> tuple[bytes, bytes]:
     train: list[str] = []
     validation: list[str] = []
     seen: set[str] = set()
-    for name, texts in [*_topics(), *_docstrings()]:
-        fresh = list(dict.fromkeys(text for text in texts if text not in seen))
+    for name, given in [*_topics(), *_docstrings()]:
+        fresh = list(dict.fromkeys(text for text in given if text not in seen))
         seen.update(fresh)
         if fresh:
             digest = hashlib.sha256(name.encode()).digest()

@@ -4,7 +4,6 @@ train.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import texts
 import torch
 import torch.distributed as dist
 from model import GPT, build
@@ -33,7 +33,7 @@ FLAGS = {
 def read(path: Path) -> dict[str, Any]:
     """The JSON of --deepspeed. Raises WrongInput."""
     try:
-        config = json.loads(path.read_text())
+        config = texts.read_json(path)
     except (OSError, ValueError) as error:
         raise WrongInput(f"--deepspeed {path} cannot be read: {error}") from None
     if not isinstance(config, dict):

@@ -19,7 +19,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import texts
+
 KEYS = ("about", "cost", "flags")
+DEPTH = 4  # levels of a recipe: two, and those of which the errors speak
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -29,8 +32,10 @@ def read(path: Path) -> dict[str, Any]:
     except ImportError:
         raise ValueError("--recipe needs a package: pip install pyyaml") from None
     try:
-        found = yaml.load(path.read_text(), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = texts.read_text(path)
+        _check_shape(yaml, text)
+        found = yaml.load(text, yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"--recipe {path} cannot be read: {' '.join(str(error).split())}"
         ) from None
@@ -43,6 +48,22 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found["flags"], dict):
         raise ValueError(f"--recipe {path}: under flags a mapping was wanted, such as steps: 300.")
     return found
+
+
+def _check_shape(yaml: Any, text: str) -> None:
+    """Raise ValueError for YAML that is nested deeply, or that stands for more than it says: a few
+    aliases of aliases would be more than memory holds.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.BaseLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not read; write out what they stand for")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEPTH:
+            raise ValueError(f"it is nested in more than {DEPTH} levels")
 
 
 def words(path: Path, parser: argparse.ArgumentParser) -> list[str]:

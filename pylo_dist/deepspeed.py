@@ -25,7 +25,6 @@ for optimizers that read the loss sets `engine.backward`, which keeps the loss i
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import torch
 from .adapters.deepspeed.checkpoint import load_checkpoint, read_checkpoint, states
 from .adapters.deepspeed.optimizer import DeepSpeedOptimizer
 from .optimizer import LearnedOptimizer, registered_optimizers
+from .weights.texts import read_json
 
 try:
     import deepspeed
@@ -225,7 +225,12 @@ def _read(config: Any) -> dict[str, Any]:
         return dict(config)
     if config is None:
         raise ValueError("no DeepSpeed JSON: pass config=PATH or a dict")
-    loaded: dict[str, Any] = json.loads(Path(config).read_text())
+    try:
+        loaded = read_json(Path(config))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"DeepSpeed JSON {config} cannot be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"DeepSpeed JSON {config}: wanted an object")
     return loaded
 
 

@@ -1,5 +1,6 @@
 """Learned weights: where they come from, and where they go."""
 
+from .client import printable
 from .load import (
     CARD_KEY,
     MetaNetwork,
@@ -37,6 +38,7 @@ __all__ = [
     "architecture_named",
     "architectures",
     "load_weights",
+    "printable",
     "read_file",
     "register_architecture",
     "register_weights",

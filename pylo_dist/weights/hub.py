@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .client import HEX, first_line, in_words, printable
+from .texts import read_json
 
 HEAD_TIMEOUT_S = 5.0  # for the first answer; HF_HUB_ETAG_TIMEOUT, when set, is used instead
 # for one download; the client itself would go on for as long as a server drops the connection half
@@ -305,7 +306,7 @@ def _intact(files: HubFiles) -> HubFiles:
 
 def _read_note(path: Path) -> dict[str, Any] | None:
     try:
-        note = json.loads(path.read_text())
+        note = read_json(path)
     except (OSError, ValueError):
         return None
     return note if isinstance(note, dict) else None

@@ -35,6 +35,7 @@ from .registry import (
     registered_entry,
     registered_weights,
 )
+from .texts import parse_json, read_json
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # not there in Python 3.14
@@ -125,10 +126,22 @@ def load_weights(
             )
         return weights
     if isinstance(weights, Mapping):
+        for key in weights:
+            if not isinstance(key, str):
+                raise WeightsError(
+                    f"weights is a mapping with a {type(key).__name__} as a key; wanted names of "
+                    "tensors"
+                )
         return _checked(
             _Found("a mapping", weights), architecture or _recognised("a mapping", weights)
         )
+    if not isinstance(weights, (str, os.PathLike)):
+        raise WeightsError(
+            f"weights is a {type(weights).__name__}; wanted a name, a path, or a mapping of tensors"
+        )
     name = os.fspath(weights)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise WeightsError(f"weights={printable(repr(name), 80)}: wanted a name or a path")
     entry = DEMO if name == "demo" else registered_entry(name)
     if (
         entry is not None
@@ -240,15 +253,16 @@ def _locate(
                 else f"{len(found)} of them"
             )
             raise WeightsError(
-                f"folder {source}: wanted exactly one .safetensors file, found {why}"
+                f"weights {name!r}: folder {source}: wanted exactly one .safetensors file, "
+                f"found {why}"
             )
         config = path / hub.CONFIG_FILE
         return found[0], config if config.is_file() else None, ""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise WeightsError(
-                f"file {source}: only .safetensors files are read; convert it with "
-                "safetensors.torch.save_file"
+                f"weights {name!r}: file {source}: only .safetensors files are read; convert it "
+                "with safetensors.torch.save_file"
             )
         return path, None, ""
     repository, _, named = source.partition("@")
@@ -294,10 +308,12 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...], sizes: dict[str
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and our card (empty when the file has none)."""
     try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             metadata = file.metadata() or {}
-        card = json.loads(metadata.get(CARD_KEY, "{}"))
+        card = parse_json(metadata.get(CARD_KEY, "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {printable(error)}"
@@ -312,10 +328,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"{path} is not readable JSON: {error}; mend it, or remove it for PyLO's defaults"
+            f"{path} is not readable JSON: {printable(error)}; mend it, or remove it for PyLO's "
+            "defaults"
         ) from error
     return config if isinstance(config, dict) else {}
 

@@ -504,10 +504,12 @@ def test_what_an_earlier_version_saved_loads_with_a_note(tmp_path: Path) -> None
         adafac(replace(network, decays=decays)).load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("value", [True, 10**400, 1e300, float("nan")], ids=str)
+@pytest.mark.parametrize(
+    "value", [True, 10**400, 1e300, float("nan")], ids=["bool", "int", "float", "NaN"]
+)
 def test_numbers_that_float32_does_not_reach_are_refused(tmp_path: Path, value: float) -> None:
     file = write(tmp_path / "w.safetensors", card={"decays": {"rms_decays": [value]}})
-    with pytest.raises(WeightsError, match=r"'rms_decays' = .*numbers that float32 reaches"):
+    with pytest.raises(WeightsError, match=r"'rms_decays' = .*float32 reaches|NaN is no number"):
         load(file)
     with pytest.raises(WeightsError, match=r"'rms_decays' = .*finite numbers"):
         save_weights(tmp_path / "new", tensors(), "small_fc", decays={"rms_decays": [value]})

@@ -1,0 +1,46 @@
+"""Small files of text and JSON that others wrote, read within bounds; reads only."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+LARGEST = 1 << 20  # bytes
+
+
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """A regular file's text. A pipe or a device, whose end may never come, is not waited for.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no regular file, larger than `most` bytes, or no UTF-8.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return content.decode()
+
+
+def parse_json(text: str) -> Any:
+    """What JSON stands for. Raises ValueError for none, for NaN and Infinity, which it has not, and
+    for what is nested more deeply than Python can follow.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, most: int = LARGEST) -> Any:
+    """What a file of JSON stands for. Raises OSError and ValueError, see `read_text`."""
+    return parse_json(read_text(path, most))
