@@ -40,6 +40,9 @@ OWN_FLAGS = {
 PARALLEL = ("zero1", "zero2", "fsdp2", "hsdp", "tp", "ddp")
 # Flags that mean something to one layout alone.
 MESH_FLAGS = {"replicas": "hsdp", "tp": "tp"}
+# Of whole numbers, beyond what a run comes to the end of.
+MOST_COUNTED = 10**9
+MOST = {"seed": 2**63 - 1, "timeout": 10**7}  # seconds
 ORDERS = ("random", "stream")
 # --resume: from the newest checkpoint of the run in --out, or from the start where there is none
 AUTO = "auto"
@@ -143,8 +146,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise WrongInput(f"{flag(name)} is {value}; it must be at least {least}.")
-        if self.seed >= 2**63:
-            raise WrongInput(f"--seed is {self.seed}; it must be below 2**63.")
+            most = MOST.get(name, MOST_COUNTED)
+            if value is not None and value > most:
+                raise WrongInput(f"{flag(name)} is {value}; it must be at most {most}.")
         for name in ("lr", "max_grad_norm", "weight_decay", "grad_scale"):
             number = getattr(self, name)
             zero_fits = name == "weight_decay"

@@ -15,7 +15,7 @@ from .. import comm
 from ..core.shards import TensorShard
 from ..layouts.dtensor import TENSOR_PARALLEL, shard_of
 from ..layouts.plain import check_param, is_dtensor, local_tensor
-from ..optimizer import LearnedOptimizer
+from ..optimizer import LearnedOptimizer, checks
 from .attributes import attributes_of, hand_on
 
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
@@ -73,6 +73,7 @@ def shard(
     import torch.distributed.fsdp as fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
+    _check_arguments(model, optimizer_class, mesh, wrap, mixed_precision, reshard_after_forward)
     if comm.default_group() is None:
         raise ValueError(
             "torch.distributed is not initialised: start the ranks with torchrun, then call "
@@ -136,6 +137,43 @@ def shard(
     return model, optimizer_class(
         [(fqn, p) for fqn, p in model.named_parameters() if p.requires_grad], **optimizer_kwargs
     )
+
+
+def _check_arguments(
+    model: object,
+    optimizer_class: object,
+    mesh: object,
+    wrap: object,
+    mixed_precision: object,
+    reshard_after_forward: object,
+) -> None:
+    """Raise ValueError for an argument of `shard` that is nothing of what it may be."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if not isinstance(model, nn.Module):
+        raise checks.refused("model", model, "a torch.nn.Module")
+    if not callable(optimizer_class):
+        raise checks.refused("optimizer_class", optimizer_class, "a class of optimizers")
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise checks.refused("mesh", mesh, "a DeviceMesh, or None for all ranks")
+    if isinstance(wrap, type):
+        wrap = (wrap,)
+    if isinstance(wrap, (list, tuple, set, frozenset)):
+        fits = all(isinstance(c, type) and issubclass(c, nn.Module) for c in wrap)
+    else:
+        fits = wrap is None or callable(wrap)
+    if not fits:
+        raise checks.refused("wrap", wrap, "classes of modules, a callable, or None")
+    if not (
+        mixed_precision is None
+        or isinstance(mixed_precision, MixedPrecisionPolicy)
+        or (isinstance(mixed_precision, torch.dtype) and mixed_precision.is_floating_point)
+    ):
+        wanted = "a floating-point dtype, a MixedPrecisionPolicy, or None"
+        raise checks.refused("mixed_precision", mixed_precision, wanted)
+    if not isinstance(reshard_after_forward, bool):
+        checks.whole("reshard_after_forward", reshard_after_forward, "True, False, or an int", 1)
 
 
 def units_of(model: nn.Module, wrap: Wrap = None) -> list[nn.Module]:

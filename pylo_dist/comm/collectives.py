@@ -33,6 +33,20 @@ def default_group() -> Any:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
+def check_group(name: str, group: object) -> None:
+    """Raise ValueError for a group that somebody gave and that is none: wanted one of
+    torch.distributed that this rank is in, None, or False for this rank alone.
+    """
+    if group is None or group is False:
+        return
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(
+            f"{name} is a {type(group).__name__}; wanted a process group that this rank is in "
+            "(torch.distributed.new_group, or get_group() of a mesh), None, or False for this "
+            "rank alone"
+        )
+
+
 def size(group: Any) -> int:
     """Number of ranks of `group`; 1 for None."""
     return 1 if group is None else int(group.size())

@@ -23,7 +23,7 @@ from ..core.rule import Batch, Item
 from ..maths import reference
 from ..maths.factored import Rates, ThreePassRule
 from ..maths.reference import Network
-from ..optimizer import Registration, register_optimizer
+from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
     PYLO_LICENCE,
@@ -33,7 +33,7 @@ from ..weights import (
     WeightsLike,
     load_weights,
 )
-from .arguments import FactoredOptimizer, Precision, checked_decays, wide
+from .arguments import FactoredOptimizer, Precision, checked_decays, checked_numbers, wide
 
 # PyLO keeps the decay offsets of btherien/mulo in its constructors, not in the checkpoint, and
 # applies them to any weights.
@@ -147,6 +147,22 @@ def effective_decays(initial: Sequence[float], offsets: Sequence[float]) -> tupl
     )
 
 
+def checked_betas(
+    name: str, initial: Sequence[float], offsets: Sequence[float]
+) -> tuple[float, ...]:
+    """The effective decays. Raises ValueError naming the offsets where one is beyond -1 or 1: a
+    mean with such a decay grows without bound.
+    """
+    given = checked_numbers(name, offsets, len(initial))
+    try:
+        betas = effective_decays(initial, given)
+    except OverflowError:
+        betas = (math.inf,)
+    if not all(-1.0 <= beta <= 1.0 for beta in betas):
+        raise checks.refused(name, offsets, f"offsets of decays between -1 and 1, not {betas}")
+    return betas
+
+
 class AdafacLO(FactoredOptimizer):
     r"""The learned optimizer small_fc_lopt, exact on whole and on sharded parameters.
 
@@ -218,14 +234,13 @@ class AdafacLO(FactoredOptimizer):
             "rms_decays": rms_decays,
             "adafactor_decays": adafactor_decays,
         }
-        momentum, rms, adafactor = (
-            network.decays[name] if value is None else value for name, value in given.items()
-        )
-        offsets = checked_decays(momentum, rms, adafactor, prefix="")
         initial = checked_decays(
             initial_momentum_decays, initial_rms_decays, initial_adafactor_decays
         )
-        betas = [effective_decays(*pair) for pair in zip(initial, offsets, strict=True)]
+        betas = [
+            checked_betas(name, first, network.decays[name] if value is None else value)
+            for first, (name, value) in zip(initial, given.items(), strict=True)
+        ]
         rule = self.rule_class(network, *betas)
         defaults = {
             "lr": lr,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..maths.factored import FactoredRule
-from ..optimizer import LearnedOptimizer
+from ..optimizer import LearnedOptimizer, checks
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import MetaNetwork
 
 Precision = Literal["highest", "high", "medium"]
+checked_numbers = checks.numbers
 
 
 def wide(value: float | Tensor) -> float | Tensor:
@@ -22,39 +23,40 @@ def wide(value: float | Tensor) -> float | Tensor:
     return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
-def checked_numbers(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
-    """`values` as floats. Raises ValueError naming the argument unless they are `count` finite
-    numbers.
-    """
-    try:
-        numbers = tuple(float(x) for x in values)
-    except (TypeError, ValueError):  # not a sequence, or not of numbers
-        numbers = ()
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(
-            f"{name}={values!r}: wanted {count} finite number{'s' if count > 1 else ''}"
-        )
-    return numbers
-
-
 def checked_decays(
-    momentum: Sequence[float],
-    rms: Sequence[float],
-    adafactor: Sequence[float],
-    prefix: str = "initial_",
+    momentum: Sequence[float], rms: Sequence[float], adafactor: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """The decays of the three accumulators as floats. Raises ValueError naming the argument."""
+    """The initial decays of the three accumulators as floats. Raises ValueError naming the
+    argument.
+    """
     return (
-        checked_numbers(f"{prefix}momentum_decays", momentum, 3),
-        checked_numbers(f"{prefix}rms_decays", rms, 1),
-        checked_numbers(f"{prefix}adafactor_decays", adafactor, 3),
+        decays("initial_momentum_decays", momentum, 3),
+        decays("initial_rms_decays", rms, 1),
+        decays("initial_adafactor_decays", adafactor, 3),
     )
+
+
+def norm_bound(clip_grad: bool, clip_norm: float, clamp: float = math.inf) -> float | None:
+    """`max_grad_norm` of PyLO's two arguments. Raises ValueError naming the argument.
+
+    Args:
+        clamp: what elements of a gradient are clamped to anyway, grad_clip_val.
+    """
+    if not checks.switch("clip_grad", clip_grad):
+        clamp = math.inf  # the other is not used
+    wanted = "a number > 0" + (f", at most grad_clip_val={clamp:g}" if clamp < math.inf else "")
+    bound = checks.number("clip_norm", clip_norm, wanted, most=clamp, above=True)
+    return bound if clip_grad else None
+
+
+def decays(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
+    """`values` as floats. Raises ValueError unless they are `count` decays in [0, 1)."""
+    return checked_numbers(name, values, count, f"number{'s' * (count > 1)} in [0, 1)", 0.0, 1.0)
 
 
 def check_precision(precision: Precision) -> Precision:
     """`precision` itself. Raises ValueError for none of the three."""
-    if precision not in ("highest", "high", "medium"):
-        raise ValueError(f"precision={precision!r}: wanted 'highest', 'high' or 'medium'")
+    checks.choose("precision", precision, ("highest", "high", "medium"))
     return precision
 
 

@@ -29,7 +29,8 @@ from ..maths.factored import FactoredRule
 from ..maths.orthogonal import EPS_STEP, NewtonSchulz
 from ..maths.owners import OwnedMatrices
 from ..maths.reference import Network, StepTensors
-from ..optimizer import Registration, register_optimizer
+from ..optimizer import Registration, checks, register_optimizer
+from ..optimizer.checks import LARGEST, LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
     PYLO_LICENCE,
@@ -39,7 +40,15 @@ from ..weights import (
     WeightsLike,
     load_weights,
 )
-from .arguments import FactoredOptimizer, Precision, checked_decays, checked_numbers, wide
+from .arguments import (
+    FactoredOptimizer,
+    Precision,
+    checked_decays,
+    checked_numbers,
+    decays,
+    norm_bound,
+    wide,
+)
 
 # widths of the groups of features, each with a matrix of its own
 GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
@@ -71,6 +80,9 @@ ELO_WEIGHTS = {
         licence=PYLO_LICENCE,
     )
 }
+
+
+MOST_ITERS = 100  # of Newton-Schulz, which is there after 5
 
 
 @dataclass(frozen=True)
@@ -514,31 +526,41 @@ def _settings(
     embedding_pattern: str | None,
 ) -> Settings:
     """The settings, checked. Raises ValueError naming the argument."""
-    if not isinstance(ns_iters, int) or ns_iters < 1:
-        raise ValueError(f"ns_iters={ns_iters!r}: wanted an int >= 1")
-    beta_1, beta_2 = checked_numbers("adam_betas", adam_betas, 2)
-    if not (0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0):
-        raise ValueError(f"adam_betas={tuple(adam_betas)}: wanted two numbers in [0, 1)")
-    for name, eps in (("ns_eps", ns_eps), ("adam_eps", adam_eps)):
-        if not 0.0 < eps < math.inf:
-            raise ValueError(f"{name}={eps!r}: wanted a finite number > 0")
+    checks.whole("ns_iters", ns_iters, "an int >= 1", 1, MOST_ITERS)
+    eps, own_eps = (
+        checks.number(name, value, "a finite number > 0", SMALLEST_FLOAT32, LARGEST_FLOAT32)
+        for name, value in (("ns_eps", ns_eps), ("adam_eps", adam_eps))
+    )
     if embedding_pattern is not None:
+        if not isinstance(embedding_pattern, str):
+            raise checks.refused(
+                "embedding_pattern", embedding_pattern, "a regular expression or None"
+            )
         try:
             re.compile(embedding_pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"embedding_pattern={embedding_pattern!r} is no regular expression: {error}"
             ) from None
     c0, c1, c2 = checked_numbers("ns_coeffs", ns_coeffs, 3)
-    betas = (beta_1, beta_2)
+    values = [i / 32 for i in range(1, 33)]  # that singular values may begin with
+    for _ in range(ns_iters):
+        values = [c0 * x + c1 * x**3 + c2 * x**5 for x in values]
+        if max(map(abs, values)) > 1e3:
+            raise checks.refused(
+                "ns_coeffs",
+                ns_coeffs,
+                f"three numbers with which singular values stay bounded over ns_iters={ns_iters}",
+            )
+    beta_1, beta_2 = decays("adam_betas", adam_betas, 2)
     return Settings(
-        orthogonalize,
-        param_scale_mult,
+        checks.switch("orthogonalize", orthogonalize),
+        checks.switch("param_scale_mult", param_scale_mult),
         (c0, c1, c2),
         ns_iters,
-        ns_eps,
-        betas,
-        adam_eps,
+        eps,
+        (beta_1, beta_2),
+        own_eps,
         group_counter,
         embedding_pattern,
     )
@@ -607,13 +629,15 @@ class CELO2(FactoredOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
-        if not 0.0 < grad_clip_val < math.inf:
-            raise ValueError(f"grad_clip_val={grad_clip_val!r}: wanted a finite number > 0")
+        clamp = checks.number(
+            "grad_clip_val", grad_clip_val, "a finite number > 0", most=LARGEST_FLOAT32, above=True
+        )
+        bound = norm_bound(clip_grad, clip_norm, clamp)
         network = load_weights(weights, ARCHITECTURE)
         rule = CELO2Rule(
             network,
             *checked_decays(initial_momentum_decays, initial_rms_decays, initial_adafactor_decays),
-            grad_clip_val,
+            clamp,
             _settings(
                 orthogonalize,
                 param_scale_mult,
@@ -633,7 +657,7 @@ class CELO2(FactoredOptimizer):
             "adam_weight_decay": adam_weight_decay,
             "exp_mult": exp_mult,
             "rmsmult": rmsmult,
-            "max_grad_norm": clip_norm if clip_grad else None,
+            "max_grad_norm": bound,
             "is_embedding": False,
         }
         super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
@@ -646,11 +670,8 @@ class CELO2(FactoredOptimizer):
                 f"max_grad_norm={limit!r}: wanted at most grad_clip_val={clamp:g}, or None"
             )
         for key in ("adam_lr_mult", "adam_weight_decay", "rmsmult"):
-            value = group[key]
-            if value is not None and not (
-                isinstance(value, (int, float)) and 0.0 <= value < math.inf
-            ):
-                raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
+            if group[key] is not None or key != "adam_weight_decay":
+                checks.number(key, group[key], f"a finite number >= 0, at most {LARGEST:g}")
 
 
 class ELO_CELO2(CELO2):
@@ -687,8 +708,8 @@ class ELO_CELO2(CELO2):
                 f"ELO_CELO2 has no {sorted(own)}: its AdamW shares the learned accumulators' decays"
             )
         betas = (
-            checked_numbers("initial_momentum_decays", initial_momentum_decays, 3)[0],
-            checked_numbers("initial_rms_decays", initial_rms_decays, 1)[0],
+            decays("initial_momentum_decays", initial_momentum_decays, 3)[0],
+            decays("initial_rms_decays", initial_rms_decays, 1)[0],
         )
         super().__init__(
             params,

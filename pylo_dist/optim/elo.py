@@ -18,7 +18,7 @@ from ..optimizer.engine import Clip, Nonfinite
 from ..weights import PYLO_LICENCE, Architecture, Registered, WeightsLike, load_weights
 from . import adafac
 from .adafac import AdafacRule
-from .arguments import FactoredOptimizer, Precision, checked_decays, wide
+from .arguments import FactoredOptimizer, Precision, checked_decays, norm_bound, wide
 
 # the network of small_fc, with decays that are used as they are
 ARCHITECTURE = Architecture("elo", adafac.ARCHITECTURE.shapes)
@@ -79,6 +79,7 @@ class ELO(FactoredOptimizer):
         process_group: Any = None,
         precision: Precision = "high",
     ) -> None:
+        bound = norm_bound(clip_grad, clip_norm)
         network = load_weights(weights, ARCHITECTURE)
         rule = ELORule(
             network,
@@ -88,7 +89,7 @@ class ELO(FactoredOptimizer):
             "lr": lr,
             "exp_mult": exp_mult,
             "weight_decay": weight_decay,
-            "max_grad_norm": clip_norm if clip_grad else None,
+            "max_grad_norm": bound,
         }
         super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
 

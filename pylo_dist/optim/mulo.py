@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.rule import Item
-from ..optimizer import Registration, register_optimizer
+from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.parameters import names_of
 from .adafac import ARCHITECTURE, WEIGHTS, AdafacLO, AdafacRule
 
@@ -53,8 +53,9 @@ class MuLO(AdafacLO):
     def __init__(
         self, params: Any, *, width_mults: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
-        self._width_mults = None if width_mults is None else dict(width_mults)
-        self._unclaimed = frozenset(width_mults or ())
+        if width_mults is not None:
+            self._width_mults = checks.positive_by_name("width_mults", width_mults)
+        self._unclaimed = frozenset(self._width_mults or ())
         super().__init__(params, **kwargs)
         if self._unclaimed:
             names = [binding.shard.fqn for binding, _ in self.layouts()]
@@ -81,9 +82,7 @@ class MuLO(AdafacLO):
                 name: width_mult_of(name, param) if known is None else known.get(name, 1.0)
                 for name, param in zip(names, group["params"], strict=True)
             }
-        for name, value in group["width_mults"].items():
-            if not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
-                raise ValueError(f"width_mults[{name!r}]={value!r}: wanted a finite number > 0")
+        checks.positive_by_name("width_mults", group["width_mults"])
         self._unclaimed -= set(names)
 
 

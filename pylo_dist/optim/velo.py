@@ -24,7 +24,7 @@ from ..maths import reference
 from ..maths.compiled import Updates
 from ..maths.factored import Rates, ThreePassRule, Update
 from ..maths.reference import Network
-from ..optimizer import Registration, register_optimizer
+from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
     PYLO_LICENCE,
@@ -383,8 +383,7 @@ class VeLO(FactoredOptimizer):
         precision: Precision = "high",
         tie_break: Literal["torch", "as_given"] = "torch",
     ) -> None:
-        if tie_break not in ("torch", "as_given"):
-            raise ValueError(f"tie_break={tie_break!r}: wanted 'torch' or 'as_given'")
+        checks.choose("tie_break", tie_break, ("torch", "as_given"))
         network = load_weights(weights, ARCHITECTURE)
         rule = VeLORule(
             network,
@@ -416,8 +415,7 @@ class VeLO(FactoredOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         num_steps, limit = group["num_steps"], group.get("max_grad_norm")
-        if not isinstance(num_steps, int) or num_steps < 2:
-            raise ValueError(f"num_steps={num_steps!r}: wanted the length of the run, an int >= 2")
+        checks.whole("num_steps", num_steps, "the length of the run, an int >= 2", 2)
         if limit is not None and limit > reference.VELO.clamp:
             raise ValueError(
                 f"max_grad_norm={limit!r}: wanted at most {reference.VELO.clamp:g}, or None"

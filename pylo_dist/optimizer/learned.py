@@ -19,21 +19,14 @@ from ..core.rule import LearnedRule
 from ..core.state import StateField
 from ..layouts import construction, plain
 from ..weights import MetaNetwork
-from . import loading
+from . import checks, loading
 from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
 from .lineup import Lineup
 from .parameters import Groups, Parameters, State, names_of, own_group, share_names
 from .report import Report, group_settings, report_of
-from .settings import (
-    REFUSED,
-    GroupNumbers,
-    Habits,
-    check_device_numbers,
-    check_group,
-    choose,
-)
+from .settings import REFUSED, GroupNumbers, Habits, check_device_numbers, check_group
 
 # what copies and pickles take along, beside what torch does; `precision` and `_width_mults` are
 # faces'
@@ -80,8 +73,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
     ) -> None:
-        choose("clip", clip, ("global", "per_tensor"))
-        choose("nonfinite", nonfinite, ("error", "skip", "allow"))
+        checks.choose("clip", clip, ("global", "per_tensor"))
+        checks.choose("nonfinite", nonfinite, ("error", "skip", "allow"))
+        comm.check_group("process_group", process_group)
+        params = checks.parameters(params)
         self.rule, self.weights = rule, weights
         self.process_group = process_group
         self.timeout: float | None = None
@@ -103,9 +98,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """Add parameters (as in torch); their state is made at once. On an error the optimizer is
         as it was.
         """
-        if isinstance(param_group, dict):
-            param_group = own_group(param_group, self.param_groups)
-            share_names(param_group, self.param_groups)
+        param_group = own_group(checks.group(param_group), self.param_groups)
+        share_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

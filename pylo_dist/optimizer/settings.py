@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from ..core.rule import is_capturing
+from .checks import LARGEST, as_number, refused
 
 REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")  # modes of torch's own
+# what groups may say at most; an exponent of e is bounded by what float32 reaches
+LARGEST_OF = {"lr": LARGEST, "weight_decay": LARGEST, "exp_mult": 10.0, "step_mult": LARGEST}
 LOWEST_LR = 0.05  # of faces whose lr is 1 unless said otherwise
 LARGEST_DECAY = 0.01  # lr * weight_decay, share of a parameter per step
 # folders whose frames are not the caller's
@@ -36,12 +39,6 @@ class LearningRateWarning(UserWarning):
     """
 
 
-def choose(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}")
-
-
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a setting that cannot be served, of those that most learned optimizers
     share. Tensors that are not in host memory are not read.
@@ -52,16 +49,17 @@ def check_group(group: dict[str, Any]) -> None:
                 f"{key}=True in a parameter group: learned optimizers have no such mode; leave "
                 "it out"
             )
-    for key in ("lr", "weight_decay", "exp_mult", "step_mult"):
+    for key, most in LARGEST_OF.items():
         value = group.get(key, 0.0)
         if _elsewhere(value):
             continue
-        number = _number(value)
-        if not (number is not None and 0.0 <= number < math.inf):
-            raise ValueError(f"{key}={value!r}: wanted a finite number >= 0")
+        number = as_number(value)
+        if not (number is not None and 0.0 <= number <= most):
+            raise refused(key, value, f"a finite number >= 0, at most {most:g}")
     limit = group.get("max_grad_norm")
-    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0.0):
-        raise ValueError(f"max_grad_norm={limit!r}: wanted a number > 0, or None for no clipping")
+    whole = isinstance(limit, int) and limit < 2**63
+    if limit is not None and not ((whole or isinstance(limit, float)) and limit > 0):
+        raise refused("max_grad_norm", limit, "a number > 0, or None for no clipping")
 
 
 def check_device_numbers(group: dict[str, Any]) -> None:
@@ -227,9 +225,9 @@ class GroupNumbers:
                 continue
             if (value is None and key in self._optional) or _seen(value) == _seen(default):
                 continue
-            number = 0.0 if _elsewhere(value) else _number(value)
+            number = 0.0 if _elsewhere(value) else as_number(value)
             if number is None or not (math.isfinite(number) or key == "max_grad_norm"):
-                raise ValueError(f"{key}={value!r}: wanted a finite number")
+                raise refused(key, value, "a finite number")
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -357,23 +355,11 @@ def _elsewhere(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "cpu"
 
 
-def _number(value: object) -> float | None:
-    """A number of the host as a float, infinite where it is too large; None for what is none."""
-    if isinstance(value, Tensor) and (value.dim() or value.is_complex()):
-        return None
-    if not isinstance(value, (int, float, Tensor)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _value(value: object) -> float | None:
-    """As `_number`, waiting for a device where it has to."""
+    """As `as_number`, waiting for a device where it has to."""
     if isinstance(value, Tensor) and value.device.type == "meta":
         return None
-    return _number(value)
+    return as_number(value)
 
 
 def _seen(value: object) -> _Seen:
@@ -381,7 +367,7 @@ def _seen(value: object) -> _Seen:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return _number(value) if value.device.type == "cpu" else ("tensor", id(value))
+        return as_number(value) if value.device.type == "cpu" else ("tensor", id(value))
     return type(value).__name__, _checksum(value)
 
 
@@ -391,7 +377,7 @@ def _entry(value: object) -> float:
         return _NONE
     if _elsewhere(value):
         return math.nan
-    number = _number(value)
+    number = as_number(value)
     return float(_checksum(value)) if number is None else number
 
 

@@ -348,7 +348,7 @@ def test_adamw_tensors_follow_torch(name: str) -> None:
         ({"embedding_pattern": "("}, "no regular expression"),
         (
             {"clip_grad": True, "clip_norm": 2000.0},
-            "max_grad_norm=2000.0: wanted at most grad_clip_val=1000",
+            "clip_norm=2000.0: wanted a number > 0, at most grad_clip_val=1000",
         ),
         ({"rmsmult": -1.0}, "rmsmult=-1.0"),
     ],

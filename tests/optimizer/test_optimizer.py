@@ -205,7 +205,7 @@ def test_report() -> None:
     [
         ({"clip": "norm"}, "clip='norm': wanted one of 'global', 'per_tensor'"),
         ({"nonfinite": None}, "nonfinite=None: wanted one of 'error', 'skip', 'allow'"),
-        ({"precision": "fp16"}, "precision='fp16': wanted 'highest', 'high' or 'medium'"),
+        ({"precision": "fp16"}, "precision='fp16': wanted one of 'highest', 'high', 'medium'"),
         ({"lr": -0.1}, "lr=-0.1: wanted a finite number >= 0"),
         ({"lr": float("nan")}, "lr=nan: wanted a finite number >= 0"),
         ({"lr": float("inf")}, "lr=inf: wanted a finite number >= 0"),
@@ -228,9 +228,9 @@ def test_report() -> None:
         ),
         (
             {"initial_momentum_decays": (0.9,)},
-            r"initial_momentum_decays=\(0.9,\): wanted 3 finite numbers",
+            r"initial_momentum_decays=\(0.9,\): wanted 3 numbers in \[0, 1\)",
         ),
-        ({"initial_rms_decays": ("a",)}, r"initial_rms_decays=\('a',\): wanted 1 finite number"),
+        ({"initial_rms_decays": ("a",)}, r"initial_rms_decays=\('a',\): wanted 1 number in"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ... import comm
-from ...optimizer import LearnedOptimizer
+from ...optimizer import LearnedOptimizer, checks
 from ...optimizer.registry import REQUIRED, arguments_of
 
 _CLIPPING = (
@@ -52,6 +52,8 @@ def probe(face: type[LearnedOptimizer], given: dict[str, Any]) -> LearnedOptimiz
     """
     kwargs = checked_arguments(face, given)
     if "width_mults" in arguments_of(face):
+        if kwargs.get("width_mults") is not None:
+            checks.positive_by_name("width_mults", kwargs["width_mults"])
         kwargs["width_mults"] = {}  # named parameters, which are not known yet
     return face([("probe", nn.Parameter(torch.zeros(1)))], **kwargs)
 
@@ -76,7 +78,7 @@ def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> di
             and key in names | {"max_grad_norm"}
             and not (key == "clip_grad" and value is False)
         ):
-            raise ValueError(f'"{key}": {value!r}: {_DEEPSPEEDS[key]}')
+            raise ValueError(f'"{key}": {checks.shown(value)}: {_DEEPSPEEDS[key]}')
         if key not in names:
             known = ", ".join(sorted(names - set(_DEEPSPEEDS)))
             raise ValueError(f'"{key}" is no parameter of {face.__name__}; wanted some of {known}')

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...layouts.plain import check_param, is_dtensor
+from ...optimizer import checks
 
 FROZEN = "_pylo_dist_frozen"  # in a group, until it is sharded: its frozen parameters
 
@@ -30,14 +31,7 @@ def named_groups(
                 "owns them, or that module alone"
             )
         return [named_group(0, {"params": list(model_or_params.named_parameters())})]
-    if isinstance(model_or_params, Tensor):
-        raise TypeError(
-            "ZeroOptimizer got one tensor; wanted a module or an iterable of parameters: put it "
-            "into a list"
-        )
-    entries: list[Any] = list(model_or_params)
-    if not entries:
-        raise ValueError("optimizer got an empty parameter list")
+    entries = checks.parameters(model_or_params, "model_or_params", "a module, parameters")
     groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
     if module is not None:
         groups = [_names_of(module, i, group) for i, group in enumerate(groups)]
@@ -62,6 +56,7 @@ def _names_of(module: nn.Module, i: int, group: dict[str, Any]) -> dict[str, Any
 
 
 def _entries(group: dict[str, Any]) -> list[Any]:
+    group = checks.group(group)
     return [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
 
 

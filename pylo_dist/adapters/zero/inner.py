@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core import trace
-from ...optimizer import LearnedOptimizer
+from ...optimizer import LearnedOptimizer, checks
 from ...optimizer.report import Report, group_settings, report_row
 from ...optimizer.sharded_state import elementwise_local_state, elementwise_state_dict
 from .buckets import Bucket, Named
@@ -290,13 +290,15 @@ def kind_of(optimizer_class: type[torch.optim.Optimizer]) -> type[Inner]:
     Raises:
         ValueError: it is neither learned nor one of ELEMENTWISE.
     """
+    if not isinstance(optimizer_class, type):
+        raise checks.refused("optimizer_class", optimizer_class, "a class of optimizers")
     if issubclass(optimizer_class, LearnedOptimizer):
         return LearnedInner
     if optimizer_class not in ELEMENTWISE:
         known = ", ".join(c.__name__ for c in ELEMENTWISE)
         raise ValueError(
-            f"{optimizer_class.__name__} may read whole tensors and would be silently wrong on "
-            f"shards; wanted a learned optimizer of pylo_dist or one of {known}"
+            f"optimizer_class {optimizer_class.__name__} may read whole tensors and would be "
+            f"silently wrong on shards; wanted a learned optimizer of pylo_dist or one of {known}"
         )
     return ElementwiseInner
 

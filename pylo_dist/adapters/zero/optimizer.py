@@ -124,7 +124,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.stage = stage
         given, model_or_params = model_or_params, inside_ddp(model_or_params)
         # what DDP averages leaves after it, in the step
-        overlap_backward = overlap and given is model_or_params
+        overlap_backward = given is model_or_params and overlap
         watched = model_or_params if isinstance(model_or_params, nn.Module) else inside_ddp(module)
         self.sharing = Sharing.of(process_group, replicate_group)
         self.buckets: list[Bucket] = []

@@ -6,6 +6,7 @@ rank, by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ... import comm
 from ...core import trace
+from ...optimizer import checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,13 @@ class Sharing:
         Raises:
             ValueError: replicas of nothing, or groups that form no grid (see `comm.union`).
         """
+        comm.check_group("process_group", process_group)
+        comm.check_group("replicate_group", replicate_group)
         group = comm.default_group() if process_group is None else (process_group or None)
         # a single rank holds everything: nothing to communicate
         alone = group if comm.size(group) > 1 else None
         rank, ranks = comm.rank(group), comm.size(group)
-        if replicate_group is None:
+        if not replicate_group:
             return cls(alone, rank, ranks, None, alone)
         if process_group is None or group is None:
             raise ValueError(
@@ -82,20 +86,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         every, dtype = self.check_replicas_every, self.reduce_dtype
-        if self.stage not in (1, 2):
-            raise ValueError(
-                f"stage={self.stage!r}: wanted 1 or 2; for sharded parameters use FSDP2"
-            )
-        if not self.bucket_cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb={self.bucket_cap_mb!r}: wanted a number > 0")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"reduce_dtype={dtype}: wanted a floating-point dtype or None")
-        if every is not None and not every > 0:
-            raise ValueError(
-                f"check_replicas_every={every!r}: wanted a number of steps > 0, or None"
-            )
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout!r}: wanted seconds > 0, or None")
+        if type(self.stage) is not int or self.stage not in (1, 2):
+            raise checks.refused("stage", self.stage, "1 or 2; for sharded parameters use FSDP2")
+        checks.number(
+            "bucket_cap_mb", self.bucket_cap_mb, "a number > 0", most=math.inf, above=True
+        )
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
+            wanted = "a floating-point dtype of 16 bits or more, or None"
+            raise checks.refused("reduce_dtype", dtype, wanted)
+        checks.switch("overlap", self.overlap)
+        checks.switch("master_weights", self.master_weights)
+        if every is not None:
+            checks.whole("check_replicas_every", every, "a number of steps > 0, or None", 1)
+        if self.timeout is not None:
+            wanted = f"seconds > 0, at most {checks.LONGEST_WAIT:g}, or None"
+            checks.number("timeout", self.timeout, wanted, most=checks.LONGEST_WAIT, above=True)
 
     def shared(self) -> str:
         """Those that must be the same on all ranks, as text."""
