@@ -19,14 +19,26 @@ from data import read_listing
 from options import OneLineParser, WrongInput
 from prepare_data import convert
 
+MOST_BYTES = 1 << 38  # of an array
+
 
 class Unreachable(Exception):
     """The Hub has not given what was asked for; the message is one line."""
 
 
 def in_order(names: Sequence[str], split: str) -> list[str]:
-    """The .npy names of a split, by the numbers in them."""
-    found = [name for name in names if name.endswith(".npy") and split in name]
+    """The .npy names of a split, by the numbers in them. Names that lead out of a folder, or that
+    no terminal should be sent, are left out.
+    """
+    found = [
+        name
+        for name in names
+        if name.endswith(".npy")
+        and split in name
+        and name.isprintable()
+        and not {"", ".", ".."} & set(name.split("/"))
+        and "\\" not in name
+    ]
     return sorted(found, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
 
 
@@ -37,11 +49,15 @@ def download(repo: str, out: Path, wanted: int) -> str:
     """
     import huggingface_hub
 
+    from pylo_dist.weights.client import Guard, printable
+
     def ask(what: str, function: str, *args: str, **named: object) -> object:
         try:
-            return getattr(huggingface_hub, function)(repo, *args, repo_type="dataset", **named)
+            # entity tags become names of files
+            with Guard(lambda name: MOST_BYTES, alone=False):
+                return getattr(huggingface_hub, function)(repo, *args, repo_type="dataset", **named)
         except Exception as error:  # whatever its HTTP client raises
-            reason = " ".join(str(error).split())[:200]
+            reason = printable(" ".join(str(error).split()), 200)
             raise Unreachable(
                 f"{what} of {repo} cannot be had from the Hub ({type(error).__name__}: {reason})"
             ) from None

@@ -76,19 +76,30 @@ def in_words(error: BaseException, repository: str, revision: str | None) -> str
 
 
 class Guard:
-    """Looks at every answer before the client makes anything of it.
+    """Looks, as a context, at every answer before the client makes anything of it.
+
+    Args:
+        most_of: how many bytes a file of a name may have.
+        alone: whether the process has nothing else to do than this download: no file that it
+            writes can then grow beyond what was announced.
 
     Attributes:
         seen: how many answers there were.
     """
 
-    def __init__(self, largest: dict[str, int]) -> None:
+    def __init__(self, most_of: Callable[[str], int], alone: bool) -> None:
         from huggingface_hub import file_download
 
         self.seen = 0
-        self._largest = largest  # bytes, by name of file
+        self._most_of, self._alone, self._client = most_of, alone, file_download
         self._ask = file_download.get_hf_file_metadata
-        file_download.get_hf_file_metadata = self.metadata
+
+    def __enter__(self) -> Guard:
+        self._client.get_hf_file_metadata = self.metadata
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.get_hf_file_metadata = self._ask
 
     def metadata(self, url: str, *args: Any, **kwargs: Any) -> Any:
         """In place of the client's `get_hf_file_metadata`."""
@@ -110,12 +121,14 @@ class Guard:
             )
         self._check_id(url, "commit", found.commit_hash)
         self._check_id(url, "entity tag", found.etag)
-        most = self._largest[url.rpartition("/")[2]]
+        most = self._most_of(url.rpartition("/")[2])
         if not isinstance(found.size, int) or not 0 <= found.size <= most:
             raise Refused(
                 f"{printable(url)} is said to have {printable(found.size)} bytes; wanted a known "
                 f"size of at most {most}"
             )
+        if not self._alone:
+            return found
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         # the client writes a few small files beside this one
         resource.setrlimit(resource.RLIMIT_FSIZE, (max(found.size, 1 << 16), hard))
@@ -174,49 +187,58 @@ def serve(request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Non
     `known` one of the request; or {"error", "final"}: whether the cache does not help either.
     """
     repository, revision = request["repository"], request["revision"]
-    weights, config = request["files"]
     limit = Limit(say)
     try:
-        from huggingface_hub import hf_hub_download, hf_hub_url
-        from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+        import huggingface_hub.file_download  # noqa: F401 (before the time begins)
 
         limit.set(request["answer_s"])
-        guard, timeout = Guard(request["largest"]), request["timeout"]
-        try:
-            # hf_hub_download alone would retry for half a minute without a network
-            url = hf_hub_url(repository, weights, revision=revision)
-            head = guard.metadata(url, timeout=timeout)
-        except RevisionNotFoundError:
-            limit.final = True
-            raise
-        except EntryNotFoundError:
-            limit.final = True
-            raise Refused(
-                _what_is_there(repository, revision, weights, request["pickled"])
-            ) from None
-        say({"commit": head.commit_hash})
-        if head.commit_hash == request["known"]:
-            say({"known": True})
-            return
-        limit.final = True
-        limit.set(request["download_s"])
-        path = str(hf_hub_download(repository, weights, revision=revision, etag_timeout=timeout))
-        found: dict[str, Any] = {"weights": path, "config": None}
-        commit = os.path.basename(os.path.dirname(path))
-        with contextlib.suppress(EntryNotFoundError):
-            found["config"] = str(
-                hf_hub_download(repository, config, revision=commit, etag_timeout=timeout)
-            )
-        if guard.seen < 2:
-            raise Refused(
-                "this version of huggingface_hub asks past the checks of its answers; install the "
-                "version that constraints.txt names"
-            )
-        say(found)
+        with Guard(request["largest"].__getitem__, alone=True) as guard:
+            _bring(request, guard, limit, say)
     except (Late, Refused) as error:
         say({"error": str(error), "final": limit.final or isinstance(error, Refused)})
     except Exception as error:  # the errors of the transport differ between versions of the client
         say({"error": in_words(error, repository, revision), "final": limit.final})
+
+
+def _bring(
+    request: dict[str, Any], guard: Guard, limit: Limit, say: Callable[[dict[str, Any]], None]
+) -> None:
+    """What `serve` does, but for errors."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    repository, revision = request["repository"], request["revision"]
+    (weights, config), timeout = request["files"], request["timeout"]
+    try:
+        # hf_hub_download alone would retry for half a minute without a network
+        url = hf_hub_url(repository, weights, revision=revision)
+        head = guard.metadata(url, timeout=timeout)
+    except RevisionNotFoundError:
+        limit.final = True
+        raise
+    except EntryNotFoundError:
+        limit.final = True
+        why = _what_is_there(repository, revision, weights, request["pickled"])
+        raise Refused(why) from None
+    say({"commit": head.commit_hash})
+    if head.commit_hash == request["known"]:
+        say({"known": True})
+        return
+    limit.final = True
+    limit.set(request["download_s"])
+    path = str(hf_hub_download(repository, weights, revision=revision, etag_timeout=timeout))
+    found: dict[str, Any] = {"weights": path, "config": None}
+    commit = os.path.basename(os.path.dirname(path))
+    with contextlib.suppress(EntryNotFoundError):
+        found["config"] = str(
+            hf_hub_download(repository, config, revision=commit, etag_timeout=timeout)
+        )
+    if guard.seen < 2:
+        raise Refused(
+            "this version of huggingface_hub asks past the checks of its answers; install the "
+            "version that constraints.txt names"
+        )
+    say(found)
 
 
 def _what_is_there(repository: str, revision: str, wanted: str, pickles: list[str]) -> str:

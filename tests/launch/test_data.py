@@ -255,7 +255,7 @@ def test_a_download_goes_on_where_it_stopped(
     for name in ("train/0", "train/1", "val/0"):  # the folder tells the split
         (hub / name).parent.mkdir(exist_ok=True)
         np.save(hub / f"{name}.npy", np.full(100, 7, np.uint16))
-    names = ["train/0.npy", "train/1.npy", "val/0.npy"]
+    names = ["train/0.npy", "train/../x.npy", "/train.npy", "train/1.npy", "val/0.npy"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, repo_type: names)
     out = tmp_path / "in folders"
     assert download_tokens.main(["org/set", "--out", str(out), "--tokens", "200"]) == 0

@@ -23,6 +23,7 @@ from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
 from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
 from pylo_dist.optim.velo import ARCHITECTURE as VELO
 from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, hub, load_weights
+from pylo_dist.weights.client import Guard, Refused
 from support import hub_cases
 from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256
@@ -340,6 +341,32 @@ def test_ids_and_sizes_are_looked_at_before_anything_is_written(server: Hub, nod
     server.said = {"ETag": '"x"'}
     server.commit(NAME, {"model.safetensors": WEIGHTS, "config.json": b"{}"})
     assert "comes with the entity tag 'x'; wanted" in node.load()["error"]
+
+
+def test_downloads_of_scripts_are_looked_at_too(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """launch/download_tokens.py, in its own process."""
+    from huggingface_hub import file_download
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    server.commit(NAME, {"model.safetensors": WEIGHTS})
+    url = f"{server.endpoint}/{NAME}/resolve/main/model.safetensors"
+    before = file_download.get_hf_file_metadata
+    for most, said, words in (
+        (len(WEIGHTS) - 1, {}, f"wanted a known size of at most {len(WEIGHTS) - 1}"),
+        (len(WEIGHTS), {"X-Repo-Commit": "main"}, "comes with the commit 'main'"),
+        (len(WEIGHTS), {}, ""),
+    ):
+        server.said = said
+        with Guard(lambda name, most=most: most, alone=False) as guard:
+            if words:
+                with pytest.raises(Refused, match=words):
+                    file_download.get_hf_file_metadata(url, token=False)
+            else:
+                assert file_download.get_hf_file_metadata(url, token=False).etag == sha256(WEIGHTS)
+        assert guard.seen == 1
+        assert file_download.get_hf_file_metadata is before
 
 
 def test_a_file_cannot_grow_beyond_its_size(server: Hub, node: Node) -> None:
