@@ -34,6 +34,7 @@ import torch
 from .adapters.deepspeed.checkpoint import load_checkpoint, read_checkpoint, states
 from .adapters.deepspeed.optimizer import DeepSpeedOptimizer
 from .optimizer import LearnedOptimizer, registered_optimizers
+from .optimizer.checks import shown
 from .weights.texts import read_json
 
 try:
@@ -199,15 +200,16 @@ def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
         getattr(args, "deepspeed_config", None),
     ]
     config = _read(next((c for c in given if c is not None), None))
-    entry = config.pop("optimizer", None) or {}
+    entry = _section(config, "optimizer")
+    refuse(config, model)
+    config.pop("optimizer", None)
     _follow_registry()
-    held = OPTIMIZERS.get(entry.get("type", ""))
+    held = next((held for name, held in OPTIMIZERS.items() if name == entry.get("type")), None)
     if held is None or kwargs.get("optimizer") is not None:
         raise ValueError(
-            f'"optimizer.type" is {entry.get("type")!r}; wanted one of {", ".join(OPTIMIZERS)}, '
-            "and no other optimizer"
+            f'"optimizer.type" is {shown(entry.get("type"))}; wanted one of '
+            f"{', '.join(OPTIMIZERS)}, and no other optimizer"
         )
-    refuse(config, model)
     params = dict(entry.get("params") or {})
     # what DeepSpeed asks for before it takes an optimizer that it did not make
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -286,18 +288,18 @@ def _section(config: Mapping[str, Any], key: str, inside: str = "") -> Mapping[s
     if section is None:
         return {}
     if not isinstance(section, Mapping):
-        raise ValueError(f'"{inside}{key}" is {section!r}; wanted an object of settings')
+        raise ValueError(f'"{inside}{key}" is {shown(section)}; wanted an object of settings')
     return section
 
 
 def _number(section: Mapping[str, Any], key: str, default: float) -> float:
     value = section.get(key)
-    if value in (None, "auto"):  # which DeepSpeed and its callers fill in
+    if value is None or value == "auto":  # which DeepSpeed and its callers fill in
         return default
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f'"{key}" is {value!r}; wanted a number') from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'"{key}" is {shown(value)}; wanted a number') from None
 
 
 def _first_moe(module: Any) -> str | None:

@@ -553,3 +553,59 @@ def test_settings_of_another_kind_are_named(config: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message):
         refuse(config, nn.Linear(1, 1))
     refuse({"zero_optimization": {"zero_hpz_partition_size": "auto"}}, nn.Linear(1, 1))
+
+
+ODD: list[Any] = [
+    0,
+    -1,
+    10**400,
+    1e300,
+    float("nan"),
+    True,
+    "x",
+    "",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+]
+READ = (
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.ratio",
+    "zero_optimization.offload_param",
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.mics_shard_size",
+    "tensor_parallel",
+    "tensor_parallel.autotp_size",
+    "sequence_parallel_size",
+    "checkpoint",
+    "torch_autocast",
+    "torch_autocast.dtype",
+    "optimizer",
+    "optimizer.type",
+    "optimizer.params",
+)
+
+
+@pytest.mark.parametrize("key", READ)
+def test_odd_values_in_the_json_are_named(key: str) -> None:
+    """Before DeepSpeed, which has errors of its own, sees them."""
+    from pylo_dist.deepspeed import initialize, refuse
+
+    first, last = key.split(".")[0], key.split(".")[-1]
+    for value in ODD:
+        config: Any = value
+        for step in reversed(key.split(".")):
+            config = {step: config}
+        said = last
+        try:
+            refuse(config, nn.Linear(1, 1))
+        except ValueError as error:
+            said = str(error)
+        assert last in said, (value, said)
+        if first == "optimizer":
+            with pytest.raises(ValueError, match=rf"\b({last}|type)\b"):
+                initialize(model=nn.Linear(1, 1), config=config)
