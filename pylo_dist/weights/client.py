@@ -270,7 +270,8 @@ def main() -> None:
     sys.path[:] = request["path"]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the client prints is no answer
-    serve(request, lambda answer: print(json.dumps(answer), file=answers))
+    serve(request, lambda answer: print(json.dumps(answer), file=answers, flush=True))
+    os._exit(0)  # whatever the client has left running
 
 
 if __name__ == "__main__":

@@ -241,7 +241,9 @@ def _in_a_process(request: dict[str, Any], environment: dict[str, str]) -> dict[
         return {"error": f"no answer within {seconds:g} s", "final": True}
     except OSError as error:
         return {"error": f"{sys.executable} cannot be started: {error}", "final": False}
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    # a line without an end is of a process that was ended as it wrote it
+    lines = done.stdout.splitlines(keepends=True)
+    answers = [json.loads(line) for line in lines if line.endswith("\n")]
     last: dict[str, Any] = answers[-1] if answers else {}
     if not last.keys() & {"error", "weights", "known"}:
         why = f"the process that asked the Hub ended with exit code {done.returncode}"

@@ -388,9 +388,10 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
             )
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(frozen[key].numpy().tobytes())
-    decays = {**architecture.decays, **(found.entry.decays if found.entry else {})}
-    decays |= _stored_decays(name, card, architecture)
     entry = found.entry or Registered(architecture.name, "")
+    implied = {**architecture.decays, **entry.decays}
+    decays = {key: tuple(map(float, values)) for key, values in implied.items()}
+    decays |= _stored_decays(name, card, architecture)
     horizon = card.get("horizon")
     network = MetaNetwork(
         name,

@@ -168,6 +168,8 @@ def _completed(
         weights, None if architecture is None else architecture_named(architecture)
     )
     known = architecture_named(network.architecture).decays
+    if not isinstance(decays, (Mapping, type(None))):
+        raise WeightsError(f"decays is a {type(decays).__name__}; wanted a mapping of numbers")
     for name, values in (decays or {}).items():
         if (
             name not in known

@@ -176,6 +176,9 @@ def rule_decays(optimizer: pylo_dist.AdafacLO) -> list[tuple[float, ...]]:
 @pytest.mark.usefixtures("registry")
 def test_stored_decays_win_over_registered_ones_and_arguments_over_both(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.safetensors")
+    register_weights("whole numbers", Registered("small_fc", str(bare), {"rms_decays": (0,)}))
+    assert load("whole numbers").decays["rms_decays"] == (0.0,)
+    assert len(load("whole numbers").digest) == 64
     carded = write(
         tmp_path / "carded.safetensors", card={"architecture": "small_fc", "decays": DECAYS}
     )
