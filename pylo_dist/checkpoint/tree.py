@@ -19,6 +19,7 @@ from ..layouts.plain import is_dtensor
 from ..optimizer import LearnedOptimizer
 from ..optimizer.loading import matched_groups
 from ..optimizer.sharded_state import MASTER, wrap_element
+from .flat_model import FlatModel
 
 
 class CheckpointError(ValueError):
@@ -41,7 +42,7 @@ def unwrapped(value: Any) -> Any:
             else getattr(value, "_orig_mod", None)
         )
         if inner is None:
-            break
+            return FlatModel.of(value)
         value = inner
     return value
 

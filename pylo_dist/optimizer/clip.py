@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
-from ..layouts.dtensor import describe_all
+from ..layouts.describe import describe_all
 from ..layouts.gradients import Settled, settle
 from ..layouts.plain import is_dtensor, local_tensor
 from .learned import LearnedOptimizer
