@@ -27,17 +27,18 @@ def left_out(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
     """What is wrong with a step on these parameters, which all have a gradient: a wrapper averages
     only what was trainable when it was made, and leaves each rank its own gradient of the rest.
     """
-    fqns = {id(param): fqn for fqn, param in named}
-    for wrapper in wrappers_of([param for _, param in named]):
-        averaged = _averaged(wrapper)
-        for param in wrapper._module_parameters:  # not those it was told to ignore
-            if id(param) in fqns and id(param) not in averaged:
-                return ValueError(
-                    f"{fqns[id(param)]!r} was frozen when DistributedDataParallel was given the "
-                    "model, and has a gradient now, which it does not average, so that the ranks "
-                    "would drift apart: wrap the model while the parameter is trainable "
-                    "(find_unused_parameters=True) and freeze it after that, or wrap it again"
-                )
+    wrappers = wrappers_of([param for _, param in named])
+    averaged = {key for wrapper in wrappers for key in _averaged(wrapper)}
+    # not those that a wrapper was told to ignore
+    held = {id(param) for wrapper in wrappers for param in wrapper._module_parameters}
+    for fqn, param in named:
+        if id(param) in held - averaged:
+            return ValueError(
+                f"{fqn!r} was frozen when DistributedDataParallel was given the model, and has a "
+                "gradient now, which it does not average, so that the ranks would drift apart: "
+                "wrap the model while the parameter is trainable (find_unused_parameters=True) and "
+                "freeze it after that, or wrap it again"
+            )
     return None
 
 

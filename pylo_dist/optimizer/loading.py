@@ -136,7 +136,7 @@ def _completed(saved: Groups, groups: Groups) -> Groups:
     completed = []
     for theirs, own in zip(saved, groups, strict=True):
         if not (theirs["params"] or own["params"]):
-            kept = {key: own[key] for key in ("lr", "initial_lr") if key in own}
+            kept = {key: value for key, value in own.items() if key in ("lr", "initial_lr")}
             # copies: a step writes the entries of each group
             theirs = {**copy.deepcopy(lost), **kept, **theirs}
         completed.append(theirs)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
@@ -104,6 +105,17 @@ def refusals(rank: int) -> dict[str, tuple[str, bool]]:
     backward(model)
     _set(dict(model.named_parameters()), "late", False)
     note("gradient of a frozen one", model, sharded)
+    model = Net()
+    _set(dict(model.named_parameters()), "late", False)
+    wrappers = [DistributedDataParallel(model)]
+    optimizer = cls(model.named_parameters(), **kwargs)
+    _set(dict(model.named_parameters()), "late", True)
+    backward(wrappers[0])
+    note("not averaged", model, optimizer)
+    wrappers.append(DistributedDataParallel(model))  # beside the one before
+    optimizer.zero_grad()
+    backward(wrappers[1])
+    found["wrapped again"] = refused(optimizer.step), True
     return found
 
 
@@ -178,6 +190,7 @@ def results() -> list[dict[str, Any]]:
         ("unfrozen, list", r"'group0\.2' was frozen.*add_param_group"),
         ("flattened on one rank", "'first.weight' of shape .*exchanged.*pylo_dist.deepspeed"),
         ("gradient of a frozen one", "'late.weight' has a gradient, and has been frozen"),
+        ("not averaged", "'late.weight' was frozen when DistributedDataParallel"),
     ],
 )
 def test_what_cannot_be_served_is_refused_on_all_ranks(
@@ -189,6 +202,10 @@ def test_what_cannot_be_served_is_refused_on_all_ranks(
     assert all(unchanged for _, unchanged in told)
     assert any(re.search(message, text) for text, _ in told), told
     assert not any(text == "nothing" for text, _ in told), told
+
+
+def test_a_model_may_be_wrapped_again(results: list[dict[str, Any]]) -> None:
+    assert [result["refusals"]["wrapped again"][0] for result in results] == ["nothing"] * 2
 
 
 def test_state_of_partly_frozen_models_is_matched_by_name(results: list[dict[str, Any]]) -> None:

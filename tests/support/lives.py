@@ -370,10 +370,10 @@ def live_all(
         layouts: each with its rules; those of one process are dealt out to the ranks.
     """
     found = {}
-    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for layout, rules in layouts.items():
+            gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine
             for kind in rules[rank::world] if layout == "plain" else rules:
                 for life in LIVES:
                     found[layout, kind, life] = live(layout, kind, life, files)
