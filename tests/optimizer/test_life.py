@@ -99,7 +99,11 @@ def test_a_parameters_life_is_the_same_in_every_layout(
     for i, row in enumerate(rows):
         padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
         figures.append(f"lives {i:2} | {' | '.join(padded)}")
-    figures.append("lives .. | shares of the layout tolerance; the last life is of 20 steps")
+    figures.append("lives of | shares of the layout tolerance; the last life is of 20 steps")
+    for layout in layouts:
+        for life in REFUSED.get(layout, {}):
+            for outcome in outcomes.get((layout, "AdafacLO", life), [])[:1]:
+                figures.append(f"lives why | {layout}, {life}, refused: {outcome.refused}")
 
 
 def test_the_page_says_what_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -367,15 +368,17 @@ def live_all(
     """The outcome of every life, by layout, rule and life.
 
     Args:
-        layouts: each with its rules; those of one process are dealt out to the ranks.
+        layouts: each with its rules; those of one process are dealt out to the ranks. Under random
+            toggling all rules run wherever that is cheap.
     """
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for layout, rules in layouts.items():
             gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine
-            for kind in rules[rank::world] if layout == "plain" else rules:
-                for life in LIVES:
+            kinds = tuple(RULES)[rank::world] if layout == "plain" else tuple(RULES)
+            for kind, life in itertools.product(kinds, LIVES):
+                if kind in rules or (life == "toggled" and not layout.startswith("deepspeed")):
                     found[layout, kind, life] = live(layout, kind, life, files)
         dist.barrier()
     return found
