@@ -1,5 +1,5 @@
 """What only the first steps can tell of an optimizer that was built apart from its model or from
-the other ranks. Reads only.
+the other ranks, and the first gradient of a parameter. Reads only.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .. import comm
 from ..core.pieces import ShardBinding
-from ..layouts import construction, dtensor
+from ..layouts import construction, ddp, dtensor
 from .parameters import Parameters
 
 
@@ -22,7 +23,7 @@ class FirstSteps:
 
     def __init__(self, looks: int = construction.LOOKS) -> None:
         self._looks = looks
-        self._had_gradients = False
+        self._seen: set[int] = set()  # parameters that have had a gradient, by id
 
     def check(
         self,
@@ -47,8 +48,15 @@ class FirstSteps:
         if self._looks and asks:
             self._looks -= 1
             construction.check_alone(parameters.bindings, parameters.kind)
-        if not self._had_gradients:
-            self._had_gradients = any(param.grad is not None for _, param in bound)
-            if not self._had_gradients and problem is None:
-                return dtensor.left_behind([(binding.shard.fqn, param) for binding, param in bound])
+        first = [
+            (binding.shard.fqn, param)
+            for binding, param in bound
+            if param.grad is not None and id(param) not in self._seen
+        ]
+        if not (first or self._seen) and problem is None:
+            return dtensor.left_behind([(binding.shard.fqn, param) for binding, param in bound])
+        if first and comm.size(comm.default_group()) > 1:
+            problem = problem or ddp.left_out(first)
+        if problem is None:
+            self._seen.update(id(param) for _, param in first)
         return problem
