@@ -4,13 +4,14 @@ was sent. Reads only.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ...layouts.company import living
 
 
 def inside_ddp(model_or_params: Any) -> Any:
@@ -40,9 +41,7 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
 
 
 def _is_in_ddp(param: Tensor) -> bool:
-    wrappers: list[nn.Module] = [
-        found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)
-    ]
+    wrappers: list[nn.Module] = living((DistributedDataParallel,))
     return any(param is own for wrapper in wrappers for own in wrapper.parameters())
 
 
