@@ -14,6 +14,7 @@ from ...core import trace
 from ...layouts.company import Company, company_of
 from ...optimizer import LearnedOptimizer
 from ...optimizer.first_steps import joined
+from ...optimizer.loading import check_names
 from ...optimizer.report import Report, group_settings, report_row
 from ...optimizer.settings import GroupNumbers
 from ...optimizer.sharded_state import elementwise_local_state, elementwise_state_dict
@@ -288,7 +289,9 @@ class ElementwiseInner:
         return elementwise_state_dict(self.optimizer.state_dict(), self.optimizer.param_groups)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        elementwise_local_state(without_masters(state_dict), self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        elementwise_local_state(without_masters(state_dict), groups)
+        check_names(state_dict["param_groups"], groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         local = elementwise_local_state(state_dict, self.optimizer.param_groups)
