@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +23,7 @@ import pylo_dist
 from pylo_dist.layouts.company import part_of
 from support.optimizers import CELO2, VELO
 from support.ranks import run_ranks
+from support.sharded_model import whole
 
 STEPS, WIDTH, MICRO_BATCHES, STAGES, COPIES = 3, 8, 2, 2, 2
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -48,7 +51,7 @@ def mean_square(output: Tensor, target: Tensor) -> Tensor:
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach().clone() for name, param in module.named_parameters()}
+    return {name: whole(param).detach().clone() for name, param in module.named_parameters()}
 
 
 def of_one_process(name: str, **settings: Any) -> dict[str, Tensor]:
@@ -84,17 +87,21 @@ class Pipeline:
         *,
         before_step: Callable[[Any, Any], None] | None = None,
         zero: dict[str, Any] | None = None,
+        fsdp: bool = False,
         **settings: Any,
     ) -> dict[str, Tensor] | str:
         """This stage's parameters after all steps, or what the first one was refused with.
 
         Args:
             before_step: called with this object and the optimizer.
-            zero: arguments of ZeroOptimizer; without it the copies' gradients are averaged here.
+            zero: arguments of ZeroOptimizer; without it, or `fsdp`, the copies' gradients are
+                averaged here.
         """
-        whole, own = model(), nn.Sequential()
+        net, own = model(), nn.Sequential()
         for i in (2 * self.number, 2 * self.number + 1):
-            own.add_module(str(i), whole[i])
+            own.add_module(str(i), net[i])
+        if fsdp:
+            fully_shard(own, mesh=DeviceMesh.from_group(self.column, "cpu"))
         stage = PipelineStage(own, self.number, STAGES, torch.device("cpu"), group=self.row)
         pipeline = schedule(stage, MICRO_BATCHES, loss_fn=mean_square)
         face, before = getattr(pylo_dist, name), values(own)
@@ -117,7 +124,7 @@ class Pipeline:
                     pipeline.step(target=y, losses=losses)
                 loss = torch.stack(losses).mean() if losses else torch.zeros((), dtype=x.dtype)
                 dist.broadcast(loss, self.copy + COPIES, group=self.row)
-                for param in own.parameters() if zero is None else ():
+                for param in own.parameters() if zero is None and not fsdp else ():
                     dist.all_reduce(param.grad, group=self.column)
                     param.grad /= COPIES
                 if before_step is not None:
@@ -142,6 +149,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "plain, CELO2": {"name": "CELO2"},
     "plain, clipped over the stages": {"name": "AdafacLO", "before_step": clip_over_stages},
     "plain, clipped by tensor": {"name": "AdafacLO", "max_grad_norm": BOUND, "clip": "per_tensor"},
+    "FSDP2": {"name": "AdafacLO", "fsdp": True},
     "ZeRO-1": {"name": "AdafacLO", "zero": {"stage": 1}},
 }
 # what one process is told where a pipeline is told otherwise
@@ -149,6 +157,7 @@ ALONE = {"plain, clipped over the stages": {"max_grad_norm": BOUND}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "VeLO": ({"name": "VeLO"}, "couples all tensors of a model"),
     "VeLO, ZeRO": ({"name": "VeLO", "zero": {}}, "couples all tensors of a model"),
+    "VeLO, FSDP2": ({"name": "VeLO", "fsdp": True}, "couples all tensors of a model"),
     "norm": ({"name": "AdafacLO", "max_grad_norm": BOUND}, "max_grad_norm bounds the norm over"),
     "norm, ZeRO": (
         {"name": "AdafacLO", "max_grad_norm": BOUND, "zero": {}},
@@ -169,13 +178,13 @@ def in_stages(rank: int, world: int) -> dict[str, Any]:
     pipeline = Pipeline(rank)
     found: dict[str, Any] = {case: pipeline.run(**settings) for case, settings in EXACT.items()}
     found |= {case: pipeline.run(**settings) for case, (settings, _) in REFUSED.items()}
-    whole = model()
-    parts = whole[:2], whole[2:]
+    net = model()
+    parts = net[:2], net[2:]
     stages = [
         PipelineStage(part, i, STAGES, torch.device("cpu"), group=pipeline.row)
         for i, part in enumerate(parts)
     ]
-    found["parts"] = [part_of(None, list(m.parameters())) for m in (whole, *parts, model())]
+    found["parts"] = [part_of(None, list(m.parameters())) for m in (net, *parts, model())]
     assert len(stages) == STAGES
     found["joined"], found["dealt"] = joined(rank), dealt(rank)
     return found
@@ -198,7 +207,7 @@ def away(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("case", EXACT)
 def test_a_stage_steps_as_one_process_does(results: list[dict[str, Any]], case: str) -> None:
     settings = {**EXACT[case], **ALONE.get(case, {})}
-    own = ("name", "schedule", "before_step", "zero")
+    own = ("name", "schedule", "before_step", "zero", "fsdp")
     wanted = of_one_process(
         settings["name"], **{key: value for key, value in settings.items() if key not in own}
     )
