@@ -4,6 +4,7 @@ it for one that is not there. Holds one element of memory per parameter.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ class FreedGradient(Tensor):
     """
 
     @staticmethod
-    def of(param: Tensor) -> FreedGradient:
-        """One that fits a parameter."""
-        nothing = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+    def of(param: Tensor, dtype: torch.dtype) -> FreedGradient:
+        """One that fits a parameter whose gradients have this dtype."""
+        nothing = torch.zeros((), dtype=dtype, device=param.device).expand(param.shape)
         freed: FreedGradient = torch.Tensor._make_subclass(FreedGradient, nothing)
         return freed
 
@@ -35,3 +36,20 @@ class FreedGradient(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FreedGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """The gradient on a parameter, if one is."""
+    return None if isinstance(param.grad, FreedGradient) else param.grad
+
+
+def make_room(param: Tensor) -> None:
+    """Have what stands for a freed gradient go before another one is added to it."""
+    this = weakref.ref(param)
+
+    def before_adding(_: Tensor) -> None:
+        alive = this()
+        if alive is not None and isinstance(alive.grad, FreedGradient):
+            alive.grad = None
+
+    param.register_hook(before_adding)

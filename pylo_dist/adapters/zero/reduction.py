@@ -27,7 +27,7 @@ from ... import comm
 from ...core import trace
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
-from .freed import FreedGradient
+from .freed import FreedGradient, gradient_of, make_room
 from .others import LateAnswer, changed_after_it_left, largest_elements
 from .sharing import Sharing
 
@@ -121,8 +121,7 @@ class GradientReducer:
             for i, member in enumerate(bucket.members):
                 member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
                 if self._frees:
-                    # what stands for a freed gradient must not be added to
-                    member.param.register_hook(_making_room(this, b, i))
+                    make_room(member.param)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -331,7 +330,7 @@ class GradientReducer:
                 start = stop
         if self._frees:
             if id(param) not in self._freed:
-                self._freed[id(param)] = FreedGradient.of(param)
+                self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
             param.grad = self._freed[id(param)]
         else:
             self._left[id(param)] = (grad, grad._version, largest)
@@ -417,11 +416,6 @@ class GradientReducer:
         return True
 
 
-def gradient_of(param: Tensor) -> Tensor | None:
-    """The gradient on a parameter, if one is."""
-    return None if isinstance(param.grad, FreedGradient) else param.grad
-
-
 def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
     """Those that can be added, by the id of their parameter."""
     return {
@@ -441,15 +435,5 @@ def _arrival_hook(
         alive = reducer()
         if alive is not None:
             alive._arrive(b, i)
-
-    return hook
-
-
-def _making_room(reducer: weakref.ref[GradientReducer], b: int, i: int) -> Callable[[Tensor], None]:
-    def hook(_: Tensor) -> None:
-        alive = reducer()
-        if alive is not None:
-            param = alive.buckets[b].members[i].param
-            param.grad = gradient_of(param)
 
     return hook

@@ -736,3 +736,30 @@ def test_replicas_of_shards(figures: list[str]) -> None:
 def _no_leftover_hooks() -> Iterator[None]:
     yield
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_compiled_code_meets_freed_gradients() -> None:
+    """Dynamo looks at the gradients on parameters where it compiles, and the next pass adds to
+    them.
+    """
+
+    def after_two_steps(compiled: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        optimizer = pylo_dist.ZeroOptimizer(model, torch.optim.SGD, stage=2, lr=0.1)
+        call = torch.compile(model, backend="eager") if compiled else model
+        for step in range(2):
+            x = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(step))
+            model(x[0]).square().mean().backward()
+            assert num_gradients(model) == 0
+            call(x[1]).square().mean().backward()
+            with optimizer.no_sync():
+                call(x[2]).square().mean().backward()
+            assert num_gradients(model) == 4
+            (0.0 * model(x[0]).sum()).backward()
+            optimizer.step()
+            assert all(param.grad is None for param in model.parameters())
+        return snapshot(model)
+
+    compiled, plain = after_two_steps(True), after_two_steps(False)
+    assert all(torch.equal(compiled[fqn], p) for fqn, p in plain.items())
