@@ -2,5 +2,6 @@
 optimizer.
 
 `describe` asks `plain` (tensors as they are), `dtensor` or `fsdp1`; `gradients` is for gradients
-that do not lie as their parameters do; `construction` lets ranks build their optimizers together.
+that do not lie as their parameters do; `construction` lets ranks build their optimizers together;
+`company` and `ddp` find who else has a hand in parameters, by `objects`.
 """

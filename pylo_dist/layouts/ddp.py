@@ -4,23 +4,19 @@ their gradients. Reads only.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .objects import living
+
 
 def wrappers_of(params: Sequence[Tensor]) -> list[DistributedDataParallel]:
-    """The wrappers that hold one of these; looks through all objects there are."""
-    ids = set(map(id, params))
-    return [
-        found
-        for found in gc.get_objects()
-        if issubclass(type(found), DistributedDataParallel)
-        and any(id(own) in ids for own in found.parameters())
-    ]
+    """The wrappers that hold one of these."""
+    ids, found = set(map(id, params)), living((DistributedDataParallel,))
+    return [wrapper for wrapper in found if any(id(own) in ids for own in wrapper.parameters())]
 
 
 def left_out(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:

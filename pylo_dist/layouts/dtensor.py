@@ -10,7 +10,6 @@ bit.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import re
@@ -25,6 +24,7 @@ from .. import comm
 from ..core.pieces import ShardBinding
 from ..core.shards import TensorShard
 from . import plain
+from .objects import living
 from .plain import is_dtensor
 
 # Names of a mesh axis along which every rank computes the same but for its part of each product.
@@ -343,9 +343,7 @@ def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
     if kind is None or not named:
         return None
     mine = {id(param) for _, param in named}
-    # a proxy would answer isinstance
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-    theirs = [param for module in modules for param in module.parameters()]
+    theirs = [param for module in living((kind,)) for param in module.parameters()]
     shapes = {tuple(param.shape) for param in theirs}
     if any(id(param) in mine for param in theirs) or not all(
         tuple(param.shape) in shapes for _, param in named

@@ -11,7 +11,6 @@ Legend: a *unit* is a wrapped module with the parameters that it holds flat.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from itertools import accumulate
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import comm
 from ..core.pieces import ShardBinding, bind_shard
 from ..core.shards import TensorShard
+from .objects import living
 
 PREFIX = "_fsdp_wrapped_module."  # what a unit puts before the names of its parameters
 
@@ -69,8 +69,7 @@ def unit_of(param: Tensor) -> Any:
     """
     if param not in _units:
         kind = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-        # a proxy would answer isinstance
-        for unit in [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]:
+        for unit in living((kind,)):
             handle = _handle(unit)
             if handle is not None:
                 for held in (*_flat(handle, "params"), *_flat(handle, "tied")):

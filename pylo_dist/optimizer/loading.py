@@ -211,7 +211,7 @@ def check_groups(
             f"the state holds groups of {saved_sizes} parameters, this optimizer groups of "
             f"{own_sizes}{alone}; build the optimizer with the groups that were saved"
         )
-    for i, (group, own_group) in enumerate(zip(saved, groups, strict=True)):
+    for i, group in enumerate(saved):
         for key in (*keys, *marks):
             if key not in group:
                 raise ValueError(
@@ -223,6 +223,14 @@ def check_groups(
                     f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; "
                     f"{OTHER_MARKS[key]}"
                 )
+    check_names(saved, groups)
+
+
+def check_names(saved: Groups, groups: Groups) -> None:
+    """Raise ValueError for groups of a state that name other parameters than ours in their place,
+    where both have names.
+    """
+    for i, (group, own_group) in enumerate(zip(saved, groups, strict=False)):
         names = names_of(groups, own_group)
         for name, own in zip(group.get("param_names") or names, names, strict=False):
             if not same_name(name, own):
