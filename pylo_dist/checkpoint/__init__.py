@@ -6,7 +6,7 @@ torch.distributed.checkpoint, and run nothing of what they read. `full_state` ga
 for torch.save.
 """
 
-from .folder import load, published, read_meta, save, verify
+from .folder import clear, load, published, read_meta, save, verify
 from .manifest import FORMAT, MANIFEST
 from .tree import CheckpointError
 
@@ -14,6 +14,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "CheckpointError",
+    "clear",
     "load",
     "published",
     "read_meta",

@@ -82,6 +82,7 @@ def save(
             if os.path.lexists(folder):
                 raise CheckpointError(_EXISTS.format(folder))
             manifest.check_meta(meta or {})
+            clear(folder.parent)  # first: it may be what fills the disk
             aside.make()
         states = {key: tree.state_of(value) for key, value in state.items()}
         return states, "" if aside is None else aside.token
@@ -123,8 +124,6 @@ def save(
     finally:  # Ctrl-C too
         if aside is not None:
             aside.close()
-    if first:
-        _clear(folder.parent)
 
 
 def load(
@@ -252,6 +251,26 @@ def published(parent: Folder) -> list[Path]:
     )
 
 
+def clear(parent: Folder) -> None:
+    """Delete what killed saves have left in `parent`, as the next `save` there does; what another
+    process is still writing stays.
+    """
+    # whoever writes holds a lock, which ends with the process
+    for lock in [path for path in Path(parent).glob(".*.lock") if _LOCK.fullmatch(path.name)]:
+        with suppress(OSError):
+            handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = os.fstat(handle)
+                # locks may hold on one machine alone
+                ours = os.read(handle, 256).decode(errors="replace") == socket.gethostname()
+                if ours or time.time() - found.st_mtime > STRANGER_S:
+                    shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
+                    lock.unlink()
+            finally:
+                os.close(handle)
+
+
 # -------------------------------------------------------------------------------------------- ranks
 
 
@@ -359,26 +378,10 @@ class _Aside:
         """Leave nothing behind; what has been published has another name."""
         if self._handle is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._lock.unlink()
             os.close(self._handle)
             self._handle = None
-
-
-def _clear(parent: Path) -> None:
-    """Delete what killed saves have left in a folder: of those alone whose lock nobody holds."""
-    for lock in [path for path in parent.glob(".*.lock") if _LOCK.fullmatch(path.name)]:
-        with suppress(OSError):
-            handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found = os.fstat(handle)
-                # locks may hold on one machine alone
-                ours = os.read(handle, 256).decode(errors="replace") == socket.gethostname()
-                if ours or time.time() - found.st_mtime > STRANGER_S:
-                    shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
-                    lock.unlink()
-            finally:
-                os.close(handle)
 
 
 def _sync(folder: Path) -> None:
