@@ -199,14 +199,18 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     """
     checkpoint = start.checkpoint
     assert checkpoint is not None
-    try:
-        meta = package().read_meta(checkpoint)
-        step, saved = int(meta["step"]), {**ADDED, **meta["config"]}
-        seen = int(meta.get("sequences", step * saved["batch_size"]))
-    except (KeyError, TypeError):
+    meta = package().read_meta(checkpoint)
+    step, saved = meta.get("step"), meta.get("config")
+    saved = {**ADDED, **saved} if isinstance(saved, dict) else {}
+    batch, block = saved.get("batch_size"), saved.get("block_size")
+    numbers = [step, batch, block]
+    if all(type(number) is int for number in numbers):
+        numbers.append(meta.get("sequences", step * batch))
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise WrongInput(
             f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved."
-        ) from None
+        )
+    seen = numbers[-1]
     for name in FIXED:
         here, there = json.loads(json.dumps(config[name])), saved.get(name)
         if isinstance(here, dict) and isinstance(there, dict):

@@ -10,7 +10,6 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemWriter,
 )
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+from torch.futures import Future
 
 from . import index
 from .files import Entry, VerifiedFile, WrittenFile, open_verified
@@ -173,12 +174,21 @@ class Reader(FileSystemReader):
         return self.metadata
 
     def read_data(self, plan: Any, planner: Any) -> Any:
-        def place(item: Any) -> tuple[str, int]:
-            stored = self.storage_data[item.storage_index]
-            return stored.relative_path, stored.offset
-
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         with self.files.own_errors():
-            return super().read_data(replace(plan, items=sorted(plan.items, key=place)), planner)
+            for name, items in by_file.items():
+                with self.files.create_stream(Path(self.path) / name, "rb") as stream:
+                    for item in sorted(items, key=self._start):
+                        stored = self.storage_data[item.storage_index]
+                        planner.take(item, self._slice_file(stream, stored))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _start(self, item: Any) -> int:
+        return int(self.storage_data[item.storage_index].offset)
 
     def read(self, into: dict[str, Any], process_group: Any, no_dist: bool) -> None:
         """Read what `into` has keys for (modified in place).
@@ -197,22 +207,52 @@ class Reader(FileSystemReader):
 
 
 class _Loading(DefaultLoadPlanner):
-    """Reads entries that are no tensors as torch.load does with `weights_only`."""
+    """Reads entries as torch.load does with `weights_only`."""
 
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        fqn = read_item.dest_index.fqn
-        try:
-            entry = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
-            value.seek(0)
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(value)
-            what = f"names {', '.join(sorted(names))}" if names else f"cannot be read ({error})"
-            raise CheckpointError(f"{fqn!r} {what}, which is never run: {_REMEDY}") from None
-        target: Any = self.original_state_dict
+    def take(self, item: Any, stored: Any) -> None:
+        """Read one item from the file `stored` to where it belongs."""
+        fqn = item.dest_index.fqn
+        if item.type == LoadItemType.BYTE_IO:
+            data = io.BytesIO(stored.read(-1))
+            try:
+                self._put(fqn, torch.load(data, weights_only=True))
+            except pickle.UnpicklingError as error:
+                data.seek(0)
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
+                what = f"names {', '.join(sorted(names))}" if names else f"cannot be read ({error})"
+                raise CheckpointError(f"{fqn!r} {what}, which is never run: {_REMEDY}") from None
+            return
+        found = torch.load(stored, map_location="cpu", weights_only=True)
+        target = self.resolve_tensor(item).detach()
+        part = found
+        for dim, (start, count) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, count)
+        if (part.shape, part.dtype) != (target.shape, target.dtype):
+            raise CheckpointError(
+                f"a part of {fqn!r} is {part.dtype} of {tuple(part.shape)}, the index says "
+                f"{target.dtype} of {tuple(target.shape)}"
+            )
+        whole = self.state_dict[fqn]
+        alike = type(whole) is torch.Tensor and whole.shape == found.shape == part.shape
+        if alike and whole.device == found.device and found.is_contiguous():
+            self._put(fqn, found.detach())  # which is new memory already
+        else:
+            target.copy_(part)
+
+    def _put(self, fqn: str, value: Any) -> None:
+        place: Any = self.original_state_dict
         *way, last = self.mappings[fqn]
         for step in way:
-            target = target[step]
-        target[last] = entry
+            place = place[_key(place, step)]
+        place[_key(place, last)] = value
+
+
+def _key(place: Any, step: Any) -> Any:
+    """The key in a container that a path of torch's means, in which numbers are texts."""
+    if not isinstance(place, dict) or step in place:
+        return step
+    number = int(step) if step.lstrip("-").isdecimal() else None
+    return number if number in place else next(key for key in place if str(key) == step)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,18 @@ def test_an_entry_that_names_anything_else_is_refused(copied: Path, tmp_path: Pa
     assert not Loud.read
 
 
+def test_keys_that_are_no_texts(tmp_path: Path) -> None:
+    state = {"run": {0: {"a": 1}, -2: torch.ones(2), True: "x", 2.5: torch.zeros(1), "3": 3}}
+    checkpoint.save(tmp_path / "a", state)
+    template = {"run": {0: {"a": 0}, -2: torch.zeros(2), True: "", 2.5: torch.ones(1), "3": 0}}
+    loaded = checkpoint.load(tmp_path / "a", template)[0]["run"]
+    assert loaded[0] == {"a": 1}
+    assert (loaded[True], loaded["3"]) == ("x", 3)
+    assert loaded[-2].tolist() == [1, 1]
+    assert loaded[2.5].tolist() == [0]
+    assert template["run"][-2].tolist() == [0, 0]
+
+
 def test_what_the_user_allows_is_given_back(tmp_path: Path) -> None:
     with torch.serialization.safe_globals([random.Random, Plain]):
         checkpoint.save(tmp_path / "a", {"run": {"own": Plain(3)}})
