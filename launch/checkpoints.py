@@ -1,8 +1,9 @@
 """Checkpoints of a run: where they lie, what they hold beside model and optimizer, when they are
 made, and the way back in.
 
-    OUT/checkpoints/step-00000050    one folder each, of pylo_dist.checkpoint: published complete,
-                                     with checksums, or not at all
+    OUT/checkpoints/step-00000050            one folder each, of pylo_dist.checkpoint: published
+                                             complete, with checksums, or not at all
+    OUT/checkpoints/damaged-step-00000050    what --resume auto has passed over; nothing deletes it
 
 A run needs no random state: its samples are a function of seed, step and global batch, and nothing
 else is drawn while it trains.
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from learner import Trainable
 
 FOLDER = "checkpoints"
+TRIES = 10  # between two saves, after one that failed
 NAME = re.compile(r"step-(\d{8,})")
 # Entries of config.json. With another of these, the numbers of a checkpoint would mean something
 # else:
@@ -87,11 +90,27 @@ def remove(path: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what killed saves and removals of the run in `folder` have left; no other process may
-    be at work there.
+    """Delete what killed saves and removals of the run in `folder` have left."""
+    package().clear(folder / FOLDER)
+    for path in (folder / FOLDER).glob(".step-*.removed"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name that no run takes for a step; its path then. Raises
+    WrongInput.
     """
-    for path in (folder / FOLDER).glob(".step-*"):
-        shutil.rmtree(path)
+    aside = path.with_name(f"damaged-{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}.{number}")
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise WrongInput(
+            f"--resume auto: {path} is damaged and cannot be renamed: {error}"
+        ) from None
 
 
 def package() -> Any:
@@ -116,11 +135,15 @@ class Start:
         folder: of config.json and the like.
         checkpoint: None for a run from its first step.
         source: the folder of the run that the checkpoint belongs to, if it lies in one.
+        earlier: of --resume auto the checkpoints before that one, the newest first.
+        damaged: those that have been passed over, newer than that one.
     """
 
     folder: Path
     checkpoint: Path | None = None
     source: Path | None = None
+    earlier: tuple[Path, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
     @classmethod
     def find(cls, options: Options) -> Start:
@@ -129,8 +152,9 @@ class Start:
             return cls(options.out_folder())
         if options.resume == AUTO:
             assert options.out is not None
-            newest = list(published_in(options.out).values())[-1:]
-            return cls(options.out, newest[0], options.out) if newest else cls(options.out)
+            newest, *earlier = [*reversed(published_in(options.out).values())] or [None]
+            source = options.out if newest is not None else None
+            return cls(options.out, newest, source, tuple(earlier))
         path = Path(options.resume).resolve()
         is_one = path in package().published(path.parent)
         checkpoint = path if is_one else next(reversed(published_in(path).values()), None)
@@ -148,13 +172,17 @@ class Start:
         """Whether it continues the very run that the checkpoint belongs to."""
         return self.source is not None and self.folder.resolve() == self.source.resolve()
 
+    def before(self) -> Start:
+        """The same from the checkpoint before, this one being damaged."""
+        assert self.checkpoint is not None
+        checkpoint, *earlier = self.earlier
+        damaged = (*self.damaged, self.checkpoint)
+        return Start(self.folder, checkpoint, self.source, tuple(earlier), damaged)
+
     def newer(self, step: int) -> list[Path]:
         """Checkpoints of a run continued at `step` that it would come by again."""
-        return (
-            [path for n, path in published_in(self.folder).items() if n > step]
-            if self.goes_on
-            else []
-        )
+        found = published_in(self.folder).items() if self.goes_on else ()
+        return [path for n, path in found if n > step and path not in self.damaged]
 
 
 def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[int, int, str]:
@@ -171,14 +199,18 @@ def check(start: Start, options: Options, config: Mapping[str, Any]) -> tuple[in
     """
     checkpoint = start.checkpoint
     assert checkpoint is not None
-    try:
-        meta = package().read_meta(checkpoint)
-        step, saved = int(meta["step"]), {**ADDED, **meta["config"]}
-        seen = int(meta.get("sequences", step * saved["batch_size"]))
-    except (KeyError, TypeError):
+    meta = package().read_meta(checkpoint)
+    step, saved = meta.get("step"), meta.get("config")
+    saved = {**ADDED, **saved} if isinstance(saved, dict) else {}
+    batch, block = saved.get("batch_size"), saved.get("block_size")
+    numbers = [step, batch, block]
+    if all(type(number) is int for number in numbers):
+        numbers.append(meta.get("sequences", step * batch))
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise WrongInput(
             f"--resume {checkpoint}: a checkpoint, but not one that gpt2.py has saved."
-        ) from None
+        )
+    seen = numbers[-1]
     for name in FIXED:
         here, there = json.loads(json.dumps(config[name])), saved.get(name)
         if isinstance(here, dict) and isinstance(there, dict):
@@ -246,6 +278,15 @@ def load(start: Start, learner: Trainable) -> None:
         group.update(values)
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a checkpoint's files are not those that were written; call it on all ranks."""
+    try:
+        package().verify(path)
+    except ValueError:
+        return True
+    return False
+
+
 # ------------------------------------------------------------------------------------------- saving
 
 
@@ -268,6 +309,7 @@ class Keeper:
         self.asked = False  # to stop, on this rank
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
+        self._owed = False  # the save before has failed
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         if is_first:
             clear(folder)
@@ -300,15 +342,19 @@ class Keeper:
     def after(self, step: int, *, sequences: int, stop: bool) -> None:
         """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.
 
+        Where that fails, as on a full disk, the run goes on and tries again soon; the earlier
+        checkpoints are as they were.
+
         Args:
             sequences: read until then.
 
         Raises:
             Stopped: `stop` is set, and the step has been saved.
-            Unsaved: on all ranks; the earlier checkpoints are as they were.
+            Unsaved: on all ranks: the last step, or that of `stop`, could not be saved.
         """
         every, last = self._options.save_every, self._options.steps
-        if step % every and step != last and not stop:
+        again = self._owed and step % max(1, every // TRIES) == 0
+        if step % every and step != last and not stop and not again:
             return
         path = path_of(self._folder, step)
         try:
@@ -318,7 +364,14 @@ class Keeper:
                 meta={"step": step, "sequences": sequences, "config": self._config},
             )
         except ValueError as error:
-            raise Unsaved(f"the checkpoint of step {step} was not written: {error}") from None
+            said = f"the checkpoint of step {step} was not written: {' '.join(str(error).split())}"
+            if stop or step == last:
+                raise Unsaved(said) from None
+            self._owed = True
+            if self._is_first:
+                tell(f"{said}; the run goes on, and tries again.")
+            return
+        self._owed = False
         if self._is_first:
             self._drop_old()
         if stop and step != last:
@@ -329,5 +382,6 @@ class Keeper:
 
 
 def tell(line: str) -> None:
-    """A line for the user, beside those of the progress."""
-    print(f"gpt2.py: {line}", file=sys.stderr, flush=True)
+    """A line for the user, beside those of the progress. Where it goes to may be full."""
+    with suppress(OSError):
+        print(f"gpt2.py: {line}", file=sys.stderr, flush=True)

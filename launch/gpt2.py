@@ -1,12 +1,12 @@
 """Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under
 torchrun, mpirun or srun.
 
-Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: ended by SIGTERM, as
-without --save-every, with which the run has been saved. 1: anything else. Of 2, 3 and 143 one line
-on rank 0's stderr and the code on every rank; what goes wrong before the ranks have met is said by
-one rank of each machine, and by each whose environment is refused. The code is also written into
-the file that EXIT_CODE_FILE names, where it is set, since torchrun ends with 1 whatever its ranks
-end with.
+Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 130: interrupted, as by
+Ctrl-C. 143: ended by SIGTERM, as without --save-every, with which the run has been saved. 1:
+anything else. Of 2, 3, 130 and 143 one line on rank 0's stderr and the code on every rank; what
+goes wrong before the ranks have met is said by one rank of each machine, and by each whose
+environment is refused. The code is also written into the file that EXIT_CODE_FILE names, where it
+is set, since torchrun ends with 1 whatever its ranks end with.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = complain(error, code=1, aloud=first)
     except Stopped as error:
         code = complain(error, code=128 + signal.SIGTERM, aloud=first)
+    except KeyboardInterrupt:
+        code = complain(INTERRUPTED, code=128 + signal.SIGINT, aloud=first)
+        if place.world_size > 1:  # the others may be gone already
+            os._exit(code)
     except Exception:
         if place.world_size == 1:
             raise
@@ -76,13 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def complain(error: Exception, code: int, *, rank: str = "0", aloud: bool = True) -> int:
+INTERRUPTED = "interrupted; the same command with --resume auto goes on from its last checkpoint."
+
+
+def complain(error: Exception | str, code: int, *, rank: str = "0", aloud: bool = True) -> int:
     """One line that names a rank other than 0, where `aloud`; the code, for a launcher's caller
     too.
     """
     if aloud:
         who = "" if rank == "0" else f"rank {rank}: "
-        print(f"gpt2.py: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tell(f"{who}{' '.join(str(error).split())}")
     if "EXIT_CODE_FILE" in os.environ:
         with suppress(OSError):
             path = Path(os.environ["EXIT_CODE_FILE"])
@@ -93,8 +100,9 @@ def complain(error: Exception, code: int, *, rank: str = "0", aloud: bool = True
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # where they go to may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now
     # and then abort the process.
     os._exit(exit_code)

@@ -8,14 +8,25 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import recipe
 import torch
-from checkpoints import Keeper, Start, check, load, package, remove, tell
+from checkpoints import (
+    Keeper,
+    Start,
+    Unsaved,
+    check,
+    is_damaged,
+    load,
+    package,
+    remove,
+    set_aside,
+    tell,
+)
 from data import BatchPlan, Tokens, builtin_text
 from ds import DeepSpeedLearner
 from environment import Environment
@@ -31,6 +42,7 @@ from watch import (
     check_folder,
     is_leftover,
     open_folder,
+    optional,
     plot,
     rows_until,
     summary,
@@ -114,17 +126,23 @@ def finish(
     """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
     unit = options.unit()
     title = f"GPT-2 {options.preset}, {options.optimizer}"
-    plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
+    with optional(watch.folder / "loss.png") as path:
+        plot(watch.rows, path, unit=unit, title=title)
     sample = None
     if unit == "byte":
         start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
         drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
         sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
-        (watch.folder / "sample.txt").write_text(sample)
+        with optional(watch.folder / "sample.txt") as path:
+            path.write_text(sample)
     more_ranks = command_for_more_ranks(config["command"], plan)
-    print(
-        summary(watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample)
-    )
+    with suppress(OSError):  # where it goes to may be full
+        print(
+            summary(
+                watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample
+            ),
+            flush=True,
+        )
 
 
 def run(
@@ -160,7 +178,8 @@ def run(
     watch = place.together(lambda: Watch(options, folder, config, rows, said) if is_first else None)
     report = learner.optimizer.report() if hasattr(learner.optimizer, "report") else None
     if watch is not None and report is not None:
-        (folder / "optimizer.txt").write_text(f"{report}\n")
+        with optional(folder / "optimizer.txt") as path:
+            path.write_text(f"{report}\n")
     keeper = (
         Keeper(options, folder, learner, config, is_first=is_first) if options.save_every else None
     )
@@ -174,7 +193,12 @@ def run(
     if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
         finish(model, options, plan, watch, config)
     if is_first:
-        (folder / DONE).write_text(f"{options.steps} steps\n")
+        try:
+            (folder / DONE).write_text(f"{options.steps} steps\n")
+        except OSError as error:
+            raise Unsaved(
+                f"the run is done, and {folder / DONE} cannot be written ({error.strerror})"
+            ) from None
 
 
 def resume(
@@ -187,16 +211,23 @@ def resume(
     """Bring `learner` to where the checkpoint was (modified in place): steps done, sequences read,
     and the rows on rank 0.
 
-    Raises WrongInput for a checkpoint that does not fit or is damaged, before anything has changed.
+    Of --resume auto a damaged checkpoint is passed over, for the one before it. Raises WrongInput
+    for a checkpoint that does not fit, or is damaged, before anything has changed.
     """
-    step, seen, others = place.together(lambda: check(start, options, config))
     is_first = place.rank == 0
+    while True:
+        try:
+            step, seen, others, rows = load_from(start, learner, config, options, place)
+            break
+        except WrongInput as error:
+            assert start.checkpoint is not None
+            if not start.earlier or not is_damaged(start.checkpoint):
+                raise
+            if is_first:
+                tell(f"{start.checkpoint} is passed over: {error}")
+            start = start.before()
     opens = is_first and not start.goes_on  # a folder of its own; the run that goes on has one
-    rows = rows_until(start.source, step) if is_first and start.source is not None else []
-    place.together(
-        lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None
-    )
-    load(start, learner)
+    place.together(lambda: [set_aside(path) for path in start.damaged] if is_first else None)
     place.together(
         lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None
     )
@@ -214,3 +245,24 @@ def resume(
             )
     config["resumed_from"] = {"checkpoint": str(start.checkpoint), "step": step}
     return step, seen, rows
+
+
+def load_from(
+    start: Start,
+    learner: Trainable,
+    config: dict[str, Any],
+    options: Options,
+    place: Place,
+) -> tuple[int, int, str, list[Row]]:
+    """Load one checkpoint (`learner` is modified in place): the step, the sequences read, what is
+    other than it was, and the rows on rank 0. Raises WrongInput before anything has changed.
+    """
+    step, seen, others = place.together(lambda: check(start, options, config))
+    is_first = place.rank == 0
+    rows = rows_until(start.source, step) if is_first and start.source is not None else []
+    opens = is_first and not start.goes_on
+    place.together(
+        lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None
+    )
+    load(start, learner)
+    return step, seen, others, rows

@@ -8,7 +8,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,21 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
         ) from None
 
 
+@contextmanager
+def optional(path: Path) -> Iterator[Path]:
+    """Around the writing of a file that a run can do without: where the disk is full, say so."""
+    try:
+        yield path
+    except OSError as error:
+        tell(f"{path} cannot be written ({error.strerror}); the run goes on without it.")
+
+
 class Watch:
-    """Shows and records rows as they come."""
+    """Shows and records rows as they come.
+
+    A disk that is full ends no run: what could not be written of metrics.jsonl is kept, and written
+    with a later row.
+    """
 
     def __init__(
         self,
@@ -129,13 +143,20 @@ class Watch:
             (row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None
         )
         done = self.rows[-1].step if self.rows else 0
-        (folder / DONE).unlink(missing_ok=True)
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        aside = folder / f"{METRICS}.part"
-        aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
-        os.replace(aside, folder / METRICS)
-        self._metrics = (folder / METRICS).open("a", buffering=1)  # a crash loses no line
+        self._unwritten, self._behind = b"", False
+        try:
+            (folder / DONE).unlink(missing_ok=True)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            aside = folder / f"{METRICS}.part"
+            aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
+            os.replace(aside, folder / METRICS)
+            self._metrics = (folder / METRICS).open("ab", buffering=0)  # a crash loses no line
+        except OSError as error:
+            raise WrongInput(
+                f"--out {folder} cannot be written ({error.strerror}); make room there, or choose "
+                "another folder."
+            ) from None
         self._plain_every = -(-options.steps // PLAIN_LINES)
         self._steps = options.steps
         for line in said:
@@ -151,9 +172,13 @@ class Watch:
         self.rows.append(row)
         self._val_loss = self._val_loss if row.val_loss is None else row.val_loss
         values = row.as_dict()
-        self._metrics.write(json.dumps(values) + "\n")
-        for log in self._loggers:
-            log(values)
+        self._record(json.dumps(values) + "\n")
+        for log in list(self._loggers):
+            try:
+                log(values)
+            except OSError as error:
+                self._loggers.remove(log)
+                tell(f"{self.folder}: a logger cannot write ({error}); the run goes on without it.")
         if self._bar is not None:
             self._bar.set_postfix_str(self._line(row), refresh=False)
             self._bar.update()
@@ -162,7 +187,26 @@ class Watch:
             or row.step in (1, self._steps)
             or row.val_loss is not None
         ):
-            print(f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # where it goes to may be full
+                print(
+                    f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True
+                )
+
+    def _record(self, line: str) -> None:
+        """Append to metrics.jsonl what is not there yet."""
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            if not self._behind:
+                tell(
+                    f"{self.folder / METRICS} cannot be written ({error.strerror}); the run goes "
+                    "on, and keeps its rows until there is room."
+                )
+            self._behind = True
+        else:
+            self._behind = False
 
     def _line(self, row: Row) -> str:
         val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
@@ -174,6 +218,12 @@ class Watch:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._record("")
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            tell(
+                f"{self.folder / METRICS}: the last {lost} rows could not be written and are lost."
+            )
         self._metrics.close()
         for close in self._closers:
             close()

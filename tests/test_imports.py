@@ -32,7 +32,8 @@ BARE = {"core", "maths", "layouts", "optim", "adapters"}
 NO_COLLECTIVES = {  # what these may take from torch.distributed: formats, types and wrappers
     "optimizer.sharded_state": "torch.distributed.checkpoint",
     "checkpoint.full_state": "torch.distributed.checkpoint",
-    "checkpoint.folder": "torch.distributed.checkpoint",
+    "checkpoint.index": "torch.distributed.checkpoint",
+    "checkpoint.storage": "torch.distributed.checkpoint",
     "layouts.dtensor": "torch.distributed.tensor",
     "layouts.gradients": "torch.distributed.tensor",
     "adapters.fully_sharded": ("torch.distributed.fsdp", "torch.distributed.device_mesh"),

@@ -4,23 +4,25 @@ what it loads into.
 A folder is written by torch.distributed.checkpoint, so any layout on any number of ranks loads what
 any other saved.
 
-    folder/                  while it is written: .folder.partial/, renamed in one step when all
-                             is on the disk
+    folder/                  while it is written: .folder.TOKEN.partial/, renamed in one step when
+                             all is on the disk; beside it .folder.TOKEN.lock, held by who writes
         __0_0.distcp ...     torch.distributed.checkpoint's files
-        .metadata            its index, a pickle: unpickled only after its checksum matched
-        manifest.json        size and sha256 of every file, what the caller noted, and a sha256 over
-                             the manifest itself
+        .metadata            its index, a pickle, of which nothing is run
+        manifest.json        size and digests of every file, what the caller noted, and a sha256
+                             over the manifest itself
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
+import fcntl
 import os
+import re
 import shutil
-import warnings
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
@@ -28,15 +30,17 @@ import torch
 from torch import nn
 
 from .. import comm
-from .._version import __version__
-from . import tree
+from . import manifest, tree
+from .files import MISSING, Entry, open_regular, verify_file
+from .manifest import MANIFEST, Manifest
 from .tree import CheckpointError
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the folder; that of the state is in its parameter groups
+_LOCK = re.compile(r"(\..+\.[0-9a-f]{32})\.lock")
+_EXISTS = "{} exists already; a checkpoint is written once, choose another name"
+STRANGER_S = 86400  # seconds after which a lock of another machine is one that was left
 
 
 def save(
@@ -49,9 +53,10 @@ def save(
     """Write `state` to a new folder: aside, with checksums, published last. All ranks call it
     alike.
 
-    A reader sees the whole folder or none of it: what a killed run leaves behind has another name
-    (`.{name}.partial`, cleared by the next save of the same name). Returns on every rank when the
-    folder is there.
+    A reader sees the whole folder or none of it. Of two saves of one name at once, one publishes
+    its folder and the other is refused. What a killed run leaves behind has another name
+    (`.{name}.{token}.partial`), which a later save in the same place clears; one that is still
+    being written is left alone. Returns on every rank when the folder is there.
 
     Args:
         folder: must not exist; on a file system that all ranks share.
@@ -64,35 +69,30 @@ def save(
             torch.distributed.
 
     Raises:
-        CheckpointError: the folder exists, or some rank could not write its part; raised on all
-            ranks, nothing is published.
+        CheckpointError: the folder exists, or some rank could not write its part, or something in
+            `state` could not be loaded again; raised on all ranks, nothing is published and nothing
+            left behind.
     """
     group, folder = _group(process_group), Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
     first = comm.rank(group) == 0
+    aside = _Aside(folder, uuid.uuid4().hex) if first else None
 
-    def prepare() -> dict[str, Any]:
-        if first:
-            if folder.exists():
-                raise CheckpointError(
-                    f"{folder} exists already; a checkpoint is written once, choose another name"
-                )
-            json.dumps(dict(meta or {}))
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        return {key: tree.state_of(value) for key, value in state.items()}
+    def prepare() -> tuple[dict[str, Any], str]:
+        if aside is not None:
+            if os.path.lexists(folder):
+                raise CheckpointError(_EXISTS.format(folder))
+            manifest.check_meta(meta or {})
+            clear(folder.parent)  # first: it may be what fills the disk
+            aside.make()
+        states = {key: tree.state_of(value) for key, value in state.items()}
+        return states, "" if aside is None else aside.token
 
-    def write() -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save as write_shards
-
-        with _as_checkpoint_error():
-            writer = FileSystemWriter(partial)
-            write_shards(
-                states,
-                storage_writer=writer,
-                process_group=process_group or None,
-                no_dist=group is None,
+    def enter() -> None:
+        # it has a new name, which no cache of a file system can hold anything about
+        if not partial.is_dir():
+            raise CheckpointError(
+                f"{partial}, which rank 0 has made, is not there for this rank: {folder.parent} "
+                "must be on a file system that all ranks share"
             )
 
     def publish() -> None:
@@ -103,32 +103,27 @@ def save(
             raise CheckpointError(
                 f"{partial}: files came or went while they were written: {sorted(lost)}"
             )
-        content = {
-            "format": FORMAT,
-            "pylo_dist": __version__,
-            "torch": torch.__version__,
-            "ranks": comm.size(group),
-            "meta": dict(meta or {}),
-            "files": files,
-        }
-        with (partial / MANIFEST).open("w") as file:
-            json.dump({**content, "sha256": _digest_of(content)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        manifest.write(partial, files, meta or {}, torch=torch.__version__, ranks=comm.size(group))
         _sync(partial)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)  # which no folder with something in it gives way to
+        except OSError:
+            if os.path.lexists(folder):
+                raise CheckpointError(_EXISTS.format(folder)) from None
+            raise
         _sync(folder.parent)
 
-    states = _alike(group, prepare)
-    _alike(group, write)
-    # every rank reads back a share of all files, whoever wrote them
-    parts = comm.gather_objects(
-        _alike(
-            group, lambda: _hash_share(sorted(p.name for p in partial.iterdir()), partial, group)
-        ),
-        group,
-    )
-    _alike(group, publish)
+    try:
+        states, token = _alike(group, prepare)
+        told = comm.gather_objects((token, manifest.fastest_digest()), group)[0]
+        partial = _partial(folder, told[0])
+        _alike(group, enter)
+        written = _alike(group, lambda: _write(partial, states, process_group, folder, told[1]))
+        parts = comm.gather_objects(written, group)
+        _alike(group, publish)
+    finally:  # Ctrl-C too
+        if aside is not None:
+            aside.close()
 
 
 def load(
@@ -140,8 +135,10 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load what `save` wrote, on any number of ranks and any layout. All ranks call it alike.
 
-    First every checksum is verified, then keys, shapes and dtypes are compared, then all is read
-    aside, and each optimizer checks what it would load; only then does anything change.
+    First the ranks compare which checkpoint they see, then keys, shapes and dtypes are compared,
+    then all is read aside, each block verified as it is read, and each optimizer checks what it
+    would load; only then does anything change. Nothing in the folder is run: of what is no tensor
+    only what torch.load reads with `weights_only` is read.
 
     Args:
         folder: a published checkpoint.
@@ -156,21 +153,34 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, truncated or changed, by name; a key that is
-            missing or does not fit, by name; on all ranks. Nothing has been changed then.
+            missing or does not fit, by name; ranks that see different checkpoints; on all ranks.
+            Nothing has been changed then.
         ValueError: what the load_state_dict of an optimizer refuses (another model, rule, weights
             or format), on all ranks.
     """
     group, folder = _group(process_group), Path(folder)
-    meta = verify(folder, process_group=process_group)
+    found = _agreed(folder, group)
+    if found.format == 1:  # its digests are of whole files
+        _verify_share(found, group)
 
-    def template() -> dict[str, Any]:
-        index = _index(folder)
+    def open_folder() -> Any:
+        from .storage import Reader
+
+        for name, entry in _share(found, group).items():
+            open_regular(folder / name, MISSING, entry.size).close()
         own.update({key: tree.state_of(value) for key, value in state.items()})
+        return Reader(found)
+
+    @_fitting(folder)
+    def template() -> dict[str, Any]:
+        index = tree.Index(
+            folder, reader.metadata.state_dict_metadata, reader.metadata.planner_data
+        )
         aside = {key: tree.aside(value) for key, value in own.items()}
         for key, value in state.items():
             if isinstance(value, torch.optim.Optimizer):
                 groups = index.as_saved((key, "param_groups"), aside[key]["param_groups"])
-                _read(folder, {key: {"param_groups": groups}}, None, no_dist=True)
+                reader.read({key: {"param_groups": groups}}, None, no_dist=True)
                 aside[key] = index.optimizer_template(key, value, aside[key], groups)
             elif tree.is_stateful(value) and not isinstance(value, nn.Module):
                 # a scheduler's numbers may have become tensors
@@ -181,14 +191,16 @@ def load(
         return aside
 
     def read() -> None:
-        _read(folder, loaded, process_group, no_dist=group is None)
+        reader.read(loaded, process_group, no_dist=group is None)
 
+    @_fitting(folder)
     def check() -> None:
         for key, value in state.items():
             if hasattr(value, "check_state_dict"):
                 value.check_state_dict(loaded[key])
 
     own: dict[str, Any] = {}
+    reader = _alike(group, open_folder)
     loaded = _alike(group, template)
     _alike(group, read)
     loaded = {key: tree.with_keys_of(own[key], loaded[key]) for key in state}
@@ -196,7 +208,9 @@ def load(
     for key, value in state.items():
         if tree.is_stateful(value):
             tree.unwrapped(value).load_state_dict(loaded[key])
-    return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, meta
+    return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, dict(
+        found.meta
+    )
 
 
 def verify(folder: Folder, *, process_group: Any = None) -> dict[str, Any]:
@@ -208,26 +222,10 @@ def verify(folder: Folder, *, process_group: Any = None) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load`.
     """
-    group, folder = _group(process_group), Path(folder)
-
-    def check() -> dict[str, Any]:
-        content = _manifest(folder)
-        files: dict[str, Any] = content["files"]
-        for name, found in _hash_share(sorted(files), folder, group).items():
-            if found["bytes"] != files[name]["bytes"]:
-                raise CheckpointError(
-                    f"{folder / name}: {found['bytes']} bytes, wanted {files[name]['bytes']}; it "
-                    "is truncated or was changed"
-                )
-            if found["sha256"] != files[name]["sha256"]:
-                raise CheckpointError(
-                    f"{folder / name}: its sha256 is not that of the manifest; the file was "
-                    "changed or is damaged"
-                )
-        meta: dict[str, Any] = content["meta"]
-        return meta
-
-    return _alike(group, check)
+    group = _group(process_group)
+    found = _agreed(Path(folder), group)
+    _verify_share(found, group)
+    return found.meta
 
 
 def read_meta(folder: Folder) -> dict[str, Any]:
@@ -237,8 +235,7 @@ def read_meta(folder: Folder) -> dict[str, Any]:
     Raises:
         CheckpointError: no manifest, or a damaged one.
     """
-    meta: dict[str, Any] = _manifest(Path(folder))["meta"]
-    return meta
+    return Manifest.read(Path(folder)).meta
 
 
 def published(parent: Folder) -> list[Path]:
@@ -252,6 +249,26 @@ def published(parent: Folder) -> list[Path]:
         for path in Path(parent).glob(f"*/{MANIFEST}")
         if not path.parent.name.startswith(".")
     )
+
+
+def clear(parent: Folder) -> None:
+    """Delete what killed saves have left in `parent`, as the next `save` there does; what another
+    process is still writing stays.
+    """
+    # whoever writes holds a lock, which ends with the process
+    for lock in [path for path in Path(parent).glob(".*.lock") if _LOCK.fullmatch(path.name)]:
+        with suppress(OSError):
+            handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = os.fstat(handle)
+                # locks may hold on one machine alone
+                ours = os.read(handle, 256).decode(errors="replace") == socket.gethostname()
+                if ours or time.time() - found.st_mtime > STRANGER_S:
+                    shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
+                    lock.unlink()
+            finally:
+                os.close(handle)
 
 
 # -------------------------------------------------------------------------------------------- ranks
@@ -276,66 +293,95 @@ def _alike(group: Any, action: Callable[[], T]) -> T:
     return comm.together(act, group, CheckpointError)
 
 
-@contextlib.contextmanager
-def _as_checkpoint_error() -> Iterator[None]:
-    """torch's CheckpointException is no Exception; and it warns about a single process, which is no
-    mistake here.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
+def _agreed(folder: Path, group: Any) -> Manifest:
+    """The manifest, which is the same on all ranks; or CheckpointError on all of them."""
+    found = _alike(group, lambda: Manifest.read(folder))
+    seen = comm.gather_objects((found.digest, found.seen()), group)
+    for rank, (digest, what) in enumerate(seen):
+        if digest != seen[0][0]:
+            raise CheckpointError(
+                f"{folder}: the ranks see different checkpoints, rank 0 {seen[0][1]}, rank {rank} "
+                f"{what}; it must be on a file system that all ranks share, and the same name on "
+                "all of them (a cache may show what was there before)"
+            )
+    return found
 
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Around comparisons with what is in a checkpoint, in which everything may be of another kind
+    than what was saved: hyperparameters without a list of parameters, a text for a number.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder} holds entries that these objects do not save "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _share(found: Manifest, group: Any) -> dict[str, Entry]:
+    """Of the files of a checkpoint those that this rank looks at."""
+    names = sorted(found.files)[comm.rank(group) :: comm.size(group)]
+    return {name: found.files[name] for name in names}
+
+
+def _verify_share(found: Manifest, group: Any) -> None:
+    def check() -> None:
+        for name, entry in _share(found, group).items():
+            verify_file(found.path.with_name(name), entry)
+
+    _alike(group, check)
 
 
 # -------------------------------------------------------------------------------------------- files
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        claimed = content.pop("sha256")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: this is no published checkpoint") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); the file was changed or is damaged"
-        ) from None
-    if claimed != _digest_of(content):
-        raise CheckpointError(
-            f"{path}: its sha256 is not the one in it; the file was changed or is damaged"
+def _write(
+    partial: Path, states: dict[str, Any], process_group: Any, folder: Path, algorithm: str
+) -> dict[str, Entry]:
+    from .storage import write
+
+    no_dist = _group(process_group) is None
+    return write(partial, states, process_group, no_dist, name=folder, algorithm=algorithm)
+
+
+def _partial(folder: Path, token: str) -> Path:
+    return folder.with_name(f".{folder.name}.{token}.partial")
+
+
+class _Aside:
+    """A folder that is being written, and a lock that is held as long as this process lives.
+
+    Attributes:
+        token: in its name, so that no other save writes to it.
+    """
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self.token = token
+        self._partial = _partial(folder, token)
+        self._lock = self._partial.with_suffix(".lock")
+        self._handle: int | None = None
+
+    def make(self) -> None:
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(
+            self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {content['format']}, wanted {FORMAT}; it is of pylo_dist "
-            f"{content['pylo_dist']}"
-        )
-    return content
+        os.write(self._handle, socket.gethostname().encode())
+        with suppress(OSError):  # file systems without locks: then nothing is ever cleared
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+        self._partial.mkdir()
 
-
-def _digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_share(names: Sequence[str], folder: Path, group: Any) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of this rank's share of the files."""
-    return {name: _hash(folder / name) for name in names[comm.rank(group) :: comm.size(group)]}
-
-
-def _hash(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-            return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, but the manifest names it") from None
+    def close(self) -> None:
+        """Leave nothing behind; what has been published has another name."""
+        if self._handle is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            with suppress(OSError):
+                self._lock.unlink()
+            os.close(self._handle)
+            self._handle = None
 
 
 def _sync(folder: Path) -> None:
@@ -345,25 +391,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _index(folder: Path) -> tree.Index:
-    """What a verified checkpoint holds; unpickles its metadata."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    metadata = FileSystemReader(folder).read_metadata()
-    return tree.Index(folder, metadata.state_dict_metadata, metadata.planner_data)
-
-
-def _read(folder: Path, into: dict[str, Any], process_group: Any, no_dist: bool) -> None:
-    """Read what `into` has keys for (modified in place)."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as read_shards
-
-    with _as_checkpoint_error():
-        read_shards(
-            into,
-            storage_reader=FileSystemReader(folder),
-            process_group=process_group or None,
-            no_dist=no_dist,
-        )

@@ -182,6 +182,10 @@ class Index:
         """The key of every state entry of an optimizer, the number of its parameter, its name."""
         for flat, path in self.paths.items():
             if path[:2] == (key, "state"):
+                if len(path) < 4 or not str(path[2]).isdecimal():
+                    raise CheckpointError(
+                        f"{self.folder}: {flat!r} is no state of a parameter that has a number"
+                    )
                 yield flat, int(path[2]), path[3]
 
     def _check_torch_groups(

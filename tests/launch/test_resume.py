@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -269,24 +270,47 @@ def test_what_cannot_go_on_says_so_and_changes_nothing(
     assert "pass --out FOLDER" in capsys.readouterr().err
 
 
+def test_auto_passes_over_a_damaged_checkpoint(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on from the one before, says so, and keeps both."""
+    for how in ("byte", "manifest"):
+        out = copy_of(finished, tmp_path / how)
+        name = damage(published_in(out)[8], how)
+        assert gpt2.main([*command(folder, out), "--resume", "auto", "--keep", "1"]) == 0, how
+        said = capsys.readouterr().err.splitlines()
+        (line,) = (line for line in said if "is passed over" in line)
+        assert name in line, how
+        assert any(f"goes on after step 6 from {out}" in line for line in said), how
+        assert list(published_in(out)) == [8]
+        assert [path.name for path in (out / "checkpoints").glob("damaged-*")] == [
+            "damaged-step-00000008"
+        ]
+        remove(out / "checkpoints" / "damaged-step-00000008")
+        for step in (3, 6):  # which --keep 1 has removed
+            shutil.copytree(published_in(finished)[step], out / "checkpoints" / f"step-{step:08d}")
+        assert differences(finished, out, 8) == [], how
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(
     folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for how in ("byte", "cut", "gone", "manifest"):
-        out = copy_of(finished, tmp_path / how)
-        name = damage(published_in(out)[8], how)
-        before = tree(out)
-        assert gpt2.main([*command(folder, out, "--steps", "9"), "--resume", "auto"]) == 2, how
+    """Where it is named, and where none is left to go on from: nothing changes."""
+    out = copy_of(finished, tmp_path / "run")
+    damaged = [damage(path, "byte") for path in published_in(out).values()]
+    before = tree(out)
+    for words in (["auto"], [str(published_in(out)[8])]):
+        assert gpt2.main([*command(folder, out, "--steps", "9"), "--resume", *words]) == 2
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, (how, lines)
-        assert name in lines[0], (how, lines)
-        assert tree(out) == before, how
-    ranks = Setup(folder, "adafaclo", 2, steps=9)  # the last one again, and the code on both ranks
+        assert damaged[0] in lines[-1], lines
+        assert len(lines) == (3 if words == ["auto"] else 1), lines
+        assert tree(out) == before
+    ranks = Setup(folder, "adafaclo", 2, steps=9)  # and the code on both ranks
     with started(ranks, out) as processes:
         assert codes_of(processes, out, 60) == [2, 2]
     lines = Path(f"{out}.log").read_text().splitlines()
     # torch 2.10 says more
-    assert len([line for line in lines if not line.startswith("[Gloo]")]) == 1, lines
+    assert len([line for line in lines if not line.startswith("[Gloo]")]) == 3, lines
     assert tree(out) == before
 
 
@@ -400,17 +424,70 @@ def test_what_differs_is_said_once_and_holds(
     assert rows_of(tmp_path / "other")[-1]["lr"] == pytest.approx(0.05)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(
+def test_a_checkpoint_that_cannot_be_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The run goes on and tries again; where the last step is not saved, its code says so."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "checkpoints").write_text("a file in its place")
     assert gpt2.main(command(folder, out, "--overwrite")) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("gpt2.py: the checkpoint of step 3 was not written")
-    assert "checkpoints" in said
-    assert len(rows_of(out)) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if "was not written" in line]
+    starts = [f"gpt2.py: the checkpoint of step {step} was not written" for step in range(3, 9)]
+    assert [line[: len(starts[0])] for line in lines] == starts
+    assert all("checkpoints" in line for line in lines)
+    assert len(rows_of(out)) == 8
+
+
+def test_a_full_disk_loses_no_row(
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Metrics and checkpoints that fail for some steps: one line each, and all is there at last."""
+    out, add = tmp_path / "run", Watch.add
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def add_to_a_full_disk(self: Watch, row: Row) -> None:
+        if row.step == 2:
+            room = (out / "metrics.jsonl").stat().st_size + 5  # a part of a row
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        if row.step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        add(self, row)
+
+    monkeypatch.setattr(Watch, "add", add_to_a_full_disk)
+    try:
+        assert gpt2.main(command(folder, out)) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "File too large" in line]
+    assert len(lines) == 3, lines
+    assert f"{out / 'metrics.jsonl'} cannot be written" in lines[0]
+    assert f"{out / 'checkpoints' / 'step-00000003'}" in lines[1]
+    assert [row["step"] for row in rows_of(out)] == list(range(1, 9))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (5, 6, 8)
+    ]
+    assert set(published_in(out)) == {5, 6, 8}
+
+
+def test_ctrl_c_ends_with_a_code_of_its_own(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "add", interrupted)
+    monkeypatch.setenv("EXIT_CODE_FILE", str(tmp_path / "code"))
+    assert gpt2.main(command(folder, tmp_path / "run")) == 128 + signal.SIGINT
+    assert "interrupted; the same command" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "code").read_text() == "130\n"
 
 
 def test_a_stream_goes_on_in_the_middle(

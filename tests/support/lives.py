@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -202,6 +202,10 @@ def _wrap(layout: str, model: Net) -> tuple[nn.Module, int | None]:
         }
         parallelize_module(model, _mesh(world), plan)  # type: ignore[arg-type]
         return model, None
+    if layout == "fsdp1":
+        cpu = torch.device("cpu")
+        unit = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+        return unit, dist.get_rank()
     if layout == "fsdp2":
         fully_shard(model, mesh=_mesh(world))
     if layout == "hsdp":
@@ -247,12 +251,18 @@ def build(layout: str, kind: str, life: str, files: dict[str, str]) -> Run:
         for one in optimizers:
             one.step(loss.detach())
 
+    def wholes() -> dict[str, Tensor]:
+        if not isinstance(called, FullyShardedDataParallel):
+            return {name: whole(param) for name, param in params.items()}
+        with FullyShardedDataParallel.summon_full_params(called):
+            return {name: whole(param) for name, param in model.named_parameters()}
+
     return Run(
         params,
         optimizers,
         advance,
         lambda: [local(param).clone() for param in params.values()],
-        lambda: {name: whole(param) for name, param in params.items()},
+        wholes,
     )
 
 

@@ -3,13 +3,15 @@ the engine it is given.
 
 engine.save_checkpoint writes one file per rank with flat float32 tensors and, from
 `DeepSpeedOptimizer.state_dict`, where each parameter lies in them. So any rank can take its
-elements out of all the files; they are mapped, not read, into memory.
+elements out of all the files; they are mapped, not read, into memory. Nothing in them is run.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,30 @@ _OWN_KEYS = (
     *("dp_world_size", "mp_world_size", "ds_config", "ds_version"),
     "checkpoint_parallel_dimensions",
 )
+
+
+class _StandIn:
+    """What a file says of an object of DeepSpeed's; never the object."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+
+class _StaticScaler(_StandIn):
+    pass
+
+
+class _DynamicScaler(_StandIn):
+    pass
+
+
+_SCALERS = {"LossScaler": _StaticScaler, "DynamicLossScaler": _DynamicScaler}
+# the classes that DeepSpeed's own entries are of
+_STAND_INS: list[Any] = [
+    *((kind, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name, kind in _SCALERS.items()),
+    (_StandIn, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +84,14 @@ class DeepSpeedFiles:
         parts: per fqn, over the ranks.
 
     Raises:
-        ValueError: files that are missing, or of another optimizer.
+        ValueError: files that are missing, damaged, or of another optimizer.
     """
 
     def __init__(self, folder: str | Path, tag: str | None = None) -> None:
-        folder = Path(folder)
+        with _as_value_error(folder):
+            self._read(Path(folder), tag)
+
+    def _read(self, folder: Path, tag: str | None) -> None:
         if tag is None:
             latest = folder / "latest"
             if not latest.is_file():
@@ -71,6 +100,8 @@ class DeepSpeedFiles:
                     "save_checkpoint wrote"
                 )
             tag = latest.read_text().strip()
+            if Path(tag).name != tag:
+                raise ValueError(f"{latest} holds {tag!r:.80}, wanted the name of a subfolder")
         self.path = folder / tag
         models = [
             *self.path.glob("mp_rank_*_model_states.pt"),
@@ -97,7 +128,10 @@ class DeepSpeedFiles:
         self.parts: dict[str, list[Part]] = {fqn: [] for fqn in self.shapes}
         for state, entry in zip(self.states, held, strict=True):
             flats = [*_flats(state)]
-            for i, (fqn, _, start, numel, number, offset) in enumerate(entry["layout"]["pieces"]):
+            for i, place in enumerate(entry["layout"]["pieces"]):
+                if len(place) != 6:
+                    raise TypeError(f"place {i} of a tensor is {place!r:.80}")
+                fqn, _, start, numel, number, offset = place
                 if number < 0:
                     values = (flats[i] if flats else self.model["module"][fqn]).reshape(-1)
                 else:
@@ -145,9 +179,43 @@ class DeepSpeedFiles:
 
 
 def _open(path: Path) -> dict[str, Any]:
-    # DeepSpeed's own classes (its loss scaler) are in these files, which it loads in the same way
-    entries: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    """A file's entries, mapped into memory. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        known = {name for _, name in _STAND_INS}
+        names = {*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - known
+        what = (
+            f"names {', '.join(sorted(names))}, which is never run; keep such things out of "
+            "client_state, or, if you trust whoever wrote the file, name the classes to "
+            "torch.serialization.add_safe_globals"
+            if names
+            else f"cannot be read ({error})"
+        )
+        raise ValueError(f"{path} {what}") from error
+    # of zip files and pickles there is nothing that damaged ones do not raise
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} holds {type(entries).__name__}, wanted what DeepSpeed saves")
     return entries
+
+
+@contextmanager
+def _as_value_error(folder: str | Path) -> Iterator[None]:
+    """Around what reads entries, which may all be missing or of another kind."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: a file was not written by DeepSpeed with this optimizer: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _rank(path: Path) -> int:
@@ -179,18 +247,29 @@ def _gather(pieces: list[tuple[int, Tensor]], start: int, numel: int, fqn: str) 
     """Elements start .. start + numel of a tensor of which `pieces` are (first element, (..., n)),
     new memory (..., numel).
     """
+    check_covered(pieces, start, numel, fqn)
     result = pieces[0][1].new_empty((*pieces[0][1].shape[:-1], numel))
-    filled = 0
-    for first, piece in pieces:
-        low, high = max(start, first), min(start + numel, first + piece.shape[-1])
-        if low < high and filled < numel:
+    end = start
+    for first, piece in sorted(pieces, key=lambda pair: pair[0]):
+        low, high = max(end, first), min(start + numel, first + piece.shape[-1])
+        if low < high:
             result[..., low - start : high - start] = piece[..., low - first : high - first]
-            filled += high - low
-    if filled < numel:
-        raise ValueError(
-            f"{fqn!r}: the files hold {filled} of the {numel} elements from {start} on"
-        )
+            end = high
     return result
+
+
+def check_covered(pieces: list[tuple[int, Tensor]], start: int, numel: int, fqn: str) -> None:
+    """Raise ValueError where `pieces`, as of `_gather`, leave an element out or differ in kind."""
+    end = start
+    for first, piece in sorted(pieces, key=lambda pair: pair[0]):
+        if (piece.dtype, piece.shape[:-1]) != (pieces[0][1].dtype, pieces[0][1].shape[:-1]):
+            raise ValueError(f"{fqn!r}: the files hold pieces of different kinds")
+        if first <= end:
+            end = max(end, min(start + numel, first + piece.shape[-1]))
+    if end < start + numel:
+        raise ValueError(
+            f"{fqn!r}: the files hold {end - start} of the {numel} elements from {start} on"
+        )
 
 
 def load_checkpoint(
@@ -217,34 +296,67 @@ def load_checkpoint(
     group = comm.default_group()
 
     def read() -> tuple[DeepSpeedFiles, dict[str, Any]]:
-        try:
-            files = DeepSpeedFiles(load_dir, tag)
+        files = DeepSpeedFiles(load_dir, tag)
+        with _as_value_error(files.path):
             state = _state_for(held, files)
-        # files that are missing, or no checkpoint
-        except (OSError, RuntimeError, KeyError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        held.inner.check_state_dict(state)
+            held.inner.check_state_dict(state)
+            # all that is written below, before any of it is
+            for _ in _untrained_pairs(engine, files.untrained()):
+                pass
+            _check_counters(files)
+            if scheduled(files):
+                _check_scheduler(engine.lr_scheduler.state_dict(), files.model["lr_scheduler"])
         return files, state
+
+    def scheduled(files: DeepSpeedFiles) -> bool:
+        saved = files.model.get("lr_scheduler")
+        return load_lr_scheduler_states and engine.lr_scheduler is not None and saved is not None
 
     files, state = comm.together(read, group, ValueError)
     held.inner.load_state_dict(state)
     _write_parameters(engine, files)
     _write_untrained(engine, files.untrained())
     model = files.model
-    if (
-        load_lr_scheduler_states
-        and engine.lr_scheduler is not None
-        and model.get("lr_scheduler") is not None
-    ):
+    if scheduled(files):
         engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     engine.global_steps, engine.skipped_steps = model["global_steps"], model["skipped_steps"]
     engine.global_samples = model.get(
         "global_samples", engine.global_steps * engine.train_batch_size()
     )
-    scaler = files.states[0].get("loss_scaler")
-    if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
-        engine.optimizer.loss_scaler = scaler
+    _load_scaler(engine, files.states[0].get("loss_scaler"))
     return str(files.path), {key: value for key, value in model.items() if key not in _OWN_KEYS}
+
+
+def _check_counters(files: DeepSpeedFiles) -> None:
+    for key in ("global_steps", "skipped_steps", "global_samples"):
+        value = files.model.get(key, 0 if key == "global_samples" else None)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{files.path}: {key!r} is {value!r:.80}, wanted a count")
+
+
+def _check_scheduler(own: Mapping[str, Any], saved: Any) -> None:
+    """Raise ValueError for what a scheduler with the state `own` would not take."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"the saved lr_scheduler is {saved!r:.80}, wanted a dict")
+    for key, value in own.items():
+        number = isinstance(value, (int, float)) and isinstance(saved.get(key), (int, float))
+        same = value is None or saved.get(key) is None or type(saved[key]) is type(value)
+        if (key not in saved and not key.startswith("_")) or not (number or same):
+            raise ValueError(
+                f"the saved lr_scheduler has {saved.get(key)!r:.80} for {key!r}, the engine's "
+                f"{value!r:.80}: is it another scheduler?"
+            )
+
+
+def _load_scaler(engine: Any, saved: Any) -> None:
+    """The numbers of a loss scaler of the same kind; one of another kind belongs to another
+    precision, and the engine keeps its own.
+    """
+    own = getattr(engine.optimizer, "loss_scaler", None)
+    if saved is not None and type(saved) is _SCALERS.get(type(own).__name__):
+        for key, value in vars(saved).items():
+            if isinstance(value, (int, float)) and isinstance(vars(own).get(key), (int, float)):
+                setattr(own, key, value)
 
 
 def _state_for(held: DeepSpeedOptimizer, files: DeepSpeedFiles) -> dict[str, Any]:
@@ -272,6 +384,8 @@ def _state_for(held: DeepSpeedOptimizer, files: DeepSpeedFiles) -> dict[str, Any
             raise ValueError(
                 f"{shard.fqn!r} has shape {shard.shape}, in {files.path} {files.shapes[shard.fqn]}"
             )
+        parts = [(part.start, part.values) for part in files.parts[shard.fqn]]
+        check_covered(parts, shard.start, shard.numel, shard.fqn)
         state[indices[shard.fqn]] = files.state_of(shard.fqn, shard)
     return {"state": state, "param_groups": groups}
 
@@ -315,8 +429,24 @@ def publish_parameters(engine: Any) -> None:
 
 
 @torch.no_grad()
-def _write_untrained(engine: Any, values: Iterator[tuple[str, Tensor]]) -> None:
+def _write_untrained(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
     """Buffers and frozen parameters; names of trained ones, which may be tied, are passed over."""
+    layout = engine.basic_optimizer.layout
+    for target, value in _untrained_pairs(engine, values):
+        if isinstance(value, ShardedState):
+            target.ds_tensor.view(-1)[: value.local.numel()].copy_(value.local)  # type: ignore[attr-defined]
+        elif hasattr(target, "ds_tensor"):  # stage 3: this rank's part of a frozen parameter
+            part = target.ds_tensor
+            mine = value.reshape(-1)[layout.rank * part.numel() :][: part.numel()]
+            part.view(-1)[: mine.numel()].copy_(mine)
+        else:
+            target.copy_(value)
+
+
+def _untrained_pairs(
+    engine: Any, values: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What of the engine's is written, and with what. Raises ValueError for another shape."""
     module, layout = engine.module, engine.basic_optimizer.layout
     targets: dict[str, Tensor] = {
         **dict(module.named_buffers()),
@@ -327,14 +457,11 @@ def _write_untrained(engine: Any, values: Iterator[tuple[str, Tensor]]) -> None:
         target = targets.get(name)
         if target is None or id(target) in trained:
             continue
-        if isinstance(value, ShardedState):
-            target.ds_tensor.view(-1)[: value.local.numel()].copy_(value.local)  # type: ignore[attr-defined]
-        elif hasattr(target, "ds_tensor"):  # stage 3: this rank's part of a frozen parameter
-            part = target.ds_tensor
-            mine = value.reshape(-1)[layout.rank * part.numel() :][: part.numel()]
-            part.view(-1)[: mine.numel()].copy_(mine)
-        else:
-            target.copy_(value)
+        wanted = tuple(getattr(target, "ds_shape", target.shape))
+        if not isinstance(value, Tensor) or tuple(value.shape) != wanted:
+            found = getattr(value, "shape", type(value).__name__)
+            raise ValueError(f"{name!r} has shape {wanted}, in the checkpoint {found}")
+        yield target, value
 
 
 # ------------------------------------------------------------------------------ the canonical state
@@ -350,9 +477,14 @@ def read_checkpoint(load_dir: str | Path, tag: str | None = None) -> dict[str, A
         DeepSpeed counted.
 
     Raises:
-        ValueError: no such checkpoint, or one of another optimizer.
+        ValueError: no such checkpoint, or one that is damaged or of another optimizer.
     """
     files = DeepSpeedFiles(load_dir, tag)
+    with _as_value_error(files.path):
+        return _whole(files)
+
+
+def _whole(files: DeepSpeedFiles) -> dict[str, Any]:
     masters = {
         fqn: files.values(fqn, 0, torch.Size(shape).numel()).view(shape)
         for fqn, shape in files.shapes.items()

@@ -271,10 +271,10 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             ValueError: state of another optimizer or layout; nothing has been changed then.
         """
         saved, own = state_dict.get(STATE_KEY), self.describe_layout()
-        if saved is None:
+        if not isinstance(saved, dict) or not isinstance(saved.get("layout"), dict):
             raise ValueError(
-                f"the checkpoint has no {STATE_KEY!r} in its optimizer: it was not saved by "
-                f"{self.face.__name__}"
+                f"the checkpoint has no layout under {STATE_KEY!r} in its optimizer: it was not "
+                f"saved by {self.face.__name__}"
             )
         if saved["layout"] != own:
             differing = next(key for key in own if saved["layout"].get(key) != own[key])

@@ -4,6 +4,9 @@ within the layout tolerance.
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +205,115 @@ def load(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
         except ValueError as error:
             said.append(str(error))
     results["errors"] = said
+    if world == 1:
+        results["odd files"] = odd_files(Path(folder), engine)
     return results
+
+
+class Loud:
+    """Says so when it is unpickled."""
+
+    read = False
+
+    def __reduce__(self) -> Any:
+        return (Loud.was_read, ())
+
+    @staticmethod
+    def was_read() -> None:
+        Loud.read = True
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change a file's entries (in place)."""
+
+    def edit(path: Path) -> None:
+        entries = torch.load(path, weights_only=False)
+        change(entries)
+        torch.save(entries, path)
+
+    return edit
+
+
+def held(entries: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = entries["optimizer_state_dict"]["base_optimizer_state"]["pylo_dist"]
+    return found
+
+
+MODEL, STATES = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+ODD: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "cut model": (MODEL, cut),
+    "cut state": (STATES, cut),
+    "no file": (STATES, Path.unlink),
+    "a folder": (STATES, lambda path: (path.unlink(), path.mkdir())),
+    "no dict": (MODEL, lambda path: torch.save([1], path)),
+    "a class": (MODEL, edited(lambda e: e.update(note=Loud()))),
+    "no state": (STATES, edited(lambda e: e.pop("optimizer_state_dict"))),
+    "a text": (STATES, edited(lambda e: held(e).update(layout="none"))),
+    "no places": (STATES, edited(lambda e: held(e)["layout"].update(pieces=[[1]]))),
+    "another place": (STATES, edited(lambda e: held(e)["layout"]["pieces"][0].__setitem__(2, 999))),
+    "no groups": (
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        edited(lambda e: held(e)["optimizer"].update(param_groups=[1])),
+    ),
+    "no numbers": (STATES, edited(lambda e: held(e)["optimizer"].update(state={0: 3}))),
+    "steps": (MODEL, edited(lambda e: e.update(global_steps="x"))),
+    "scheduler": (MODEL, edited(lambda e: e.update(lr_scheduler={"last_batch_iteration": "x"}))),
+    "no scheduler": (MODEL, edited(lambda e: e.update(lr_scheduler=[]))),
+    "buffers": (MODEL, edited(lambda e: e["module"].update(seen=torch.zeros(3)))),
+    "frozen": (MODEL, edited(lambda e: e.update(frozen_param_shapes={"frozen.weight": (4,)}))),
+    "no module": (MODEL, edited(lambda e: e.pop("module"))),
+}
+
+
+def odd_files(folder: Path, engine: Any) -> dict[str, Any]:
+    """What is looked up in files of DeepSpeed's, and what is said of odd ones; by name, with
+    whether anything of the engine changed.
+    """
+    import pylo_dist.deepspeed
+
+    looked_up: set[Any] = set()
+    sys.addaudithook(
+        lambda event, a: looked_up.add(a[1:]) if event == "pickle.find_class" else None
+    )
+
+    def now() -> dict[str, Tensor]:
+        masters = {fqn: values for fqn, (_, values) in cases.masters(engine).items()}
+        params = {f"model {name}": p for name, p in cases.whole_params(engine).items()}
+        counts = torch.tensor([engine.global_steps, engine.lr_scheduler.last_batch_iteration])
+        return {
+            **masters,
+            **params,
+            **local_state(engine),
+            "seen": engine.module.seen.clone(),
+            "counts": counts,
+        }
+
+    pylo_dist.deepspeed.load_checkpoint(engine, folder / "stage 2")
+    found: dict[str, Any] = {"looked up": sorted(looked_up)}
+    cases.train(engine, HALF, HALF + 1)
+    before = now()
+    for name, (file, damage) in ODD.items():
+        copy = Path(shutil.copytree(folder / "stage 2", folder / "odd"))
+        damage(copy / f"global_step{HALF}" / file)
+        said = []
+        for read in (
+            lambda copy=copy: pylo_dist.deepspeed.load_checkpoint(engine, copy),
+            lambda copy=copy: pylo_dist.deepspeed.read_checkpoint(copy),
+        ):
+            try:
+                read()
+                said.append("read")
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        after = now()
+        found[name] = (said, [key for key in before if not torch.equal(before[key], after[key])])
+        shutil.rmtree(copy)
+    found["loud"] = Loud.read
+    return found
 
 
 def without_deepspeed(
@@ -291,6 +402,16 @@ def test_other_ranks_and_layouts_go_on(
         assert "state_rule" in other_model or "groups" in other_model
         assert "nothing has no *_model_states.pt" in no_tag
         assert "latest is missing" in nowhere
+    if world == 1:
+        odd = ranks[0]["odd files"]
+        assert odd.pop("looked up") == []
+        assert odd.pop("loud") is False
+        for name, (said, changed) in odd.items():
+            assert said[0].startswith("ValueError: "), (name, said)
+            assert said[1].startswith(("ValueError: ", "read")), (name, said)
+            assert not changed, name
+        assert "add_safe_globals" in odd["a class"][0][0]
+        assert f"{STATES} is truncated or damaged" in odd["cut state"][0][0]
     figures.append(
         f"DeepSpeed checkpoints | 2 to {world} ranks | at most {worst:.2g} of the layout tolerance"
     )
