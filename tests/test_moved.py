@@ -157,3 +157,5 @@ def test_a_pickle_of_the_version_before_steps_on() -> None:
     optimizer.step()
     assert all(torch.equal(p, w) for p, w in zip(params, wanted, strict=True))
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["a", "b"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["state_weights"] == optimizer.weights.digest

@@ -348,6 +348,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self._habits = Habits()
         self._numbers = GroupNumbers(type(self), self.defaults, self.group_keys, self._check_group)
         for group in self.param_groups:
+            # those of an earlier version are not handed on
+            group.update(loading.marks_of(self.rule, self.weights))
             for name, value in {
                 "step": torch.zeros((), dtype=torch.int64),
                 **self.rule.group_state(),

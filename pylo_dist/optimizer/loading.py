@@ -90,9 +90,7 @@ def without_state(loaded: dict[str, Any], groups: Groups) -> dict[str, Any]:
     for saved, group in zip(loaded["param_groups"], groups, strict=True):
         names = saved.get("param_names")
         keep = names and "param_names" not in group and not any(map(_is_generated, names))
-        kept = {k: v for k, v in saved.items() if keep or k != "param_names"}
-        # a digest of an earlier version is not handed on
-        taken.append({**kept, "state_weights": group["state_weights"]})
+        taken.append({k: v for k, v in saved.items() if keep or k != "param_names"})
     return {**loaded, "param_groups": taken, "state": {}}
 
 

@@ -79,6 +79,11 @@ class MetaNetwork:
         parts = [self.architecture, self.tensors_digest, decays]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a pickle of an earlier version has the digest of the tensors as its only one
+        own = {"tensors_digest" if key == "digest" else key: x for key, x in state.items()}
+        self.__dict__.update(own)
+
     def describe(self) -> str:
         """One line for logs: name and the start of the hash."""
         return f"weights {self.name} (sha256 {self.digest[:12]})"
