@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core import trace
 from ..core.requests import Transfer
-from .meeting import CommunicationError, counted, digest, lost, timeout_of
+from .meeting import GRACE, CommunicationError, counted, digest, lost, timeout_of
+from .store import Store, StoreError, within
 
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -74,13 +75,44 @@ def group_over(ranks: tuple[int, ...]) -> Any:
     if len(ranks) == size(world):
         return world
     if _MADE.get(ranks, (None, None))[0] is not world:
-        timeout = timedelta(seconds=timeout_of(world, torch.device(device_type())))
-        with _named(digest([ranks, counted("made", ranks, 1)])):
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        group = new_group(list(ranks), timeout_of(world, torch.device(device_type())))
         for other in [key for key, (made_in, _) in _MADE.items() if made_in is not world]:
             del _MADE[other]  # of a world that was destroyed
         _MADE[ranks] = (world, group)
     return _MADE[ranks][1]
+
+
+def new_group(ranks: list[int], timeout: float, **options: Any) -> Any:
+    """A process group over these ranks, which all make it now.
+
+    Args:
+        timeout: seconds that its ranks wait for each other, now and later.
+        **options: of `torch.distributed.new_group`.
+
+    Raises:
+        CommunicationError: one of them did not come in time.
+    """
+
+    def make() -> Any:
+        return dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout),
+            use_local_synchronization=True,
+            **options,
+        )
+
+    what = "the making of a process group"
+    try:
+        number = counted(Store(timeout + GRACE), "made", tuple(ranks), 1)
+        with _named(digest([ranks, number])):
+            return within(timeout + GRACE, make)
+    except StoreError as error:  # through which alone the others could be asked
+        raise CommunicationError(
+            f"rank {dist.get_rank()} waited {timeout + GRACE:.0f} s in {what} over the ranks "
+            f"{ranks}: {error}"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise lost(what, ranks, error) from error
 
 
 @contextmanager

@@ -108,7 +108,8 @@ def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
     """
     if comm.size(comm.default_group()) == 1 or any(map(is_dtensor, bindings)):
         return
-    waiting = comm.awaited_by()
+    world = comm.default_group()
+    waiting = comm.awaited_by(comm.timeout_of(world, torch.device(comm.device_type())))
     if waiting is None:
         return
     who, ranks, theirs = waiting
