@@ -28,9 +28,9 @@ class FirstSteps:
         self,
         parameters: Parameters,
         bound: Sequence[tuple[ShardBinding, Tensor]],
-        problem: ValueError | None,
+        problem: Exception | None,
         asks: bool,
-    ) -> ValueError | None:
+    ) -> Exception | None:
         """Look at a step that is about to be taken.
 
         Args:

@@ -20,6 +20,7 @@ from ..core.state import StateField
 from ..layouts import construction, plain
 from ..weights import MetaNetwork
 from . import loading
+from .callbacks import with_hooks
 from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
@@ -66,6 +67,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ValueError: a parameter or setting that cannot be served, by name.
     """
 
+    profile_hook_step = staticmethod(with_hooks)  # by which torch gives a class its `step`
+    # whether what a closure sends is never taken for what the step sends
+    closures_apart = False
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
     around: Callable[[Iterator[list[Collective]]], Iterator[list[Collective]]] | None = None
 
@@ -91,7 +95,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self.early = EarlyPass(self._lineup)
         self._first_steps = FirstSteps()
         self._loss: Tensor | None = None
-        self._problem: ValueError | None = None
+        self._problem: Exception | None = None
         self._habits = Habits()
         super().__init__(params, defaults)
         self._numbers = GroupNumbers(type(self), defaults, self.group_keys, self._check_group)
@@ -175,7 +179,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         except ValueError as problem:
             self.fail_next_step(problem)
 
-    def fail_next_step(self, problem: ValueError) -> None:
+    def fail_next_step(self, problem: Exception) -> None:
         """Have the next `step()` raise `problem`, and a `PeerError` on the ranks it shares tensors
         with, before anything changes.
 

@@ -80,7 +80,7 @@ class Inner(Protocol):
     def settings(self) -> list[str]:
         """What must be the same on all ranks."""
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         """Take one step. A `problem` of this rank is raised before anything changes, and a
         PeerError on the ranks that have none.
         """
@@ -157,7 +157,7 @@ class LearnedInner:
     def settings(self) -> list[str]:
         return self.optimizer.settings()
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         if problem is not None:  # raised in the step, where the other ranks hear of it too
             self.optimizer.fail_next_step(problem)
         self.optimizer.step(loss=loss)
@@ -237,7 +237,7 @@ class ElementwiseInner:
     def settings(self) -> list[str]:
         return [type(self.optimizer).__name__, *group_settings(self.optimizer.param_groups)]
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         device = self._buckets[0].flat.device
         mine = None if self.scaling is None else self.scaling.mine()
         raise_alike(problem, self._sharing, device, self._timeout, mine)
