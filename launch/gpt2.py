@@ -1,12 +1,12 @@
 """Pretrain GPT-2 with a learned optimizer or AdamW: `python launch/gpt2.py`, or on many ranks under
 torchrun, mpirun or srun.
 
-Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 130: ended by SIGINT (Ctrl-C),
-at once and without a save. 143: ended by SIGTERM, as without --save-every, with which the run has
-been saved. 1: anything else. Of 2, 3, 130 and 143 one line on rank 0's stderr and the code on every
-rank; what goes wrong before the ranks have met is said by one rank of each machine, and by each
-whose environment is refused. The code is also written into the file that EXIT_CODE_FILE names,
-where it is set, since torchrun ends with 1 whatever its ranks end with.
+Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 143: ended by SIGTERM, as
+without --save-every, with which the run has been saved. 1: anything else. Of 2, 3 and 143 one line
+on rank 0's stderr and the code on every rank; what goes wrong before the ranks have met is said by
+one rank of each machine, and by each whose environment is refused. The code is also written into
+the file that EXIT_CODE_FILE names, where it is set, since torchrun ends with 1 whatever its ranks
+end with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import environment
 import torch
@@ -33,17 +32,7 @@ from run import run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        own = environment.rank_named()
-        code = complain("SIGINT: stopped, not saved", code=128 + signal.SIGINT, aloud=own == "0")
-        if torch.distributed.is_initialized():
-            _leave_at_once(code)
-        return code
-
-
-def _main(argv: Sequence[str]) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     own = environment.rank_named()
     try:
         found = environment.find()
@@ -81,18 +70,13 @@ def _main(argv: Sequence[str]) -> int:
         # Of the others some may be gone: neither wait for them, nor leave a group behind that can
         # abort this process.
         traceback.print_exc()
-        _leave_at_once(1)
+        sys.stderr.flush()
+        os._exit(1)
     place.leave()
     return code
 
 
-def _leave_at_once(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def complain(error: Exception | str, code: int, *, rank: str = "0", aloud: bool = True) -> int:
+def complain(error: Exception, code: int, *, rank: str = "0", aloud: bool = True) -> int:
     """One line that names a rank other than 0, where `aloud`; the code, for a launcher's caller
     too.
     """
@@ -109,6 +93,8 @@ def complain(error: Exception | str, code: int, *, rank: str = "0", aloud: bool 
 
 if __name__ == "__main__":
     exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
     # Not by sys.exit: DeepSpeed's modules hold process groups to the end, whose threads then now
     # and then abort the process.
-    _leave_at_once(exit_code)
+    os._exit(exit_code)

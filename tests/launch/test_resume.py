@@ -72,16 +72,14 @@ def tree(path: Path) -> dict[str, str]:
     }
 
 
-def stop_at(
-    step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM
-) -> None:
-    """Have this process sent a signal as soon as the row of a step is written."""
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process sent SIGTERM as soon as the row of a step is written."""
     add = Watch.add
 
     def add_and_stop(self: Watch, row: Row) -> None:
         add(self, row)
         if row.step == step:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Watch, "add", add_and_stop)
 
@@ -123,21 +121,6 @@ def test_sigterm_saves_and_the_run_goes_on_bit_equal(
         "step": 5,
     }
     assert config["threads"] == 1
-
-
-def test_ctrl_c_ends_a_run_at_once_by_its_own_code(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    out, said = tmp_path / "interrupted", tmp_path / "code"
-    monkeypatch.setenv("EXIT_CODE_FILE", str(said))
-    stop_at(4, monkeypatch, signal.SIGINT)
-    assert gpt2.main(command(folder, out)) == 130
-    assert said.read_text() == "130\n"
-    assert capsys.readouterr().err.splitlines()[-1] == "gpt2.py: SIGINT: stopped, not saved"
-    assert list(published_in(out)) == [3]
 
 
 def test_the_comparison_sees_one_bit(folder: Path, finished: Path, tmp_path: Path) -> None:
