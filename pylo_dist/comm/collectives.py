@@ -49,6 +49,11 @@ def ranks_of(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
+def sent(group: Any) -> int:
+    """How many collectives this rank has begun in `group`; only differences mean something."""
+    return int(group._get_sequence_number_for_group())
+
+
 def can_reduce(group: Any, device: torch.device) -> bool:
     """Whether the ranks of `group` can reduce tensors that lie on `device`."""
     return device.type in {known.type for known in group._device_types}

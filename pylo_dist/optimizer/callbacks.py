@@ -5,7 +5,7 @@ touches nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -26,6 +26,35 @@ def evaluate(closure: Callable[[], Any]) -> tuple[Any, Exception | None]:
         raise
     except Exception as error:
         return None, error
+
+
+class Closures:
+    """Evaluates the closures of one optimizer.
+
+    What a closure sends in the groups of the step's sums (FSDP2 sends its gradients there), one
+    that failed on this rank may not have sent: the step's sums would be taken for it. It has where
+    it sent as much as the closure before it did.
+    """
+
+    def __init__(self) -> None:
+        self._usual: list[int] | None = None
+
+    def evaluate(
+        self, closure: Callable[[], Any], groups: Sequence[Any]
+    ) -> tuple[Any, Exception | None]:
+        """As `evaluate`; raises what the closure raises where the other ranks cannot be told.
+
+        Args:
+            groups: those in which the step will send.
+        """
+        before = [comm.sent(group) for group in groups]
+        loss, problem = evaluate(closure)
+        now = [comm.sent(group) - then for group, then in zip(groups, before, strict=True)]
+        if problem is None:
+            self._usual = now
+        elif not groups or now != self._usual:
+            raise problem
+        return loss, problem
 
 
 def with_hooks(func: Callable[P, R]) -> Callable[P, R]:

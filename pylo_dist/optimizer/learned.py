@@ -20,7 +20,7 @@ from ..core.state import StateField
 from ..layouts import construction, plain
 from ..weights import MetaNetwork
 from . import loading
-from .callbacks import with_hooks
+from .callbacks import Closures, with_hooks
 from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
@@ -97,6 +97,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self._loss: Tensor | None = None
         self._problem: Exception | None = None
         self._habits = Habits()
+        self._closures = Closures()
         super().__init__(params, defaults)
         self._numbers = GroupNumbers(type(self), defaults, self.group_keys, self._check_group)
 
@@ -194,7 +195,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         Args:
             closure: re-evaluates the model and returns the loss; a tensor or a number in its place
-                is the loss.
+                is the loss. What it raises on one rank after its last collective is a PeerError on
+                the others.
             loss: scalar training loss of this step; only rules that read the loss need it.
 
         Returns:
@@ -206,8 +208,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         if closure is not None and not callable(closure):
             closure, loss = None, closure
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss, problem = self._closures.evaluate(closure, _groups_of(self))
+            if problem is not None:
+                self.fail_next_step(problem)
         if loss is not None:
             self.set_loss(loss)
         phases = self.phases()
@@ -350,6 +353,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             self._first_steps = FirstSteps(looks=0)
         self._loss = self._problem = None
         self._habits = Habits()
+        self._closures = Closures()
         self._numbers = GroupNumbers(type(self), self.defaults, self.group_keys, self._check_group)
         for group in self.param_groups:
             for name, value in {
@@ -401,6 +405,14 @@ def scalar_loss(loss: Tensor | float) -> Tensor:
             f"the loss has shape {tuple(tensor.shape)}; wanted a scalar, such as its mean"
         )
     return tensor
+
+
+def _groups_of(optimizer: LearnedOptimizer) -> list[Any]:
+    """Those in which its step adds up."""
+    found = [binding.holders for binding in optimizer._params.bindings.values()]
+    if optimizer.rule.needs_loss:
+        found.append(LossSum.over(optimizer.process_group, None).group)
+    return list({id(group): group for group in found if group is not None}.values())
 
 
 def _device_of(group: dict[str, Any]) -> torch.device:

@@ -429,6 +429,18 @@ def odd_ranks(rank: int, world: int) -> Results:
         if rank == world - 1:
             optimizer.register_step_pre_hook(lambda *_: float("only here"))
         results[f"{mode} hook"] = message(optimizer.step)
+        optimizer._optimizer_step_pre_hooks.clear()
+
+        def closure(fails: bool, model: Any = model) -> Tensor:
+            model.zero_grad()
+            loss = model(0, rank)
+            loss.backward()
+            return torch.tensor(float("late" if fails and rank == world - 1 else 1))
+
+        for fails in (False, True):
+            results[f"{mode} closure"] = message(
+                functools.partial(optimizer.step, functools.partial(closure, fails))
+            )
 
     model = Net()
     fully_sharded(
@@ -585,6 +597,8 @@ def check_odd(results: list[Results]) -> None:
         assert first[f"{mode} failure"].startswith("PeerError")
         assert last[f"{mode} failure"] == "ValueError: only here"
         assert first[f"{mode} hook"].startswith("PeerError")
+        assert first[f"{mode} closure"].startswith("PeerError")
+        assert last[f"{mode} closure"].startswith("ValueError: could not convert string")
         assert last[f"{mode} hook"].startswith("ValueError: could not convert")
     history, reference, model = unsharded(
         2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc()
