@@ -37,37 +37,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from outcomes import BARE, CLASSES, DIED, RIGHT, WAITS, Case, Outcome
+
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 EXAMPLES = 3  # of each kind of fault, in the result
 WORKERS = 2
 STACKS = "stacks"  # a worker's file, of where it waits
 _INSIDE = "PYLO_DIST_CAMPAIGN"  # set where the paths of the checkout are
-
-# classes of faults
-WAITS, BARE, HALF = "unbounded wait", "bare traceback", "half change"
-OUTSIDE, GLOBAL = "file outside", "global beyond the list"
-WRONG, DIED, GROWS = "wrong value", "process died", "growth"
-CLASSES = (WAITS, BARE, HALF, OUTSIDE, GLOBAL, WRONG, DIED, GROWS)
-RIGHT = "right"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a case.
-
-    Attributes:
-        kind: RIGHT or one of CLASSES.
-        said: what was done, and what came of it.
-        where: what tells one kind of fault from another: the error and the place it came from.
-    """
-
-    kind: str
-    said: str
-    where: str = ""
-
-
-Case = Callable[[random.Random, Path], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +334,9 @@ def commit_of(root: Path) -> dict[str, Any]:
 
 def again(name: str, number: int, seed: int) -> int:
     """One case in this process, with all it prints."""
+    import hostile_inputs
+
+    hostile_inputs.VERBOSE = True
     part = next(part for part in parts() if part.name == name)
     with tempfile.TemporaryDirectory() as folder:
         prepared, own = Path(folder) / "prepared", Path(folder) / "case"

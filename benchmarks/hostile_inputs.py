@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from campaign import BARE, GLOBAL, HALF, OUTSIDE, RIGHT, WRONG, Case, Outcome
+from outcomes import BARE, GLOBAL, HALF, OUTSIDE, RIGHT, WRONG, Case, Outcome
 from torch import Tensor, nn
 
 import pylo_dist
 import pylo_dist.checkpoint
 import pylo_dist.weights
+
+VERBOSE = False  # whether errors are printed with their tracebacks
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3, 2**31, 2**70, -0.0, 0.5, 1e-300, 1e300),
@@ -122,6 +124,8 @@ def attempt(
             raise
         except BaseException as caught:  # torch has errors that are no Exception
             error = caught
+            if VERBOSE:
+                traceback.print_exception(caught)
     said = f"{what}: {type(error).__name__ if error else 'accepted'}: {str(error or '')[:200]}"
     homes = [folder.resolve() for folder in inside] + [Path("/dev")]
     outside = {
@@ -626,6 +630,13 @@ ZERO = ("module", "stage", "process_group", "replicate_group", "bucket_cap_mb", 
 ZERO += ("overlap", "master_weights", "check_replicas_every", "timeout")
 
 
+def _offline(prepared: Path) -> None:
+    """No name of weights asks a network; called before the Hub's client is imported."""
+    os.environ.update(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    os.environ["HF_HOME"] = str(prepared / "cache")
+    os.environ["HF_HUB_CACHE"] = str(prepared / "cache" / "hub")
+
+
 def _arguments_of(face: str) -> list[str]:
     own = inspect.signature(getattr(pylo_dist, face).__init__).parameters
     keys = [key for key in own if key not in ("self", "params", "kwargs")]
@@ -688,7 +699,8 @@ def _built_and_stepped(
     def named(text: str) -> bool:
         return any(key in text for key in keys)
 
-    optimizer, error, fault = attempt(what, lambda: build(model), inside=[folder], named=named)
+    inside = [folder, folder.parent / "prepared"]
+    optimizer, error, fault = attempt(what, lambda: build(model), inside=inside, named=named)
     if fault is not None or error is not None:
         return fault or Outcome(RIGHT, what)
     model(torch.ones(1, 3)).square().sum().backward()
@@ -696,7 +708,7 @@ def _built_and_stepped(
     _, error, fault = attempt(
         f"{what}, in step",
         lambda: optimizer.step(loss=1.0),
-        inside=[folder],
+        inside=inside,
         named=named,
         refusals=(ValueError, TypeError, pylo_dist.NonFiniteGradientError),
     )
@@ -710,6 +722,7 @@ def _built_and_stepped(
 
 def constructors(prepared: Path) -> Case:
     """Arguments of optimizers and of ZeroOptimizer."""
+    _offline(prepared)
     networks = _networks()
 
     def case(rng: random.Random, folder: Path) -> Outcome:
@@ -744,6 +757,7 @@ def json_parameters(prepared: Path) -> Case:
     """The "params" of an optimizer in a JSON, recipes, and DeepSpeed's other settings."""
     import options
 
+    _offline(prepared)
     networks = _networks()
     try:
         import pylo_dist.deepspeed as ours
@@ -834,8 +848,7 @@ def command_lines(prepared: Path) -> Case:
 
     source = Path(options.__file__).read_text()
     flags = sorted(set(re.findall(r'"(--[a-z][a-z-]+)"', source)))
-    os.environ.update(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    os.environ["HF_HOME"] = os.environ["HF_HUB_CACHE"] = str(prepared / "cache")
+    _offline(prepared)
     pylo_dist.save_weights(prepared / "w", _network(1), "small_fc")
 
     def launch(rng: random.Random, folder: Path) -> Outcome:
@@ -851,7 +864,13 @@ def command_lines(prepared: Path) -> Case:
                 options.parse(words).plan(rng.choice((1, 2, 3, 8)))
 
         what = f"gpt2.py {words}"
-        _, _, fault = attempt(what, read, inside=[folder], named=lambda text: "--" in text)
+        given = [flag[2:] for flag in flags if any(word.startswith(flag) for word in words)]
+        _, _, fault = attempt(
+            what,
+            read,
+            inside=[folder],
+            named=lambda text: "--" in text or any(name in text for name in given),
+        )
         return fault or Outcome(RIGHT, what)
 
     def package(rng: random.Random, folder: Path) -> Outcome:

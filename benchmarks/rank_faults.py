@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn.functional  # before the ranks are forked, as the others
-from campaign import BARE, DIED, GROWS, HALF, RIGHT, WAITS, Case, Outcome
+from outcomes import BARE, DIED, GROWS, HALF, RIGHT, WAITS, Case, Outcome
 from torch import nn
 
 import pylo_dist

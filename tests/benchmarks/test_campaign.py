@@ -12,7 +12,8 @@ from pathlib import Path
 
 import campaign
 import pytest
-from campaign import BARE, DIED, RIGHT, WAITS, Case, Journal, Outcome, Part
+from campaign import Journal, Part
+from outcomes import BARE, DIED, RIGHT, WAITS, Case, Outcome
 
 ROOT = Path(__file__).parents[2]
 # Parts and how many of each: those of the suite. A fault here is had again by --only PART:NUMBER.
