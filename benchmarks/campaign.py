@@ -276,10 +276,15 @@ class Journal:
                 "class": kind,
                 "where": where,
                 "count": len(cases),
-                "cases": {number: outcome.said for number, outcome in cases[:EXAMPLES]},
+                "cases": {number: short(outcome.said) for number, outcome in cases[:EXAMPLES]},
             }
             for (part, kind, where), cases in sorted(found.items(), key=lambda f: -len(f[1]))
         ]
+
+
+def short(said: str) -> str:
+    """Without the folders of this machine."""
+    return re.sub(r"(?<![\w.])/(?:[^\s'\"/:]+/)+", "", said)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -703,11 +703,15 @@ def _built_and_stepped(
     optimizer, error, fault = attempt(what, lambda: build(model), inside=inside, named=named)
     if fault is not None or error is not None:
         return fault or Outcome(RIGHT, what)
-    model(torch.ones(1, 3)).square().sum().backward()
     before = [param.detach().clone() for param in model.parameters()]
+
+    def step() -> None:
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step(loss=1.0)
+
     _, error, fault = attempt(
         f"{what}, in step",
-        lambda: optimizer.step(loss=1.0),
+        step,
         inside=inside,
         named=named,
         refusals=(ValueError, TypeError, pylo_dist.NonFiniteGradientError),

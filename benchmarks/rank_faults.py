@@ -319,7 +319,7 @@ def _judged(
                 return Outcome(BARE, said, f"{place}: {last[2]}")
             if last[2] == "CommunicationError" and " in " not in last[3]:
                 return Outcome(BARE, said, f"{place}: no phase named")
-        if last[0] == "interrupted" and (fault.what, rank) != ("INT", fault.rank):
+        if last[0] == "interrupted" and fault.what != "INT":  # of one rank, or told to all
             return Outcome(BARE, said, place)
     return _left_behind(fault, messages, saves, said, place)
 

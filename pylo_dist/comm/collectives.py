@@ -4,6 +4,7 @@ nothing else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -107,6 +108,7 @@ def new_group(ranks: list[int], timeout: float, **options: Any) -> Any:
         )
 
     what = "the making of a process group"
+    _check_room(what, len(ranks) + 8)
     try:
         number = counted(Store(timeout + GRACE), "made", tuple(ranks), 1)
         with _named(digest([ranks, number])):
@@ -118,6 +120,24 @@ def new_group(ranks: list[int], timeout: float, **options: Any) -> Any:
         ) from error
     except (RuntimeError, ValueError) as error:
         raise lost(what, ranks, error) from error
+
+
+def _check_room(what: str, count: int) -> None:
+    """Raise CommunicationError unless so many files can be opened: where gloo cannot, a thread of
+    its own ends the process.
+    """
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise CommunicationError(
+            f"rank {dist.get_rank()} cannot take part in {what}, for which it may have to open "
+            f"{count} files ({error}): raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for handle in opened:
+            os.close(handle)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.comm import PeerError, meeting
+from pylo_dist.comm import PeerError, collectives, meeting
 from support.golden import velo_weights
 from support.ranks import CONTEXT, run_ranks
 
@@ -182,6 +183,19 @@ def test_a_store_whose_host_stands_still_holds_nobody() -> None:
     for name, (said, seconds) in found.items():
         assert re.match(wanted[name], said), said
         assert seconds < 1 + comm.GRACE + 1, name
+
+
+def test_a_process_without_descriptors_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handles = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(comm.CommunicationError, match=r"rank 3 .* may have to open 100 files"):
+            collectives.new_group(list(range(92)), 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(os.listdir("/proc/self/fd")) == handles
 
 
 class ComesNow:
