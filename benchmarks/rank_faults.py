@@ -313,7 +313,10 @@ def _judged(
             return Outcome(WAITS, f"{last[when] - hit:.0f} s; {said}", place)
         if last[0] == "left":
             torchs = "async" in last[1]  # which is torch's own
-            if not victims and (fault.phase != "construction" or last[2] not in MEANT):
+            # on the rank itself the system's own words will do
+            own = rank == fault.rank and "Too many open files" in last[3]
+            built = fault.phase == "construction" and (last[2] in MEANT or own)
+            if not victims and not built:
                 return Outcome(HALF, f"did not go on; {said}", place)
             if last[2] not in MEANT and not torchs:
                 return Outcome(BARE, said, f"{place}: {last[2]}")
