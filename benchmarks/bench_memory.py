@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import pylo_dist
 from pylo_dist.adapters.zero.buckets import fill
+from pylo_dist.adapters.zero.freed import FreedGradient
 from pylo_dist.maths import compiled
 from pylo_dist.maths.reference import CHUNK_CPU
 from support.ranks import run_ranks
@@ -246,7 +247,8 @@ def make_optimizer(model: nn.Module, optimizer: str, stage: int, bucket_cap_mb: 
 
 def gradient_bytes(model: nn.Module, groups: list[dict[str, Any]]) -> int:
     """Of the parameters' gradients and of the shards', what they share counted once."""
-    own = [param.grad for param in model.parameters()]
+    grads = (param.grad for param in model.parameters())
+    own = [grad for grad in grads if not isinstance(grad, FreedGradient)]
     pieces = [param.grad for group in groups for param in group["params"]]
     distinct = {
         (grad.data_ptr(), grad.numel()): num_bytes(grad)

@@ -74,7 +74,7 @@ PARTS = {
     "step: inner": OTHER,
     "step: A": A,
     "step: B": B,
-    "step: C": C,
+    **{f"step: {letter}": C for letter in "CDEF"},  # CELO2's further exchanges
     "sums: wait": SYNC_WAIT,
     "gather: start": GATHER,
     "gather: wait": GATHER_WAIT,

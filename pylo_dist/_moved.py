@@ -40,7 +40,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hub": ("weights.hub",),
     "publish": ("weights.publish",),
     "adapters.plain": ("layouts.plain",),
-    "adapters.dtensor": ("layouts.dtensor",),
+    "adapters.dtensor": ("layouts.dtensor", "layouts.describe"),
     "adapters.gradients": ("layouts.gradients",),
     "adapters.construction": ("layouts.construction",),
     "engine": ("optimizer.engine",),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
-from ..layouts.dtensor import domain_of
+from ..layouts.describe import domain_of
 from ..layouts.plain import is_dtensor
 from ..optimizer.sharded_state import ShardedState
 
@@ -65,13 +65,13 @@ def _is_first(optimizer: torch.optim.Optimizer) -> bool:
     those that average the loss.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    sharded = [("", param) for param in params if is_dtensor(param)]
     holders = next((b.holders for b in _bindings(optimizer).values()), None)
     if holders is not None:
         return comm.rank(holders) == 0
     group = comm.default_group()
-    if sharded:
-        return comm.rank(group) == domain_of(sharded)[0]
+    domain = domain_of(params)
+    if domain:
+        return comm.rank(group) == domain[0]
     given = getattr(optimizer, "process_group", None)
     return given is False or comm.rank(given or group) == 0
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..layouts.plain import is_dtensor
 from ..optimizer import LearnedOptimizer
-from ..optimizer.loading import matched_groups
+from ..optimizer.loading import check_names, matched_groups
 from ..optimizer.sharded_state import MASTER, wrap_element
+from .flat_model import FlatModel
 
 
 class CheckpointError(ValueError):
@@ -41,7 +42,7 @@ def unwrapped(value: Any) -> Any:
             else getattr(value, "_orig_mod", None)
         )
         if inner is None:
-            break
+            return FlatModel.of(value)
         value = inner
     return value
 
@@ -152,24 +153,29 @@ class Index:
         """
         state = {i: dict(entries) for i, entries in own["state"].items()}
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        learned = getattr(optimizer, "inner", optimizer)
-        if isinstance(learned, LearnedOptimizer):
-            saved = {i for _, i, _ in self._saved_state(key)}
-            matched = matched_groups(groups, learned.param_groups, learned.state, saved)
-            learned.check_groups(matched)
-            # a parameter has another number where frozen ones were left out
-            keys = [number for group in matched for number in group["params"]]
-            state = {keys[i]: entries for i, entries in state.items()}
-            for i in saved - state.keys():
-                state[i] = learned.state_template(params[keys.index(i)])
+        inner = getattr(optimizer, "inner", optimizer)
+        saved, matched = {i for _, i, _ in self._saved_state(key)}, groups
+        if isinstance(inner, LearnedOptimizer) or inner is not optimizer:  # of our own
+            matched = matched_groups(groups, inner.param_groups, inner.state, saved)
+        if isinstance(inner, LearnedOptimizer):
+            inner.check_groups(matched)
         else:
-            self._check_torch_groups(key, optimizer, groups)
-            for flat, i, name in self._saved_state(key):
-                if name not in state.get(i, {}) and name != MASTER:
-                    entry = self._empty(flat)
-                    state.setdefault(i, {})[name] = (
-                        wrap_element(name, entry, params[i]) if isinstance(entry, Tensor) else entry
-                    )
+            self._check_torch_groups(key, optimizer, matched)
+        # a parameter has another number where frozen ones were left out
+        keys = [number for group in matched for number in group["params"]]
+        state = {keys[i]: entries for i, entries in state.items()}
+        if isinstance(inner, LearnedOptimizer):
+            for i in saved - state.keys():
+                state[i] = inner.state_template(params[keys.index(i)])
+            return {"state": state, "param_groups": groups}
+        for flat, i, name in self._saved_state(key):
+            if name not in state.get(i, {}) and name != MASTER:
+                entry = self._empty(flat)
+                state.setdefault(i, {})[name] = (
+                    wrap_element(name, entry, params[keys.index(i)])
+                    if isinstance(entry, Tensor)
+                    else entry
+                )
         return {"state": state, "param_groups": groups}
 
     def _saved_state(self, key: str) -> Iterator[tuple[str, int, Any]]:
@@ -190,6 +196,7 @@ class Index:
                 f"{self.folder} holds groups of {sizes} parameters, the optimizer groups of "
                 f"{wanted}"
             )
+        check_names(groups, optimizer.param_groups)
         # None and False are what newer versions of torch add
         needed = [
             name

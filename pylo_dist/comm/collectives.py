@@ -254,7 +254,8 @@ def _all_to_all(t: Transfer, what: str, timeout: float | None) -> Pending:
             t.receive, t.send, t.receive_counts, t.send_counts, group=t.group, async_op=True
         )
 
-    return _call(start, what, t.group, [t.receive, t.send], timeout)
+    with trace.phase("collective: all_to_all", t.send):
+        return _call(start, what, t.group, [t.receive, t.send], timeout)
 
 
 @contextmanager

@@ -6,8 +6,11 @@ Legend: N local elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -70,15 +73,52 @@ class ShardBinding:
             self.holders = self.group
 
 
+def _codes(code: CodeType) -> Iterator[int]:
+    yield id(code)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):  # a comprehension
+            yield from _codes(inner)
+
+
+_GRAD: Any = torch.Tensor.grad
+_read, _caller = _GRAD.__get__, sys._getframe  # this is asked for every piece in every step
+# code of torch's clip_grad_norm_ that reads gradients, by id
+_CLIPPING = frozenset(_codes(inspect.unwrap(torch.nn.utils.clip_grad_norm_).__code__))
+
+
 class PieceParameter(torch.nn.Parameter):
     """The local 1-D piece of a model's parameter `whole`, equal to it as a key.
 
     So code that looks a model's parameters up among those of an optimizer finds the pieces, above
     all torch's `get_optimizer_state_dict` and `set_optimizer_state_dict`. Compared with anything
     else it is an ordinary tensor.
+
+    Where other ranks have the rest, torch's `clip_grad_norm_` is a ValueError: it would bound the
+    norm of this rank's pieces, and where no rank's is too large, nothing of it could be seen later.
     """
 
     whole: Tensor
+
+    @property
+    def grad(self) -> Tensor | None:
+        if id(_caller(1).f_code) in _CLIPPING:
+            binding = bound_shard(self)
+            if binding is not None and binding.group is not None:
+                raise ValueError(
+                    "torch's clip_grad_norm_ would take the norm of this rank's pieces alone, which"
+                    " is another on every rank: clip with pylo_dist.clip_grad_norm_(optimizer, "
+                    "max_norm), or with max_grad_norm= of a learned optimizer"
+                )
+        grad: Tensor | None = _read(self)
+        return grad
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        _GRAD.__set__(self, grad)
+
+    @grad.deleter
+    def grad(self) -> None:
+        _GRAD.__delete__(self)
 
     @staticmethod
     def __new__(cls, local: Tensor, whole: Tensor) -> PieceParameter:

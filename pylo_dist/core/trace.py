@@ -15,9 +15,9 @@ an optimizer, in the order of a step:
     step: A                     what a rule computes before its first request
     step: judge                 from the sums: whether there is a step, which tensors move, how far
     step: B                     what a rule computes before its second request
-    step: C                     ... and after it; within it
+    step: C, D, ...             ... and after it, and after each further one; within C
     step: prepare               what depends on no element of a tensor (VeLO's LSTM)
-    sums: wait                  after A, B and C: until the sums over ranks are there
+    sums: wait                  after each: until the sums over ranks, or the tensors, are there
     kernels: gradient_pass      a compiled pass; within A, or early
     kernels: moment_pass        ... within B
     kernels: feature_pass       ... within B
@@ -37,7 +37,8 @@ and of collectives, `buffer` being the tensor that holds all ranks' parts:
 
     collective: all_reduce
     collective: reduce_scatter
-    collective: all_gather      begins with the call, ends when it is on its way
+    collective: all_gather
+    collective: all_to_all      each begins with the call, ends when it is on its way
 """
 
 from __future__ import annotations

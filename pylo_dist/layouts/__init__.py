@@ -1,6 +1,7 @@
 """Where the elements of parameters lie that somebody else has sharded, or nobody: below every
 optimizer.
 
-`plain` is for tensors as they are, `dtensor` for DTensors, `gradients` for gradients that do not
-lie as their parameters do; `construction` lets ranks build their optimizers together.
+`describe` asks `plain` (tensors as they are), `dtensor` or `fsdp1`; `gradients` is for gradients
+that do not lie as their parameters do; `construction` lets ranks build their optimizers together;
+`company` and `ddp` find who else has a hand in parameters, by `objects`.
 """

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import comm
 from ..core.pieces import ShardBinding
-from .dtensor import check_domain, domain_of
+from . import fsdp1
+from .describe import domain_of
+from .dtensor import check_domain
 from .plain import is_dtensor
 
 LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
@@ -38,14 +40,14 @@ class Announced(ABCMeta):
         return own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if comm.size(comm.default_group()) == 1:
-            return super().__call__(*args, **kwargs)
         given = args[0] if args else kwargs.get("params")
-        params = _without_iterators(given)  # looked at here, and again by the constructor
+        params = _as_lists(given)  # looked at here, and again by the constructor
         if args:
             args = (params, *args[1:])
         elif "params" in kwargs:
             kwargs["params"] = params
+        if comm.size(comm.default_group()) == 1:
+            return super().__call__(*args, **kwargs)
         with _failures_told(lambda: _groups_of(params)):
             return super().__call__(*args, **kwargs)
 
@@ -57,10 +59,10 @@ def announced(
 
     @functools.wraps(add_param_group)
     def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
+        group = _as_lists([param_group])[0]
         if comm.size(comm.default_group()) == 1:
-            add_param_group(optimizer, param_group)
+            add_param_group(optimizer, group)
             return
-        group = _without_iterators([param_group])[0]
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
@@ -78,35 +80,38 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
         ValueError: what keeps one of them from building the same.
         CommunicationError: one did not come in time.
     """
+    params = [param for _, param in named]
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
-    if not sharded:
-        return
     try:
         check_domain(sharded)
     except ValueError as error:  # nobody can say who waits
-        for ranks in {domain_of(sharded), tuple(range(comm.size(comm.default_group())))}:
+        for ranks in {domain_of(params), tuple(range(comm.size(comm.default_group())))}:
             comm.decline(ranks, error)
         setattr(error, _TOLD, True)
         raise
-    meshes = [param.device_mesh for _, param in sharded]
-    groups = [
-        (mesh.get_group(axis), torch.device(mesh.device_type))
-        for mesh in meshes[:1]
-        for axis in range(mesh.ndim)
-    ]
-    timeout = max(comm.timeout_of(group, device) for group, device in groups)
-    for ranks in _domains([[param for _, param in named]]):
+    for ranks in _domains([params]):
         entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
-        comm.meet(ranks, f"the construction of {kind}", entries, timeout)
+        comm.meet(ranks, f"the construction of {kind}", entries, _patience(params))
+
+
+def _patience(params: Sequence[Any]) -> float:
+    """Seconds to wait for the ranks that hold parts of these parameters."""
+    mesh = next((param.device_mesh for param in params if is_dtensor(param)), None)
+    if mesh is None:
+        return comm.timeout_of(comm.default_group(), params[0].device)
+    device = torch.device(mesh.device_type)
+    return max(comm.timeout_of(mesh.get_group(axis), device) for axis in range(mesh.ndim))
 
 
 def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
     """Raise ValueError if other ranks wait for this one to build what it has built, but of
-    DTensors.
+    sharded tensors.
 
     Asks the store, no rank: cheap, for the first steps of whole parameters.
     """
     if comm.size(comm.default_group()) == 1 or any(map(is_dtensor, bindings)):
+        return
+    if any(binding.holders is not None for binding in bindings.values()):
         return
     world = comm.default_group()
     waiting = comm.awaited_by(comm.timeout_of(world, torch.device(comm.device_type())))
@@ -121,7 +126,7 @@ def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
         return
     error = ValueError(
         f"{mine[1][0]!r} and all other parameters are whole tensors here, on rank {who} of the "
-        f"same {kind} they are DTensors: shard the model alike on all ranks; an optimizer of this "
+        f"same {kind} they are sharded: shard the model alike on all ranks; an optimizer of this "
         "rank alone takes process_group=False"
     )
     comm.decline(ranks, error)
@@ -149,25 +154,34 @@ def _domains(groups: Groups) -> list[tuple[int, ...]]:
     """Whom a constructor meets, in order."""
     met, so_far = [], []
     for group in groups:
-        so_far += [("", param) for param in group if is_dtensor(param)]
-        ranks = domain_of(so_far) if so_far else ()
+        so_far += group
+        ranks = domain_of(so_far)
         if len(ranks) > 1:
             met.append(ranks)
     return met
 
 
-def _without_iterators(params: Any) -> Any:
-    """The same parameters or groups; lists in place of what can be looked at only once."""
+def _as_lists(params: Any) -> Any:
+    """The same parameters or groups: lists in place of what can be looked at only once, and names
+    as the model has them that FSDP1 wraps.
+    """
     if isinstance(params, Iterator):
         params = list(params)
     if not isinstance(params, (list, tuple)):
         return params
     return type(params)(
-        {**entry, "params": list(entry["params"])}
-        if isinstance(entry, dict) and isinstance(entry.get("params"), Iterator)
-        else entry
+        {**entry, "params": _as_lists(entry["params"])}
+        if isinstance(entry, dict) and "params" in entry
+        else _unwrapped(entry)
         for entry in params
     )
+
+
+def _unwrapped(entry: Any) -> Any:
+    """A parameter, its name without what FSDP1 puts before it."""
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+        return entry[0].replace(fsdp1.PREFIX, ""), entry[1]
+    return entry
 
 
 def _groups_of(params: Any) -> Groups:

@@ -10,7 +10,6 @@ bit.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import re
@@ -25,6 +24,7 @@ from .. import comm
 from ..core.pieces import ShardBinding
 from ..core.shards import TensorShard
 from . import plain
+from .objects import living
 from .plain import is_dtensor
 
 # Names of a mesh axis along which every rank computes the same but for its part of each product.
@@ -33,14 +33,11 @@ TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
 EXPERTS = re.compile(r"(^|_)(e?ep|experts?|edp|etp|efsdp)($|_)", re.IGNORECASE)
 
 
-def describe_all(
-    named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()
-) -> list[ShardBinding]:
-    """Where the elements of each parameter lie, and with whom they are shared. The parameters are
-    all those of one optimizer.
+def describe(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()) -> list[ShardBinding]:
+    """Where the elements of each parameter of an optimizer lie; some of them are DTensors.
 
-    With a DTensor among them this is collective over their domain: its ranks compare what they
-    have, and make the process groups that are missing.
+    Collective over their domain: its ranks compare what they have, and make the process groups that
+    are missing.
 
     Args:
         settings: what else must be the same on all ranks.
@@ -50,8 +47,6 @@ def describe_all(
             domain, by name.
     """
     sharded = [(fqn, param) for fqn, param in named if is_dtensor(param)]
-    if not sharded:
-        return [plain.describe(fqn, param) for fqn, param in named]
     domain = domain_of(sharded)
     if len(domain) == 1:
         return [
@@ -90,6 +85,8 @@ def domain_of(sharded: Sequence[tuple[str, Any]]) -> tuple[int, ...]:
 
 def check_domain(sharded: Sequence[tuple[str, Any]]) -> None:
     """Raise ValueError unless the largest mesh holds the ranks of all others."""
+    if not sharded:
+        return
     ranks = {fqn: frozenset(param.device_mesh.mesh.flatten().tolist()) for fqn, param in sharded}
     largest = max(ranks, key=lambda fqn: len(ranks[fqn]))
     for fqn, own in ranks.items():
@@ -346,9 +343,7 @@ def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
     if kind is None or not named:
         return None
     mine = {id(param) for _, param in named}
-    # a proxy would answer isinstance
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-    theirs = [param for module in modules for param in module.parameters()]
+    theirs = [param for module in living((kind,)) for param in module.parameters()]
     shapes = {tuple(param.shape) for param in theirs}
     if any(id(param) in mine for param in theirs) or not all(
         tuple(param.shape) in shapes for _, param in named

@@ -41,11 +41,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
-    if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+    if getattr(param, "_is_flat_param", False):
         raise ValueError(
-            f"{fqn!r} belongs to FullyShardedDataParallel (FSDP1), which is not supported yet: "
-            "wrap the model with torch.distributed.fsdp.fully_shard (see pylo_dist.shard), or use "
-            "ZeroOptimizer on the unwrapped model"
+            f"{fqn!r} is a flat parameter of FullyShardedDataParallel (FSDP1), which holds many "
+            "tensors as one: wrap the model with use_orig_params=True"
         )
     if param.is_meta:
         raise ValueError(

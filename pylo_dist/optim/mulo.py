@@ -94,9 +94,18 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
         raise ValueError(
             f"{fqn!r} has no infshape: mup.set_base_shapes(model, base_model) was not called, or "
             "sharding, copying or assigning the parameters lost what it left on them (fully_shard, "
-            "copy.deepcopy and load_state_dict(assign=True) do). Call it before; or take "
-            "pylo_dist.width_mults(model) before and pass width_mults= (pylo_dist.shard and "
-            "ZeroOptimizer see to it)"
+            "parallelize_module, copy.deepcopy and load_state_dict(assign=True) do). Call it "
+            "before; or take pylo_dist.width_mults(model) before and pass width_mults= "
+            f"(pylo_dist.shard and ZeroOptimizer see to it){_inside_zero_init(param)}"
+        )
+    shape = tuple(getattr(param, "ds_shape", param.shape))  # of all ranks together
+    described = getattr(infshape, "shape", None)
+    if callable(described) and tuple(described()) != shape:
+        raise ValueError(
+            f"{fqn!r} has the shape {shape}, and its infshape was made for {tuple(described())}: "
+            "mup.set_base_shapes saw another model, or a part of this one that sharding had left. "
+            "Call it before sharding, or pass width_mults=, of pylo_dist.width_mults(model) of the "
+            f"whole model{_inside_zero_init(param)}"
         )
     if infshape.ninf() > 2:
         raise ValueError(
@@ -104,6 +113,16 @@ def width_mult_of(fqn: str, param: Tensor) -> float:
             "2"
         )
     return float(infshape.width_mult()) if infshape.ninf() == 2 else 1.0
+
+
+def _inside_zero_init(param: Tensor) -> str:
+    """What to do where deepspeed.zero.Init has sharded a parameter as it was made."""
+    if not hasattr(param, "ds_shape"):
+        return ""
+    return (
+        "; under deepspeed.zero.Init call set_base_shapes inside "
+        "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+    )
 
 
 def width_mults(model: nn.Module) -> dict[str, float]:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
-from ..layouts.dtensor import describe_all
+from ..layouts.company import part_of
+from ..layouts.describe import describe_all
 from ..layouts.gradients import Settled, settle
 from ..layouts.plain import is_dtensor, local_tensor
 from .learned import LearnedOptimizer
 
 _LAYOUTS = "_pylo_dist_layouts"  # where one of torch's optimizers keeps them, beside its state
+_PART = "_pylo_dist_part"  # and any optimizer what it has of a model
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
@@ -44,11 +46,19 @@ def clip_grad_norm_(
         The norm before clipping, 0-d, in the widest dtype of the gradients (at least float32).
 
     Raises:
-        ValueError: max_norm is no number > 0, or the gradients of a ZeroOptimizer, which averages
-            them in its step.
+        ValueError: max_norm is no number > 0, the gradients of a ZeroOptimizer, which averages
+            them in its step, or those of one stage of a pipeline.
     """
     if not max_norm > 0.0:
         raise ValueError(f"max_norm={max_norm!r}: wanted a number > 0")
+    if not isinstance(optimizer_or_params, (Tensor, torch.optim.Optimizer)):
+        optimizer_or_params = list(optimizer_or_params)
+    part = _part(optimizer_or_params)
+    if part is not None:
+        raise ValueError(
+            f"here are the gradients of {part}, whose norm is not that of the model: take torch's "
+            "get_total_norm, add its square over those ranks, and call clip_grads_with_norm_"
+        )
     bound = _bound(optimizer_or_params)
     pieces = [param for binding, param in bound if bound_shard(param) is not None]
     if pieces and len(pieces) == len(bound) and all(p.grad is None for p in pieces):
@@ -81,13 +91,30 @@ def _bound(optimizer_or_params: Any) -> list[tuple[ShardBinding, Tensor]]:
         return _described(
             [optimizer_or_params]
             if isinstance(optimizer_or_params, Tensor)
-            else list(optimizer_or_params)
+            else optimizer_or_params
         )
     params = [param for group in optimizer_or_params.param_groups for param in group["params"]]
     known: list[tuple[ShardBinding, Tensor]] = optimizer_or_params.__dict__.get(_LAYOUTS, [])
     if list(map(id, params)) != [id(param) for _, param in known]:
         known = optimizer_or_params.__dict__[_LAYOUTS] = _described(params)
     return known
+
+
+def _part(optimizer_or_params: Any) -> str | None:
+    """What this is of a model whose other tensors other ranks have; None: all of it."""
+    if comm.size(comm.default_group()) == 1:
+        return None
+    if not isinstance(optimizer_or_params, torch.optim.Optimizer):
+        given = optimizer_or_params
+        return part_of(None, [given] if isinstance(given, Tensor) else given)
+    known = optimizer_or_params.__dict__
+    if _PART not in known:
+        groups = optimizer_or_params.param_groups
+        known[_PART] = part_of(
+            optimizer_or_params, [param for group in groups for param in group["params"]]
+        )
+    part: str | None = known[_PART]
+    return part
 
 
 def _described(params: list[Tensor]) -> list[tuple[ShardBinding, Tensor]]:

@@ -4,6 +4,7 @@ parameter itself.
 
 from __future__ import annotations
 
+import string
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -150,11 +151,10 @@ class Engine:
             if numbers is not None:
                 unlike = numbers.judge([buffer for _, buffer in compared], self.taken.device)
             self._judge(requests, loss, problem, unlike, numbers)
-        second = True
+        letters = iter(string.ascii_uppercase[1:])
         while steps:
-            with trace.phase("step: B" if second else "step: C"):
+            with trace.phase(f"step: {next(letters)}"):
                 running = [(step, next(step, None)) for step in steps]
-            second = False
             steps = [step for step, request in running if request is not None]
             yield from self._serve([request for _, request in running if request is not None])
 

@@ -234,6 +234,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         loss, self._loss = self._loss, None
         losses = LossSum.over(self.process_group, loss) if self.rule.needs_loss else None
         problem = self._numbers.read(self.param_groups, problem)
+        others = self._first_steps.others(self, self.rule, self._clip, self._nonfinite)
+        problem = problem or others
         try:
             problem = yield from lineup.collect(self.early.taken(), problem)
             if not engine.shared:

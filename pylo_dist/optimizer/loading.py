@@ -4,6 +4,7 @@ elements of it. Reads only; what it makes is new memory.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
 from ..core.shards import TensorShard
 from ..core.state import StateField, state_dtype
+from ..layouts.plain import local_tensor
 from ..weights import MetaNetwork
 from .parameters import Groups, Parameters, State, names_of
-from .sharded_state import covering_gap, local_part
+from .sharded_state import ShardedState, covering_gap, local_part
 
 # of state_dict(); what changes it says here how: 1 = canonical shapes, sharded or not
 STATE_FORMAT = 1
@@ -91,7 +93,7 @@ def matched(loaded: dict[str, Any], groups: Groups, state: Mapping[Tensor, Any])
         return loaded
     stated = {key for key, entries in loaded["state"].items() if entries}
     found = matched_groups(loaded["param_groups"], groups, state, stated)
-    return loaded if found is loaded["param_groups"] else {**loaded, "param_groups": found}
+    return {**loaded, "param_groups": _completed(found, groups)}
 
 
 def matched_groups(
@@ -121,6 +123,24 @@ def matched_groups(
         params = [keys.get(bare, f"without state: {i}.{j}") for j, bare in enumerate(_bare(names))]
         result.append({**saved_group, "params": params, "param_names": list(names)})
     return saved if all(a is b for a, b in zip(result, saved, strict=True)) else result
+
+
+def _completed(saved: Groups, groups: Groups) -> Groups:
+    """The same groups; of an empty one torch's set_optimizer_state_dict loses all entries. What
+    belongs to the run is in every group alike, and no step reads the rest: its lr stays.
+    """
+    whole = next((group for group in saved if group["params"]), None)
+    if whole is None or len(saved) != len(groups):
+        return saved
+    lost = {key: value for key, value in whole.items() if key != "param_names"}
+    completed = []
+    for theirs, own in zip(saved, groups, strict=True):
+        if not (theirs["params"] or own["params"]):
+            kept = {key: value for key, value in own.items() if key in ("lr", "initial_lr")}
+            # copies: a step writes the entries of each group
+            theirs = {**copy.deepcopy(lost), **kept, **theirs}
+        completed.append(theirs)
+    return completed
 
 
 def _differing(
@@ -191,7 +211,7 @@ def check_groups(
             f"the state holds groups of {saved_sizes} parameters, this optimizer groups of "
             f"{own_sizes}{alone}; build the optimizer with the groups that were saved"
         )
-    for i, (group, own_group) in enumerate(zip(saved, groups, strict=True)):
+    for i, group in enumerate(saved):
         for key in (*keys, *marks):
             if key not in group:
                 raise ValueError(
@@ -203,6 +223,14 @@ def check_groups(
                     f"group {i} of the state has {key} {group[key]!r}, this optimizer {wanted!r}; "
                     f"{OTHER_MARKS[key]}"
                 )
+    check_names(saved, groups)
+
+
+def check_names(saved: Groups, groups: Groups) -> None:
+    """Raise ValueError for groups of a state that name other parameters than ours in their place,
+    where both have names.
+    """
+    for i, (group, own_group) in enumerate(zip(saved, groups, strict=False)):
         names = names_of(groups, own_group)
         for name, own in zip(group.get("param_names") or names, names, strict=False):
             if not same_name(name, own):
@@ -222,11 +250,50 @@ def check_states(
     Args:
         state: the optimizer's own; a parameter that has some must find some.
     """
-    for saved, param in _params_by_key(loaded["param_groups"], groups).items():
+    by_key = _params_by_key(loaded["param_groups"], groups)
+    if passed_over := _passed_over(by_key, loaded["state"], state):
+        raise ValueError(
+            f"state of {parameters.bindings[passed_over[0]].shard.fqn!r}, which is frozen, was "
+            "left out by torch's set_optimizer_state_dict: call that while the parameter is "
+            "trainable and freeze it after it, or load with load_state_dict or pylo_dist.checkpoint"
+        )
+    for saved, param in by_key.items():
         entries = loaded["state"].get(saved, {})
         if entries or state.get(param):
             for name, field in parameters.fields[param].items():
                 _check_tensor(name, entries.get(name), field, parameters.bindings[param], param)
+
+
+def _passed_over(
+    by_key: Mapping[Any, Tensor], loaded: Mapping[Any, Any], state: Mapping[Tensor, Any]
+) -> list[Tensor]:
+    """Frozen parameters whose state is not in what torch's set_optimizer_state_dict hands over (its
+    keys are names): there is none, or the optimizer's own stands in for it while others are new.
+    """
+    named = {key: param for key, param in by_key.items() if isinstance(key, str)}
+    same = {
+        key: all(_same_memory(tensor, own.get(name)) for name, tensor in loaded[key].items())
+        for key, param in named.items()
+        if loaded.get(key) and (own := state.get(param))
+    }
+    partly = not all(same.values())
+    return [
+        param
+        for key, param in named.items()
+        if not param.requires_grad
+        and state.get(param)
+        and (partly if same.get(key) else not loaded.get(key))
+    ]
+
+
+def _same_memory(a: object, b: object) -> bool:
+    """Whether this rank's elements of two tensors are at the same place."""
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and not isinstance(a, ShardedState)
+        and local_tensor(a).data_ptr() == local_tensor(b).data_ptr()
+    )
 
 
 def _check_tensor(

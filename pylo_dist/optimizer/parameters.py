@@ -19,6 +19,7 @@ from ..core.rule import LearnedRule
 from ..core.shards import Shape
 from ..core.state import StateField, allocate_state
 from ..layouts import construction, dtensor, plain
+from ..layouts.describe import describe_all
 from .sharded_state import canonical
 
 Groups = list[dict[str, Any]]
@@ -103,7 +104,7 @@ class Parameters:
         """
         named = named_in(groups)
         construction.meet(named, self.kind)
-        bindings = dtensor.describe_all(named, settings)
+        bindings = describe_all(named, settings)
         return {param: binding for (_, param), binding in zip(named, bindings, strict=True)}
 
     def admit(self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]) -> None:

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import pylo_dist
 from pylo_dist.adapters.attributes import attributes_of, hand_on
@@ -72,29 +79,50 @@ def in_all_layouts(rank: int, world: int) -> dict[str, Any]:
         sharded, optimizer = pylo_dist.shard(shaped(), pylo_dist.MuLO, mesh=mesh, weights="demo")
         assert all(hasattr(p, "infshape") for p in sharded.parameters())
         found[name] = train(sharded, optimizer, rank, world)
-    model = shaped()
-    mults = pylo_dist.width_mults(model)
-    attributes = attributes_of(model)
-    fully_shard(model)
-    try:
-        pylo_dist.MuLO(model.named_parameters(), weights="demo")
-    except ValueError as error:
-        found["refused"] = str(error)
-    hand_on(model, attributes)  # for the model's own MuReadout, which reads them as well
-    optimizer = pylo_dist.MuLO(model.named_parameters(), weights="demo", width_mults=mults)
-    found["by hand"] = train(model, optimizer, rank, world)
+    found["refused"] = []
+    for name, by_hand in (("by hand", fully_shard), ("tensor parallel", parallel)):
+        model = shaped()
+        mults = pylo_dist.width_mults(model)
+        attributes = attributes_of(model)
+        by_hand(model)
+        try:
+            pylo_dist.MuLO(model.named_parameters(), weights="demo")
+        except ValueError as error:
+            found["refused"].append(str(error))
+        hand_on(model, attributes)  # for the model's own MuReadout, which reads them as well
+        optimizer = pylo_dist.MuLO(model.named_parameters(), weights="demo", width_mults=mults)
+        own = (rank, world) if name == "by hand" else (0, 1)
+        found[name] = train(model, optimizer, *own)
+    torch.manual_seed(0)
+    model = Net(16)
+    parallel(model)  # mup reads the shapes of DTensors, which are those of the whole
+    mup.set_base_shapes(model, Net(4), delta=Net(8))
+    found["shapes after tensor parallel"] = train(
+        model, pylo_dist.MuLO(model.named_parameters(), weights="demo")
+    )
     return found
+
+
+def parallel(model: Net) -> None:
+    """Every second matrix by columns and by rows, over all ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    plan: dict[str, Any] = {"inner": ColwiseParallel(), "blocks.0.0": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    rest = {"blocks.1.0": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, mesh, rest)
 
 
 def test_mup_models_train_in_every_layout() -> None:
     whole = shaped()
     wanted = train(whole, pylo_dist.MuLO(whole.named_parameters(), weights="demo"))
     for found in run_ranks(2, in_all_layouts):
-        refused = found.pop("refused")
-        assert "'inner.weight' has no infshape" in refused
-        assert "fully_shard" in refused
-        assert "pylo_dist.width_mults(model)" in refused
-        assert set(found) == {"zero1", "zero2", "fsdp2", "hsdp", "by hand"}
+        by_fsdp, by_tp = found.pop("refused")
+        for refused in (by_fsdp, by_tp):
+            assert "'inner.weight' has no infshape" in refused
+            assert "fully_shard, parallelize_module" in refused
+            assert "pylo_dist.width_mults(model)" in refused
+        tp = {"tensor parallel", "shapes after tensor parallel"}
+        assert set(found) == {"zero1", "zero2", "fsdp2", "hsdp", "by hand"} | tp
         for layout, params in found.items():
             for name, tensor in params.items():
                 # gradients of half the samples each are averaged: they differ in their last bits

@@ -550,8 +550,8 @@ REFUSALS = {
     "mesh": "the mesh has the dimension 'tp'",
     "meta": "'w' is on the meta device",
     "stale": "'embedding.weight'.*given to fully_shard after this optimizer was built",
-    "fsdp1 pieces": r"FSDP1.*fully_shard",
-    "fsdp1 flat": r"FSDP1.*fully_shard",
+    "fsdp1 pieces": r"FullyShardedDataParallel module that is gone",
+    "fsdp1 flat": r"FSDP1.*use_orig_params=True",
     "strided": "'twice' with placements .*cut in strides on dimension 0",
     "zero": "'embedding.weight' is a DTensor.*ZeroOptimizer shards whole parameters",
     "experts": "'experts.weight' lies on the mesh dimension 'ep'",
@@ -633,7 +633,7 @@ ALONE = {  # what the last rank says, and what all others say after "rank 3: "
     "same twice": "'w again' is in the same group twice",
     "torn": r"'v' lies on the ranks \[1, 3\], 'w' on \[0, 3\]: neither holds the other",
     "whole": "'w' and all other parameters are whole tensors here, on rank [012] of the same "
-    "AdafacLO they are DTensors",
+    "AdafacLO they are sharded",
 }
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_builds
 import bench_memory
 import bench_train
 import plots
@@ -426,3 +427,12 @@ def test_run_all_names_flags_that_exist() -> None:
         )
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_two_builds_are_measured_in_turns(tmp_path: Path) -> None:
+    out = tmp_path / "builds.json"
+    words = ["--cases", "AdafacLO plain layers", "--turns", "1", "--steps", "1"]
+    result = bench_builds.main(["--other", str(ROOT), *words, "--out", str(out)])
+    (row,) = result["rows"]
+    assert 0.1 < row["ratio"] < 10  # the same build twice
+    assert not [key for key in record.REQUIRED if not json.loads(out.read_text()).get(key)]

@@ -270,3 +270,37 @@ def test_mulo_and_frozen_parameters_in_a_folder(tmp_path: Path) -> None:
     checkpoint.load(tmp_path / "a", {"model": other, "optimizer": optimizers[1]})
     assert not differing(*(flat_state(pylo_dist.full_state_dict(o)) for o in optimizers))
     assert optimizers[1].state[other.wide]
+
+
+def test_torch_optimizers_under_zero_match_parameters_by_name(tmp_path: Path) -> None:
+    """A frozen parameter may be on one side alone; one in the place of another is refused."""
+
+    def zero(model: nn.Module, **given: Any) -> Any:
+        return pylo_dist.ZeroOptimizer(given.get("named", model), torch.optim.AdamW, lr=0.01)
+
+    def step(model: Model, optimizer: Any, value: float) -> None:
+        for _, p in model.trainable():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run, other, swapped = Model(), Model(1), Model(1)
+    for model in (run, other, swapped):
+        model.wide.requires_grad_(False)
+    whole = torch.optim.AdamW(run.named_parameters(), lr=0.01)  # with the frozen ones
+    step(run, whole, 0.5)
+    checkpoint.save(tmp_path / "a", {"model": run, "optimizer": whole})
+    optimizer = zero(other)  # without
+    checkpoint.load(tmp_path / "a", {"model": other, "optimizer": optimizer})
+    for model, own in ((run, whole), (other, optimizer)):
+        step(model, own, 0.25)
+    wanted = dict(run.named_parameters())
+    assert all(torch.equal(p, wanted[fqn]) for fqn, p in other.named_parameters())
+    checkpoint.save(tmp_path / "b", {"model": other, "optimizer": optimizer})
+    names = {"row": "bias", "bias": "row"}  # in each other's place
+    named = [(names.get(fqn, fqn), p) for fqn, p in swapped.trainable()]
+    late = zero(swapped, named=named)
+    with pytest.raises(ValueError, match="'row' in the place of 'bias'"):
+        late.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="'row' in the place of 'bias'"):
+        checkpoint.load(tmp_path / "b", {"model": swapped, "optimizer": late})

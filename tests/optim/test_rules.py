@@ -262,6 +262,10 @@ def test_mulo_refuses_what_it_cannot_place() -> None:
         pylo_dist.MuLO(list(params.items()), weights=SMALL_FC, width_mults={"missing": 2.0})
     with pytest.raises(ValueError, match=r"width_mults\['matrix'\]=0"):
         pylo_dist.MuLO(list(params.items()), weights=SMALL_FC, width_mults={"matrix": 0.0})
+    params["matrix"].infshape = InfShape(2, 2.0)
+    params["matrix"].infshape.shape = lambda: [0]
+    with pytest.raises(ValueError, match=r"infshape was made for \(0,\).* pass width_mults="):
+        pylo_dist.MuLO([("matrix", params["matrix"])], weights=SMALL_FC)
     params["conv"].infshape = InfShape(3, 2.0)
     with pytest.raises(ValueError, match="'conv' has 3 dimensions that grow"):
         pylo_dist.MuLO([("conv", params["conv"])], weights=SMALL_FC)

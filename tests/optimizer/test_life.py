@@ -1,414 +1,118 @@
-"""Parameters over their life: frozen, unfrozen, switched and exchanged between steps, in every
-layout, beside one process; and what is refused on all ranks.
+"""Parameters over their life, in every layout and under every rule: each step is that of one
+process, or it is refused on all ranks. One table, of which docs/life.md shows the worst rows.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
-import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
+from support import deepspeed_cases
+from support.lives import LIVES, RULES, Outcome, live_all
 from support.ranks import run_ranks
-from support.sharded_model import SETTINGS, whole
 
-RULES = ("adafac", "velo", "celo2")
-NAMES = {"adafac": "AdafacLO", "velo": "VeLO_clipped", "celo2": "CELO2"}
-LAYOUTS = ("plain", "fsdp2", "zero1", "zero2")
-STEPS = 5
-
-Params = dict[str, nn.Parameter]
-
-
-class Net(nn.Module):
-    """Sizes that two ranks cannot halve; `late` is frozen at first where a life says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.late, self.head = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.head(torch.tanh(self.late(torch.tanh(self.first(x)))))
-        return result
-
-
-def _set(params: Params, prefix: str, trainable: bool) -> None:
-    for name, param in params.items():
-        if name.startswith(prefix):
-            param.requires_grad_(trainable)
-
-
-def _frozen_late(step: int, when: str, params: Params) -> None:
-    if (step, when) == (2, "before"):
-        _set(params, "late", False)
-
-
-def _unfrozen_late(step: int, when: str, params: Params) -> None:
-    """Frozen after the optimizer was built."""
-    if (step, when) == (0, "before"):
-        _set(params, "late", False)
-    if (step, when) == (2, "before"):
-        _set(params, "late", True)
-
-
-def _built_frozen(step: int, when: str, params: Params) -> None:
-    if (step, when) == (0, "built"):
-        _set(params, "late", False)
-    if (step, when) == (2, "before"):
-        _set(params, "late", True)
-
-
-def _switched(step: int, when: str, params: Params) -> None:
-    """As a GAN's loop: each half is frozen in every other pass, and both are between backward and
-    step.
-    """
-    _set(params, "", when != "after")
-    if when == "before":
-        _set(params, ("first", "late")[step % 2], False)
-
-
-def _exchanged(step: int, when: str, params: Params) -> None:
-    """Values of an average are put in and taken out again, as for an evaluation."""
-    if (step, when) == (2, "before"):
-        for param in params.values():
-            kept = param.data
-            param.data = torch.full_like(kept, 0.5)
-            param.data = kept
-
-
-LIVES: dict[str, Callable[[int, str, Params], None]] = {
-    "frozen late": _frozen_late,
-    "unfrozen late": _unfrozen_late,
-    "built frozen": _built_frozen,
-    "switched": _switched,
-    "exchanged": _exchanged,
+ALL, FEW = tuple(RULES), ("AdafacLO", "VeLO", "CELO2")
+DEEPSPEED = {f"deepspeed{stage}": FEW for stage in range(4)}
+LAYOUTS = {
+    "plain": ALL,
+    "ddp": FEW,
+    "fsdp2": ALL,
+    "hsdp": FEW,
+    "tp": FEW,
+    "zero1": ALL,
+    "zero2": ALL,
+    **DEEPSPEED,
 }
-
-
-def live(layout: str, kind: str, life: str) -> list[dict[str, Tensor]]:
-    """All values before the first step and after each; every rank sees the same data, of whose
-    gradient the mean is that gradient.
-
-    ZeroOptimizer takes what is unfrozen for the first time as a group of its own, as one process
-    does in the layout "added".
-    """
-    cls, kwargs = SETTINGS[NAMES[kind]].face, dict(SETTINGS[NAMES[kind]].arguments)
-    kwargs = {k: v for k, v in kwargs.items() if k != "width_mults"}
-    model, change = Net(), LIVES[life]
-    change(0, "built", dict(model.named_parameters()))
-    if layout == "fsdp2":
-        fully_shard(model)
-    params = dict(model.named_parameters())
-    late = [pair for pair in params.items() if "late" in pair[0]]
-    given = [pair for pair in params.items() if layout != "added" or "late" not in pair[0]]
-    optimizer: Any
-    if layout.startswith("zero"):
-        optimizer = pylo_dist.ZeroOptimizer(model, cls, stage=int(layout[-1]), **kwargs)
-    else:
-        optimizer = cls(given, process_group=None if layout == "fsdp2" else False, **kwargs)
-    history = [{name: whole(param).clone() for name, param in params.items()}]
-    for step in range(STEPS):
-        change(step, "before", params)
-        if life == "built frozen" and step == 2 and layout not in ("plain", "fsdp2"):
-            optimizer.add_param_group({"params": late})
-        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        change(step, "after", params)
-        optimizer.step(loss.detach())
-        history.append({name: whole(param).clone() for name, param in params.items()})
-    return history
-
-
-def apart(wanted: list[dict[str, Tensor]], got: list[dict[str, Tensor]], kind: str = "") -> float:
-    """In units of the layout tolerance."""
-    share = 5e-5 if kind == "celo2" else None
-    errors = layout_error(got[-1], wanted[-1], largest_changes(wanted), share)
-    return max(errors.values())
-
-
-def refused(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except (ValueError, pylo_dist.PeerError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def refusals(rank: int) -> dict[str, tuple[str, bool]]:
-    """What each rank hears, and whether its parameters are as they were."""
-    cls, kwargs = SETTINGS["AdafacLO"].face, dict(SETTINGS["AdafacLO"].arguments)
-    found = {}
-
-    def backward(model: nn.Module) -> None:
-        model(torch.ones(2, 5)).square().mean().backward()
-
-    def values(model: nn.Module) -> dict[str, Tensor]:
-        return {name: whole(p).clone() for name, p in model.named_parameters()}
-
-    def note(name: str, model: nn.Module, optimizer: Any) -> None:
-        before = values(model)
-        message = refused(optimizer.step)
-        after = values(model)
-        found[name] = message, all(torch.equal(before[n], after[n]) for n in before)
-
-    for form in ("module", "named", "list"):
-        model = Net()
-        _set(dict(model.named_parameters()), "late", False)
-        given: Any = {
-            "module": model,
-            "named": model.named_parameters(),
-            "list": list(model.parameters()),
-        }[form]
-        zero = pylo_dist.ZeroOptimizer(given, cls, **kwargs)
-        _set(dict(model.named_parameters()), "late", True)
-        backward(model)
-        note(f"unfrozen, {form}", model, zero)
-    model = Net()
-    fully_shard(model)
-    sharded = cls(model.named_parameters(), **kwargs)
-    if rank == 1:  # on one rank alone: the other must hear of it
-        sharded.param_groups[0]["params"][0] = nn.Parameter(torch.ones(40))
-    backward(model)
-    note("flattened on one rank", model, sharded)
-    model = Net()
-    _set(dict(model.named_parameters()), "late", False)
-    fully_shard(model)
-    sharded = cls(model.named_parameters(), **kwargs)
-    _set(dict(model.named_parameters()), "late", True)
-    backward(model)
-    _set(dict(model.named_parameters()), "late", False)
-    note("gradient of a frozen one", model, sharded)
-    return found
-
-
-def crossings() -> dict[str, bool]:
-    """Whether a partly frozen model goes on alike after its state went from layout to layout."""
-    cls, kwargs = SETTINGS["AdafacLO"].face, dict(SETTINGS["AdafacLO"].arguments)
-    results = {}
-
-    def build(form: str) -> tuple[nn.Module, Any]:
-        model = Net()
-        _set(dict(model.named_parameters()), "late", False)
-        named = list(model.named_parameters())
-        if form == "zero":
-            return model, pylo_dist.ZeroOptimizer(model, cls, **kwargs)
-        if form == "fsdp2":
-            fully_shard(model)
-            named = list(model.named_parameters())
-        if form == "trainable":
-            named = [(name, p) for name, p in named if p.requires_grad]
-        return model, cls(named, **kwargs)
-
-    def advance(model: nn.Module, optimizer: Any, step: int) -> None:
-        optimizer.zero_grad()
-        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    forms = ("all", "trainable", "zero", "fsdp2")
-    for source in forms:
-        model, optimizer = build(source)
-        advance(model, optimizer, 0)
-        state = copy.deepcopy(pylo_dist.full_state_dict(optimizer, rank0_only=False))
-        values = {name: whole(p).clone() for name, p in model.named_parameters()}
-        advance(model, optimizer, 1)
-        wanted = {name: whole(p).clone() for name, p in model.named_parameters()}
-        for target in forms:
-            other, loaded = build(target)
-            loaded.load_state_dict(state)
-            with torch.no_grad():
-                for name, param in other.named_parameters():
-                    if hasattr(param, "device_mesh"):
-                        from torch.distributed.tensor import distribute_tensor
-
-                        value = distribute_tensor(values[name], param.device_mesh, param.placements)
-                        param.copy_(value)
-                    else:
-                        param.copy_(values[name])
-            advance(other, loaded, 1)
-            got = {name: whole(p).clone() for name, p in other.named_parameters()}
-            results[f"{source} -> {target}"] = apart([values, wanted], [values, got]) <= 1.0
-    return results
-
-
-def ranks_main(rank: int, world: int) -> dict[str, Any]:
-    histories: dict[tuple[str, str], dict[str, list[dict[str, Tensor]]]] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for kind in RULES:
-            for life in LIVES:
-                more = ("added",) if life == "built frozen" else ()
-                histories[kind, life] = {
-                    layout: live(layout, kind, life) for layout in (*LAYOUTS, *more)
-                }
-        results = {"refusals": refusals(rank), "crossings": crossings()}
-    dist.barrier()
-    return {**results, "histories": histories}
+# by layout, what is refused and what is said then
+REFUSED = {
+    "ddp": {"built frozen": "'late.weight' was frozen when DistributedDataParallel was given"},
+    "zero1": {"built frozen": "'late.weight' was frozen when ZeroOptimizer was built"},
+    "zero2": {"built frozen": "'late.weight' was frozen when ZeroOptimizer was built"},
+    **{
+        layout: {
+            "built frozen": "'late.weight' was frozen when DeepSpeed made its partitions",
+            "added late": "add_param_group: DeepSpeed has made its partitions",
+        }
+        for layout in DEEPSPEED
+    },
+}
+PAGE = Path(__file__).parents[2] / "docs" / "life.md"
+Outcomes = dict[tuple[str, str, str], list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
-    return run_ranks(2, ranks_main)
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Of all ranks, by layout, rule and life."""
+    files = deepspeed_cases.write_weights(tmp_path_factory.mktemp("weights"))
+    left_out = {"hsdp"} if importlib.util.find_spec("deepspeed") else {"hsdp", *DEEPSPEED}
+    on_2 = {name: rules for name, rules in LAYOUTS.items() if name not in left_out}
+    found: Outcomes = {}
+    for world, layouts in ((2, on_2), (4, {"hsdp": LAYOUTS["hsdp"]})):
+        for result in run_ranks(world, live_all, layouts, files):
+            for key, outcome in result.items():
+                found.setdefault(key, []).append(outcome)
+    return found
+
+
+def cell(outcomes: Outcomes, layout: str, kind: str, life: str) -> str:
+    """The worst share of the layout tolerance, "refused", or "-" where it was not run.
+
+    Raises:
+        AssertionError: a step that is neither that of one process nor refused on all ranks.
+    """
+    key = layout, kind, life
+    if key not in outcomes:
+        return "-"
+    said = REFUSED.get(layout, {}).get(life)
+    if said is not None:
+        for outcome in outcomes[key]:
+            assert outcome.unchanged, key
+            assert "PeerError" in outcome.refused or said in outcome.refused, (key, outcome.refused)
+        assert any(said in outcome.refused for outcome in outcomes[key]), key
+        return "refused"
+    wanted = outcomes["plain", kind, life][0].history
+    changes = largest_changes(wanted)
+    assert all(float(change) > 0.0 for change in changes.values()), key
+    share = RULES[kind].share(torch.float32)
+    worst = 0.0
+    for outcome in outcomes[key]:
+        assert not outcome.refused, (key, outcome.refused)
+        worst = max(worst, *layout_error(outcome.history[-1], wanted[-1], changes, share).values())
+    assert worst <= 1.0, (key, worst)
+    return f"{worst:.2g}"
 
 
 def test_a_parameters_life_is_the_same_in_every_layout(
-    results: list[dict[str, Any]], figures: list[str]
+    outcomes: Outcomes, figures: list[str]
 ) -> None:
+    layouts = list(LAYOUTS)[1:]
+    rows = [["life", "rule", *layouts]]
     for life in LIVES:
-        cells = []
-        for layout in LAYOUTS[1:]:
-            worst = 0.0
-            for result in results:
-                for kind in RULES:
-                    of = result["histories"][kind, life]
-                    one = "added" if "added" in of and "zero" in layout else "plain"
-                    worst = max(worst, apart(of[one], of[layout], kind))
-            cells.append(f"{layout} {worst:.2g}")
-            assert worst <= 1.0, (life, layout)
-        figures.append(f"lives | {life}: {', '.join(cells)} of the layout tolerance")
-    for kind in RULES:
-        before, after = (results[0]["histories"][kind, "switched"]["fsdp2"][i] for i in (0, STEPS))
-        assert not any(torch.equal(before[name], after[name]) for name in before)
+        for kind in ALL:
+            rows.append([life, kind, *(cell(outcomes, layout, kind, life) for layout in layouts)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for i, row in enumerate(rows):
+        padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        figures.append(f"lives {i:2} | {' | '.join(padded)}")
+    figures.append("lives of | shares of the layout tolerance; the last life is of 20 steps")
+    for layout in layouts:
+        for life in REFUSED.get(layout, {}):
+            for outcome in outcomes.get((layout, "AdafacLO", life), [])[:1]:
+                figures.append(f"lives why | {layout}, {life}, refused: {outcome.refused}")
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("unfrozen, module", "'late.weight' was frozen.*add_param_group"),
-        ("unfrozen, named", "'late.weight' was frozen.*add_param_group"),
-        ("unfrozen, list", r"'group0\.2' was frozen.*add_param_group"),
-        ("flattened on one rank", "'first.weight' of shape .*exchanged.*pylo_dist.deepspeed"),
-        ("gradient of a frozen one", "'late.weight' has a gradient, and has been frozen"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_on_all_ranks(
-    results: list[dict[str, Any]], what: str, message: str
-) -> None:
-    import re
-
-    told = [result["refusals"][what] for result in results]
-    assert all(unchanged for _, unchanged in told)
-    assert any(re.search(message, text) for text, _ in told), told
-    assert not any(text == "nothing" for text, _ in told), told
-
-
-def test_state_of_partly_frozen_models_is_matched_by_name(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert len(result["crossings"]) == 16
-        assert all(result["crossings"].values()), result["crossings"]
-
-
-# -------------------------------------------------------------------------------------- one process
-
-
-def adafac(params: Any) -> pylo_dist.AdafacLO:
-    return pylo_dist.AdafacLO(params, weights="demo", process_group=False)
-
-
-def test_a_gradient_is_stepped_whatever_requires_grad_says() -> None:
-    frozen, other = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
-    frozen.requires_grad_(False)  # from the start
-    optimizer = adafac([frozen, other])
-    frozen.grad, other.grad = torch.ones(3, 4), torch.ones(3, 4)
-    optimizer.step()
-    assert torch.equal(frozen, other)
-    assert not torch.equal(other, torch.ones(3, 4))
-
-
-def test_switching_builds_no_other_engine() -> None:
-    model = Net()
-    optimizer = adafac(model.named_parameters())
-    engine = optimizer._lineup.engine
-    engine._captured = True  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(4):
-            _set(dict(model.named_parameters()), "late", step % 2 == 0)
-            optimizer.zero_grad()
-            model(torch.ones(2, 5)).sum().backward()
-            optimizer.step()
-    assert optimizer._lineup.engine is engine
-
-
-@pytest.mark.parametrize(
-    ("exchange", "message"),
-    [
-        (
-            lambda group: group.update(params=[nn.Parameter(torch.ones(16))]),
-            r"'w' of shape \(3, 4\) was exchanged.*held 2 tensors and holds 1.*"
-            r'import pylo_dist\.deepspeed.*"type": "AdafacLO"',
-        ),
-        (
-            lambda group: group["params"].__setitem__(0, nn.Parameter(torch.ones(12))),
-            r"'w' of shape \(3, 4\) was exchanged.*shape \(12,\)",
-        ),
-        (
-            lambda group: group["params"].__setitem__(0, nn.Parameter(torch.ones(4, 3))),
-            r"'w' of shape \(3, 4\) was exchanged.*shape \(4, 3\)",
-        ),
-    ],
-)
-@pytest.mark.parametrize("steps", [0, 1])
-def test_another_geometry_is_refused(
-    exchange: Callable[[dict[str, Any]], None], message: str, steps: int
-) -> None:
-    w, b = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4))
-    optimizer = adafac([("w", w), ("b", b)])
-    for _ in range(steps):
-        w.grad, b.grad = torch.ones(3, 4), torch.ones(4)
-        optimizer.step()
-    exchange(optimizer.param_groups[0])
-    values = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
-    for param in optimizer.param_groups[0]["params"]:
-        param.grad = torch.ones_like(param)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=message):
-            optimizer.step()
-    now = optimizer.param_groups[0]["params"]
-    assert all(torch.equal(a, b) for a, b in zip(values, now, strict=True))
-
-
-def test_a_group_put_in_by_hand_is_refused() -> None:
-    w = nn.Parameter(torch.ones(3, 4))
-    optimizer = adafac([w])
-    optimizer.param_groups.append({"params": [nn.Parameter(torch.ones(2))]})
-    w.grad = torch.ones(3, 4)
-    with pytest.raises(ValueError, match="group 1 was put into param_groups by hand"):
-        optimizer.step()
-
-
-def test_empty_groups_go_with_names_and_without() -> None:
-    for named in (True, False):
-        pairs = list(Net().named_parameters())
-        params: list[Any] = pairs if named else [p for _, p in pairs]
-        for groups in ([[], params], [params, []], [[], [], params]):
-            optimizer = adafac([{"params": list(group)} for group in groups])
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            assert all(("param_names" in g) == named for g in optimizer.param_groups)
-
-
-def test_names_of_a_state_survive_in_an_optimizer_without() -> None:
-    named, bare = adafac(Net().named_parameters()), adafac(Net().parameters())
-    bare.load_state_dict(named.state_dict())
-    names = [name for name, _ in Net().named_parameters()]
-    assert bare.state_dict()["param_groups"][0]["param_names"] == names
-
-
-def test_trained_state_that_finds_no_place_is_refused() -> None:
-    trained, model = adafac(Net().named_parameters()), Net()
-    partly = adafac([(n, p) for n, p in model.named_parameters() if "late" not in n])
-    with pytest.raises(ValueError, match=r"groups of \[6\].*\[4\].*'late.weight' is in the state"):
-        partly.load_state_dict(trained.state_dict())
-    with pytest.raises(ValueError, match=r"groups of \[4\].*\[6\].*'late.weight' is in the opt"):
-        trained.load_state_dict(partly.state_dict())
+def test_the_page_says_what_is_refused() -> None:
+    """docs/life.md has a row for every life and a column for every layout."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    table: list[Any] = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
+    head, *rows = table[next(i for i, row in enumerate(table) if row[0] == "life") :]
+    assert head[1:] == list(LAYOUTS)[1:]
+    assert [row[0] for row in rows] == list(LIVES)
+    for life, *cells in rows:
+        for layout, text in zip(head[1:], cells, strict=True):
+            assert text.startswith("refused") == (life in REFUSED.get(layout, {})), (life, layout)

@@ -20,6 +20,7 @@ from support.optimizer_cases import (
     SHAPES,
     adafac,
     after,
+    build,
     everything,
     make_params,
     same,
@@ -92,6 +93,25 @@ def test_groups_given_once_serve_two_optimizers() -> None:
     assert [int(group["step"]) for group in second.param_groups] == [0, 0]
     train(second, named, 0, 1)
     assert [int(group["step"]) for group in first.param_groups] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2"])
+def test_an_optimizer_around_ours_may_copy_the_groups(name: str) -> None:
+    """Wrappers put dicts and lists of their own, with the same parameters, in the place of ours."""
+
+    def after_three(copies: bool) -> dict[str, torch.Tensor]:
+        named = make_params()
+        halves = [{"params": named[:2]}, {"params": named[2:], "lr": 0.5}]
+        optimizer = build(name, named, halves)
+        for step in range(3):
+            if copies:
+                groups = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
+                optimizer.param_groups = groups
+            train(optimizer, named, step, step + 1)
+        assert [int(group["step"]) for group in optimizer.param_groups] == [3, 3]
+        return values(named)
+
+    assert same(after_three(True), after_three(False))
 
 
 @pytest.mark.parametrize("mode", ["foreach", "fused", "capturable", "differentiable", "maximize"])

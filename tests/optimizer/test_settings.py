@@ -206,6 +206,10 @@ def layouts() -> dict[str, Any]:
         face, arguments = BUILD[name]
         return net, pylo_dist.ZeroOptimizer(halves(net), face, **{**arguments, **kwargs})
 
+    def adamw() -> tuple[nn.Module, Any]:
+        net = model()
+        return net, pylo_dist.ZeroOptimizer(halves(net), torch.optim.AdamW, lr=0.1)
+
     def fsdp() -> tuple[nn.Module, Any]:
         net = model()
         fully_shard(net)
@@ -222,6 +226,7 @@ def layouts() -> dict[str, Any]:
         "ZeRO, MuLO": lambda: zero("MuLO", width_mults={}),
         "ZeRO, VeLO": lambda: zero("VeLO"),
         "ZeRO, CELO2": lambda: zero("CELO2"),
+        "ZeRO, AdamW": adamw,
         "FSDP2, AdafacLO": fsdp,
         "DDP, VeLO": ddp,
     }
@@ -239,6 +244,14 @@ CHANGES: dict[str, list[tuple[str, Any]]] = {
     "ZeRO, MuLO": [("width_mults", {"0.weight": 2.0, "2.weight": 2.0})],
     "ZeRO, VeLO": [("num_steps", 60), ("num_steps", "x"), ("step_mult", 0.5)],
     "ZeRO, CELO2": [("rmsmult", 2.0), ("adam_lr_mult", None), ("adam_weight_decay", 0.5)],
+    "ZeRO, AdamW": [
+        ("lr", 0.5),
+        ("lr", math.nan),
+        ("lr", "x"),
+        ("betas", (0.8, 0.999)),
+        ("maximize", True),
+        ("weight_decay", torch.tensor(0.5)),
+    ],
     "FSDP2, AdafacLO": [("lr", 0.1), ("exp_mult", "x")],
     "DDP, VeLO": [("lr", 0.1), ("lr", "x"), ("num_steps", 60)],
 }

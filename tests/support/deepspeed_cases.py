@@ -171,7 +171,10 @@ class Case:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without compilers: none of its operators is built at run time."""
+    """DeepSpeed without compilers: none of its operators is built at run time. Nor is that of torch
+    loaded, for which its Muon asks (seconds of every rank).
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

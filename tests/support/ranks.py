@@ -5,6 +5,7 @@ fails in bounded time.
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,7 @@ CONTEXT.set_forkserver_preload(
 def _main(
     rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # whoever looks through all objects would copy the server's memory page by page
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT

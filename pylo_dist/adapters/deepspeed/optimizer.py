@@ -67,6 +67,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self._groups: list[dict[str, Any]] = self.param_groups
         self._engine: Any = lambda: None
         self._record = BackwardRecord()
+        # of these DeepSpeed makes no partition
+        given = (param for group in self.param_groups for param in group["params"])
+        self._frozen: list[Tensor] = [param for param in given if not param.requires_grad]
 
     # --------------------------------------------------------------------------------------- attach
 
@@ -102,6 +105,20 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             # it was said of the JSON; by now the groups have what a schedule made of it
             warnings.simplefilter("ignore", LearningRateWarning)
             return self.face(groups, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, until it is attached: DeepSpeed partitions what it has been given then.
+
+        Raises:
+            ValueError: it is attached; nothing has been changed.
+        """
+        if self.__dict__.get("_inner") is not None:
+            raise ValueError(
+                "add_param_group: DeepSpeed has made its partitions, and a parameter that comes "
+                "later would be in none; give deepspeed.initialize all parameters, each trainable, "
+                "and freeze after it those that are to wait"
+            )
+        super().add_param_group(param_group)
 
     @property
     def attached(self) -> bool:
@@ -158,6 +175,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         try:
             self._bring_gradients()
             self._bring_settings()
+            if problem := self._unfrozen():
+                self._inner.fail_next_step(problem)
             if self._inner.rule.needs_loss:
                 loss = self._record.loss
                 if loss is None:  # raised in the step, where the other ranks hear of it too
@@ -206,6 +225,20 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             binding = bound_shard(member.piece)
             assert binding is not None
             binding.present = member.fqn in present
+
+    def _unfrozen(self) -> ValueError | None:
+        """What is wrong with a step if a parameter is to be trained that is in no partition."""
+        for param in self._frozen:
+            if param.requires_grad or param.grad is not None:
+                engine = self._engine()
+                fqn = "a parameter" if engine is None else repr(engine.param_names[param])
+                return ValueError(
+                    f"{fqn} was frozen when DeepSpeed made its partitions, and is trainable or has "
+                    "a gradient now, which DeepSpeed does not bring here: call "
+                    "deepspeed.initialize while it is trainable and freeze it after that, or "
+                    "initialize again"
+                )
+        return None
 
     def _bring_settings(self) -> None:
         for mine, its in zip(self._groups, self.inner.param_groups, strict=True):

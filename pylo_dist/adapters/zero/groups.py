@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layouts.fsdp1 import is_flattened
 from ...layouts.plain import check_param, is_dtensor
 
 FROZEN = "_pylo_dist_frozen"  # in a group, until it is sharded: its frozen parameters
@@ -101,9 +102,11 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
         raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
     for fqn, param in named:
         check_param(fqn, param)
-        if is_dtensor(param):
+        if is_dtensor(param) or is_flattened(param):
+            kind = "of FullyShardedDataParallel"
+            if is_dtensor(param):
+                kind = "a DTensor (fully_shard, tensor parallelism)"
             raise ValueError(
-                f"{fqn!r} is a DTensor (fully_shard, tensor parallelism), which is sharded "
-                "already: give the parameters to the optimizer itself; ZeroOptimizer shards whole "
-                "parameters"
+                f"{fqn!r} is {kind}, which is sharded already: give the parameters to the "
+                "optimizer itself; ZeroOptimizer shards whole parameters"
             )

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from ...core import trace
+from ...layouts.company import Company, company_of
 from ...optimizer import LearnedOptimizer
+from ...optimizer.first_steps import joined
+from ...optimizer.loading import check_names
 from ...optimizer.report import Report, group_settings, report_row
+from ...optimizer.settings import GroupNumbers
 from ...optimizer.sharded_state import elementwise_local_state, elementwise_state_dict
 from .buckets import Bucket, Named
 from .masters import without_masters
@@ -221,6 +225,9 @@ class ElementwiseInner:
         self.optimizer = optimizer
         self._buckets, self._sharing, self._timeout = buckets, sharing, timeout
         self.scaling = None if sharing.holders is None else Scaling(buckets, sharing.holders)
+        further = [key for key in ("maximize",) if key in optimizer.defaults]
+        self._numbers = GroupNumbers(type(optimizer), optimizer.defaults, further, lambda _: None)
+        self._company: Company | None = None  # unknown before the first step
 
     @property
     def grad_norm(self) -> Tensor:
@@ -238,13 +245,33 @@ class ElementwiseInner:
         return [type(self.optimizer).__name__, *group_settings(self.optimizer.param_groups)]
 
     def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
+        problem = self._joined(self._numbers.read(self.optimizer.param_groups, problem))
         device = self._buckets[0].flat.device
-        mine = None if self.scaling is None else self.scaling.mine()
-        raise_alike(problem, self._sharing, device, self._timeout, mine)
-        unlike = None if self.scaling is None or mine is None else self.scaling.problem(mine)
-        if unlike is not None:
-            raise unlike
+        if self.scaling is None:
+            raise_alike(problem, self._sharing, device, self._timeout, None)
+        else:
+            mine = self.scaling.mine()
+            compared = torch.cat([mine, self._numbers.buffer(device, by_group=True)])
+            raise_alike(problem, self._sharing, device, self._timeout, compared)
+            differ = self._numbers.judge([compared[len(mine) :]], device)
+            if differ is not None and bool(differ):  # the device has been waited for
+                unlike: ValueError | None = self._numbers.error()
+                self._numbers.forget()
+            else:
+                unlike = self.scaling.problem(compared[: len(mine)])
+            if unlike is not None:
+                raise unlike
         self.optimizer.step()
+
+    def _joined(self, problem: Exception | None) -> Exception | None:
+        """The problem, or that ranks may run out of inputs."""
+        if problem is None and self._sharing.holders is not None:
+            if self._company is None:
+                pieces = [member.piece for bucket in self._buckets for member in bucket.members]
+                self._company = company_of(self.optimizer, pieces)
+            if self._company.joins():
+                return joined(type(self.optimizer).__name__)
+        return problem
 
     def set_loss(self, loss: Tensor | float) -> None:
         """It reads none."""
@@ -262,7 +289,9 @@ class ElementwiseInner:
         return elementwise_state_dict(self.optimizer.state_dict(), self.optimizer.param_groups)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        elementwise_local_state(without_masters(state_dict), self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        elementwise_local_state(without_masters(state_dict), groups)
+        check_names(state_dict["param_groups"], groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         local = elementwise_local_state(state_dict, self.optimizer.param_groups)

@@ -23,6 +23,7 @@ from ...optimizer.callbacks import evaluate, with_hooks
 from ...optimizer.loading import matched
 from ...optimizer.report import Report
 from .buckets import Bucket, add_together, shard_group, share_first_values
+from .freed import FreedGradient
 from .gathering import ParameterGatherer
 from .groups import check_params, named_group, named_groups, take_frozen
 from .inner import Inner, kind_of
@@ -324,7 +325,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._forget_gradients()
         for bucket in self.buckets:
             for member in bucket.members:
-                if set_to_none:
+                if set_to_none or isinstance(member.param.grad, FreedGradient):
                     member.param.grad = None
                 elif member.param.grad is not None:
                     member.param.grad.detach_().zero_()

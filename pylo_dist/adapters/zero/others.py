@@ -4,13 +4,14 @@ was sent. Reads only.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from ...layouts.ddp import wrappers_of
 
 
 def inside_ddp(model_or_params: Any) -> Any:
@@ -24,7 +25,7 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
     """The error for a gradient that is another one than what the other ranks got; names DDP where
     a wrapper of it holds the parameter (looks through all objects there are).
     """
-    if _is_in_ddp(param):
+    if wrappers_of([param]):
         return ValueError(
             f"DistributedDataParallel averages the gradient of {fqn!r} too, after ZeroOptimizer "
             "had sent it to the other ranks: train the model without DDP (ZeroOptimizer averages "
@@ -37,13 +38,6 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
         "gradients in optimizer.param_groups instead, clip with pylo_dist.clip_grad_norm_, or "
         "build ZeroOptimizer with overlap=False and stage=1"
     )
-
-
-def _is_in_ddp(param: Tensor) -> bool:
-    wrappers: list[nn.Module] = [
-        found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)
-    ]
-    return any(param is own for wrapper in wrappers for own in wrapper.parameters())
 
 
 def largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from ... import comm
 from ...core import trace
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
+from .freed import FreedGradient, gradient_of, make_room
 from .others import LateAnswer, changed_after_it_left, largest_elements
 from .sharing import Sharing
 
@@ -93,6 +94,7 @@ class GradientReducer:
         # id(parameter) -> the gradient that left, its version and its largest element then
         self._left: dict[int, tuple[Tensor, int, Tensor | None]] = {}
         self._late = LateAnswer()
+        self._freed: dict[int, FreedGradient] = {}  # by id(parameter)
         self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
         self._number = next(_COUNT)
@@ -118,6 +120,8 @@ class GradientReducer:
         for b, bucket in list(enumerate(self.buckets))[first:]:
             for i, member in enumerate(bucket.members):
                 member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
+                if self._frees:
+                    make_room(member.param)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -226,13 +230,15 @@ class GradientReducer:
             bucket.show_gradient(None)
             for member in bucket.members:
                 member.binding.present = False
+                if isinstance(member.param.grad, FreedGradient):
+                    member.param.grad = None
         self._rounds, self._poison = 0, None
         self._left.clear()
         self.problem = None
 
     def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What came to a parameter's gradient after it had been reduced, and would be lost."""
-        grad = member.param.grad
+        grad = gradient_of(member.param)
         left, version, _ = self._left.get(id(member.param), (None, 0, None))
         if grad is None or (grad is left and grad._version == version):
             return None
@@ -300,7 +306,7 @@ class GradientReducer:
         Args:
             largest: its largest element, 0-d, to compare with later.
         """
-        param, grad = member.param, member.param.grad
+        param, grad = member.param, gradient_of(member.param)
         present = grad is not None
         member.binding.present = present or (
             self._frees and self._rounds > 0 and member.binding.present
@@ -323,7 +329,9 @@ class GradientReducer:
                 )
                 start = stop
         if self._frees:
-            param.grad = None
+            if id(param) not in self._freed:
+                self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
+            param.grad = self._freed[id(param)]
         else:
             self._left[id(param)] = (grad, grad._version, largest)
 
@@ -413,7 +421,7 @@ def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
     return {
         id(member.param): grad
         for member in bucket.members
-        if (grad := member.param.grad) is not None
+        if (grad := gradient_of(member.param)) is not None
         and grad.layout == torch.strided
         and grad.shape == member.param.shape
         and grad.numel()

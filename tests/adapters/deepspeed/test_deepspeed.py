@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -397,11 +398,53 @@ def errors_before_training(rank: int, files: dict[str, str]) -> dict[str, str]:
             )
         except ValueError as error:
             said[name] = str(error)
+    said |= mup_under_zero_init(files, entry("MuLO", **fc))
     held = torch.optim.AdafacLO([torch.nn.Parameter(torch.ones(3))], **fc)  # type: ignore[attr-defined]
     held.param_groups[0]["params"][0].grad = torch.ones(3)
     held.step()  # DeepSpeed steps while it sets itself up
     said["early"] = str(held.param_groups[0]["params"][0].tolist())
     return said
+
+
+def mup_under_zero_init(files: dict[str, str], json: dict[str, Any]) -> dict[str, str]:
+    """What is said of parameters without mup's shapes, with those of their partitions, and the
+    multipliers of those of the whole.
+    """
+    import deepspeed
+
+    found = {}
+    for name, whole in (("mup lost", None), ("mup part", False), ("mup", True)):
+        config = {**Case(3).json(files), **json}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = cases.Model()
+        for fqn, param in model.named_parameters():
+            if whole is not None:
+                mult = 4.0 if fqn == "square.weight" else 1.0
+                param.infshape = InfShape(param.ds_shape if whole else param.shape, mult)
+        params = list(model.parameters())
+        try:
+            engine = deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+            group = engine.basic_optimizer.inner.param_groups[0]
+            found[name] = str({fqn: m for fqn, m in group["width_mults"].items() if m != 1.0})
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+class InfShape:
+    """As mup leaves one on parameters."""
+
+    def __init__(self, shape: Sequence[int], mult: float) -> None:
+        self._shape, self._mult = list(shape), mult
+
+    def shape(self) -> list[int]:
+        return self._shape
+
+    def ninf(self) -> int:
+        return 2
+
+    def width_mult(self) -> float:
+        return self._mult
 
 
 def uneven_use(rank: int, files: dict[str, str]) -> dict[str, Tensor]:
@@ -484,6 +527,9 @@ def test_events(files: dict[str, str]) -> None:
         "pipeline": "a PipelineModule is not served",
         "experts": "'0' is a mixture of experts",
         "instance": "name it in the JSON instead",
+        "mup lost": "call set_base_shapes inside deepspeed.zero.GatheredParameters",
+        "mup part": "its infshape was made for (0,)",
+        "mup": "{'square.weight': 4.0}",
         "early": "[1.0, 1.0, 1.0]",
     }
     for rank in ranks:

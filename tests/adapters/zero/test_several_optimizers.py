@@ -167,8 +167,8 @@ def said_by(
     optimizer = pylo_dist.ZeroOptimizer(model, kind, **kwargs)
     before = snapshot(model)
     loss_of(run, 0, rank, "xy").backward()
-    change(model, optimizer)
     try:
+        change(model, optimizer)
         optimizer.step()
     except (ValueError, comm.PeerError) as error:
         assert all(torch.equal(before[fqn], p) for fqn, p in snapshot(model).items())
@@ -176,10 +176,33 @@ def said_by(
     return "taken"
 
 
+def pieces_of(optimizer: Any) -> list[Tensor]:
+    return [piece for group in optimizer.param_groups for piece in group["params"]]
+
+
 def clip_pieces(model: nn.Module, optimizer: Any) -> None:
     """As Lightning does it."""
-    pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
-    nn.utils.clip_grad_norm_(pieces, 1e-3)
+    nn.utils.clip_grad_norm_(pieces_of(optimizer), 1e-3)
+
+
+def clip_nothing(model: nn.Module, optimizer: Any) -> None:
+    """A bound that no rank's own norm reaches, which leaves no trace."""
+    nn.utils.clip_grad_norm_((piece for piece in pieces_of(optimizer)), 1e9)
+
+
+def clip_by_hand(model: nn.Module, optimizer: Any) -> None:
+    pieces = pieces_of(optimizer)
+    norm = nn.utils.get_total_norm([piece.grad for piece in pieces if piece.grad is not None])
+    nn.utils.clip_grads_with_norm_(pieces, 1e-3, norm)
+
+
+def clip_model(model: nn.Module, optimizer: Any) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def clip_values(model: nn.Module, optimizer: Any) -> None:
+    """Elementwise: exact on pieces."""
+    nn.utils.clip_grad_value_(pieces_of(optimizer), 1e9)
 
 
 def scale_pieces(model: nn.Module, optimizer: Any) -> None:
@@ -232,16 +255,24 @@ def others(rank: int, world: int) -> dict[str, Any]:
         said_by(rank, lambda *_: None, wrap=True),
         said_by(rank, lambda *_: None),
     ]
+    kinds: tuple[Any, ...] = (pylo_dist.AdafacLO, torch.optim.AdamW)
     found["clipped"] = [
-        said_by(rank, clip_pieces, kind=kind, stage=stage, overlap=overlap)
-        for kind in (pylo_dist.AdafacLO, torch.optim.AdamW)
+        said_by(rank, change, kind=kind, stage=stage, overlap=overlap)
+        for kind in kinds
         for stage, overlap in ((1, True), (2, True), (1, False))
+        for change in (clip_pieces, clip_by_hand)
+    ] + [said_by(rank, clip_nothing, kind=kind, stage=2) for kind in kinds]
+    found["freed"] = [
+        said_by(rank, change, kind=kind, stage=2)
+        for kind in kinds
+        for change in (clip_model, lambda model, _: model.zero_grad(set_to_none=False))
     ]
     found["scaled"] = [
         said_by(rank, change)
         for change in (
             scale_pieces,
             lambda _, optimizer: pylo_dist.clip_grad_norm_(optimizer, 1e-3),
+            clip_values,
         )
     ]
     found["wrong module"] = wrong_module()
@@ -307,7 +338,17 @@ def test_pieces_clipped_by_each_rank_for_itself_are_refused_and_scaled_alike_are
 ) -> None:
     for result in results:
         assert all("pylo_dist.clip_grad_norm_" in said for said in result["clipped"])
-        assert result["scaled"] == ["taken", "taken"]
+        assert result["scaled"] == ["taken", "taken", "taken"]
+
+
+def test_gradients_that_stage_2_has_freed_are_not_taken_for_none(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        assert len(result["freed"]) == 4
+        for said in result["freed"]:
+            assert said.startswith("ValueError: ZeroOptimizer, stage 2, has averaged"), said
+            assert "optimizer.zero_grad()" in said
 
 
 def test_process_groups_of_collected_optimizers_are_used_again(

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pylo_dist
 from pylo_dist import comm
+from pylo_dist.adapters.zero.freed import FreedGradient
 from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.testing import largest_changes, layout_error
 from support.optimizer_cases import snapshot
@@ -142,6 +143,12 @@ def backward(
             call(wanted(model, step, rank, micro)).backward()
 
 
+def num_gradients(model: nn.Module) -> int:
+    """How many parameters hold one; not what stands for those that were freed."""
+    grads = (p.grad for p in model.parameters())
+    return sum(grad is not None and not isinstance(grad, FreedGradient) for grad in grads)
+
+
 def train(
     rank: int, kind: str, *, micros: int = 1, no_sync: bool = False, model: Any = None, **zero: Any
 ) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def train(
     history, kept, pending = [snapshot(model)], [], []
     for step in range(STEPS):
         backward(model, optimizer, step, rank, micros, no_sync, run)
-        kept.append(sum(p.grad is not None for p in model.parameters()))
+        kept.append(num_gradients(model))
         optimizer.step(torch.tensor(2.0 - 0.125 * step))
         pending.append(sum(isinstance(p, PendingParameter) for p in model.parameters()))
         optimizer.zero_grad()
@@ -215,7 +222,7 @@ def order_of_launches(rank: int) -> dict[str, Any]:
         others = {"third.unused": torch.ones(4, 3), "fourth.sometimes": torch.ones(7, 3)}
         model({**wanted(model, 0, rank, 1), **others}).backward()
         in_backward = list(left)
-        kept = [sum(p.grad is not None for p in model.parameters())]
+        kept = [num_gradients(model)]
         optimizer.param_groups  # noqa: B018  closes nothing: the round is over
         after_all_used = list(left)
         optimizer.step()
@@ -225,7 +232,7 @@ def order_of_launches(rank: int) -> dict[str, Any]:
         before_flush = list(left)
         grads = [p.grad is not None for group in optimizer.param_groups for p in group["params"]]
         after_flush = list(left)
-        kept.append(sum(p.grad is not None for p in model.parameters()))
+        kept.append(num_gradients(model))
     finally:
         comm.reduce_scatter = original
     return {
@@ -729,3 +736,30 @@ def test_replicas_of_shards(figures: list[str]) -> None:
 def _no_leftover_hooks() -> Iterator[None]:
     yield
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_compiled_code_meets_freed_gradients() -> None:
+    """Dynamo looks at the gradients on parameters where it compiles, and the next pass adds to
+    them.
+    """
+
+    def after_two_steps(compiled: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        optimizer = pylo_dist.ZeroOptimizer(model, torch.optim.SGD, stage=2, lr=0.1)
+        call = torch.compile(model, backend="eager") if compiled else model
+        for step in range(2):
+            x = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(step))
+            model(x[0]).square().mean().backward()
+            assert num_gradients(model) == 0
+            call(x[1]).square().mean().backward()
+            with optimizer.no_sync():
+                call(x[2]).square().mean().backward()
+            assert num_gradients(model) == 4
+            (0.0 * model(x[0]).sum()).backward()
+            optimizer.step()
+            assert all(param.grad is None for param in model.parameters())
+        return snapshot(model)
+
+    compiled, plain = after_two_steps(True), after_two_steps(False)
+    assert all(torch.equal(compiled[fqn], p) for fqn, p in plain.items())

@@ -1,0 +1,233 @@
+"""What a change costs: this checkout's step beside that of another one, in one run.
+
+    git worktree add ../before acc4d19      # with compiled passes built in it
+    python benchmarks/bench_builds.py --other ../before
+
+Each case has the processes of both builds alive at once, and lets them take a few steps in turns,
+the order alternating, so that a busy machine slows both alike. Figures are CPU milliseconds of all
+ranks per step, since waiting for a rank that got no core is no cost of a build, and ratios this
+build / the other: of medians over all turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import record
+import torch
+import torch.distributed as dist
+from record import ROOT, markdown
+from torch import nn
+
+CASES = (  # optimizer, layout, tensors
+    ("AdafacLO", "plain", "many"),
+    ("VeLO", "plain", "many"),
+    ("AdafacLO", "plain", "layers"),
+    ("AdafacLO", "zero1", "many"),
+    ("AdafacLO", "zero1", "layers"),
+    ("AdafacLO", "zero2", "layers"),
+    ("VeLO", "zero1", "layers"),
+)
+RANKS = 2  # of the sharded layouts
+
+
+class Many(nn.Module):
+    """300 matrices of 16 x 16: what a step costs per tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList(0.02 * torch.randn(16, 16) for _ in range(300))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x @ matrix for matrix in self.matrices])
+
+
+class Layers(nn.Sequential):
+    """8 layers of 384 x 384, 1.2M parameters: what it costs per element."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(nn.Linear(384, 384), nn.GELU()) for _ in range(8)))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "many": (Many, 16),
+    "layers": (Layers, 384),
+}
+
+
+# ------------------------------------------------------------------------------------ in a process
+
+
+def worker(name: str, layout: str, tensors: str) -> None:
+    """One rank of one build: a line of standard input is a number of steps, the answer CPU s."""
+    import pylo_dist  # from the checkout that PYTHONPATH names
+    from support.golden import velo_weights
+
+    torch.set_num_threads(1)
+    if layout != "plain":
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    make, width = MODELS[tensors]
+    model, x = make(), torch.randn(8, width)
+    settings: dict[str, Any] = {"weights": "demo"}
+    if name == "VeLO":
+        settings = {"weights": velo_weights("release"), "num_steps": 10_000}
+    if layout == "plain":
+        optimizer = getattr(pylo_dist, name)(model.named_parameters(), **settings)
+    else:
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, getattr(pylo_dist, name), stage=int(layout[-1]), bucket_cap_mb=1, **settings
+        )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step(loss.detach())
+
+    if layout == "plain":  # the step alone, on gradients that stay
+        model(x).square().mean().backward()
+
+        def step() -> None:
+            optimizer.step(torch.tensor(1.0))
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        begin = time.process_time()
+        for _ in range(int(line)):
+            step()
+        print(time.process_time() - begin, flush=True)
+
+
+# --------------------------------------------------------------------------------- of both builds
+
+
+class Build:
+    """The processes of one checkout for one case."""
+
+    def __init__(self, root: Path, case: tuple[str, str, str], port: int) -> None:
+        ranks = 1 if case[1] == "plain" else RANKS
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--worker", *case],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ
+                | {
+                    "PYTHONPATH": f"{root}{os.pathsep}{ROOT / 'benchmarks'}",
+                    "OMP_NUM_THREADS": "1",
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(ranks)
+        ]
+
+    def answers(self) -> list[str]:
+        """A line of every rank.
+
+        Raises:
+            RuntimeError: if one has ended.
+        """
+        lines = [process.stdout.readline().strip() for process in self.processes if process.stdout]
+        if not all(lines):
+            raise RuntimeError("a process of the benchmark has ended; its error is above")
+        return lines
+
+    def steps(self, count: int) -> float:
+        """CPU seconds of all ranks for `count` steps."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+        return sum(map(float, self.answers()))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def measured(case: tuple[str, str, str], other: Path, turns: int, steps: int) -> dict[str, Any]:
+    """One row: milliseconds of both, and their ratio."""
+    builds = [Build(root, case, 29600 + i) for i, root in enumerate((ROOT, other))]
+    try:
+        for build in builds:
+            build.answers()
+            build.steps(2)
+        spent: list[list[float]] = [[], []]
+        for turn in range(turns):
+            for i in (0, 1) if turn % 2 else (1, 0):
+                spent[i].append(1e3 * builds[i].steps(steps) / steps)
+    finally:
+        for build in builds:
+            build.end()
+    name, layout, tensors = case
+    mine, theirs = map(median, spent)
+    return {
+        "optimizer": name,
+        "layout": layout,
+        "tensors": tensors,
+        "this_ms": mine,
+        "other_ms": theirs,
+        "ratio": mine / theirs,
+        "ratio_of_minima": min(spent[0]) / min(spent[1]),
+    }
+
+
+def commit_of(root: Path) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Steps of this checkout beside another's.")
+    parser.add_argument("--other", type=Path, help="the other checkout, its compiled passes built")
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn")
+    parser.add_argument("--cases", help="only those whose name holds this, as in zero1")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "builds.json")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        worker(*args.worker)
+        return {}
+    if args.other is None or not (args.other / "pylo_dist").is_dir():
+        parser.error(f"--other must be a checkout of pylo_dist, not {args.other}")
+    result = {
+        "what": "CPU milliseconds of a step, all ranks together: this checkout and another one, in "
+        "turns within one run, medians",
+        **record.environment(),
+        "other_commit": commit_of(args.other),
+        "settings": {"turns": args.turns, "steps": args.steps, "ranks": RANKS},
+        "rows": [
+            measured(case, args.other.resolve(), args.turns, args.steps)
+            for case in CASES
+            if not args.cases or args.cases in " ".join(case)
+        ],
+    }
+    record.write(result, args.out)
+    columns = ("optimizer", "layout", "tensors", "this_ms", "other_ms", "ratio", "ratio_of_minima")
+    lines = [
+        [f"{row[c]:.3f}" if isinstance(row[c], float) else row[c] for c in columns]
+        for row in json.loads(json.dumps(result["rows"]))
+    ]
+    print(markdown([columns, *lines]))
+    return result
+
+
+if __name__ == "__main__":
+    main()
