@@ -274,7 +274,7 @@ class Journal:
             {
                 "part": part,
                 "class": kind,
-                "where": where,
+                "where": short(where),
                 "count": len(cases),
                 "cases": {number: short(outcome.said) for number, outcome in cases[:EXAMPLES]},
             }
