@@ -318,7 +318,7 @@ def _judged(
             built = fault.phase == "construction" and (last[2] in MEANT or own)
             if not victims and not built:
                 return Outcome(HALF, f"did not go on; {said}", place)
-            if last[2] not in MEANT and not torchs:
+            if last[2] not in MEANT and not torchs and not own:
                 return Outcome(BARE, said, f"{place}: {last[2]}")
             if last[2] == "CommunicationError" and " in " not in last[3]:
                 return Outcome(BARE, said, f"{place}: no phase named")
