@@ -23,6 +23,8 @@ from environment import Environment
 from options import Options, WrongInput
 from torch import Tensor
 
+from pylo_dist.comm import GRACE, within
+
 T = TypeVar("T")
 
 
@@ -60,7 +62,8 @@ class Place:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            limit = timedelta(seconds=timeout_s)
+            within(timeout_s + GRACE, lambda: dist.init_process_group(backend, timeout=limit))
 
     def leave(self) -> None:
         """Part from the other ranks, once nothing of the run is held by name any more."""

@@ -98,6 +98,18 @@ def shard(
         return units_of(model, wrap), _meta_modules(model), kwargs
 
     units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
+    settings = {
+        "optimizer_class": getattr(optimizer_class, "__qualname__", type(optimizer_class).__name__),
+        "mesh": None if mesh is None else [mesh.device_type, list(mesh.mesh.shape)],
+        "mixed_precision": mixed_precision,
+        "reshard_after_forward": reshard_after_forward,
+    }
+    comm.check_equal(
+        "setting, unit or tensor of the model given to shard()",
+        [*(f"{name}={value}" for name, value in settings.items()), *_specs(model, units)],
+        group,
+        torch.device(comm.device_type() if mesh is None else mesh.device_type),
+    )
     attributes = attributes_of(model)
     if mesh is None:
         mesh = init_device_mesh(
@@ -288,6 +300,24 @@ def _check_mesh(mesh: Any) -> None:
             f"the mesh has the dimension {parallel[0]!r}: pylo_dist.shard takes the data-parallel "
             'part of a mesh, such as mesh["dp"]; apply parallelize_module first'
         )
+
+
+def _specs(model: nn.Module, units: Sequence[nn.Module]) -> Iterator[str]:
+    """What must be alike on all ranks before one of them sends: units, parameters and buffers."""
+    names = {module: name for name, module in model.named_modules()}
+    for unit in units:
+        yield f"the unit {names[unit]!r}"
+    for kind, named in (
+        ("parameter", model.named_parameters(remove_duplicate=False)),
+        ("buffer", model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in named:
+            local = list(local_tensor(tensor).shape) if is_dtensor(tensor) else "whole"
+            yield (
+                f"the {kind} {name!r}: {list(tensor.shape)}, {local}, {tensor.dtype}"
+                f"{', on the meta device' if tensor.is_meta else ''}"
+                f"{', frozen' if kind == 'parameter' and not tensor.requires_grad else ''}"
+            )
 
 
 def _give_to_all(tensor: Tensor, device: torch.device, group: Any) -> None:

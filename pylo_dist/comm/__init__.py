@@ -1,7 +1,7 @@
 """Everything that talks to torch.distributed; the only folder that does.
 
-From the ground up: `meeting` knows the store alone, `collectives` process groups, `own` those that
-one user has to itself, `agreement` what ranks must have in common.
+From the ground up: `store` bounds what is asked of it, `meeting` knows it alone, `collectives`
+process groups, `own` those that one user has to itself, `agreement` what ranks must have in common.
 """
 
 from .agreement import PeerError, check_equal, checksums, differing, raise_together, together
@@ -22,6 +22,7 @@ from .collectives import (
     rank,
     ranks_of,
     reduce_scatter,
+    sent,
     serve,
     size,
     union,
@@ -37,6 +38,7 @@ from .meeting import (
     timeout_of,
 )
 from .own import OwnGroup, own_group
+from .store import within
 
 __all__ = [
     "GRACE",
@@ -69,9 +71,11 @@ __all__ = [
     "rank",
     "ranks_of",
     "reduce_scatter",
+    "sent",
     "serve",
     "size",
     "timeout_of",
     "together",
     "union",
+    "within",
 ]

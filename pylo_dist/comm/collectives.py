@@ -4,6 +4,7 @@ nothing else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ..core import trace
 from ..core.requests import Transfer
-from .meeting import CommunicationError, counted, digest, lost, timeout_of
+from .meeting import GRACE, CommunicationError, counted, digest, lost, timeout_of
+from .store import Store, StoreError, within
 
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -62,6 +64,11 @@ def ranks_of(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
+def sent(group: Any) -> int:
+    """How many collectives this rank has begun in `group`; only differences mean something."""
+    return int(group._get_sequence_number_for_group())
+
+
 def can_reduce(group: Any, device: torch.device) -> bool:
     """Whether the ranks of `group` can reduce tensors that lie on `device`."""
     return device.type in {known.type for known in group._device_types}
@@ -88,13 +95,63 @@ def group_over(ranks: tuple[int, ...]) -> Any:
     if len(ranks) == size(world):
         return world
     if _MADE.get(ranks, (None, None))[0] is not world:
-        timeout = timedelta(seconds=timeout_of(world, torch.device(device_type())))
-        with _named(digest([ranks, counted("made", ranks, 1)])):
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        group = new_group(list(ranks), timeout_of(world, torch.device(device_type())))
         for other in [key for key, (made_in, _) in _MADE.items() if made_in is not world]:
             del _MADE[other]  # of a world that was destroyed
         _MADE[ranks] = (world, group)
     return _MADE[ranks][1]
+
+
+def new_group(ranks: list[int], timeout: float, **options: Any) -> Any:
+    """A process group over these ranks, which all make it now.
+
+    Args:
+        timeout: seconds that its ranks wait for each other, now and later.
+        **options: of `torch.distributed.new_group`.
+
+    Raises:
+        CommunicationError: one of them did not come in time.
+    """
+
+    def make() -> Any:
+        return dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout),
+            use_local_synchronization=True,
+            **options,
+        )
+
+    what = "the making of a process group"
+    _check_room(what, len(ranks) + 8)
+    try:
+        number = counted(Store(timeout + GRACE), "made", tuple(ranks), 1)
+        with _named(digest([ranks, number])):
+            return within(timeout + GRACE, make)
+    except StoreError as error:  # through which alone the others could be asked
+        raise CommunicationError(
+            f"rank {dist.get_rank()} waited {timeout + GRACE:.0f} s in {what} over the ranks "
+            f"{ranks}: {error}"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise lost(what, ranks, error) from error
+
+
+def _check_room(what: str, count: int) -> None:
+    """Raise CommunicationError unless so many files can be opened: where gloo cannot, a thread of
+    its own ends the process.
+    """
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise CommunicationError(
+            f"rank {dist.get_rank()} cannot take part in {what}, for which it may have to open "
+            f"{count} files ({error}): raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for handle in opened:
+            os.close(handle)
 
 
 @contextmanager

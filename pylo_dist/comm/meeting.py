@@ -16,10 +16,13 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .store import Store, StoreError
 
 GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
@@ -39,12 +42,11 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def counted(what: str, ranks: tuple[int, ...], more: int) -> int:
+def counted(store: Store, what: str, ranks: tuple[int, ...], more: int) -> int:
     """How often this rank did `what` with these, `more` times now. Counted by the store: ranks of a
     later world are others.
     """
-    store = dist.distributed_c10d._get_default_store()
-    return int(store.add(f"pylo_dist/{what}/{digest(ranks)}/{dist.get_rank()}", more))
+    return store.add(f"pylo_dist/{what}/{digest(ranks)}/{dist.get_rank()}", more)
 
 
 def timeout_of(group: Any, device: torch.device) -> float:
@@ -67,9 +69,9 @@ def _place(ranks: tuple[int, ...], number: int) -> str:
     return f"pylo_dist/meeting/{digest(ranks)}/{number}"
 
 
-def _next_meeting(ranks: tuple[int, ...]) -> str:
+def _next_meeting(store: Store, ranks: tuple[int, ...]) -> str:
     _MEETINGS.append(ranks)
-    return _place(ranks, counted("met", ranks, 1))
+    return _place(ranks, counted(store, "met", ranks, 1))
 
 
 def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) -> None:
@@ -87,30 +89,51 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
         ValueError: what another rank has declined with.
         CommunicationError: one did not come in time; on all who come at all.
     """
-    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    place = _next_meeting(ranks)
+    late, start = [rank for rank in ranks if rank != dist.get_rank()], time.monotonic()
+    try:
+        _meet(Store(timeout + GRACE), ranks, what, entries, timeout, late)
+    except StoreError as error:
+        raise CommunicationError(
+            f"rank {dist.get_rank()} waited {time.monotonic() - start:.0f} s in {what} for the "
+            f"ranks {late}: {error}"
+        ) from error
+
+
+def _meet(
+    store: Store,
+    ranks: tuple[int, ...],
+    what: str,
+    entries: list[Any],
+    timeout: float,
+    late: list[int],
+) -> None:
+    """See `meet`. `late` becomes the ranks that were not there when last looked for (modified in
+    place).
+    """
+    mine = dist.get_rank()
+    place = _next_meeting(store, ranks)
     start, pause, told = time.monotonic(), 0.001, False
     store.set(f"{place}/here/{mine}", "")
     arrived = store.add(f"{place}/arrived", 1)
     while True:
-        if store.check([f"{place}/problem"]):
-            raise ValueError(store.get(f"{place}/problem").decode())
+        if store.has(f"{place}/problem"):
+            raise ValueError(store.get(f"{place}/problem"))
         waited = time.monotonic() - start
         given_up, outcome = waited > timeout, _MET if arrived >= len(ranks) else ""
         if not outcome and (given_up or (waited > PATIENCE and not told)):
-            late = [rank for rank in ranks if not store.check([f"{place}/here/{rank}"])]
+            late[:] = [rank for rank in ranks if not store.has(f"{place}/here/{rank}")]
             if given_up:
                 outcome = (
-                    f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which did "
-                    "not come"
+                    f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which "
+                    "did not come"
                 )
             else:
                 told = True
                 for rank in late:
                     store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
         # the first one holds for all, or one of them went on alone
-        if outcome or store.check([f"{place}/outcome"]):
-            outcome = store.compare_set(f"{place}/outcome", "", outcome).decode()
+        if outcome or store.has(f"{place}/outcome"):
+            outcome = store.first(f"{place}/outcome", outcome)
             if outcome == _MET:
                 return
             raise CommunicationError(outcome)
@@ -121,21 +144,30 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
 
 def decline(ranks: tuple[int, ...], problem: Exception) -> None:
     """Tell these ranks that this one does not come to the next meeting with them, and why."""
-    text = f"rank {dist.get_rank()}: {problem}"
-    dist.distributed_c10d._get_default_store().set(f"{_next_meeting(ranks)}/problem", text)
+    store, text = Store(GRACE), f"rank {dist.get_rank()}: {problem}"
+    with suppress(StoreError):  # then they learn no more than that it did not come
+        store.set(f"{_next_meeting(store, ranks)}/problem", text)
 
 
-def awaited_by() -> tuple[int, tuple[int, ...], list[Any]] | None:
+def awaited_by(timeout: float) -> tuple[int, tuple[int, ...], list[Any]] | None:
     """A rank that waits for this one, the ranks that meet there, and its entries; None if nobody
     does.
+
+    Raises:
+        CommunicationError: the store did not answer within `timeout` seconds.
     """
-    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    if not store.check([f"pylo_dist/awaited/{mine}"]):
-        return None
-    rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
-    place = _place(tuple(ranks), counted("met", tuple(ranks), 0) + 1)
-    # else this one came meanwhile
-    return (rank, tuple(ranks), entries) if store.check([f"{place}/here/{rank}"]) else None
+    store, mine = Store(timeout), dist.get_rank()
+    try:
+        if not store.has(f"pylo_dist/awaited/{mine}"):
+            return None
+        rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
+        place = _place(tuple(ranks), counted(store, "met", tuple(ranks), 0) + 1)
+        # else this one came meanwhile
+        return (rank, tuple(ranks), entries) if store.has(f"{place}/here/{rank}") else None
+    except StoreError as error:
+        raise CommunicationError(
+            f"rank {mine} asked for {timeout:.0f} s whether others wait for it: {error}"
+        ) from error
 
 
 def lost(what: str, ranks: Sequence[int], error: Exception) -> CommunicationError:
@@ -144,17 +176,13 @@ def lost(what: str, ranks: Sequence[int], error: Exception) -> CommunicationErro
     """
     mine = dist.get_rank()
     # whoever lost a peer too says so; one that died or went another way does not
-    silent: list[int] = []
-    try:
-        store = dist.distributed_c10d._get_default_store()
+    silent = [rank for rank in ranks if rank != mine]
+    with suppress(StoreError):  # it may have died with its rank; what is known is said all the same
+        store, until = Store(GRACE), time.monotonic() + GRACE
         store.set(f"pylo_dist/gave_up/{mine}", what)
-        until = time.monotonic() + GRACE
-        silent = [rank for rank in ranks if rank != mine]
         while silent and time.monotonic() < until:
-            silent = [rank for rank in silent if not store.check([f"pylo_dist/gave_up/{rank}"])]
+            silent = [rank for rank in silent if not store.has(f"pylo_dist/gave_up/{rank}")]
             time.sleep(0.05)
-    except Exception:  # the store may have died with its rank; what is known is said all the same
-        pass
     who = (
         f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the "
         "same"

@@ -8,14 +8,13 @@ rank does at another time; so ranks tell each other which they have free before 
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .collectives import _named, _or_lost, default_group, gather_objects, ranks_of
-from .meeting import counted, digest, timeout_of
+from .collectives import default_group, gather_objects, new_group, ranks_of
+from .meeting import timeout_of
 
 _Key = tuple[tuple[int, ...], str, float]  # the ranks, the backend, the timeout
 _MADE: dict[_Key, list[OwnGroup]] = {}
@@ -62,16 +61,6 @@ def own_group(group: Any) -> OwnGroup:
         own = made[min(free)]
         own.free = False
         return own
-    name = digest(["own", ranks, counted("made", tuple(ranks), 1)])
-    with _or_lost("the making of a process group", group), _named(name):
-        own = OwnGroup(
-            dist.new_group(
-                ranks,
-                timeout=timedelta(seconds=timeout),
-                backend=backend,
-                use_local_synchronization=True,
-                sort_ranks=False,
-            )
-        )
+    own = OwnGroup(new_group(ranks, timeout, backend=backend, sort_ranks=False))
     made.append(own)
     return own

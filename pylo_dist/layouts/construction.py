@@ -113,7 +113,8 @@ def check_alone(bindings: Mapping[Tensor, ShardBinding], kind: str) -> None:
         return
     if any(binding.holders is not None for binding in bindings.values()):
         return
-    waiting = comm.awaited_by()
+    world = comm.default_group()
+    waiting = comm.awaited_by(comm.timeout_of(world, torch.device(comm.device_type())))
     if waiting is None:
         return
     who, ranks, theirs = waiting

@@ -108,7 +108,7 @@ class Engine:
     def phases(
         self,
         losses: LossSum | None = None,
-        problem: ValueError | None = None,
+        problem: Exception | None = None,
         numbers: GroupNumbers | None = None,
     ) -> Iterator[list[Collective]]:
         """One step. Yields the collectives it needs; whoever drives it carries them out and
@@ -218,7 +218,7 @@ class Engine:
         self,
         requests: Sequence[Sum],
         loss: Tensor | None,
-        problem: ValueError | None,
+        problem: Exception | None,
         unlike: Tensor | None,
         numbers: GroupNumbers | None,
     ) -> None:
@@ -377,7 +377,7 @@ class _PendingErrors:
             for batch in batches
         ]
         self.at_once = device.type == "cpu"
-        self.problem: ValueError | None = None  # this rank's own
+        self.problem: Exception | None = None  # this rank's own
         self.numbers: GroupNumbers | None = None  # those of the last step
         self._host = torch.zeros(4, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
@@ -387,7 +387,7 @@ class _PendingErrors:
         self,
         flags: Tensor,
         bad: list[Tensor],
-        problem: ValueError | None,
+        problem: Exception | None,
         alone: bool,
         numbers: GroupNumbers | None,
     ) -> None:

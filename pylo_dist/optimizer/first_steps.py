@@ -68,9 +68,9 @@ class FirstSteps:
         self,
         parameters: Parameters,
         bound: Sequence[tuple[ShardBinding, Tensor]],
-        problem: ValueError | None,
+        problem: Exception | None,
         asks: bool,
-    ) -> ValueError | None:
+    ) -> Exception | None:
         """Look at a step that is about to be taken, of an optimizer whose tensors are shared with
         no other rank.
 

@@ -20,6 +20,7 @@ from ..core.state import StateField
 from ..layouts import construction, plain
 from ..weights import MetaNetwork
 from . import checks, loading
+from .callbacks import Closures, with_hooks
 from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
 from .first_steps import FirstSteps
@@ -59,6 +60,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ValueError: a parameter or setting that cannot be served, by name.
     """
 
+    profile_hook_step = staticmethod(with_hooks)  # by which torch gives a class its `step`
+    # whether what a closure sends is never taken for what the step sends
+    closures_apart = False
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
     around: Callable[[Iterator[list[Collective]]], Iterator[list[Collective]]] | None = None
 
@@ -86,8 +90,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self.early = EarlyPass(self._lineup)
         self._first_steps = FirstSteps()
         self._loss: Tensor | None = None
-        self._problem: ValueError | None = None
+        self._problem: Exception | None = None
         self._habits = Habits()
+        self._closures = Closures()
         super().__init__(params, defaults)
         self._numbers = GroupNumbers(type(self), defaults, self.group_keys, self._check_group)
 
@@ -169,7 +174,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         except ValueError as problem:
             self.fail_next_step(problem)
 
-    def fail_next_step(self, problem: ValueError) -> None:
+    def fail_next_step(self, problem: Exception) -> None:
         """Have the next `step()` raise `problem`, and a `PeerError` on the ranks it shares tensors
         with, before anything changes.
 
@@ -184,7 +189,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
         Args:
             closure: re-evaluates the model and returns the loss; a tensor or a number in its place
-                is the loss.
+                is the loss. What it raises on one rank after its last collective is a PeerError on
+                the others.
             loss: scalar training loss of this step; only rules that read the loss need it.
 
         Returns:
@@ -196,8 +202,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         if closure is not None and not callable(closure):
             closure, loss = None, closure
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss, problem = self._closures.evaluate(closure, _groups_of(self))
+            if problem is not None:
+                self.fail_next_step(problem)
         if loss is not None:
             self.set_loss(loss)
         phases = self.phases()
@@ -346,6 +353,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             self._first_steps = FirstSteps(looks=0)
         self._loss = self._problem = None
         self._habits = Habits()
+        self._closures = Closures()
         self._numbers = GroupNumbers(type(self), self.defaults, self.group_keys, self._check_group)
         for group in self.param_groups:
             # those of an earlier version are not handed on
@@ -399,6 +407,14 @@ def scalar_loss(loss: Tensor | float) -> Tensor:
             f"the loss has shape {tuple(tensor.shape)}; wanted a scalar, such as its mean"
         )
     return tensor
+
+
+def _groups_of(optimizer: LearnedOptimizer) -> list[Any]:
+    """Those in which its step adds up."""
+    found = [binding.holders for binding in optimizer._params.bindings.values()]
+    if optimizer.rule.needs_loss:
+        found.append(LossSum.over(optimizer.process_group, None).group)
+    return list({id(group): group for group in found if group is not None}.values())
 
 
 def _device_of(group: dict[str, Any]) -> torch.device:

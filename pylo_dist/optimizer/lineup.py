@@ -121,8 +121,8 @@ class Lineup:
         return self._by_id.get(param)
 
     def collect(
-        self, early: Container[int], problem: ValueError | None
-    ) -> Generator[list[Collective], None, ValueError | None]:
+        self, early: Container[int], problem: Exception | None
+    ) -> Generator[list[Collective], None, Exception | None]:
         """Bring every item its parameter and its gradient as they are now. Yields the reductions
         that gradients need.
 

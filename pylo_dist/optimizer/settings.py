@@ -192,9 +192,7 @@ class GroupNumbers:
         self._held: list[Tensor] = []  # tables that CUDA graphs read at every replay
         self._flags = torch.empty(0)  # bool (2, groups, keys): no good here, unlike
 
-    def read(
-        self, groups: Sequence[dict[str, Any]], problem: ValueError | None
-    ) -> ValueError | None:
+    def read(self, groups: Sequence[dict[str, Any]], problem: Exception | None) -> Exception | None:
         """Look at the groups. Returns the problem, or the first that is found here."""
         seen = [[_seen(group.get(key)) for key in self._keys] for group in groups]
         self._groups = groups

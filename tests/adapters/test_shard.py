@@ -5,6 +5,7 @@ real gloo processes.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import time
 from pathlib import Path
@@ -235,6 +236,18 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
             named[2][1].requires_grad_(False)
         adafac(named)
 
+    def differ(kind: str) -> None:
+        mlp, settings = Mlp(), {}
+        if rank and kind == "layer":
+            mlp.extra = nn.Linear(3, 3)
+        elif rank and kind == "dtype":
+            mlp.bfloat16()
+        elif rank:
+            settings = {"wrap": {"wrap": [nn.Linear]}, "policy": {"mixed_precision": torch.half}}[
+                kind
+            ]
+        shard(mlp, **settings)
+
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -263,6 +276,7 @@ def shard_refusals(rank: int, world: int) -> dict[str, str]:
         "order": lambda: disagree("order"),
         "frozen": lambda: disagree("frozen"),
         "shape": lambda: disagree("shape"),
+        **{f"other {kind}": functools.partial(differ, kind) for kind in DIFFERENCES},
     }
     return {name: message(action) for name, action in cases.items()}
 
@@ -412,6 +426,21 @@ def odd_ranks(rank: int, world: int) -> Results:
         if rank == world - 1:
             optimizer.fail_next_step(ValueError("only here"))
         results[f"{mode} failure"] = message(optimizer.step)
+        if rank == world - 1:
+            optimizer.register_step_pre_hook(lambda *_: float("only here"))
+        results[f"{mode} hook"] = message(optimizer.step)
+        optimizer._optimizer_step_pre_hooks.clear()
+
+        def closure(fails: bool, model: Any = model) -> Tensor:
+            model.zero_grad()
+            loss = model(0, rank)
+            loss.backward()
+            return torch.tensor(float("late" if fails and rank == world - 1 else 1))
+
+        for fails in (False, True):
+            results[f"{mode} closure"] = message(
+                functools.partial(optimizer.step, functools.partial(closure, fails))
+            )
 
     model = Net()
     fully_sharded(
@@ -502,7 +531,18 @@ def test_shard_and_what_comes_with_it() -> None:
     check_odd([result["odd"] for result in ranks])
 
 
+# what rank 0 has, and rank 1
+DIFFERENCES = {
+    "layer": "rank 0 has .*, rank 1 has .*extra.weight",
+    "dtype": "rank 0 has .*torch.float32.*, rank 1 has .*torch.bfloat16",
+    "wrap": "rank 0 has .*, rank 1 has the unit ",
+    "policy": "rank 0 has mixed_precision=None, rank 1 has mixed_precision=torch.float16",
+}
 REFUSALS = {
+    **{
+        f"other {kind}": rf"the ranks disagree on setting, unit or tensor .* number \d+: {text}"
+        for kind, text in DIFFERENCES.items()
+    },
     "twice": "was given to fully_shard before",
     "ddp": "wrapped in DistributedDataParallel",
     "bare": "'own' is on the meta device, and Bare has no reset_parameters",
@@ -556,6 +596,10 @@ def check_odd(results: list[Results]) -> None:
     for mode in ("error", "skip"):
         assert first[f"{mode} failure"].startswith("PeerError")
         assert last[f"{mode} failure"] == "ValueError: only here"
+        assert first[f"{mode} hook"].startswith("PeerError")
+        assert first[f"{mode} closure"].startswith("PeerError")
+        assert last[f"{mode} closure"].startswith("ValueError: could not convert string")
+        assert last[f"{mode} hook"].startswith("ValueError: could not convert")
     history, reference, model = unsharded(
         2, mean_gradients(2)[:1], pylo_dist.AdafacLO, weights=small_fc()
     )

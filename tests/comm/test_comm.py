@@ -4,8 +4,13 @@ on alone.
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from environment import free_port
 from torch import nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.comm import PeerError, meeting
+from pylo_dist.comm import PeerError, collectives, meeting
 from support.golden import velo_weights
-from support.ranks import run_ranks
+from support.ranks import CONTEXT, run_ranks
 
 ORDERS = ((0, 1, 2), (2, 0, 1))  # ranks of the three processes in the first world, and in the next
 
@@ -110,6 +116,88 @@ def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path)
     assert {total for result in results for total in result["sums"]} == {3.0}
 
 
+def beside_a_stopped_host(rank: int, port: int, ready: Any, results: Any) -> None:
+    """Rank 0 keeps the store, as under mpirun and srun, and stands still."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=3,
+        timeout=timedelta(seconds=1),
+    )
+    ready.wait()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)
+    buffer = torch.ones(2)
+    works: dict[str, Callable[[], Any]] = {
+        "lost": lambda: comm.all_reduce(buffer, dist.group.WORLD, "the sums of this test").wait()
+    }
+    if rank == 1:
+        works = {
+            "meet": lambda: comm.meet((0, 1), "this meeting", [], 1.0),
+            "make": lambda: comm.group_over((0, 1)),
+            "asked": lambda: comm.awaited_by(1.0),
+            "decline": lambda: comm.decline((0, 1), ValueError("what is not told")),
+        }
+
+    def outcome(work: Callable[[], Any]) -> tuple[str, float]:
+        start, said = time.monotonic(), "no error"
+        try:
+            work()
+        except comm.CommunicationError as error:
+            said = str(error)
+        return said, time.monotonic() - start
+
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(works, pool.map(outcome, works.values()), strict=True))
+    results.put(found)
+
+
+def test_a_store_whose_host_stands_still_holds_nobody() -> None:
+    ready, results, port = CONTEXT.Barrier(3), CONTEXT.Queue(), free_port()
+    processes = [
+        CONTEXT.Process(target=beside_a_stopped_host, args=(rank, port, ready, results))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = {**results.get(timeout=60), **results.get(timeout=60)}
+        for process in processes[1:]:
+            process.join(10)
+        assert [process.exitcode for process in processes[1:]] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    silent = "the store of the process group does not answer"
+    wanted = {
+        "lost": r"rank 2 lost .* in the sums of this test: .* among rank\(s\) 0, 1, which did not",
+        "meet": rf"rank 1 waited \d s in this meeting for the ranks \[0\]: {silent}",
+        "make": rf"rank 1 waited \d s in the making of a process group .* \[0, 1\]: {silent}",
+        "asked": rf"rank 1 asked for 1 s whether others wait for it: {silent}",
+        "decline": "no error",
+    }
+    for name, (said, seconds) in found.items():
+        assert re.match(wanted[name], said), said
+        assert seconds < 1 + comm.GRACE + 1, name
+
+
+def test_a_process_without_descriptors_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handles = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(comm.CommunicationError, match=r"rank 3 .* may have to open 100 files"):
+            collectives.new_group(list(range(92)), 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(os.listdir("/proc/self/fd")) == handles
+
+
 class ComesNow:
     """A store in which the second rank comes just after the first one has looked for it the last
     time.
@@ -143,6 +231,6 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(
     store = ComesNow()
     monkeypatch.setattr(dist, "get_rank", lambda: store.rank)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(meeting, "_next_meeting", lambda ranks: "meeting")
+    monkeypatch.setattr(meeting, "_next_meeting", lambda store, ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}

@@ -84,7 +84,7 @@ class Inner(Protocol):
     def settings(self) -> list[str]:
         """What must be the same on all ranks."""
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         """Take one step. A `problem` of this rank is raised before anything changes, and a
         PeerError on the ranks that have none.
         """
@@ -161,7 +161,7 @@ class LearnedInner:
     def settings(self) -> list[str]:
         return self.optimizer.settings()
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         if problem is not None:  # raised in the step, where the other ranks hear of it too
             self.optimizer.fail_next_step(problem)
         self.optimizer.step(loss=loss)
@@ -244,7 +244,7 @@ class ElementwiseInner:
     def settings(self) -> list[str]:
         return [type(self.optimizer).__name__, *group_settings(self.optimizer.param_groups)]
 
-    def step(self, loss: Tensor | float | None, problem: ValueError | None) -> None:
+    def step(self, loss: Tensor | float | None, problem: Exception | None) -> None:
         problem = self._joined(self._numbers.read(self.optimizer.param_groups, problem))
         device = self._buckets[0].flat.device
         if self.scaling is None:
@@ -263,7 +263,7 @@ class ElementwiseInner:
                 raise unlike
         self.optimizer.step()
 
-    def _joined(self, problem: ValueError | None) -> ValueError | None:
+    def _joined(self, problem: Exception | None) -> Exception | None:
         """The problem, or that ranks may run out of inputs."""
         if problem is None and self._sharing.holders is not None:
             if self._company is None:

@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
+from ...optimizer.callbacks import evaluate, with_hooks
 from ...optimizer.loading import matched
 from ...optimizer.report import Report
 from .buckets import Bucket, add_together, shard_group, share_first_values
@@ -104,6 +105,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         PeerError: another rank could not build its optimizer.
     """
 
+    profile_hook_step = staticmethod(with_hooks)  # by which torch gives a class its `step`
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -131,6 +134,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.buckets: list[Bucket] = []
         self._given = dict(optimizer_kwargs)
         self._num_steps = 0
+        self._problem: Exception | None = None
+        self.closures_apart = given is model_or_params  # DDP sends in the same groups
 
         def prepare() -> tuple[Settings, type[Inner], list[dict[str, Any]], dict[str, Any]]:
             settings = Settings(
@@ -260,18 +265,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
         parameters back.
 
         Arguments, result and errors are those of `LearnedOptimizer.step`. When the inner step
-        raises, no parameter has changed.
+        raises, no parameter has changed. What a closure raises on one rank is a PeerError on the
+        others (but with a DistributedDataParallel in it).
         """
         if closure is not None and not callable(closure):
             closure, loss = None, closure
+        problem, self._problem = self._problem, None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss, failed = evaluate(closure)
+            if failed is not None and not self.closures_apart:
+                raise failed
+            problem = problem or failed
         self._gatherer.wait()
         self._reducer.finish()
         if self._inner.scaling is not None and self._reducer.unseen:
             self._inner.scaling.forget()
-        problem = self._watch.problem() or self._reducer.problem
+        problem = problem or self._watch.problem() or self._reducer.problem
         for bucket in self.buckets:
             bucket.refresh_master()
         try:
@@ -287,6 +296,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if every is not None and self._num_steps % every == 0:
             self.check_replicas()
         return loss
+
+    def fail_next_step(self, problem: Exception) -> None:
+        """See `LearnedOptimizer.fail_next_step`."""
+        self._problem = self._problem or problem
 
     def reduce_gradients(self) -> None:
         """Average the gradients that are on the parameters now, for code that reads `param_groups`

@@ -173,7 +173,7 @@ def check_same_state(
 
 
 def raise_alike(
-    problem: ValueError | None,
+    problem: Exception | None,
     sharing: Sharing,
     device: torch.device,
     timeout: float | None,

@@ -199,6 +199,14 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
         }
     results["nonfinite"] = nonfinite_ranks(rank)
     results["failure"] = failure_ranks(rank, world)
+    results["callbacks"] = {
+        (face.__name__, case): raising_callback(rank, world, case, face, **settings)
+        for face, settings in {
+            pylo_dist.AdafacLO: {"weights": small_fc()},
+            torch.optim.SGD: {},
+        }.items()
+        for case in CALLBACKS
+    }
     results["adamw"] = adamw_ranks(rank)
     results["disagree"] = disagreement(rank)
     return results
@@ -267,6 +275,54 @@ def failure_ranks(rank: int, world: int) -> dict[str, Any]:
         )
     outcome["steps"] = int(optimizer.param_groups[0]["step"])
     return outcome
+
+
+CALLBACKS = ("before backward", "in backward", "after backward", "hook")
+
+
+def raising_callback(
+    rank: int, world: int, case: str, face: Any, **arguments: Any
+) -> tuple[list[str], bool, Tensor]:
+    """What three steps say; in the second the user's code fails on the last rank. Whether that one
+    changed anything, and a weight in the end.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    learned = face is pylo_dist.AdafacLO
+    optimizer = pylo_dist.ZeroOptimizer(
+        model, face, stage=1 if learned else 2, overlap=learned, bucket_cap_mb=1e-5, **arguments
+    )
+    said, same = [], False
+    for step in range(3):
+        failing = case if (step, rank) == (1, world - 1) else ""
+
+        def fail(here: str, failing: str = failing) -> None:
+            if here == failing:
+                raise OSError(here)
+
+        def closure(fail: Any = fail) -> Tensor:
+            optimizer.zero_grad()
+            fail("before backward")
+            hook = model[0].bias.register_hook(lambda _: fail("in backward"))
+            try:
+                model(torch.full((1, 4), rank + 1.0)).sum().backward()
+            finally:
+                hook.remove()
+            fail("after backward")
+            return torch.tensor(1.0)
+
+        hook = optimizer.register_step_pre_hook(lambda *_, fail=fail: fail("hook"))
+        before = snapshot(model)
+        try:
+            optimizer.step(closure)
+            said.append("stepped")
+        except (OSError, pylo_dist.PeerError) as error:
+            said.append(
+                type(error).__name__ if isinstance(error, pylo_dist.PeerError) else str(error)
+            )
+            same = all(torch.equal(before[fqn], p) for fqn, p in snapshot(model).items())
+        hook.remove()
+    return said, same, snapshot(model)["0.weight"]
 
 
 def adamw_ranks(rank: int) -> dict[str, Tensor]:
@@ -358,7 +414,7 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             f"layout tolerance, state {worst_state:.2g}; "
             f"{results[0]['calls']['all_reduce'] / STEPS:g} small all-reduces per step"
         )
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         outcome = rank["nonfinite"]
         assert "'square'" in outcome["error"]
         assert outcome["skip"] == "passed"
@@ -366,6 +422,10 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
             assert outcome[f"{mode}_unchanged"]
             assert outcome[f"{mode}_goes_on"]
             assert outcome[f"{mode}_step"] == 1
+        for (face, case), (said, same, weight) in rank["callbacks"].items():
+            assert said == ["stepped", case if number == world - 1 else "PeerError", "stepped"]
+            assert same
+            assert torch.equal(weight, ranks[0]["callbacks"][face, case][2])
         failure = rank["failure"]
         assert failure["steps"] == 2
         for case in ("good", "good again"):
