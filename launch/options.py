@@ -396,6 +396,9 @@ def read(argv: Sequence[str]) -> Options:
     """
     # DeepSpeed's launcher adds --local_rank=N, which is in the environment too
     argv = [word for word in argv if not word.startswith("--local_rank=")]
+    for word in argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse would make a list of it
+            raise WrongInput(f"{word}: wanted a value after the equals sign, not --; see --help.")
     parser = _parser(_said_of_optimizers(argv) if {"-h", "--help"} & set(argv) else {})
     given = parser.parse_args(argv)
     if given.recipe is not None:

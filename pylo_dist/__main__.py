@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
     except WeightsError as error:
         code = _wrong(error, OTHER if isinstance(error, WeightsChangedError) else WRONG_INPUT)
+    except OSError as error:  # a name too long for a file, a folder that may not be read
+        code = _wrong(error)
     return code
 
 

@@ -39,6 +39,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local.detach()  # type: ignore[no-any-return]
 
 
+def check_leaf(fqn: str, param: Tensor) -> None:
+    """Raise ValueError for the result of an operation, which backward gives no gradient."""
+    if not (param.is_leaf or param.retains_grad):
+        raise ValueError(
+            f"{fqn!r} is the result of an operation ({param.grad_fn}), no leaf tensor: give the "
+            "parameter that it was made of"
+        )
+
+
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
     if getattr(param, "_is_flat_param", False):

@@ -159,7 +159,8 @@ def checked_betas(
     except OverflowError:
         betas = (math.inf,)
     if not all(-1.0 <= beta <= 1.0 for beta in betas):
-        raise checks.refused(name, offsets, f"offsets of decays between -1 and 1, not {betas}")
+        wanted = f"offsets that make decays between -1 and 1 of initial_{name}={tuple(initial)}"
+        raise checks.refused(name, offsets, f"{wanted}, not {betas}")
     return betas
 
 

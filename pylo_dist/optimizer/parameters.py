@@ -44,7 +44,7 @@ def named_in(groups: Groups) -> list[tuple[str, Tensor]]:
 
 def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is
-    in a group already.
+    in a group already, or is no leaf.
     """
     if isinstance(given["params"], set):
         return dict(given)  # refused by torch
@@ -58,6 +58,8 @@ def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
             where = "in the same group twice" if i == new else f"already in parameter group {i}"
             raise ValueError(f"{name!r} is {where}; list a tied parameter once")
         known[id(param)] = new
+        if isinstance(param, Tensor):
+            plain.check_leaf(name, param)
     return {**given, "params": entries}
 
 

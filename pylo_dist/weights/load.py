@@ -147,6 +147,11 @@ def load_weights(
     name = os.fspath(weights)
     if not isinstance(name, str) or not name or "\0" in name:
         raise WeightsError(f"weights={printable(repr(name), 80)}: wanted a name or a path")
+    try:
+        Path(name).exists()
+    except OSError as error:  # a name that is too long for a file
+        said = f"{error.strerror}; wanted a name or a path"
+        raise WeightsError(f"weights={printable(repr(name), 80)}: {said}") from None
     entry = DEMO if name == "demo" else registered_entry(name)
     if (
         entry is not None

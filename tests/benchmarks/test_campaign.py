@@ -18,7 +18,15 @@ from outcomes import BARE, DIED, RIGHT, WAITS, Case, Outcome
 
 ROOT = Path(__file__).parents[2]
 # Parts and how many of each: those of the suite. A fault here is had again by --only PART:NUMBER.
-SHORT = {"hub": 4, "command lines": 100, "faults": 8}
+SHORT = {
+    "checkpoints": 60,
+    "weights": 60,
+    "hub": 4,
+    "constructors": 40,
+    "command lines": 100,
+    "JSON": 60,
+    "faults": 8,
+}
 
 
 def prepared(folder: Path) -> Case:

@@ -232,3 +232,9 @@ def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[
     assert not all(
         torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one, globally, strict=True)
     )
+
+
+@pytest.mark.parametrize("flag", ["--warmup", "--max-grad-norm", "--recipe", "--mup-base-heads"])
+def test_dashes_are_no_value(flag: str) -> None:
+    with pytest.raises(WrongInput, match=f"{flag}=--: wanted a value after the equals sign"):
+        parse([f"{flag}=--"])

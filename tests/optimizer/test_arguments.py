@@ -24,7 +24,7 @@ import pylo_dist
 from pylo_dist.adapters.deepspeed.arguments import probe
 from pylo_dist.optimizer.checks import shown
 from pylo_dist.optimizer.registry import arguments_of
-from support.optimizers import Roles, cases
+from support.optimizers import CELO2, Roles, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # odd values are warned of, too
 
@@ -197,3 +197,14 @@ def test_json_of_deepspeed(name: str) -> None:
         with pytest.raises(ValueError, match="is no parameter of"):
             probe(face, {**given, "learning_rate": value})
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("build", [pylo_dist.CELO2, pylo_dist.ZeroOptimizer])
+def test_the_result_of_an_operation_is_refused_by_name(build: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    given = [("double", weight * 2)]
+    with pytest.raises(ValueError, match=r"'double' is the result of an operation \(<MulBackward0"):
+        if build is pylo_dist.ZeroOptimizer:
+            build(given, pylo_dist.AdafacLO, weights="demo")
+        else:
+            build(given, weights=CELO2)

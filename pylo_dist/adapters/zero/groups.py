@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...layouts.fsdp1 import is_flattened
-from ...layouts.plain import check_param, is_dtensor
+from ...layouts.plain import check_leaf, check_param, is_dtensor
 from ...optimizer import checks
 
 FROZEN = "_pylo_dist_frozen"  # in a group, until it is sharded: its frozen parameters
@@ -96,6 +96,7 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
     if not named:
         raise ValueError("there is no trainable parameter (requires_grad=True) to optimize")
     for fqn, param in named:
+        check_leaf(fqn, param)
         check_param(fqn, param)
         if is_dtensor(param) or is_flattened(param):
             kind = "of FullyShardedDataParallel"
