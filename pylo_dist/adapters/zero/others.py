@@ -40,6 +40,16 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
     )
 
 
+def maxima(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Of each gradient its maximum, 0-d; NaN where there is one. What changes all of a gradient
+    changes this, and it is the same however many threads compute it.
+
+    Args:
+        grads: of one device, none of them empty.
+    """
+    return list(torch._foreach_max([grad.detach() for grad in grads])) if grads else []
+
+
 def largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:
     """Of each gradient its largest magnitude, 0-d and exact; NaN where there is one.
 

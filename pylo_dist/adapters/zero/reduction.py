@@ -28,7 +28,7 @@ from ...core import trace
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
 from .freed import FreedGradient, gradient_of, make_room
-from .others import LateAnswer, changed_after_it_left, largest_elements
+from .others import LateAnswer, changed_after_it_left, maxima
 from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory. Several
@@ -254,14 +254,14 @@ class GradientReducer:
         """
         kinds: dict[tuple[torch.dtype, torch.device], list[BucketParam]] = {}
         for member in members:
-            largest = self._left.get(id(member.param), (None, 0, None))[2]
-            if largest is not None:
-                kinds.setdefault((largest.dtype, largest.device), []).append(member)
+            mark = self._left.get(id(member.param), (None, 0, None))[2]
+            if mark is not None:
+                kinds.setdefault((mark.dtype, mark.device), []).append(member)
         flags = []
         for some in kinds.values():
             left = [self._left[id(member.param)] for member in some]
-            now = torch.stack(largest_elements([grad for grad, _, _ in left]))
-            then = torch.stack([largest for _, _, largest in left if largest is not None])
+            now = torch.stack(maxima([grad for grad, _, _ in left]))
+            then = torch.stack([mark for _, _, mark in left if mark is not None])
             flags.append((now != then) & ~(now.isnan() & then.isnan()))
         return [member for some in kinds.values() for member in some], flags
 
@@ -281,14 +281,11 @@ class GradientReducer:
         )
         dense = _dense_gradients(bucket)
         # before they are copied: whatever changes one meanwhile is noticed
-        norms = largest_elements(list(dense.values()))
-        largest_of = dict(zip(dense, norms, strict=True))
+        marks = dict(zip(dense, maxima(list(dense.values())), strict=True))
         for member in bucket.members:
-            self._take(bucket, member, full, largest_of.get(id(member.param)))
-        largest = (
-            torch.stack([norm.to(dtype) for norm in norms]).max() if norms else full.new_zeros(())
-        )
-        full[:, bucket.shard_numel] = largest * (self._sharing.ranks * self._sharing.replicas) * 0.0
+            self._take(bucket, member, full, marks.get(id(member.param)))
+        ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
+        full[:, bucket.shard_numel] = (ends * 0.0).sum()
         self._next += 1  # only now: an error above leaves the round as it was
         if self._sharing.group is None:
             self._flights.append(_Flight(bucket, full[0], comm.Pending(None, "", None, (), None)))
@@ -299,12 +296,12 @@ class GradientReducer:
         self._flights.append(_Flight(bucket, mine, pending))
 
     def _take(
-        self, bucket: Bucket, member: BucketParam, full: Tensor, largest: Tensor | None
+        self, bucket: Bucket, member: BucketParam, full: Tensor, mark: Tensor | None
     ) -> None:
         """Copy a gradient to its places in `full` (ranks, ...), which is modified in place.
 
         Args:
-            largest: its largest element, 0-d, to compare with later.
+            mark: its maximum, 0-d, to compare with later.
         """
         param, grad = member.param, gradient_of(member.param)
         present = grad is not None
@@ -333,7 +330,7 @@ class GradientReducer:
                 self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
             param.grad = self._freed[id(param)]
         else:
-            self._left[id(param)] = (grad, grad._version, largest)
+            self._left[id(param)] = (grad, grad._version, mark)
 
     def _ask_replicas(self, flight: _Flight) -> bool:
         """Once a flight is done, whether it goes on over the replicas."""
