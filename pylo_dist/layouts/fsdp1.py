@@ -12,7 +12,9 @@ Legend: a *unit* is a wrapped module with the parameters that it holds flat.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -42,9 +44,11 @@ _NAMES = {
     "places": "_shard_param_infos",
     "tied": "_shared_params",
     "tied_infos": "_shared_param_infos",
+    "in_shards": "needs_unshard",
+    "free": "_free_unsharded_flat_param",
 }
 
-# the unit of each parameter that was asked for
+# weak references to the units of parameters: a unit holds its parameters, and would keep itself
 _units: Any = WeakIdKeyDictionary()
 
 
@@ -67,19 +71,54 @@ def unit_of(param: Tensor) -> Any:
     Raises:
         ValueError: there is none any more, or this torch calls its parts differently.
     """
-    if param not in _units:
+    unit = _known_unit(param)
+    if unit is None:
         kind = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-        for unit in living((kind,)):
-            handle = _handle(unit)
+        for other in living((kind,)):
+            handle = _handle(other)
             if handle is not None:
                 for held in (*_flat(handle, "params"), *_flat(handle, "tied")):
-                    _units[held] = unit
-    if param not in _units:
+                    _units[held] = weakref.ref(other)
+        unit = _known_unit(param)
+    if unit is None:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} belonged to a FullyShardedDataParallel "
             "module that is gone: build the optimizer on the parameters of the wrapped model"
         )
-    return _units[param]
+    return unit
+
+
+def _known_unit(param: Tensor) -> Any:
+    return _units[param]() if param in _units else None
+
+
+def units_of(params: Iterable[Tensor]) -> list[Any]:
+    """The units that hold flattened parameters, each once. Raises ValueError as `unit_of`."""
+    return list({id(unit): unit for unit in map(unit_of, params)}.values())
+
+
+def releases(params: Iterable[Tensor]) -> list[Callable[[], None]]:
+    """For each sharded unit of these parameters, what frees all that it has gathered outside of a
+    pass, so that the next one gathers it anew. Keeps no unit alive.
+
+    Raises:
+        ValueError: as `unit_of`.
+    """
+    handles = map(_handle, units_of(param for param in params if is_sharded(param)))
+    return [
+        partial(
+            _release,
+            weakref.WeakMethod(_of_torch(handle, "in_shards")),
+            weakref.WeakMethod(_of_torch(handle, "free")),
+        )
+        for handle in handles
+    ]
+
+
+def _release(in_shards: weakref.WeakMethod[Any], free: weakref.WeakMethod[Any]) -> None:
+    asked, freeing = in_shards(), free()
+    if asked is not None and freeing is not None and not asked():
+        freeing()
 
 
 def _of_torch(thing: Any, name: str) -> Any:
@@ -119,7 +158,7 @@ def domain_of(params: Sequence[Tensor]) -> tuple[int, ...]:
     if len(flattened) == len(params) and not any(map(is_sharded, flattened)):
         return ()
     ranks: tuple[int, ...] = ()
-    for unit in {id(unit): unit for unit in map(unit_of, flattened)}.values():
+    for unit in units_of(flattened):
         group = _group(unit)
         own = tuple(sorted(comm.ranks_of(group)))
         between = getattr(unit, _NAMES["copies"], None)  # only with copies

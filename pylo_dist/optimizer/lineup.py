@@ -4,7 +4,7 @@ parameters their new values where those could not be written in place.
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, MutableMapping
+from collections.abc import Callable, Container, Generator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..comm import Collective
 from ..core.pieces import ShardBinding
 from ..core.rule import Batch, Item, LearnedRule
 from ..layouts import gradients, plain
+from ..layouts.gathered import releases_of
 from .engine import Clip, Engine, Nonfinite
 from .parameters import Groups, Parameters
 
@@ -58,6 +59,7 @@ class Lineup:
         self._groups: Groups = []
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._key: list[tuple[int, int]] = []
+        self._releases: list[Callable[[], None]] = []
         self._held: list[Tensor] = []  # so that no other tensor gets the id of one in the key
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
@@ -101,6 +103,7 @@ class Lineup:
         self.members = [self._by_id[id(param)] for param in params]
         self.bound = [(member.binding, member.param) for member in self.members]
         self._groups, self._bindings = list(groups), described
+        self._releases = releases_of(params)
         self._key = _key(params, state)
         self._held = [tensor for param in params for tensor in state[param].values()]
         self.engine = Engine(
@@ -150,9 +153,13 @@ class Lineup:
         return problem
 
     def publish(self) -> None:
-        """Bring the parameters their new values, where they are not there already."""
+        """Bring the parameters their new values, where they are not there already, and the next
+        pass to use them.
+        """
         for member in self.members:
             plain.publish(member.item.param, member.param)
+        for release in self._releases:
+            release()
 
 
 def _key(params: list[Tensor], state: MutableMapping[Tensor, Any]) -> list[tuple[int, int]]:

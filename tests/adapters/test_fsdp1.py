@@ -163,6 +163,9 @@ def habits(rank: int, world: int) -> dict[str, Tensor]:
                     p.requires_grad_("first" not in n or step != 1)
             optimizer.zero_grad()
             backward()
+            if name.startswith("evaluated"):  # which leaves the root gathered
+                with torch.no_grad():
+                    model(batch(5))
             if name.startswith("clipped by hand"):
                 pylo_dist.clip_grad_norm_(optimizer, 0.5)
             optimizer.step()
@@ -185,6 +188,7 @@ def habits(rank: int, world: int) -> dict[str, Tensor]:
         ("clipped", 1, {"max_grad_norm": 0.5}),
         ("clipped by hand", 1, {}),
         ("frozen", 1, {}),
+        ("evaluated", 1, {}),
         ("accumulated", 2, {}),
         ("accumulated without sync", 2, {}),
     ):

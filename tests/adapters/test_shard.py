@@ -138,10 +138,10 @@ def shard_ranks(rank: int, world: int) -> Results:
     )
 
     # settings around the model that must not change a bit: checkpointing, compilation, accumulation
-    # in two parts
+    # in two parts, an evaluation between backward and step, which leaves the root gathered
     tokens = torch.arange(12) * (rank + 3) % 11
     trained = {}
-    for variant in ("as is", "checkpointed", "compiled", "halves"):
+    for variant in ("as is", "checkpointed", "compiled", "halves", "evaluated"):
         torch.manual_seed(0)
         mlp = Mlp()
         if variant == "checkpointed":
@@ -158,6 +158,10 @@ def shard_ranks(rank: int, world: int) -> Results:
                 (0.5 * called(tokens)).backward()
             else:
                 called(tokens).backward()
+            if variant == "evaluated":
+                with torch.no_grad():
+                    mlp.eval()(tokens)
+                mlp.train()
             adafac.step()
         trained[variant] = {
             fqn.replace("_checkpoint_wrapped_module.", ""): p for fqn, p in snapshot(mlp).items()
@@ -524,7 +528,7 @@ def test_shard_and_what_comes_with_it() -> None:
         "layers.1.2.weight",
     }
     assert first["mixed"] == ["torch.float32"]
-    for variant in ("checkpointed", "compiled", "halves"):
+    for variant in ("checkpointed", "compiled", "halves", "evaluated"):
         for fqn, p in first["trained"]["as is"].items():
             assert torch.equal(p, first["trained"][variant][fqn]), (variant, fqn)
     check_refusals([result["refused"] for result in ranks])

@@ -43,13 +43,18 @@ def gradient_of(param: Tensor) -> Tensor | None:
     return None if isinstance(param.grad, FreedGradient) else param.grad
 
 
-def make_room(param: Tensor) -> None:
-    """Have what stands for a freed gradient go before another one is added to it."""
+def make_room(param: Tensor, standing: set[int]) -> None:
+    """Have what stands for a freed gradient go before another one is added to it.
+
+    Args:
+        standing: parameters on which something stands, by id; this one leaves it with that.
+    """
     this = weakref.ref(param)
 
     def before_adding(_: Tensor) -> None:
         alive = this()
         if alive is not None and isinstance(alive.grad, FreedGradient):
             alive.grad = None
+            standing.discard(id(alive))
 
     param.register_hook(before_adding)

@@ -34,9 +34,10 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
         )
     return ValueError(
         f"the gradient of {fqn!r} was changed after backward had sent it to the other ranks (by "
-        "clipping, or a collective of your own; ZeroOptimizer averages by itself); change the "
-        "gradients in optimizer.param_groups instead, clip with pylo_dist.clip_grad_norm_, or "
-        "build ZeroOptimizer with overlap=False and stage=1"
+        "clipping, clearing, or a collective of your own; ZeroOptimizer averages by itself); "
+        "change the gradients in optimizer.param_groups instead, clip with "
+        "pylo_dist.clip_grad_norm_, clear with optimizer.zero_grad(), or build ZeroOptimizer with "
+        "overlap=False and stage=1"
     )
 
 

@@ -95,6 +95,7 @@ class GradientReducer:
         self._left: dict[int, tuple[Tensor, int, Tensor | None]] = {}
         self._late = LateAnswer()
         self._freed: dict[int, FreedGradient] = {}  # by id(parameter)
+        self._standing: set[int] = set()  # of these, those that should be on their parameter
         self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
         self._number = next(_COUNT)
@@ -121,7 +122,7 @@ class GradientReducer:
             for i, member in enumerate(bucket.members):
                 member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
                 if self._frees:
-                    make_room(member.param)
+                    make_room(member.param, self._standing)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -234,15 +235,18 @@ class GradientReducer:
                     member.param.grad = None
         self._rounds, self._poison = 0, None
         self._left.clear()
+        self._standing.clear()
         self.problem = None
 
     def _unreduced(self, member: BucketParam) -> ValueError | None:
-        """What came to a parameter's gradient after it had been reduced, and would be lost."""
-        grad = gradient_of(member.param)
-        left, version, _ = self._left.get(id(member.param), (None, 0, None))
-        if grad is None or (grad is left and grad._version == version):
+        """What happened to a parameter's gradient after it had been reduced, and would be lost."""
+        param = member.param
+        grad = gradient_of(param)
+        left, version, _ = self._left.get(id(param), (None, 0, None))
+        cleared = param.grad is None and (left is not None or id(param) in self._standing)
+        if not cleared and (grad is None or (grad is left and grad._version == version)):
             return None
-        return changed_after_it_left(member.fqn, member.param)
+        return changed_after_it_left(member.fqn, param)
 
     @torch.no_grad()
     def _changed_unseen(
@@ -328,6 +332,9 @@ class GradientReducer:
         if self._frees:
             if id(param) not in self._freed:
                 self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
+            if id(param) in self._standing:  # and is not: this pass should have removed it
+                self.problem = self.problem or changed_after_it_left(member.fqn, param)
+            self._standing.add(id(param))
             param.grad = self._freed[id(param)]
         else:
             self._left[id(param)] = (grad, grad._version, mark)

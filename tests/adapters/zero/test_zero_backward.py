@@ -337,6 +337,20 @@ def edited_gradients(rank: int) -> dict[str, Any]:
         optimizer.zero_grad()
         backward(model, optimizer, 0, rank, 1, False)
         optimizer.step()  # the error is not remembered
+        for name in ("cleared", "cleared, and another pass"):
+            optimizer.zero_grad()
+            before = snapshot(model)
+            backward(model, optimizer, 0, rank, 1, False)
+            if rank == 0:
+                model.second.weight.grad = None
+            if name != "cleared":
+                backward(model, optimizer, 0, rank, 1, False)
+            try:
+                optimizer.step()
+                outcome[f"{name} {stage}"] = "stepped"
+            except (ValueError, pylo_dist.PeerError) as error:
+                same = all(torch.equal(before[fqn], p) for fqn, p in model.named_parameters())
+                outcome[f"{name} {stage}"] = f"{type(error).__name__}, unchanged {same}: {error}"
     return outcome
 
 
@@ -584,6 +598,13 @@ def test_gradients_may_be_changed_where_it_counts(
                 else "PeerError" in said
             )
             assert result["edited"][f"unchanged {stage}"]
+            for name in ("cleared", "cleared, and another pass"):
+                said = result["edited"][f"{name} {stage}"]
+                if stage == 1 and name != "cleared":  # all is on the parameters, and counts
+                    assert said == "stepped"
+                    continue
+                kind = "ValueError" if rank == 0 else "PeerError"
+                assert said.startswith(f"{kind}, unchanged True"), (name, stage, said)
 
 
 def test_grad_scaler_decides_alike_on_all_ranks(outcome: tuple[int, list[dict[str, Any]]]) -> None:
