@@ -314,6 +314,6 @@ def _check_place(fqn: str, param: Tensor, shard: TensorShard, info: Any) -> None
     if tuple(param.shape) != (shard.numel,):
         raise ValueError(
             f"{fqn!r} has shape {tuple(param.shape)} now, wanted its {shard.numel} elements: build "
-            "the optimizer outside of summon_full_params, and before a forward pass that leaves "
-            "parameters whole"
+            "the optimizer outside of summon_full_params, and not between a forward pass and its "
+            "backward"
         )
