@@ -37,7 +37,9 @@ from .settings import (
 
 # what copies and pickles take along, beside what torch does; `precision` and `_width_mults` are
 # faces'
-_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_params", "_width_mults")
+_PICKLED = (
+    *("rule", "weights", "given", "precision", "_clip", "_nonfinite", "_params", "_width_mults"),
+)
 
 
 class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
@@ -66,6 +68,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ValueError: a parameter or setting that cannot be served, by name.
     """
 
+    given: dict[str, Any]  # see `construction.Announced`
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
     around: Callable[[Iterator[list[Collective]]], Iterator[list[Collective]]] | None = None
 
