@@ -1,8 +1,9 @@
-"""DeepSpeed: `{"optimizer": {"type": "VeLO", "params": {...}}}` in its JSON. Importing this module
-registers the optimizers.
+"""DeepSpeed: `{"optimizer": {"type": "VeLO", "params": {...}}}` in its JSON, or an optimizer
+object. Importing this module registers the optimizers.
 
     import pylo_dist.deepspeed
     engine, *_ = deepspeed.initialize(model=model, config="zero2.json")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config="zero2.json")
 
 A "type" is the name under which an optimizer is registered with pylo_dist, also one of a user's own
 (`pylo_dist.register_optimizer`), before the import or after it.
@@ -16,7 +17,8 @@ DeepSpeed has no hook for optimizers of others, so the import touches these name
         ZERO_SUPPORTED_OPTIMIZERS: the same classes appended
     deepspeed.runtime.engine.DeepSpeedEngine
         _is_supported_optimizer: registers what is new before an engine looks at its JSON
-        _configure_optimizer: checks the JSON before it, calls `attach` after it
+        _configure_optimizer: checks the JSON before it and makes of an optimizer object what the
+            JSON's entry is, calls `attach` after it
 
 On an engine of its own, `attach` hooks the parameters, to know which of them have a gradient, and
 for optimizers that read the loss sets `engine.backward`, which keeps the loss it is given.
@@ -32,7 +34,9 @@ from typing import Any
 import torch
 
 from .adapters.deepspeed.checkpoint import load_checkpoint, read_checkpoint, states
+from .adapters.deepspeed.client import become
 from .adapters.deepspeed.optimizer import DeepSpeedOptimizer
+from .adapters.zero import ZeroOptimizer
 from .optimizer import LearnedOptimizer, registered_optimizers
 from .optimizer.checks import shown
 from .weights.texts import read_json
@@ -148,19 +152,55 @@ def _is_supported_optimizer(original: Callable[..., bool], engine: Any, name: st
 def _configure_optimizer(
     original: Callable[..., None], engine: Any, client_optimizer: Any, model_parameters: Any
 ) -> None:
-    if isinstance(client_optimizer, LearnedOptimizer):
-        face = type(client_optimizer)
-        name = next((n for n, held in OPTIMIZERS.items() if held.face is face), face.__name__)
-        raise ValueError(
-            f"DeepSpeed was given a {face.__name__} that was built before it partitioned the "
-            f'parameters; name it in the JSON instead: "optimizer": {{"type": "{name}", '
-            '"params": {...}}'
-        )
-    if client_optimizer is None and engine.optimizer_name() in OPTIMIZERS:
+    client = client_optimizer
+    if callable(client):
+        client = client_optimizer(model_parameters)
+    if client is not None:
+        _check_client(client)
+    if isinstance(client, LearnedOptimizer):
+        register()
         refuse(engine.config, engine.module)
-    original(engine, client_optimizer, model_parameters)
+        become(client, _kind_of(type(client)), engine.param_names)
+    elif client is None and engine.optimizer_name() in OPTIMIZERS:
+        refuse(engine.config, engine.module)
+    if isinstance(client, DeepSpeedOptimizer):
+        # the JSON's way, on which DeepSpeed asks for no CPU optimizer of its own
+        engine._configure_basic_optimizer = lambda _: client
+        try:
+            original(engine, None, model_parameters)
+        finally:
+            del engine._configure_basic_optimizer
+        attach(engine)
+        return
+    original(engine, None if client is None else lambda _: client, model_parameters)
     if isinstance(engine.basic_optimizer, DeepSpeedOptimizer):
         attach(engine)
+
+
+def _check_client(client: Any) -> None:
+    """Raise ValueError for an object that would take other steps than its owner meant."""
+    if isinstance(client, ZeroOptimizer):
+        raise ValueError(
+            "DeepSpeed was given a ZeroOptimizer, and shards parameters and state itself: give it "
+            "the optimizer inside, such as AdafacLO(model.parameters(), ...)"
+        )
+    groups = () if isinstance(client, LearnedOptimizer) else getattr(client, "param_groups", ())
+    if any("state_rule" in group for group in groups):
+        raise ValueError(
+            f"{type(client).__name__} was made of the parameter groups of a learned optimizer, "
+            'which would not step: with "offload_optimizer" accelerate exchanges optimizers so, '
+            'unless the JSON has "zero_force_ds_cpu_optimizer": false'
+        )
+
+
+def _kind_of(face: type[LearnedOptimizer]) -> type[DeepSpeedOptimizer]:
+    for held in OPTIMIZERS.values():
+        if held.face is face:
+            return held
+    raise ValueError(
+        f"DeepSpeed was given a {face.__name__}, which is not registered: "
+        "pylo_dist.register_optimizer makes it known"
+    )
 
 
 def attach(engine: Any) -> DeepSpeedOptimizer:
@@ -186,13 +226,13 @@ def attach(engine: Any) -> DeepSpeedOptimizer:
 
 
 def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
-    """`deepspeed.initialize` for a JSON that names a registered optimizer, touching no other
-    package.
+    """`deepspeed.initialize` for a JSON that names a registered optimizer, or for the object of
+    one, touching no other package.
 
-    Arguments and result are those of deepspeed.initialize, without `optimizer`.
+    Arguments and result are those of deepspeed.initialize.
 
     Raises:
-        ValueError: the JSON names another optimizer, or a setting that is not served.
+        ValueError: another optimizer, two of them, or a setting that is not served.
     """
     given = [
         kwargs.pop("config", None),
@@ -205,21 +245,32 @@ def initialize(args: Any = None, model: Any = None, **kwargs: Any) -> Any:
     config.pop("optimizer", None)
     _follow_registry()
     held = next((held for name, held in OPTIMIZERS.items() if name == entry.get("type")), None)
-    if held is None or kwargs.get("optimizer") is not None:
+    client = kwargs.pop("optimizer", None)
+    offered: Any = client
+    if client is None and held is not None:
+        offered = functools.partial(_built, held, dict(entry.get("params") or {}))
+    elif entry or not isinstance(client, LearnedOptimizer):
         raise ValueError(
             f'"optimizer.type" is {shown(entry.get("type"))}; wanted one of '
-            f"{', '.join(OPTIMIZERS)}, and no other optimizer"
+            f"{', '.join(OPTIMIZERS)}, and no other optimizer, or none and a learned optimizer "
+            "object"
         )
-    params = dict(entry.get("params") or {})
+    if client is not None:
+        names = {param: name for name, param in model.named_parameters()}
+        become(client, _kind_of(type(client)), names)
     # what DeepSpeed asks for before it takes an optimizer that it did not make
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args.deepspeed_config = None
-    made = deepspeed.initialize(
-        args=args, model=model, optimizer=lambda p: held(p, **params), config=config, **kwargs
-    )
+    made = deepspeed.initialize(args=args, model=model, optimizer=offered, config=config, **kwargs)
     attach(made[0])
     return made
+
+
+def _built(
+    held: type[DeepSpeedOptimizer], arguments: dict[str, Any], params: Any
+) -> DeepSpeedOptimizer:
+    return held(params, **arguments)
 
 
 def _read(config: Any) -> dict[str, Any]:

@@ -27,11 +27,16 @@ from .plain import is_dtensor
 
 LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
 _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
+_NOT_GIVEN = ("params", "weights", "process_group")
 Groups = list[list[Any]]
 
 
 class Announced(ABCMeta):
-    """A class whose instances are built on all ranks, or on none."""
+    """A class whose instances are built on all ranks, or on none.
+
+    An instance remembers as `given` what it was built with, by name, for adapters that build it
+    anew over pieces of its parameters: without these, the weights and the ranks.
+    """
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -47,9 +52,13 @@ class Announced(ABCMeta):
         elif "params" in kwargs:
             kwargs["params"] = params
         if comm.size(comm.default_group()) == 1:
-            return super().__call__(*args, **kwargs)
-        with _failures_told(lambda: _groups_of(params)):
-            return super().__call__(*args, **kwargs)
+            made = super().__call__(*args, **kwargs)
+        else:
+            with _failures_told(lambda: _groups_of(params)):
+                made = super().__call__(*args, **kwargs)
+        named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
+        made.given = {key: value for key, value in named.items() if key not in _NOT_GIVEN}
+        return made
 
 
 def announced(

@@ -31,7 +31,9 @@ from .settings import REFUSED, GroupNumbers, Habits, check_device_numbers, check
 
 # what copies and pickles take along, beside what torch does; `precision` and `_width_mults` are
 # faces'
-_PICKLED = ("rule", "weights", "precision", "_clip", "_nonfinite", "_params", "_width_mults")
+_PICKLED = (
+    *("rule", "weights", "given", "precision", "_clip", "_nonfinite", "_params", "_width_mults"),
+)
 
 
 class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
@@ -63,6 +65,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     profile_hook_step = staticmethod(with_hooks)  # by which torch gives a class its `step`
     # whether what a closure sends is never taken for what the step sends
     closures_apart = False
+    given: dict[str, Any]  # see `construction.Announced`
     group_keys: tuple[str, ...] = ()  # entries that a face adds to its groups, beside the defaults
     around: Callable[[Iterator[list[Collective]]], Iterator[list[Collective]]] | None = None
 

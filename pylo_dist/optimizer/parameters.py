@@ -164,9 +164,9 @@ class Parameters:
                 f"{len(given)} tensors and holds {len(params)} now: {found} is in its place. A "
                 "step needs whole tensors, or knows how they are cut; a flattened or reshaped one "
                 "it would move wrongly. DeepSpeed does this to an optimizer object: `import "
-                f'pylo_dist.deepspeed` and name it in the JSON instead ({{"optimizer": '
-                f'{{"type": "{self.kind}", "params": {{...}}}}}}). Elsewhere change the model '
-                "first and build the optimizer after it"
+                "pylo_dist.deepspeed` before deepspeed.initialize, which then serves it, or name "
+                f'it in the JSON ({{"optimizer": {{"type": "{self.kind}", "params": {{...}}}}}}). '
+                "Elsewhere change the model first and build the optimizer after it"
             )
         if bool(group["step"] > 0):
             name = next(

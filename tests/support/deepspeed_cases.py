@@ -190,12 +190,17 @@ def import_deepspeed() -> Any:
 
 def build(case: Case, files: dict[str, str], **json: Any) -> Any:
     """A DeepSpeed engine; `json` takes the place of entries of the case's."""
-    deepspeed = import_deepspeed()
     config = {**case.json(files), **json}
-    with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else nullcontext():
+    model, params = model_of(case, config)
+    return import_deepspeed().initialize(model=model, model_parameters=params, config=config)[0]
+
+
+def model_of(case: Case, config: dict[str, Any]) -> tuple[Model, Any]:
+    """The model of a case, and its parameters or groups."""
+    zero = import_deepspeed().zero
+    with zero.Init(config_dict_or_path=config) if case.zero_init else nullcontext():
         model = Model()
-    params = split_groups(model) if case.groups else model.parameters()
-    return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+    return model, split_groups(model) if case.groups else model.parameters()
 
 
 def split_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
-"""The "params" of an optimizer in DeepSpeed's JSON as arguments of a face. Writes nothing."""
+"""What DeepSpeed is told of an optimizer, in its JSON or by an object, as arguments of a face.
+Writes nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,11 +14,11 @@ from ... import comm
 from ...optimizer import LearnedOptimizer, checks
 from ...optimizer.registry import REQUIRED, arguments_of
 
+T = TypeVar("T")
 _CLIPPING = (
-    'DeepSpeed clips before the optimizer sees a gradient: use "gradient_clipping" beside '
-    '"optimizer"'
+    'DeepSpeed clips before the optimizer sees a gradient: use "gradient_clipping" of its JSON'
 )
-# JSON entries that would do again what DeepSpeed does, and what to use instead.
+# Arguments that would do again what DeepSpeed does, and what to use instead.
 _DEEPSPEEDS = {
     "max_grad_norm": _CLIPPING,
     "clip_grad": _CLIPPING,
@@ -26,18 +28,17 @@ _DEEPSPEEDS = {
 }
 
 
-def together(
-    face: type[LearnedOptimizer], work: Callable[[], LearnedOptimizer]
-) -> LearnedOptimizer:
-    """`work()`, which calls no collective; an error of one rank is raised on all, with the place in
-    the JSON.
+def together(where: str, work: Callable[[], T]) -> T:
+    """`work()`, which calls no collective; an error of one rank is raised on all.
+
+    Args:
+        where: what the error is about, before its text.
     """
 
-    def named() -> LearnedOptimizer:
+    def named() -> T:
         try:
             return work()
         except (ValueError, TypeError) as error:
-            where = f'DeepSpeed JSON, "params" of "optimizer" ("type": "{face.__name__}")'
             raise ValueError(f"{where}: {error}") from error
 
     return comm.together(named, comm.default_group(), ValueError)
@@ -69,7 +70,7 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
 
 
 def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, with our own clipping off. Raises ValueError naming the JSON key."""
+    """`given`, with our own clipping off. Raises ValueError naming the argument."""
     arguments = arguments_of(face)
     names = set(arguments)
     for key, value in given.items():
@@ -77,6 +78,7 @@ def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> di
             key in _DEEPSPEEDS
             and key in names | {"max_grad_norm"}
             and not (key == "clip_grad" and value is False)
+            and (key == "clip_grad" or value != arguments.get(key))
         ):
             raise ValueError(f'"{key}": {checks.shown(value)}: {_DEEPSPEEDS[key]}')
         if key not in names:

@@ -57,7 +57,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     face: ClassVar[type[LearnedOptimizer]]
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
-        probed = together(self.face, lambda: probe(self.face, kwargs))
+        # what errors are about
+        self._where = f'DeepSpeed JSON, "params" of "optimizer" ("type": "{self.face.__name__}")'
+        probed = together(self._where, lambda: probe(self.face, kwargs))
         self._kwargs = {**checked_arguments(self.face, kwargs), "weights": probed.weights}
         self._defaults = probed.defaults
         super().__init__(params, probed.defaults)
@@ -78,7 +80,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         all ranks, once.
         """
         layout = find_layout(engine)
-        self._inner = together(self.face, lambda: self._build(layout))
+        self._inner = together(self._where, lambda: self._build(layout))
         # what schedulers set since the last step is saved too; what is loaded counts from now on
         self._inner.register_state_dict_pre_hook(lambda _: self._bring_settings())
         self._inner.register_load_state_dict_post_hook(lambda _: self._settings_follow())
@@ -160,6 +162,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             )
         if self._inner is None:
             return
+        self._opt_called = True  # which schedulers of torch look at
         last: Source | None = None
         for group in self.param_groups:
             for flat in group["params"]:
@@ -357,6 +360,10 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             f"of {layout.ranks}, {len(layout.sources)} flat tensors; {clipping}, none by pylo_dist"
         )
         return report
+
+
+# schedulers of torch wrap a `step` that is not marked, to set `_opt_called`
+DeepSpeedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _to_plain(value: Tensor) -> Any:

@@ -299,9 +299,7 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(
-        self, bucket: Bucket, member: BucketParam, full: Tensor, mark: Tensor | None
-    ) -> None:
+    def _take(self, bucket: Bucket, member: BucketParam, full: Tensor, mark: Tensor | None) -> None:
         """Copy a gradient to its places in `full` (ranks, ...), which is modified in place.
 
         Args:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import pylo_dist
 from pylo_dist.testing import largest_changes, layout_error
 from support import deepspeed_cases as cases
+from support import deepspeed_clients as clients
 from support.deepspeed_cases import Case
 from support.ranks import run_ranks
 
@@ -195,6 +196,9 @@ def run_events(rank: int, world: int, files: dict[str, str]) -> dict[str, Any]:
         "doors": doors(rank, files),
         "errors": errors_before_training(rank, files),
         "uneven": uneven_use(rank, files),
+        "clients": clients.compared(files),
+        "refused clients": clients.refused(rank, files),
+        "accelerate": clients.accelerated(files),
     }
 
 
@@ -332,6 +336,15 @@ def doors(rank: int, files: dict[str, str]) -> dict[str, Any]:
     found["masters"] = cases.masters(engine)
     found["same"] = ours.attach(engine) is engine.basic_optimizer
     engine.destroy()
+    config = case.json(files)
+    params = config.pop("optimizer")["params"]
+    model = cases.Model()
+    given = pylo_dist.VeLO(model.named_parameters(), **params)
+    engine, *_ = ours.initialize(model=model, optimizer=given, config=config)
+    found["same"] = found["same"] and given is engine.basic_optimizer
+    cases.train(engine, 0, 3)
+    found["object"] = cases.masters(engine)
+    engine.destroy()
     ours.register()
     return found
 
@@ -378,16 +391,9 @@ def errors_before_training(rank: int, files: dict[str, str]) -> dict[str, str]:
         except ValueError as error:
             said[name] = str(error)
     import deepspeed
+    from deepspeed.moe.layer import MoE
 
     import pylo_dist.deepspeed
-
-    model = cases.Model()
-    try:
-        given = pylo_dist.AdafacLO(model.parameters(), **fc)
-        deepspeed.initialize(model=model, optimizer=given, config=Case(1).json(files))
-    except ValueError as error:
-        said["instance"] = str(error)
-    from deepspeed.moe.layer import MoE
 
     for name, cls in (("pipeline", deepspeed.PipelineModule), ("experts", MoE)):
         # these need a topology, their type says enough
@@ -507,6 +513,8 @@ def test_events(files: dict[str, str]) -> None:
     for rank in ranks:
         assert rank["doors"]["again"]
         assert rank["doors"]["same"]
+        for fqn, (_, values) in rank["doors"]["masters"].items():
+            assert torch.equal(rank["doors"]["object"][fqn][1], values)
         assert rank["doors"]["left"] == []
         assert not rank["doors"]["still"]
 
@@ -526,7 +534,6 @@ def test_events(files: dict[str, str]) -> None:
         "ratio": '"zero_optimization.offload_optimizer.ratio"',
         "pipeline": "a PipelineModule is not served",
         "experts": "'0' is a mixture of experts",
-        "instance": "name it in the JSON instead",
         "mup lost": "call set_base_shapes inside deepspeed.zero.GatheredParameters",
         "mup part": "its infshape was made for (0,)",
         "mup": "{'square.weight': 4.0}",
@@ -536,6 +543,14 @@ def test_events(files: dict[str, str]) -> None:
         for name, words in wanted.items():
             assert words in rank["errors"][name], (name, rank["errors"][name])
     assert ranks[0]["errors"]["one rank"].startswith("rank 1: DeepSpeed JSON")
+
+    for rank in ranks:
+        for name, found in rank["clients"].items():
+            assert found == clients.SAME, (name, found)
+        assert rank["accelerate"]
+        for name, words in clients.REFUSED.items():
+            assert words in rank["refused clients"][name], (name, rank["refused clients"][name])
+    assert ranks[1]["refused clients"]["one rank"].startswith("rank 0: AdafacLO given to deepspeed")
 
     one, other = ranks[0]["uneven"], ranks[1]["uneven"]
     assert all(torch.equal(one[fqn], other[fqn]) for fqn in one)
