@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layouts.construction import check_ordered
 from ...layouts.fsdp1 import is_flattened
 from ...layouts.plain import check_param, is_dtensor
 
@@ -23,6 +24,7 @@ def named_groups(
 
     Raises:
         ValueError: there is none, a parameter is in one twice, or `module` has it not.
+        TypeError: they have no order, or it is a single tensor.
     """
     if isinstance(model_or_params, nn.Module):
         if module is not None and module is not model_or_params:
@@ -36,7 +38,9 @@ def named_groups(
             "ZeroOptimizer got one tensor; wanted a module or an iterable of parameters: put it "
             "into a list"
         )
+    check_ordered(model_or_params)
     entries: list[Any] = list(model_or_params)
+    check_ordered(entries)
     if not entries:
         raise ValueError("optimizer got an empty parameter list")
     groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
@@ -72,7 +76,9 @@ def named_group(i: int, group: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: a parameter is in it twice.
+        TypeError: they have no order.
     """
+    check_ordered([group], i)
     entries = _entries(group)
     named = [
         entry if isinstance(entry, tuple) else (f"group{i}.{j}", entry)

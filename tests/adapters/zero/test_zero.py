@@ -279,6 +279,10 @@ def adamw_ranks(rank: int) -> dict[str, Tensor]:
 
 
 def disagreement(rank: int) -> str:
+    params = nn.Linear(3, 4).parameters()
+    with pytest.raises((TypeError, pylo_dist.PeerError)) as unordered:
+        pylo_dist.ZeroOptimizer(set(params) if rank == 0 else list(params), torch.optim.AdamW)
+    assert (unordered.type is TypeError) == (rank == 0)
     model, different_model = nn.Linear(3, 4 if rank == 0 else 5), "no error"
     try:
         pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc())
