@@ -8,6 +8,7 @@ exact in any order and only the arithmetic of the step is compared.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -199,6 +200,7 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
         }
     results["nonfinite"] = nonfinite_ranks(rank)
     results["failure"] = failure_ranks(rank, world)
+    results["idle"] = idle_ranks(rank)
     results["adamw"] = adamw_ranks(rank)
     results["disagree"] = disagreement(rank)
     return results
@@ -267,6 +269,21 @@ def failure_ranks(rank: int, world: int) -> dict[str, Any]:
         )
     outcome["steps"] = int(optimizer.param_groups[0]["step"])
     return outcome
+
+
+def idle_ranks(rank: int) -> list[int]:
+    """How often each step says that there is no gradient: that of one rank is enough."""
+    model, said = Model(0, vocabulary=53), []
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc())
+    for step, holders in enumerate((range(9), range(1), (), ())):
+        optimizer.zero_grad()
+        if rank in holders:
+            set_gradients(model, step, rank)
+        with warnings.catch_warnings(record=True) as records:
+            warnings.simplefilter("always", pylo_dist.NoGradientWarning)
+            optimizer.step()
+        said.append(sum(record.category is pylo_dist.NoGradientWarning for record in records))
+    return said
 
 
 def adamw_ranks(rank: int) -> dict[str, Tensor]:
@@ -385,6 +402,7 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
         assert (
             "ValueError: the loss has shape (2,)" if own else "PeerError: another rank"
         ) in failure["loss of two"]
+    assert [r["idle"] for r in ranks] == [[0, 0, 1, 0]] * world
     if world > 1:
         for r in ranks:
             different_model, different_weights = r["disagree"].split(" | ")
