@@ -56,7 +56,7 @@ def state_of(value: Any) -> Any:
     """
     if not is_stateful(value):
         return value
-    if isinstance(value, torch.optim.Optimizer):
+    if isinstance(value, torch.optim.Optimizer) and not _is_ours(value):  # which refuse parts
         _check_whole(value)
     value = unwrapped(value)
     state = value.state_dict()
@@ -69,6 +69,10 @@ def state_of(value: Any) -> Any:
             if isinstance(state.get(name), Tensor):
                 mark_part(state[name], tensor)
     return state
+
+
+def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, LearnedOptimizer) or hasattr(optimizer, "inner")
 
 
 def _check_whole(optimizer: torch.optim.Optimizer) -> None:
@@ -185,7 +189,7 @@ class Index:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         inner = getattr(optimizer, "inner", optimizer)
         saved, matched = {i for _, i, _ in self._saved_state(key)}, groups
-        if isinstance(inner, LearnedOptimizer) or inner is not optimizer:  # of our own
+        if _is_ours(optimizer):
             matched = matched_groups(groups, inner.param_groups, inner.state, saved)
         if isinstance(inner, LearnedOptimizer):
             inner.check_groups(matched)

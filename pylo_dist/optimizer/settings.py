@@ -112,10 +112,11 @@ class Habits:
     def idle(self, kind: str) -> None:
         """A step of an optimizer of this kind had no gradient at all."""
         self._say(
-            f"a step of {kind} found no gradient of any parameter on any rank: none was moved, and "
-            "the step counts; call backward() before step() and zero_grad() after it, and under "
-            "FSDP2 with manual finalization finalize_backward() between the two "
-            "(pylo_dist.NoGradientWarning silences this in warnings.simplefilter)",
+            f"a step of {kind} found no gradient of any parameter, on this rank or those it shares "
+            "them with: none was moved, and the step counts; call backward() before step() and "
+            "zero_grad() after it, and under FSDP2 with manual finalization finalize_backward() "
+            "between the two; warnings.simplefilter('ignore', pylo_dist.NoGradientWarning) "
+            "silences this",
             NoGradientWarning,
         )
 

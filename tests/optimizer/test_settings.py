@@ -396,7 +396,7 @@ def test_steps_without_any_gradient_are_warned_of_once() -> None:
         said = caught(lambda o=optimizer: [o.step(1.0) for _ in range(3)])
         assert len(said) == 1
         assert said[0].startswith("NoGradientWarning: a step of "), said
-        assert "found no gradient of any parameter on any rank" in said[0]
+        assert "found no gradient of any parameter, on this rank or those" in said[0]
         assert int(optimizer.param_groups[0]["step"]) == 4
 
 
