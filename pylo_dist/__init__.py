@@ -32,6 +32,7 @@ from .optimizer import registered_optimizers as registered_optimizers
 from .optimizer.clip import clip_grad_norm_ as clip_grad_norm_
 from .optimizer.engine import NonFiniteGradientError as NonFiniteGradientError
 from .optimizer.settings import LearningRateWarning as LearningRateWarning
+from .optimizer.settings import NoGradientWarning as NoGradientWarning
 from .weights import Architecture as Architecture
 from .weights import Registered as Registered
 from .weights import WeightsError as WeightsError
@@ -49,6 +50,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "CommunicationError",
         "LearnedOptimizer",
         "LearningRateWarning",
+        "NoGradientWarning",
         "NonFiniteGradientError",
         "PeerError",
         "Registered",

@@ -12,10 +12,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .._version import __version__
 from .files import BLOCK, DIGESTS, Entry, open_regular
@@ -41,6 +44,7 @@ class Manifest:
         meta: what the caller of `save` noted.
         files: by bare name.
         digest: sha256 of all of it: two checkpoints with the same one are the same.
+        torch: the version that wrote it, where it says so.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class Manifest:
     meta: dict[str, Any]
     files: dict[str, Entry]
     digest: str
+    torch: str | None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -83,11 +88,25 @@ class Manifest:
             )
         if odd and content["format"] > 1:  # format 1 took them into `meta`
             raise CheckpointError(f"{path} holds {odd[0]}, which is no JSON")
-        return cls(path, content["format"], *_checked(path, content), found)
+        by = content.get("torch")
+        by = by[:40] if isinstance(by, str) else None
+        return cls(path, content["format"], *_checked(path, content), found, by)
 
     def seen(self) -> str:
         """Which checkpoint this is, for people."""
         return f"{self.digest[:12]} (meta {str(self.meta)[:60]})"
+
+    @contextmanager
+    def of_another_torch(self) -> Iterator[None]:
+        """Around reading: a CheckpointError says which torch wrote what cannot be read."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.torch in (None, torch.__version__):
+                raise
+            raise CheckpointError(
+                f"{error} (torch {self.torch} wrote it, this is {torch.__version__})"
+            ) from error
 
 
 def _checked(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Entry]]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from torch.futures import Future
 
+from ..layouts.plain import part_of
 from . import index
 from .files import Entry, VerifiedFile, WrittenFile, open_verified
 from .manifest import INDEX, Manifest
@@ -168,7 +169,9 @@ class Reader(FileSystemReader):
         self.fs = self.files = _Files(manifest.files)
         with self.files.create_stream(folder / INDEX, "rb") as stream:
             data = stream.read()
-        self.metadata: Metadata = index.parse(data, folder / INDEX, manifest.files)
+        self._manifest = manifest
+        with manifest.of_another_torch():
+            self.metadata: Metadata = index.parse(data, folder / INDEX, manifest.files)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
@@ -196,7 +199,7 @@ class Reader(FileSystemReader):
         Raises:
             CheckpointError: on all ranks.
         """
-        with _as_checkpoint_error(Path(self.path)):
+        with self._manifest.of_another_torch(), _as_checkpoint_error(Path(self.path)):
             read_shards(
                 into,
                 storage_reader=self,
@@ -234,6 +237,7 @@ class _Loading(DefaultLoadPlanner):
             )
         whole = self.state_dict[fqn]
         alike = type(whole) is torch.Tensor and whole.shape == found.shape == part.shape
+        alike = alike and part_of(whole) is None  # else it keeps its marks
         if alike and whole.device == found.device and found.is_contiguous():
             self._put(fqn, found.detach())  # which is new memory already
         else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layouts.plain import is_dtensor
+from ..layouts.plain import is_dtensor, mark_part, part_of
 from ..optimizer import LearnedOptimizer
 from ..optimizer.loading import check_names, matched_groups
 from ..optimizer.sharded_state import MASTER, wrap_element
@@ -48,18 +48,51 @@ def unwrapped(value: Any) -> Any:
 
 
 def state_of(value: Any) -> Any:
-    """What is saved of an entry; nested dicts are it themselves."""
-    return unwrapped(value).state_dict() if is_stateful(value) else value
+    """What is saved of an entry; nested dicts are it themselves.
+
+    Raises:
+        CheckpointError: an optimizer of parameters that are parts of tensors, of whose state
+            nothing says so.
+    """
+    if not is_stateful(value):
+        return value
+    if isinstance(value, torch.optim.Optimizer) and not _is_ours(value):  # which refuse parts
+        _check_whole(value)
+    value = unwrapped(value)
+    state = value.state_dict()
+    if isinstance(value, nn.Module):  # which takes its tensors' attributes off
+        own = [
+            *value.named_parameters(remove_duplicate=False),
+            *value.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in own:
+            if isinstance(state.get(name), Tensor):
+                mark_part(state[name], tensor)
+    return state
+
+
+def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, LearnedOptimizer) or hasattr(optimizer, "inner")
+
+
+def _check_whole(optimizer: torch.optim.Optimizer) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if part_of(param) not in (None, tuple(param.shape)):
+                raise CheckpointError(
+                    f"a parameter of shape {tuple(param.shape)} in group {i} of "
+                    f"{type(optimizer).__name__} is a part of a tensor of shape {part_of(param)}, "
+                    "and its state does not say so: give the tensors of its state, marked as its "
+                    "parameters are, in nested dicts"
+                )
 
 
 def aside(value: Any) -> Any:
     """The same nested containers with new tensors, which are not filled."""
     if isinstance(value, Tensor):
-        return (
-            torch.empty_like(value.detach())
-            if is_dtensor(value)
-            else value.detach().new_empty(value.shape)
-        )
+        if is_dtensor(value):
+            return torch.empty_like(value.detach())
+        return mark_part(value.detach().new_empty(value.shape), value)
     if isinstance(value, Mapping):
         return {key: aside(entry) for key, entry in value.items()}
     return [aside(entry) for entry in value] if isinstance(value, list) else value
@@ -112,10 +145,11 @@ class Index:
                 )
             if isinstance(value, Tensor):
                 found = (tuple(size), self.entries[key].properties.dtype)
-                if found != (tuple(value.shape), value.dtype):
+                shape = part_of(value) or tuple(value.shape)
+                if found != (shape, value.dtype):
                     raise CheckpointError(
                         f"{self.folder}: {key!r} is {found[1]} of shape {found[0]}, wanted "
-                        f"{value.dtype} of {tuple(value.shape)}"
+                        f"{value.dtype} of {shape}"
                     )
         paths = {tuple(map(str, path)) for path in wanted}
         for path, key in known.items():
@@ -155,7 +189,7 @@ class Index:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         inner = getattr(optimizer, "inner", optimizer)
         saved, matched = {i for _, i, _ in self._saved_state(key)}, groups
-        if isinstance(inner, LearnedOptimizer) or inner is not optimizer:  # of our own
+        if _is_ours(optimizer):
             matched = matched_groups(groups, inner.param_groups, inner.state, saved)
         if isinstance(inner, LearnedOptimizer):
             inner.check_groups(matched)

@@ -159,9 +159,12 @@ def _named(name: str) -> Iterator[None]:
     """The name of a group that is made inside, alike on its ranks.
 
     torch makes one of the number of groups that this rank is in; where the numbers of two ranks
-    differ, they never meet.
+    differ, they never meet. torch 2.15 counts groups of some ranks alone too, on these ranks: their
+    next `new_group` with others would never return, so the count stays as it was.
     """
     module: Any = dist.distributed_c10d
+    world = module._world
+    count = world.group_count
     original = getattr(module, "_hash_ranks_to_str", None)
     if original is None:
         yield
@@ -171,6 +174,7 @@ def _named(name: str) -> Iterator[None]:
         yield
     finally:
         module._hash_ranks_to_str = original
+        world.group_count = count
 
 
 def union(group: Any, replicate_group: Any) -> Any:

@@ -14,6 +14,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .plain import is_dtensor
 LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
 _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
 _NOT_GIVEN = ("params", "weights", "process_group")
+_UNORDERED = (set, frozenset, WeakSet)
 Groups = list[list[Any]]
 
 
@@ -52,9 +54,11 @@ class Announced(ABCMeta):
         elif "params" in kwargs:
             kwargs["params"] = params
         if comm.size(comm.default_group()) == 1:
+            check_ordered(params)
             made = super().__call__(*args, **kwargs)
         else:
             with _failures_told(lambda: _groups_of(params)):
+                check_ordered(params)
                 made = super().__call__(*args, **kwargs)
         named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
         made.given = {key: value for key, value in named.items() if key not in _NOT_GIVEN}
@@ -70,15 +74,38 @@ def announced(
     def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
         group = _as_lists([param_group])[0]
         if comm.size(comm.default_group()) == 1:
+            check_ordered([group], len(optimizer.param_groups))
             add_param_group(optimizer, group)
             return
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
         ):
+            check_ordered([group], len(optimizer.param_groups))
             add_param_group(optimizer, group)
 
     return wrapped
+
+
+def check_ordered(params: Any, first: int = 0) -> None:
+    """Raise TypeError for parameters or groups in a set, whose order is another in every process:
+    numbers, names and places of parameters follow from it.
+
+    Args:
+        params: as a user gives them; a group alone in a list.
+        first: the number of the first group.
+    """
+    if isinstance(params, _UNORDERED):
+        raise TypeError(
+            f"the parameters are in a {type(params).__name__}, whose order is another in every "
+            "process and run: give them in a list, in the model's order"
+        )
+    for i, entry in enumerate(params, first) if isinstance(params, (list, tuple)) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("params"), _UNORDERED):
+            raise TypeError(
+                f'the "params" of group {i} are in a {type(entry["params"]).__name__}, whose order '
+                "is another in every process and run: give them in a list, in the model's order"
+            )
 
 
 def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:

@@ -48,12 +48,39 @@ def check_leaf(fqn: str, param: Tensor) -> None:
         )
 
 
+_PART_OF = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+
+
+def part_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The shape of the tensor of which this one is a part, where its attributes say so as in
+    `torch.distributed.checkpoint.CheckpointableTensor`; None where they do not.
+    """
+    if not all(hasattr(tensor, name) for name in _PART_OF):
+        return None
+    return tuple(tensor.global_shape)  # type: ignore[attr-defined]
+
+
+def mark_part(tensor: Tensor, source: Tensor) -> Tensor:
+    """`tensor`, as the same part as `source` where that is one (modified in place)."""
+    if part_of(source) is not None:
+        for name in _PART_OF:
+            setattr(tensor, name, getattr(source, name))
+    return tensor
+
+
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
     if getattr(param, "_is_flat_param", False):
         raise ValueError(
             f"{fqn!r} is a flat parameter of FullyShardedDataParallel (FSDP1), which holds many "
             "tensors as one: wrap the model with use_orig_params=True"
+        )
+    whole = None if bound_shard(param) is not None else part_of(param)
+    if whole not in (None, tuple(param.shape)):
+        raise ValueError(
+            f"{fqn!r} of shape {tuple(param.shape)} says that it is a part of a tensor of shape "
+            f"{whole} (torch.distributed.checkpoint.CheckpointableTensor), and not with which "
+            "ranks it shares that one: shard the model with fully_shard or as DTensors"
         )
     if param.is_meta:
         raise ValueError(

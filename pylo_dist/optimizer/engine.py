@@ -83,6 +83,8 @@ class Engine:
 
     Attributes:
         taken: bool 0-d, whether the last step was taken.
+        idle: whether a step is known in which no tensor had a gradient on any rank; on a GPU with
+            the step that follows, as errors are.
         grad_norm: float64 0-d, norm of the raw gradients of the last step over all tensors.
     """
 
@@ -104,6 +106,10 @@ class Engine:
         self.shared = any(
             item.param.holders is not None for _, batch in self.work for item in batch.items
         )
+
+    @property
+    def idle(self) -> bool:
+        return self._pending.idle
 
     def phases(
         self,
@@ -248,14 +254,14 @@ class Engine:
                 else (totals[NONFINITE] > 0) | ~loss[0].isfinite()
             )
         unlike = self._false if unlike is None else unlike
-        # not to take the step
-        reasons = torch.stack([failed, without_loss, unlike, nonfinite, probe])
-        self.taken = ~reasons.any()
+        idle = totals[PRESENT] == 0
+        findings = torch.stack([idle, failed, without_loss, unlike, nonfinite, probe])
+        self.taken = ~findings[1:].any()  # the others are reasons not to
         # elsewhere than on a CPU the others do not know yet, and go on to collectives that this
         # rank must not leave
         error = self.nonfinite == "error"
         self._pending.note(
-            reasons[: 3 + error],
+            findings[: 4 + error],
             bad if error else [],
             problem,
             problem is not None and not self.shared,
@@ -363,23 +369,25 @@ class _PendingErrors:
     second step outside of it, or by `raise_now`.
 
     Attributes:
-        flags: bool (4,), whether a rank could not take a step, gave no loss, had other numbers in
-            its groups, or had a gradient that is no number.
+        flags: bool (5,), whether in a step no tensor had a gradient, a rank could not take one,
+            gave no loss, had other numbers in its groups, or had a gradient that is no number.
         bad: per batch, bool (items,), which gradients were no numbers.
         at_once: whether the host asks within the step.
+        idle: the first flag, as far as the host has asked; no error.
     """
 
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self.batches = batches
-        self.flags = torch.zeros(4, dtype=torch.bool, device=device)
+        self.flags = torch.zeros(5, dtype=torch.bool, device=device)
         self.bad = [
             torch.zeros(len(batch.items), dtype=torch.bool, device=batch.device)
             for batch in batches
         ]
         self.at_once = device.type == "cpu"
+        self.idle = False
         self.problem: Exception | None = None  # this rank's own
         self.numbers: GroupNumbers | None = None  # those of the last step
-        self._host = torch.zeros(4, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(5, dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None  # when the flags are on the host
         self._asked = True
 
@@ -395,7 +403,7 @@ class _PendingErrors:
         problem is raised now.
 
         Args:
-            flags: the first three or all four.
+            flags: the first four or all five.
         """
         self.flags[: len(flags)].logical_or_(flags)
         for sticky, now in zip(self.bad, bad, strict=False):
@@ -428,7 +436,7 @@ class _PendingErrors:
         self._raise(self.flags)
 
     def _raise(self, flags: Tensor) -> None:
-        failed, without_loss, unlike, nonfinite = flags.tolist()
+        self.idle, failed, without_loss, unlike, nonfinite = flags.tolist()
         problem, self.problem = self.problem, None
         if not (failed or without_loss or unlike or nonfinite or problem is not None):
             return

@@ -240,6 +240,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
                 problem = self._first_steps.check(self._params, lineup.bound, problem, asks)
             with self._numbers.standing_in():
                 yield from engine.phases(losses, problem, self._numbers)
+            if engine.idle:
+                self._habits.idle(type(self).__name__)
             for group in self.param_groups:
                 group["step"].add_(engine.taken.to(group["step"].device))
             lineup.publish()

@@ -46,8 +46,6 @@ def own_group(given: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """A copy of a caller's group, which stays as it is. Raises ValueError for a parameter that is
     in a group already, or is no leaf.
     """
-    if isinstance(given["params"], set):
-        return dict(given)  # refused by torch
     entries = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
     known = {id(param): i for i, group in enumerate(groups) for param in group["params"]}
     new = len(groups)

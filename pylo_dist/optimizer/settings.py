@@ -1,5 +1,5 @@
 """What a parameter group and a constructor may say: checks of single settings, warnings of odd
-ones, and the comparison of all numbers of all groups between ranks. Reads only.
+ones and of odd habits, and the comparison of all numbers of all groups between ranks. Reads only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class LearningRateWarning(UserWarning):
     """An lr or a weight decay that looks like AdamW's, with which a learned optimizer stands
     still.
     """
+
+
+class NoGradientWarning(UserWarning):
+    """A step in which no parameter had a gradient, on any rank that shares them."""
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -85,7 +89,7 @@ def default_of(face: type, name: str) -> Any:
 
 
 class Habits:
-    """Warns of what a group says as it is given and hardly means, of each once per optimizer."""
+    """Warns of what a user says or does and hardly means, of each kind once per optimizer."""
 
     def __init__(self) -> None:
         self._said: set[type[Warning]] = set()
@@ -102,6 +106,17 @@ class Habits:
                 "(lr.clone())",
                 UserWarning,
             )
+
+    def idle(self, kind: str) -> None:
+        """A step of an optimizer of this kind had no gradient at all."""
+        self._say(
+            f"a step of {kind} found no gradient of any parameter, on this rank or those it shares "
+            "them with: none was moved, and the step counts; call backward() before step() and "
+            "zero_grad() after it, and under FSDP2 with manual finalization finalize_backward() "
+            "between the two; warnings.simplefilter('ignore', pylo_dist.NoGradientWarning) "
+            "silences this",
+            NoGradientWarning,
+        )
 
     def _say(self, message: str, category: type[Warning]) -> None:
         """Warn at the line that called the package, through torch's own frames and ours."""

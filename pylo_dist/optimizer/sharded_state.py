@@ -76,7 +76,10 @@ class ShardedState(Tensor):
         )
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-        properties = TensorProperties.create_from_tensor(self.local)
+        # of the whole tensor, which has no memory: newer torch notes its strides
+        properties = TensorProperties.create_from_tensor(
+            torch.empty(self.shape, dtype=self.dtype, device="meta")
+        )
         return [
             WriteItem(
                 index=MetadataIndex(fqn, torch.Size(offsets)),

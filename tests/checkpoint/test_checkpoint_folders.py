@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import pylo_dist
@@ -224,6 +225,57 @@ def test_a_saved_folder_cannot_be_written_where_a_file_is(tmp_path: Path) -> Non
         checkpoint.save(tmp_path / "file" / "a", {"x": {"n": 1}})
     with pytest.raises((TypeError, ValueError), match=r"JSON|serializable"):
         checkpoint.save(tmp_path / "a", {"x": {"n": 1}}, meta={"step": torch.ones(1)})
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """Rows 0, 1, 3 and 4 of (5, 3) as those of a whole (4, 3); the one between is padding."""
+    places = {"global_offsets": ((0, 0), (2, 0)), "local_offsets": ((0, 0), (3, 0))}
+    for name, value in {"global_shape": (4, 3), **places, "local_sizes": ((2, 3),) * 2}.items():
+        setattr(tensor, name, value)
+    return tensor
+
+
+@pytest.mark.skipif(
+    not hasattr(dcp, "CheckpointableTensor"), reason="torch before 2.15 knows no such tensors"
+)
+def test_tensors_marked_as_parts_are_saved_and_loaded_as_such(tmp_path: Path) -> None:
+    whole, rows = torch.arange(12.0).view(4, 3), [0, 1, 3, 4]
+
+    def state(value: float) -> dict[str, Any]:
+        layer = nn.Linear(3, 5)
+        parts(nn.init.constant_(layer.weight, value))
+        layer.register_buffer("mean", parts(torch.full((5, 3), value)))
+        return {"model": layer, "run": {"mean": parts(torch.full((5, 3), value))}}
+
+    saved, loaded = state(0.0), state(7.0)
+    for tensor in (saved["model"].weight.data, saved["model"].mean, saved["run"]["mean"]):
+        tensor[rows] = whole
+    checkpoint.save(tmp_path / "parts", saved)
+    read, _ = checkpoint.load(tmp_path / "parts", loaded)
+    assert read["run"]["mean"].global_shape == (4, 3)
+    for tensor in (loaded["model"].weight, loaded["model"].mean, read["run"]["mean"]):
+        assert torch.equal(tensor[rows], whole)
+    plain = nn.Linear(3, 4)
+    plain.bias = nn.Parameter(torch.zeros(5))
+    plain.register_buffer("mean", torch.zeros(4, 3))
+    checkpoint.load(tmp_path / "parts", {"model": plain})
+    assert torch.equal(plain.weight, whole)
+    assert torch.equal(plain.mean, whole)
+
+
+def test_optimizers_of_parts_of_tensors_are_refused(tmp_path: Path) -> None:
+    """The attributes say nothing of other ranks, whose parts a learned step would need."""
+    layer = nn.Linear(3, 5)
+    parts(layer.weight)
+    message = r"of shape \(5, 3\).* is a part of a tensor of shape \(4, 3\)"
+    with pytest.raises(ValueError, match="'weight' " + message.replace("is a", "that it is a")):
+        pylo_dist.AdafacLO(layer.named_parameters(), weights=small_fc())
+    with pytest.raises(ValueError, match="'weight' of shape"):
+        pylo_dist.ZeroOptimizer(layer, torch.optim.AdamW)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.save(tmp_path / "x", {"optimizer": torch.optim.AdamW(layer.parameters())})
+    layer.weight.global_shape = (5, 3)  # all of it
+    pylo_dist.AdafacLO(layer.named_parameters(), weights=small_fc())
 
 
 def test_schedulers_may_be_part_of_it(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
 import pylo_dist
 from pylo_dist import checkpoint
@@ -85,10 +86,12 @@ def entry_of(path: Path) -> files.Entry:
     return file.entry()
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, **more: Any) -> None:
     """Give a folder the manifest that fits what lies in it now."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    manifest.write(folder, {path.name: entry_of(path) for path in folder.iterdir()}, {"step": 1})
+    manifest.write(
+        folder, {path.name: entry_of(path) for path in folder.iterdir()}, {"step": 1}, **more
+    )
 
 
 class Loud:
@@ -144,6 +147,32 @@ def test_an_index_that_names_anything_else_is_refused(copied: Path) -> None:
     seal(copied)
     refused(copied, r"\.metadata .* it names .*was_read")
     assert not Loud.read
+
+
+def test_the_torch_that_wrote_it_is_named_where_it_cannot_be_read(copied: Path) -> None:
+    (copied / ".metadata").write_bytes(pickle.dumps(Loud()))
+    seal(copied, torch="9.9.0")
+    refused(
+        copied, rf"no index needs \(torch 9.9.0 wrote it, this is {re.escape(torch.__version__)}"
+    )
+
+
+@pytest.mark.parametrize("fields", [5, 6, 7])
+def test_tensor_properties_of_other_torch_versions(
+    fields: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 2.14 torch pickles five of them, from 2.15 on six: each reads what the other wrote."""
+    pickled = TensorProperties.__getstate__
+    with monkeypatch.context() as other:
+        other.setattr(
+            TensorProperties,
+            "__getstate__",
+            lambda self: (*pickled(self), None, None)[:fields],
+        )
+        checkpoint.save(tmp_path / "other", pair())
+    state = pair(1)
+    checkpoint.load(tmp_path / "other", state)
+    assert not differing(numbers(state), numbers(pair()))
 
 
 def test_an_entry_that_names_anything_else_is_refused(copied: Path, tmp_path: Path) -> None:

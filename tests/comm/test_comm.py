@@ -234,3 +234,17 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(
     monkeypatch.setattr(meeting, "_next_meeting", lambda store, ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}
+
+
+def groups_of_some_ranks(rank: int, world: int) -> float:
+    if rank < 2:
+        comm.group_over((0, 1))
+    later = dist.new_group([1, 2])  # of which rank 2 knows nothing of the one before
+    total = torch.ones(1)
+    if rank:
+        dist.all_reduce(total, group=later)
+    return float(total)
+
+
+def test_a_users_groups_are_made_after_ours_of_some_ranks() -> None:
+    assert run_ranks(3, groups_of_some_ranks) == [1.0, 2.0, 2.0]

@@ -353,6 +353,18 @@ def test_on_a_gpu_the_next_call_raises(by: str) -> None:
 
 
 @pytest.mark.usefixtures("_host_asks_later")
+def test_on_a_gpu_the_next_step_warns_that_there_was_no_gradient() -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pylo_dist.NoGradientWarning)
+        optimizer.step()
+    set_gradients(named, 0)
+    with pytest.warns(pylo_dist.NoGradientWarning, match="a step of AdafacLO found no gradient"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("_host_asks_later")
 def test_errors_of_replayed_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step does not ask; what went wrong stays on the device until somebody does,
     through good steps that follow.

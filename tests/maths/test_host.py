@@ -117,7 +117,7 @@ class Watched(TorchDispatchMode):
         flags = (
             name == "copy_"
             and args[0].device.type == "cpu"
-            and args[1].numel() == 4
+            and args[1].numel() == 5
             and args[1].dtype == torch.bool
         )
         # the flags of the step, into pinned memory

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import time
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from support.optimizer_cases import (
     train,
     values,
 )
+from support.optimizers import small_fc
 
 # ------------------------------------------------------------------------------------------- groups
 
@@ -79,6 +81,32 @@ def test_duplicates_are_refused_by_name(recwarn: pytest.WarningsRecorder) -> Non
     with pytest.raises(ValueError, match=r"'group1\.0' is already in parameter group 0"):
         adafac([{"params": unnamed}, {"params": unnamed[:1]}])
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, WeakSet])
+@pytest.mark.parametrize("optimizer_class", [pylo_dist.AdafacLO, torch.optim.AdamW])
+def test_parameters_without_an_order_are_refused(kind: type[Any], optimizer_class: Any) -> None:
+    """Processes would number, name and place them differently; torch itself asks of groups only."""
+    params = [param for _, param in make_params()]
+    message, learned = "in a list, in the model's order", optimizer_class is pylo_dist.AdafacLO
+    kwargs = {"weights": small_fc()} if learned else {}
+    late = {"params": kind(params[1:])}
+    for given in (kind(params), [{"params": params[:1]}, late]):
+        with pytest.raises(TypeError, match=message):
+            pylo_dist.ZeroOptimizer(given, optimizer_class, **kwargs)
+        if learned:
+            with pytest.raises(TypeError, match=message):
+                optimizer_class(given, **kwargs)
+    optimizer = pylo_dist.ZeroOptimizer(params[:1], optimizer_class, **kwargs)
+    with pytest.raises(TypeError, match=f'"params" of group 1 are in a {kind.__name__}, .*a list'):
+        optimizer.add_param_group(late)
+    if learned:
+        plain = optimizer_class(params[:1], **kwargs)
+        with pytest.raises(TypeError, match='"params" of group 1'):
+            plain.add_param_group(late)
+    ordered = dict(make_params())  # a dict's views have its order
+    for view in (ordered.values(), ordered.items()):
+        pylo_dist.ZeroOptimizer(view, optimizer_class, **kwargs)
 
 
 def test_groups_given_once_serve_two_optimizers() -> None:

@@ -386,6 +386,20 @@ def test_one_lr_tensor_in_several_groups_is_warned_of_once() -> None:
     assert caught(lambda: adafac(own, lr=lr)) == []
 
 
+def test_steps_without_any_gradient_are_warned_of_once() -> None:
+    named = make_params()
+    for optimizer in (adafac(named), pylo_dist.VeLO(named, **BUILD["VeLO"][1])):
+        set_gradients(named, 0)
+        named[0][1].grad = None  # one alone may have none
+        assert caught(lambda o=optimizer: o.step(1.0)) == []
+        optimizer.zero_grad()
+        said = caught(lambda o=optimizer: [o.step(1.0) for _ in range(3)])
+        assert len(said) == 1
+        assert said[0].startswith("NoGradientWarning: a step of "), said
+        assert "found no gradient of any parameter, on this rank or those" in said[0]
+        assert int(optimizer.param_groups[0]["step"]) == 4
+
+
 def test_following_the_warnings_trains() -> None:
     """The config of a script written for AdamW is warned of twice, each time with what helps."""
     config = small_gpt.Config()

@@ -94,6 +94,17 @@ def test_a_rank_takes_its_elements_out_of_whole_tensors() -> None:
             )
 
 
+def test_what_is_saved_is_said_of_the_whole_tensor() -> None:
+    whole = TensorShard.interval("a", (6, 4), 4, 14)
+    state = ShardedState(torch.zeros(10, dtype=torch.float64), (), whole)
+    items = state.__create_write_items__("a", state)
+    assert [tuple(item.tensor_data.chunk.sizes) for item in items] == [(2, 4), (1, 2)]
+    for item in items:
+        properties = item.tensor_data.properties
+        assert (tuple(item.tensor_data.size), properties.dtype) == ((6, 4), torch.float64)
+        assert getattr(properties, "strides", (4, 1)) == (4, 1)  # which torch 2.15 notes
+
+
 def test_another_cut_serves_where_it_covers() -> None:
     donor = whole()
     larger, smaller = sharded([6], 0), sharded([3], 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layouts.construction import check_ordered
 from ...layouts.fsdp1 import is_flattened
 from ...layouts.plain import check_leaf, check_param, is_dtensor
 from ...optimizer import checks
@@ -24,6 +25,7 @@ def named_groups(
 
     Raises:
         ValueError: there is none, a parameter is in one twice, or `module` has it not.
+        TypeError: they have no order, or it is a single tensor.
     """
     if isinstance(model_or_params, nn.Module):
         if module is not None and module is not model_or_params:
@@ -32,7 +34,9 @@ def named_groups(
                 "owns them, or that module alone"
             )
         return [named_group(0, {"params": list(model_or_params.named_parameters())})]
+    check_ordered(model_or_params)
     entries = checks.parameters(model_or_params, "model_or_params", "a module, parameters")
+    check_ordered(entries)
     groups = entries if isinstance(entries[0], dict) else [{"params": entries}]
     if module is not None:
         groups = [_names_of(module, i, group) for i, group in enumerate(groups)]
@@ -67,7 +71,9 @@ def named_group(i: int, group: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: a parameter is in it twice.
+        TypeError: they have no order.
     """
+    check_ordered([group], i)
     entries = _entries(group)
     named = [
         entry if isinstance(entry, tuple) else (f"group{i}.{j}", entry)

@@ -8,6 +8,7 @@ exact in any order and only the arithmetic of the step is compared.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -207,6 +208,7 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
         }.items()
         for case in CALLBACKS
     }
+    results["idle"] = idle_ranks(rank)
     results["adamw"] = adamw_ranks(rank)
     results["disagree"] = disagreement(rank)
     return results
@@ -325,6 +327,21 @@ def raising_callback(
     return said, same, snapshot(model)["0.weight"]
 
 
+def idle_ranks(rank: int) -> list[int]:
+    """How often each step says that there is no gradient: that of one rank is enough."""
+    model, said = Model(0, vocabulary=53), []
+    optimizer = pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc())
+    for step, holders in enumerate((range(9), range(1), (), ())):
+        optimizer.zero_grad()
+        if rank in holders:
+            set_gradients(model, step, rank)
+        with warnings.catch_warnings(record=True) as records:
+            warnings.simplefilter("always", pylo_dist.NoGradientWarning)
+            optimizer.step()
+        said.append(sum(record.category is pylo_dist.NoGradientWarning for record in records))
+    return said
+
+
 def adamw_ranks(rank: int) -> dict[str, Tensor]:
     model = Model(0)
     optimizer = pylo_dist.ZeroOptimizer(model, torch.optim.AdamW, lr=1e-2, foreach=True)
@@ -335,6 +352,10 @@ def adamw_ranks(rank: int) -> dict[str, Tensor]:
 
 
 def disagreement(rank: int) -> str:
+    params = nn.Linear(3, 4).parameters()
+    with pytest.raises((TypeError, pylo_dist.PeerError)) as unordered:
+        pylo_dist.ZeroOptimizer(set(params) if rank == 0 else list(params), torch.optim.AdamW)
+    assert (unordered.type is TypeError) == (rank == 0)
     model, different_model = nn.Linear(3, 4 if rank == 0 else 5), "no error"
     try:
         pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc())
@@ -441,6 +462,7 @@ def test_ranks_equal_one_process(world: int, figures: list[str]) -> None:
         assert (
             "ValueError: the loss has shape (2,)" if own else "PeerError: another rank"
         ) in failure["loss of two"]
+    assert [r["idle"] for r in ranks] == [[0, 0, 1, 0]] * world
     if world > 1:
         for r in ranks:
             different_model, different_weights = r["disagree"].split(" | ")
