@@ -38,7 +38,7 @@ FEATURES = {"AdafacLO": (reference.SMALL_FC, 0), "VeLO": (reference.VELO, 9)}
 AUDIT, LOSS = 5, 4  # float64 numbers per tensor in front of A; of the loss behind it
 # Numbers of a parameter group, of which ranks compare five digits and their squares, and say
 # whether they are good; then three of how gradients were scaled meanwhile.
-KEYS = {"AdafacLO": 5, "VeLO": 6}
+KEYS = {"AdafacLO": 5, "VeLO": 6, "AdamW": 7}
 SCALING = 3
 Shapes = Mapping[str, Sequence[int]]
 
@@ -48,10 +48,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 def small_syncs(shapes: Shapes, optimizer: str) -> list[int]:
     """Bytes of the small all-reduces of a step on flat shards, float64: A, then B. AdamW:
-    whether all can step, and how gradients were scaled.
+    whether all can step, and what is compared.
     """
+    compared = 10 * KEYS[optimizer] + 1 + SCALING
     if optimizer not in FEATURES:
-        return [8 * (1 + SCALING)]
+        return [8 * (1 + compared)]
     features, extra = FEATURES[optimizer]
     dims = {fqn: factored_dims(tuple(shape)) for fqn, shape in shapes.items()}
     a = sum(
@@ -59,7 +60,6 @@ def small_syncs(shapes: Shapes, optimizer: str) -> list[int]:
         for fqn, found in dims.items()
     )
     b = sum(features.num_sums(found) for found in dims.values())
-    compared = 10 * KEYS[optimizer] + 1 + SCALING
     return [8 * (a + (LOSS if optimizer == "VeLO" else 0) + compared), 8 * b]
 
 

@@ -69,6 +69,14 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
                 )
 
 
+def _same(value: Any, default: Any) -> bool:
+    """Whether an argument is its default; what cannot be compared as one is not."""
+    try:
+        return bool(value == default)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
 def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, with our own clipping off. Raises ValueError naming the argument."""
     arguments = arguments_of(face)
@@ -78,7 +86,7 @@ def checked_arguments(face: type[LearnedOptimizer], given: dict[str, Any]) -> di
             key in _DEEPSPEEDS
             and key in names | {"max_grad_norm"}
             and not (key == "clip_grad" and value is False)
-            and (key == "clip_grad" or value != arguments.get(key))
+            and (key == "clip_grad" or not _same(value, arguments.get(key)))
         ):
             raise ValueError(f'"{key}": {checks.shown(value)}: {_DEEPSPEEDS[key]}')
         if key not in names:
