@@ -46,9 +46,9 @@ def maxima(grads: Sequence[Tensor]) -> list[Tensor]:
     changes this, and it is the same however many threads compute it.
 
     Args:
-        grads: of one device, none of them empty.
+        grads: of one device, none of them empty; callers record no history.
     """
-    return list(torch._foreach_max([grad.detach() for grad in grads])) if grads else []
+    return list(torch._foreach_max(list(grads))) if grads else []
 
 
 def largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:
