@@ -1,49 +1,27 @@
-"""Small files of text and JSON that others wrote, read within bounds; reads only.
-
-Without PyTorch, which the package's own texts.py would bring along: resume_loop.sh reads recipes.
+"""The readers of small files of pylo_dist/weights/texts.py, without the package around them: that
+would bring PyTorch along, and resume_loop.sh reads recipes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import stat
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, NoReturn
-
-LARGEST = 1 << 20  # bytes
+from types import ModuleType
 
 
-def read_text(path: Path, most: int = LARGEST) -> str:
-    """A regular file's text. A pipe or a device, whose end may never come, is not waited for.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no regular file, larger than `most` bytes, or no UTF-8.
-    """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is no regular file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path} has more than {most} bytes")
-    return content.decode()
+def _module() -> ModuleType:
+    """The package's file, run by itself. Raises ModuleNotFoundError where there is no package."""
+    package = find_spec("pylo_dist")  # imports nothing
+    if package is None or package.submodule_search_locations is None:
+        raise ModuleNotFoundError("No module named 'pylo_dist'", name="pylo_dist")
+    file = Path(package.submodule_search_locations[0]) / "weights" / "texts.py"
+    spec = spec_from_file_location("pylo_dist_texts", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def parse_json(text: str) -> Any:
-    """What JSON stands for. Raises ValueError for none, for NaN and Infinity, which it has not, and
-    for what is nested more deeply than Python can follow.
-    """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_json(path: Path, most: int = LARGEST) -> Any:
-    """What a file of JSON stands for. Raises OSError and ValueError, see `read_text`."""
-    return parse_json(read_text(path, most))
+_texts = _module()
+read_text, parse_json, read_json = _texts.read_text, _texts.parse_json, _texts.read_json
