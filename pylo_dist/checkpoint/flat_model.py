@@ -50,7 +50,7 @@ class FlatModel:
                 if name not in module._non_persistent_buffers_set
             ]
             for name, tensor in named:
-                if tensor is not None and not getattr(tensor, "_is_flat_param", False):
+                if tensor is not None and not fsdp1.is_flat(tensor):
                     fqn = f"{prefix}.{name}" if prefix else name
                     yield from self._entry(fqn.replace(fsdp1.PREFIX, ""), tensor)
 

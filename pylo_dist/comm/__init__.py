@@ -4,7 +4,7 @@ From the ground up: `store` bounds what is asked of it, `meeting` knows it alone
 process groups, `own` those that one user has to itself, `agreement` what ranks must have in common.
 """
 
-from .agreement import PeerError, check_equal, checksums, differing, raise_together, together
+from .agreement import PeerError, agree, check_equal, checksums, differing, raise_together, together
 from .collectives import (
     PHASES,
     Collective,
@@ -50,6 +50,7 @@ __all__ = [
     "PeerError",
     "Pending",
     "Reduction",
+    "agree",
     "all_gather",
     "all_reduce",
     "awaited_by",

@@ -89,6 +89,23 @@ def check_equal(what: str, entries: list[Any], group: Any, device: torch.device)
                 )
 
 
+def agree(what: str, entries: Callable[[], list[Any]], group: Any, device: torch.device) -> None:
+    """As `check_equal` for entries that this rank may fail to say: its ValueError is raised on all
+    ranks, here as it is.
+    """
+    problem: ValueError | None = None
+    try:
+        mine = entries()
+    except ValueError as error:  # the others hear of it in the comparison
+        problem, mine = error, [[f"an error: {error}"]]
+    try:
+        check_equal(what, mine, group, device)
+    except ValueError as disagreement:
+        raise problem or disagreement from None
+    if problem is not None:
+        raise problem
+
+
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
     """int64 (len,): a number per tensor that changes with any of its bits (and their places)."""
     sums = []

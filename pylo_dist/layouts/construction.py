@@ -53,13 +53,9 @@ class Announced(ABCMeta):
             args = (params, *args[1:])
         elif "params" in kwargs:
             kwargs["params"] = params
-        if comm.size(comm.default_group()) == 1:
+        with _failures_told(lambda: _groups_of(params)):
             check_ordered(params)
             made = super().__call__(*args, **kwargs)
-        else:
-            with _failures_told(lambda: _groups_of(params)):
-                check_ordered(params)
-                made = super().__call__(*args, **kwargs)
         named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
         made.given = {key: value for key, value in named.items() if key not in _NOT_GIVEN}
         return made
@@ -73,10 +69,6 @@ def announced(
     @functools.wraps(add_param_group)
     def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
         group = _as_lists([param_group])[0]
-        if comm.size(comm.default_group()) == 1:
-            check_ordered([group], len(optimizer.param_groups))
-            add_param_group(optimizer, group)
-            return
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
@@ -174,6 +166,9 @@ def _failures_told(groups: Callable[[], Groups]) -> Iterator[None]:
     """Around code that meets the ranks of these groups of parameters, one after the other, each
     time with all groups before.
     """
+    if comm.size(comm.default_group()) == 1:
+        yield
+        return
     before = comm.meetings()
     try:
         yield

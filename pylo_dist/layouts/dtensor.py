@@ -54,20 +54,14 @@ def describe(named: Sequence[tuple[str, Any]], settings: Sequence[str] = ()) -> 
         ]
     mesh = max((param.device_mesh for _, param in sharded), key=lambda mesh: mesh.size())
     holders = _group_of(domain, [mesh])
-    problem: ValueError | None = None
-    try:
+
+    def entries() -> list[Any]:
         check_domain(sharded)
         for fqn, param in named:
             _check_layout(fqn, param, holders)
-        entries: list[Any] = [*settings, *(_spec(fqn, param) for fqn, param in named)]
-    except ValueError as error:  # the others hear of it in the comparison
-        problem, entries = error, [[f"an error: {error}"]]
-    try:
-        comm.check_equal("setting or parameter", entries, holders, torch.device(mesh.device_type))
-    except ValueError as disagreement:
-        raise problem or disagreement from None
-    if problem is not None:
-        raise problem
+        return [*settings, *(_spec(fqn, param) for fqn, param in named)]
+
+    comm.agree("setting or parameter", entries, holders, torch.device(mesh.device_type))
     alike = all(_is_tensor_parallel(param.device_mesh) for _, param in sharded)
     bindings = [
         _bind(fqn, param, holders, len(domain), unreduced=not alike) for fqn, param in named

@@ -52,10 +52,15 @@ _NAMES = {
 _units: Any = WeakIdKeyDictionary()
 
 
+def is_flat(param: object) -> bool:
+    """Whether this is the flat parameter of a unit, which stands for many."""
+    return getattr(param, "_is_flat_param", False) is True
+
+
 def is_flattened(param: object) -> bool:
-    """Whether FSDP1 holds this parameter in a unit; not of a flat one, which stands for many."""
+    """Whether FSDP1 holds this parameter in a unit; not of a flat one."""
     marked: bool = getattr(param, "_fsdp_flattened", False)
-    return marked and not getattr(param, "_is_flat_param", False)
+    return marked and not is_flat(param)
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -196,18 +201,12 @@ def describe(
     if len(domain) < 2:  # as under DDP
         return [ShardBinding(TensorShard.whole(fqn, _shape(p)), None) for fqn, p in named]
     holders = _group_of(domain, named)
-    problem: ValueError | None = None
-    try:
-        device = _check_devices(named, holders)
-        entries: list[Any] = [*settings, *(_spec(fqn, param) for fqn, param in named)]
-    except ValueError as error:  # the others hear of it in the comparison
-        problem, device, entries = error, torch.device("cpu"), [[f"an error: {error}"]]
-    try:
-        comm.check_equal("setting or parameter", entries, holders, device)
-    except ValueError as disagreement:
-        raise problem or disagreement from None
-    if problem is not None:
-        raise problem
+
+    def entries() -> list[Any]:
+        _check_devices(named, holders)
+        return [*settings, *(_spec(fqn, param) for fqn, param in named)]
+
+    comm.agree("setting or parameter", entries, holders, torch.device(comm.device_type()))
     return [_bind(fqn, param, holders, len(domain)) for fqn, param in named]
 
 
@@ -218,17 +217,14 @@ def _group_of(domain: tuple[int, ...], named: Sequence[tuple[str, Tensor]]) -> A
     return group if comm.size(group) == len(domain) else comm.group_over(domain)
 
 
-def _check_devices(named: Sequence[tuple[str, Tensor]], holders: Any) -> torch.device:
-    """Where ranks compare what they have. Raises ValueError for parameters that cannot be
-    reduced.
-    """
+def _check_devices(named: Sequence[tuple[str, Tensor]], holders: Any) -> None:
+    """Raise ValueError for parameters that their process group cannot reduce."""
     for fqn, param in named:
         if not comm.can_reduce(holders, param.device):
             raise ValueError(
                 f"{fqn!r} is offloaded to {param.device}, where its process group cannot reduce: "
                 'call init_process_group("cpu:gloo,cuda:nccl"), or leave CPUOffload out'
             )
-    return named[0][1].device
 
 
 def _spec(fqn: str, param: Tensor) -> list[object]:

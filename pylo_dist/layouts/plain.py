@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.pieces import ShardBinding, ShardedParam, bound_shard
 from ..core.shards import TensorShard
+from .fsdp1 import is_flat
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -70,7 +71,7 @@ def mark_part(tensor: Tensor, source: Tensor) -> Tensor:
 
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
-    if getattr(param, "_is_flat_param", False):
+    if is_flat(param):
         raise ValueError(
             f"{fqn!r} is a flat parameter of FullyShardedDataParallel (FSDP1), which holds many "
             "tensors as one: wrap the model with use_orig_params=True"
