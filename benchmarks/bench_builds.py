@@ -94,17 +94,17 @@ def worker(name: str, layout: str, tensors: str) -> None:
         loss.backward()
         optimizer.step(loss.detach())
 
-    if layout == "plain":  # the step alone, on gradients that stay
+    def step_alone() -> None:  # on gradients that stay
+        optimizer.step(torch.tensor(1.0))
+
+    if layout == "plain":
         model(x).square().mean().backward()
-
-        def step() -> None:
-            optimizer.step(torch.tensor(1.0))
-
+    take = step_alone if layout == "plain" else step
     print("ready", flush=True)
     for line in sys.stdin:
         begin = time.process_time()
         for _ in range(int(line)):
-            step()
+            take()
         print(time.process_time() - begin, flush=True)
 
 

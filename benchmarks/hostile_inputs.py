@@ -427,6 +427,14 @@ def _learned(network: Any) -> tuple[list[Tensor], Any]:
     return tensors, {name: tuple(map(float, v)) for name, v in network.decays.items()}
 
 
+def _unlike(what: str, network: Any, wanted: tuple[list[Tensor], Any]) -> Outcome | None:
+    """The fault of weights that loaded without an error, and are not those that were written."""
+    tensors, decays = _learned(network)
+    if _alike(tensors, wanted[0]) and decays == wanted[1]:
+        return None
+    return Outcome(WRONG, what, "loaded")
+
+
 def header_of(content: bytes) -> tuple[Any, bytes]:
     """The JSON of a safetensors file, and what follows it."""
     size = int.from_bytes(content[:8], "little")
@@ -519,9 +527,7 @@ def weights(prepared: Path) -> Case:
             allowed=frozenset({"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"}),
         )
         if fault is None and error is None and not own_values:
-            tensors, decays = _learned(network)
-            if not _alike(tensors, wanted[0]) or decays != wanted[1]:
-                fault = Outcome(WRONG, what, "loaded")
+            fault = _unlike(what, network, wanted)
         return fault or Outcome(RIGHT, what)
 
     return case
@@ -609,9 +615,7 @@ def hub(prepared: Path) -> Case:
             named=lambda text: repository in text,
         )
         if fault is None and error is None and not own_values:
-            tensors, decays = _learned(network)
-            if not _alike(tensors, wanted[0]) or decays != wanted[1]:
-                fault = Outcome(WRONG, what, "loaded")
+            fault = _unlike(what, network, wanted)
         return fault or Outcome(RIGHT, what)
 
     return case

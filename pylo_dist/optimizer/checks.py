@@ -141,7 +141,7 @@ def parameters(params: object, name: str = "params", first: str = "parameters") 
     wanted = f"wanted {first}, named parameters, or a list of groups"
     if isinstance(params, Tensor):
         raise TypeError(f"{name} is one tensor; {wanted}: put it into a list")
-    if isinstance(params, (str, bytes, Mapping, set)) or not isinstance(params, Iterable):
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(f"{name}={shown(params)}: {wanted}")
     entries = list(params)
     if not entries:
@@ -161,7 +161,7 @@ def group(given: object) -> dict[str, Any]:
     params = given.get("params")
     if isinstance(params, Tensor):
         return given
-    if isinstance(params, (str, bytes, Mapping, set)) or not isinstance(params, Iterable):
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(f"params of a group is {shown(params)}; {wanted}")
     entries = params if isinstance(params, Sequence) else list(params)
     for entry in entries:

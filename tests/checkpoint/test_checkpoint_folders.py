@@ -34,6 +34,7 @@ from support.layouts import (
     snapshot,
 )
 from support.optimizers import small_fc
+from support.pickles import Loud
 
 
 def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -115,19 +116,6 @@ def test_nothing_is_unpickled_before_its_checksum_matched(
     (folder / ".metadata").write_bytes(pickle.dumps(Loud()) + b"x")
     refused(folder, fresh(), "metadata")
     assert not Loud.read
-
-
-class Loud:
-    """Says so when it is unpickled."""
-
-    read = False
-
-    def __reduce__(self) -> Any:
-        return (Loud.was_read, ())
-
-    @staticmethod
-    def was_read() -> None:
-        Loud.read = True
 
 
 def other_weights() -> dict[str, Tensor]:

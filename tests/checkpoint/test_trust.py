@@ -33,6 +33,7 @@ from pylo_dist.checkpoint import CheckpointError, files, manifest
 from pylo_dist.checkpoint import folder as checkpoint_folder
 from support.layouts import differing
 from support.optimizers import small_fc
+from support.pickles import Loud
 
 SAVED = Path(__file__).parent / "saved" / "acc4d19"
 
@@ -92,19 +93,6 @@ def seal(folder: Path, **more: Any) -> None:
     manifest.write(
         folder, {path.name: entry_of(path) for path in folder.iterdir()}, {"step": 1}, **more
     )
-
-
-class Loud:
-    """Says so when it is unpickled."""
-
-    read = False
-
-    def __reduce__(self) -> Any:
-        return (Loud.was_read, ())
-
-    @staticmethod
-    def was_read() -> None:
-        Loud.read = True
 
 
 # ------------------------------------------------------------------------------------ nothing runs

@@ -51,19 +51,6 @@ def maxima(grads: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_max(list(grads))) if grads else []
 
 
-def largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Of each gradient its largest magnitude, 0-d and exact; NaN where there is one.
-
-    Args:
-        grads: of one device, none of them empty.
-    """
-    if not grads or grads[0].device.type != "cpu":
-        return list(torch._foreach_norm(list(grads), torch.inf)) if grads else []
-    # on a CPU twenty times as fast as vector_norm
-    ends = [torch.aminmax(grad.detach()) for grad in grads]
-    return [torch.maximum(-low, high) for low, high in ends]
-
-
 class LateAnswer:
     """Of some things the first of which a flag on a device says that it is so. On a CPU the answer
     comes at once; elsewhere with the next question, so that no step waits for the device.

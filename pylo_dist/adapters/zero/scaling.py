@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import comm
 from .buckets import Bucket
-from .others import LateAnswer, largest_elements
+from .others import LateAnswer
 
 SLOTS = 3  # of the ranks that say a factor: how many, its sum, the sum of its squares
 
@@ -109,9 +109,22 @@ class Scaling:
         device = self._buckets[0].flat.device
         both = [
             torch.stack([number.to(device, torch.float64) for number in numbers])
-            for numbers in (largest_elements(grads), torch._foreach_norm(grads, 2))
+            for numbers in (_largest_elements(grads), torch._foreach_norm(grads, 2))
         ]
         return both[0].max(), both[1].square().sum().sqrt()
+
+
+def _largest_elements(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Of each gradient its largest magnitude, 0-d and exact; NaN where there is one.
+
+    Args:
+        grads: of one device, none of them empty.
+    """
+    if not grads or grads[0].device.type != "cpu":
+        return list(torch._foreach_norm(list(grads), torch.inf)) if grads else []
+    # on a CPU twenty times as fast as vector_norm
+    ends = [torch.aminmax(grad.detach()) for grad in grads]
+    return [torch.maximum(-low, high) for low, high in ends]
 
 
 def _as_sum(collective: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from pylo_dist import checkpoint
 from pylo_dist.testing import largest_changes, layout_error
 from support import deepspeed_cases as cases
 from support.deepspeed_cases import Case
+from support.pickles import Loud
 from support.ranks import run_ranks
 
 pytest.importorskip(
@@ -208,19 +209,6 @@ def load(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
     if world == 1:
         results["odd files"] = odd_files(Path(folder), engine)
     return results
-
-
-class Loud:
-    """Says so when it is unpickled."""
-
-    read = False
-
-    def __reduce__(self) -> Any:
-        return (Loud.was_read, ())
-
-    @staticmethod
-    def was_read() -> None:
-        Loud.read = True
 
 
 def cut(path: Path) -> None:
