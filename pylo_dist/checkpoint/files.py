@@ -19,11 +19,17 @@ from .tree import CheckpointError
 
 BLOCK = 2**20  # bytes of a digest
 MISSING = "but the manifest names it"
-# by their names in a manifest, each of 32 bytes
-DIGESTS: dict[str, Callable[..., Any]] = {
+KNOWN_DIGESTS = ("sha256", "blake2b", "blake3")  # by their names in a manifest, each of 32 bytes
+DIGESTS: dict[str, Callable[..., Any]] = {  # those that can be taken here
     "sha256": hashlib.sha256,
     "blake2b": functools.partial(hashlib.blake2b, digest_size=32),
 }
+try:
+    from blake3 import blake3  # one thread, unless it is asked for more
+except ImportError:  # then another one is written, and a folder with this one refused
+    pass
+else:
+    DIGESTS["blake3"] = blake3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,13 @@ class WrittenFile(io.RawIOBase):
             self.error = error
             raise
         done = 0
-        while done < len(view):
-            part = view[done : done + BLOCK - self._size % BLOCK]
-            self._block.update(part)
-            self._size += len(part)
-            done += len(part)
-            if self._size % BLOCK == 0:
-                self._end_block()
+        while len(view) - done >= (room := BLOCK - self._size % BLOCK):
+            self._block.update(view[done : done + room])
+            self._end_block()
+            self._size += room
+            done += room
+        self._block.update(view[done:])
+        self._size += len(view) - done
         return len(view)
 
     def _end_block(self) -> None:
@@ -144,20 +150,24 @@ class WrittenFile(io.RawIOBase):
 
 
 class VerifiedFile(io.RawIOBase):
-    """A file of a checkpoint for reading: each of its blocks is compared with its digest before
-    anything in it is seen. Of files of format 1, which have one digest alone, that is done before.
-
-    Attributes:
-        error: what was wrong with it, however the error comes out of torch.
+    """A file of a checkpoint for reading, or a part of one: each block is compared with its digest
+    before anything in it is seen. Of files of format 1, which have one digest alone, that is done
+    before.
     """
 
-    KEPT = 4  # blocks: the ends of what is read, which torch comes back to
-
-    def __init__(self, file: io.FileIO, path: Path, entry: Entry) -> None:
+    def __init__(self, blocks: _Blocks, begin: int, end: int, whole: bool = False) -> None:
         super().__init__()
-        self.error: CheckpointError | None = None
-        self._file, self._path, self._entry, self._place = file, path, entry, 0
-        self._kept: dict[int, bytearray] = {}
+        self._blocks, self._begin, self._end, self._whole = blocks, begin, end, whole
+        self._place = begin
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """What was wrong with the file, however the error comes out of torch."""
+        return self._blocks.error
+
+    def part(self, offset: int, length: int) -> VerifiedFile:
+        """A part as a file of its own, which is open as long as the whole is."""
+        return VerifiedFile(self._blocks, self._begin + offset, self._begin + offset + length)
 
     def readable(self) -> bool:
         return True
@@ -166,54 +176,79 @@ class VerifiedFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._place - self._begin
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._entry.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"{self._path}: place {base + offset} is before its beginning")
+        base = (self._begin, self._place, self._end)[whence]
+        if base + offset < self._begin:
+            raise ValueError(f"place {base + offset - self._begin} is before the beginning")
         self._place = base + offset
-        return self._place
+        return self._place - self._begin
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._entry.size - self._place)]
+        count = min(len(view), max(0, self._end - self._place))
+        self._blocks.read(self._place, view[:count])
+        self._place += count
+        return count
+
+    def close(self) -> None:
+        if self._whole and not self.closed:
+            self._blocks.close()
+        super().close()
+
+
+class _Blocks:
+    """The blocks of an open file.
+
+    Attributes:
+        error: what was wrong with it.
+    """
+
+    KEPT = 4  # the ends of what is read, which torch comes back to
+
+    def __init__(self, file: io.FileIO, path: Path, entry: Entry) -> None:
+        self.error: CheckpointError | None = None
+        self._file, self._path, self._entry = file, path, entry
+        self._kept: dict[int, memoryview] = {}
+
+    def read(self, place: int, view: memoryview) -> None:
+        """view <- the bytes from a place on, all of which the file has (modified in place)."""
         done = 0
         while done < len(view):
-            number, inside = divmod(self._place, BLOCK)
-            length = self._length(number)
-            if not inside and len(view) - done >= length and number not in self._kept:
-                part = view[done : done + length]
-                self._fill(number, part)  # where it is wanted, without a copy
-            else:
-                kept = self._block(number)
-                part = view[done : done + length - inside]
-                part[:] = kept[inside : inside + len(part)]
+            number, inside = divmod(place + done, BLOCK)
+            kept = self._kept.get(number)
+            if kept is None:
+                length = min(BLOCK, self._entry.size - number * BLOCK)
+                if not inside and len(view) - done >= length:  # where it is wanted, without a copy
+                    self._fill(number, view[done : done + length])
+                    done += length
+                    continue
+                kept = self._keep(number, length)
+            part = kept[inside : inside + len(view) - done]
+            view[done : done + len(part)] = part
             done += len(part)
-            self._place += len(part)
-        return done
 
-    def _length(self, number: int) -> int:
-        return min(BLOCK, self._entry.size - number * BLOCK)
+    def close(self) -> None:
+        self._kept.clear()
+        self._file.close()
 
-    def _block(self, number: int) -> bytearray:
-        if number not in self._kept:
-            data = bytearray(self._length(number))
-            self._fill(number, memoryview(data))
-            while len(self._kept) >= self.KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[number] = data
+    def _keep(self, number: int, length: int) -> memoryview:
+        # memory that was used before costs no page faults
+        old = self._kept.pop(next(iter(self._kept))) if len(self._kept) == self.KEPT else None
+        room = memoryview(bytearray(BLOCK)) if old is None else memoryview(old.obj)
+        self._fill(number, room[:length])
+        self._kept[number] = room[:length]
         return self._kept[number]
 
     def _fill(self, number: int, part: memoryview) -> None:
         """part <- a block (modified in place). Raises CheckpointError where it is not what was
         written.
         """
+        done, entry = 0, self._entry
         self._file.seek(number * BLOCK)
-        done = 0
         while done < len(part) and (more := self._file.readinto(part[done:])):
             done += more
-        entry = self._entry
         if done < len(part):
             self.error = CheckpointError(f"{self._path}: cut while it was read")
             raise self.error
@@ -226,16 +261,11 @@ class VerifiedFile(io.RawIOBase):
             )
             raise self.error
 
-    def close(self) -> None:
-        if not self.closed:
-            self._kept.clear()
-            self._file.close()
-            super().close()
-
 
 def open_verified(path: Path, entry: Entry) -> VerifiedFile:
     """A file of a checkpoint. Raises CheckpointError as `open_regular`."""
-    return VerifiedFile(open_regular(path, MISSING, entry.size), path, entry)
+    blocks = _Blocks(open_regular(path, MISSING, entry.size), path, entry)
+    return VerifiedFile(blocks, 0, entry.size, whole=True)
 
 
 def verify_file(path: Path, entry: Entry) -> None:

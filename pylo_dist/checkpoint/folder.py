@@ -115,10 +115,12 @@ def save(
 
     try:
         states, token = _alike(group, prepare)
-        told = comm.gather_objects((token, manifest.fastest_digest()), group)[0]
-        partial = _partial(folder, told[0])
+        told = comm.gather_objects((token, manifest.fastest_digests()), group)
+        partial = _partial(folder, told[0][0])
+        # of the first rank's the first that all of them can take
+        digest = next(name for name in told[0][1] if all(name in others for _, others in told))
         _alike(group, enter)
-        written = _alike(group, lambda: _write(partial, states, process_group, folder, told[1]))
+        written = _alike(group, lambda: _write(partial, states, process_group, folder, digest))
         parts = comm.gather_objects(written, group)
         _alike(group, publish)
     finally:  # Ctrl-C too
@@ -206,6 +208,8 @@ def load(
     loaded = {key: tree.with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
     for key, value in state.items():
+        if isinstance(value, torch.optim.Optimizer):
+            tree.give(loaded[key])
         if tree.is_stateful(value):
             tree.unwrapped(value).load_state_dict(loaded[key])
     return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, dict(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from .files import BLOCK, DIGESTS, Entry, open_regular
+from .files import BLOCK, DIGESTS, KNOWN_DIGESTS, Entry, open_regular
 from .tree import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -117,9 +117,14 @@ def _checked(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[
     meta: dict[str, Any] = content["meta"]
     files: dict[str, Any] = content["files"]
     algorithm = "sha256" if content["format"] == 1 else content.get("digest")
+    if algorithm not in KNOWN_DIGESTS:
+        raise CheckpointError(
+            f"{path}: its digest is {algorithm!r:.80}, wanted one of {', '.join(KNOWN_DIGESTS)}"
+        )
     if algorithm not in DIGESTS:
         raise CheckpointError(
-            f"{path}: its digest is {algorithm!r:.80}, wanted one of {', '.join(DIGESTS)}"
+            f"{path}: its digest is {algorithm}, which this Python has no package for: "
+            f"pip install {algorithm}"
         )
     entries = {}
     for name, entry in files.items():
@@ -188,9 +193,9 @@ def digest_of(content: Any, algorithm: str) -> str:
 
 
 @functools.cache
-def fastest_digest() -> str:
-    """The name of the digest that this machine takes in the least time: which one that is depends
-    on the processor's instructions.
+def fastest_digests() -> tuple[str, ...]:
+    """The names of the digests that can be taken here, those first that this machine takes in the
+    least time: which ones they are depends on the processor's instructions.
     """
 
     def seconds(name: str) -> float:
@@ -201,4 +206,4 @@ def fastest_digest() -> str:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return min(DIGESTS, key=seconds)
+    return tuple(sorted(DIGESTS, key=seconds))

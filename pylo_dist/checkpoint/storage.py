@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,8 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from torch.futures import Future
 
-from ..layouts.plain import part_of
-from . import index
+from . import archive, index
 from .files import Entry, VerifiedFile, WrittenFile, open_verified
 from .manifest import INDEX, Manifest
 from .tree import CheckpointError
@@ -118,8 +118,34 @@ class _Writer(FileSystemWriter):
         self.fs = self.files = _Files({}, algorithm)
 
     def write_data(self, *args: Any) -> Any:
-        with self.files.own_errors():
+        with self.files.own_errors(), _no_crc32:
             return super().write_data(*args)
+
+
+class _NoCRC32:
+    """Has torch.save leave out the CRC32 of every record, which no reader of torch's compares: the
+    digests say more. A setting of the process, so other threads' files lack theirs meanwhile; the
+    last save to end gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._depth == 0:
+                self._before = torch.serialization.get_crc32_options()
+                torch.serialization.set_crc32_options(False)
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                torch.serialization.set_crc32_options(self._before)
+
+
+_no_crc32 = _NoCRC32()
 
 
 def write(
@@ -185,7 +211,7 @@ class Reader(FileSystemReader):
                 with self.files.create_stream(Path(self.path) / name, "rb") as stream:
                     for item in sorted(items, key=self._start):
                         stored = self.storage_data[item.storage_index]
-                        planner.take(item, self._slice_file(stream, stored))
+                        planner.take(item, stream.part(stored.offset, stored.length))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -212,7 +238,7 @@ class Reader(FileSystemReader):
 class _Loading(DefaultLoadPlanner):
     """Reads entries as torch.load does with `weights_only`."""
 
-    def take(self, item: Any, stored: Any) -> None:
+    def take(self, item: Any, stored: VerifiedFile) -> None:
         """Read one item from the file `stored` to where it belongs."""
         fqn = item.dest_index.fqn
         if item.type == LoadItemType.BYTE_IO:
@@ -225,9 +251,15 @@ class _Loading(DefaultLoadPlanner):
                 what = f"names {', '.join(sorted(names))}" if names else f"cannot be read ({error})"
                 raise CheckpointError(f"{fqn!r} {what}, which is never run: {_REMEDY}") from None
             return
-        found = torch.load(stored, map_location="cpu", weights_only=True)
         target = self.resolve_tensor(item).detach()
-        part = found
+        if target.is_cpu and target.is_contiguous() and not any(item.storage_offsets):
+            start = archive.elements(stored, target.dtype, target.shape)
+            if start is not None:
+                stored.seek(start)
+                stored.readinto(target.view(-1).view(torch.uint8).numpy())
+                return
+            stored.seek(0)
+        part = torch.load(stored, map_location="cpu", weights_only=True)
         for dim, (start, count) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             part = part.narrow(dim, start, count)
         if (part.shape, part.dtype) != (target.shape, target.dtype):
@@ -235,13 +267,7 @@ class _Loading(DefaultLoadPlanner):
                 f"a part of {fqn!r} is {part.dtype} of {tuple(part.shape)}, the index says "
                 f"{target.dtype} of {tuple(target.shape)}"
             )
-        whole = self.state_dict[fqn]
-        alike = type(whole) is torch.Tensor and whole.shape == found.shape == part.shape
-        alike = alike and part_of(whole) is None  # else it keeps its marks
-        if alike and whole.device == found.device and found.is_contiguous():
-            self._put(fqn, found.detach())  # which is new memory already
-        else:
-            target.copy_(part)
+        target.copy_(part)
 
     def _put(self, fqn: str, value: Any) -> None:
         place: Any = self.original_state_dict

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts.plain import is_dtensor, mark_part, part_of
-from ..optimizer import LearnedOptimizer
+from ..optimizer import LearnedOptimizer, sharded_state
 from ..optimizer.loading import check_names, matched_groups
 from ..optimizer.sharded_state import MASTER, wrap_element
 from .flat_model import FlatModel
@@ -96,6 +96,13 @@ def aside(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: aside(entry) for key, entry in value.items()}
     return [aside(entry) for entry in value] if isinstance(value, list) else value
+
+
+def give(value: Any) -> None:
+    """Let an optimizer keep the tensors of a tree, which are nobody else's: no second copy."""
+    for _, entry in _leaves(value):
+        if isinstance(entry, Tensor):
+            sharded_state.give(entry)
 
 
 @dataclass(frozen=True, slots=True)

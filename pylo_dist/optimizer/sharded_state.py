@@ -196,8 +196,8 @@ def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor
 
 
 def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tensor) -> Tensor:
-    """This rank's elements of loaded state: new memory, local shape, on the device of `like` and in
-    the dtype of `source`.
+    """This rank's elements of loaded state: local shape, on the device of `like` and in the dtype
+    of `source`. New memory, or that of `source`, where it was given away and fits as it is.
 
     Args:
         source: of canonical shape: a plain tensor, or a `ShardedState` or DTensor whose local part
@@ -206,13 +206,34 @@ def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tens
     Raises:
         ValueError: elements that `source` does not have on this rank.
     """
-    local = torch.empty(field.local_shape(shard), dtype=source.dtype, device=like.device)
+    shape = field.local_shape(shard)
+    if (kept := _given(source, field, shard)) is not None and kept.device == like.device:
+        return kept.view(shape)
+    local = torch.empty(shape, dtype=source.dtype, device=like.device)
     if field.replicated is not None:
         whole = TensorShard.whole(shard.fqn, field.canonical_shape(shard.shape))
         copy_elements(source, ShardedState(local.view(-1), (), whole))
     else:
         copy_elements(source, ShardedState(field.flat(local), field.copies, shard))
     return local
+
+
+def give(source: Tensor) -> None:
+    """Let whoever loads `source` keep its memory, which nobody else has; the first one alone."""
+    source._pylo_given = True  # type: ignore[attr-defined]
+
+
+def _given(source: Tensor, field: StateField, shard: TensorShard) -> Tensor | None:
+    """The memory of a tensor that was given away (its mark goes) and has these elements alone."""
+    if not source.__dict__.pop("_pylo_given", False):
+        return None
+    if isinstance(source, ShardedState):
+        fits = (source.copies, source.shard) == (field.copies, shard)
+        return source.local if fits and source.local.is_contiguous() else None
+    whole = field.replicated is not None or shard.is_whole
+    fits = whole and tuple(source.shape) == field.local_shape(shard) and not is_dtensor(source)
+    own = source.untyped_storage().nbytes() == source.numel() * source.element_size()
+    return source.detach() if fits and own and source.is_contiguous() else None
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 import pylo_dist
 from pylo_dist import checkpoint
-from pylo_dist.checkpoint import CheckpointError, files, manifest
+from pylo_dist.checkpoint import CheckpointError, archive, files, manifest
 from pylo_dist.checkpoint import folder as checkpoint_folder
 from support.layouts import differing
 from support.optimizers import small_fc
@@ -324,6 +324,7 @@ def test_a_manifest_of_odd_shape_is_refused(saved: Path, tmp_path: Path) -> None
         **{f"no {key}": (lambda c, key=key: c.pop(key)) for key in ("format", "meta", "files")},
         "no digest": lambda c: c.pop("digest"),
         "other digest": lambda c: c.update(digest="md5"),
+        "no text as digest": lambda c: c.update(digest=["sha256"]),
         "format true": lambda c: c.update(format=True),
         "null": lambda c: c.update(files=None),
         "a list": lambda c: c.update(meta=[]),
@@ -366,6 +367,8 @@ def test_a_manifest_of_odd_shape_is_refused(saved: Path, tmp_path: Path) -> None
             raise AssertionError(what) from error
         shutil.rmtree(folder)
     folder = Path(shutil.copytree(saved, tmp_path / "odd"))
+    rewrite(folder, lambda c: c.update(digest="md5"))
+    refused(folder, "its digest is 'md5', wanted one of sha256, blake2b, blake3")
     for text in ('{"meta": ' + "[" * 5000 + "]" * 5000 + "}", "[]", "", "\ufeff{}", "3"):
         (folder / "manifest.json").write_text(text)
         refused(folder, r"manifest\.json cannot be read")
@@ -398,11 +401,11 @@ def test_meta_that_json_cannot_keep_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- blocks
 
 
-@pytest.mark.parametrize("algorithm", sorted(files.DIGESTS))
+@pytest.mark.parametrize("algorithm", files.KNOWN_DIGESTS)
 def test_every_block_is_compared_as_it_is_read(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "fastest_digest", lambda: algorithm)
+    monkeypatch.setattr(manifest, "fastest_digests", lambda: (algorithm,))
     values = torch.arange(800_000, dtype=torch.int32)
     state = {"a": {"values": values, "few": torch.ones(3), "more": values.flip(0)[:300_000]}}
     checkpoint.save(tmp_path / "a", state)
@@ -425,6 +428,166 @@ def test_every_block_is_compared_as_it_is_read(
                 read()
 
 
+def test_a_digest_that_cannot_be_taken_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its package another one is written, and a folder with it refused with the remedy;
+    with it, folders of both load. Of ranks one of which lacks it none takes it.
+    """
+    assert set(manifest.fastest_digests()) == {*files.KNOWN_DIGESTS}  # what is required is here
+    monkeypatch.setattr(manifest, "fastest_digests", lambda: ("blake3", "sha256"))
+    state = {"run": {"x": torch.arange(3)}}
+
+    def digest_of_new(name: str) -> Any:
+        checkpoint.save(tmp_path / name, state)
+        return json.loads((tmp_path / name / "manifest.json").read_text())["digest"]
+
+    assert digest_of_new("with") == "blake3"
+    with monkeypatch.context() as without:
+        without.delitem(files.DIGESTS, "blake3")
+        without.setattr(manifest, "fastest_digests", lambda: ("sha256",))
+        for read in (checkpoint.verify, lambda folder: checkpoint.load(folder, state)):
+            with pytest.raises(CheckpointError, match=r"is blake3, .*: pip install blake3$"):
+                read(tmp_path / "with")
+        assert digest_of_new("without") == "sha256"
+    with monkeypatch.context() as other:
+        gathered = checkpoint_folder.comm.gather_objects
+
+        def with_another(value: Any, group: Any) -> Any:
+            found = gathered(value, group)
+            chosen = isinstance(value, tuple) and value[1:] == (("blake3", "sha256"),)
+            return [*found, ("", ("blake2b", "sha256"))] if chosen else found
+
+        other.setattr(checkpoint_folder.comm, "gather_objects", with_another)
+        assert digest_of_new("ranks") == "sha256"
+    for name in ("with", "without", "ranks"):
+        checkpoint.verify(tmp_path / name)
+        assert checkpoint.load(tmp_path / name, state)[0]["run"]["x"].tolist() == [0, 1, 2]
+
+
+def test_crc32_is_left_out_while_saving_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], files.WrittenFile.write
+
+    def note(file: Any, data: Any) -> int:
+        written.append(torch.serialization.get_crc32_options())
+        return write(file, data)
+
+    monkeypatch.setattr(files.WrittenFile, "write", note)
+    checkpoint.save(tmp_path / "a", {"run": {"x": torch.ones(3)}})
+    assert not any(written[:-3])  # the last: the index, which is no torch.save
+    assert torch.serialization.get_crc32_options()
+
+
+# ------------------------------------------------------------------------------- single tensors
+
+
+@pytest.mark.parametrize(
+    "dtype", [*archive._STORAGES, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_elements_are_found_or_left_to_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Those of a contiguous tensor, of the dtype and shape that are wanted, and no others."""
+    many = torch.arange(6).to(dtype)
+    cases = {
+        "vector": (many, dtype in archive._STORAGES),
+        "matrix": (many.view(2, 3), dtype in archive._STORAGES),
+        "scalar": (many[1].clone(), dtype in archive._STORAGES),
+        "none": (many[:0].clone(), dtype in archive._STORAGES),
+        "transposed": (many.view(2, 3).T, False),
+        "a part": (many[1:], False),
+        "expanded": (many[:1].expand(4), False),
+        "a parameter": (nn.Parameter(many, requires_grad=False), False),
+    }
+    for name, (tensor, wanted) in cases.items():
+        torch.save(tensor, tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        with files.open_verified(tmp_path / name, entry_of(tmp_path / name)) as file:
+            start = archive.elements(file, dtype, tensor.shape)
+            assert (start is not None) == wanted, name
+            if start is not None:
+                assert data[start : start + tensor.nbytes] == bytes(
+                    tensor.view(-1).view(torch.uint8).numpy()
+                )
+            assert archive.elements(file, dtype, (7,)) is None
+            other = torch.float32 if dtype != torch.float32 else torch.int32
+            assert archive.elements(file, other, tensor.shape) is None
+
+
+def test_what_is_no_single_tensor_is_left_to_torch_and_not_run(tmp_path: Path) -> None:
+    pick, tensor = random.Random(3), torch.arange(6.0)
+    torch.save(tensor, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    torch.save(Loud(), tmp_path / "loud")
+    torch.save({"a": tensor}, tmp_path / "dict")
+    for name in ("loud", "dict"):
+        with files.open_verified(tmp_path / name, entry_of(tmp_path / name)) as file:
+            assert archive.elements(file, torch.float32, (6,)) is None
+    start = good.index(bytes(tensor.numpy()))
+    for case in range(300):  # damage that the digests are true of
+        data = bytearray(good[: pick.choice((len(good), pick.randrange(len(good))))])
+        for _ in range(pick.randrange(3)):
+            if data:
+                data[pick.randrange(len(data))] = pick.randrange(256)
+        path = tmp_path / f"{case}"
+        path.write_bytes(data)
+        with files.open_verified(path, entry_of(path)) as file:
+            found = archive.elements(file, torch.float32, (6,))
+        assert found is None or 0 <= found <= len(data) - tensor.nbytes
+        assert found in (None, start) or data != good
+    assert not Loud.read
+
+
+def test_plain_tensors_are_read_to_where_they_belong(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory in between, and no second copy in the optimizer's load_state_dict."""
+    from pylo_dist.optimizer import sharded_state
+
+    loads, load = [], torch.load
+
+    def counted(file: Any, **settings: Any) -> Any:
+        loads.append(type(file))
+        return load(file, **settings)
+
+    def no_copies(*_: Any) -> None:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(torch, "load", counted)
+    monkeypatch.setattr(sharded_state, "copy_elements", no_copies)
+    state = pair(1)
+    checkpoint.load(saved, state)
+    assert set(loads) <= {io.BytesIO}  # entries that are no tensors
+    assert not differing(numbers(state), numbers(pair()))
+    monkeypatch.undo()
+    matrix = {"run": {"x": torch.arange(6.0).view(2, 3).T}}  # not as it lies in memory
+    checkpoint.save(tmp_path / "a", matrix)
+    assert torch.equal(
+        checkpoint.load(tmp_path / "a", {"run": {"x": torch.zeros(3, 2)}})[0]["run"]["x"],
+        matrix["run"]["x"],
+    )
+
+
+def test_memory_that_is_given_away_has_one_taker() -> None:
+    from pylo_dist.checkpoint import tree
+
+    one, other = pair()["optimizer"], pair(1)["optimizer"]
+    state = one.state_dict()
+    given = copy.deepcopy(state)
+    tree.give(given)
+    for optimizer in (one, other):
+        optimizer.load_state_dict(given)
+    places = [
+        {t.data_ptr() for entries in o.state.values() for t in entries.values()}
+        for o in (one, other)
+    ]
+    assert not places[0] & places[1]
+    assert not differing(
+        numbers({"model": nn.Identity(), "optimizer": one}),
+        numbers({"model": nn.Identity(), "optimizer": other}),
+    )
+
+
 def test_a_verified_file_reads_like_any_other(tmp_path: Path) -> None:
     path, pick = tmp_path / "x", random.Random(4)
     content = random.Random(5).randbytes(3 * files.BLOCK + 1234)
@@ -437,6 +600,18 @@ def test_a_verified_file_reads_like_any_other(tmp_path: Path) -> None:
             assert file.read(count) == content[at:][: count if count >= 0 else None]
         assert file.seek(-5, io.SEEK_END) == len(content) - 5
         assert file.read() == content[-5:]
+        part = file.part(files.BLOCK - 3, 10)
+        assert (part.read(), part.read(1)) == (content[files.BLOCK - 3 :][:10], b"")
+        assert (part.seek(-2, io.SEEK_END), part.tell(), part.read(9)) == (
+            8,
+            8,
+            content[files.BLOCK + 5 :][:2],
+        )
+        with pytest.raises(ValueError, match="before the beginning"):
+            part.seek(-1)
+        part.close()
+        assert file.seek(1) == 1  # the whole stays open
+        assert file.read(2) == content[1:3]
 
 
 # ------------------------------------------------------------------------------ one writer
@@ -519,7 +694,7 @@ def test_ctrl_c_is_no_fault_of_the_checkpoint(
     before = numbers(state)
     with monkeypatch.context() as patch:
         # the manifest and the index have been read then
-        patch.setattr(torch, "load", interrupted)
+        patch.setattr(archive, "elements", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.load(copied, {"model": state["model"]})
     assert not differing(numbers(state), before)
