@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ from record import markdown
 
 import pylo_dist
 from pylo_dist import checkpoint
+from pylo_dist.checkpoint.files import DIGESTS
 from pylo_dist.checkpoint.manifest import Manifest
 
 MB = 1e6
@@ -117,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*assuming the intent is to")
     found = record.environment()
+    found["versions"]["blake3"] = version("blake3") if "blake3" in DIGESTS else None
     optimizer = optimizer_of(args.width, args.layers)
     places = {"disk": args.disk} | ({"/dev/shm": SHM} if SHM.is_dir() else {})
     result = {

@@ -103,6 +103,7 @@ if [ "$quick" -eq 1 ]; then
   run demo_vs_adamw 120 bench_demo.py --seeds 0 --steps 20 --out "$out/demo_vs_adamw.json"
   run faults 120 faults.py --trials 2 --out "$out/faults.json"
   run campaign 300 campaign.py --share 0.005 --out "$out/campaign.json"
+  run checkpoint 120 bench_checkpoint.py --quick --out "$out/checkpoint.json"
   run any_to_any 180 any_to_any.py --quick --out "$out/any_to_any.json"
 else
   run seed_figures 3600 seed_figures.py --out "$out/seed_figures_$device.json" ${folders[@]+"${folders[@]}"}
@@ -114,6 +115,7 @@ else
   run demo_vs_adamw 7200 bench_demo.py --out "$out/demo_vs_adamw.json"
   run faults 7200 faults.py --out "$out/faults.json"
   run campaign 7200 campaign.py --out "$out/campaign.json"
+  run checkpoint 3600 bench_checkpoint.py --out "$out/checkpoint.json"
   run any_to_any 7200 any_to_any.py --out "$out/any_to_any.json"
 fi
 run plots 60 plots.py --results "$out" --out "$plots"

@@ -1,7 +1,7 @@
 """Checkpoints: folders with checksums that any layout on any number of ranks loads.
 
 `tree` matches nested states by key, `folder` saves and loads; below it `manifest` says which files
-there are, `files` has their digests, `index` and `storage` stand between them and
+there are, `files` has their digests, `archive`, `index` and `storage` stand between them and
 torch.distributed.checkpoint, and run nothing of what they read. `full_state` gathers whole tensors
 for torch.save.
 """

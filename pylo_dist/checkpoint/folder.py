@@ -208,10 +208,8 @@ def load(
     loaded = {key: tree.with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
     for key, value in state.items():
-        if isinstance(value, torch.optim.Optimizer):
-            tree.give(loaded[key])
         if tree.is_stateful(value):
-            tree.unwrapped(value).load_state_dict(loaded[key])
+            tree.load_into(value, loaded[key])
     return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, dict(
         found.meta
     )

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts.plain import is_dtensor, mark_part, part_of
-from ..optimizer import LearnedOptimizer, sharded_state
+from ..optimizer import LearnedOptimizer
 from ..optimizer.loading import check_names, matched_groups
-from ..optimizer.sharded_state import MASTER, wrap_element
+from ..optimizer.sharded_state import MASTER, given, wrap_element
 from .flat_model import FlatModel
 
 
@@ -98,11 +98,15 @@ def aside(value: Any) -> Any:
     return [aside(entry) for entry in value] if isinstance(value, list) else value
 
 
-def give(value: Any) -> None:
-    """Let an optimizer keep the tensors of a tree, which are nobody else's: no second copy."""
-    for _, entry in _leaves(value):
-        if isinstance(entry, Tensor):
-            sharded_state.give(entry)
+def load_into(value: Any, state: dict[str, Any]) -> None:
+    """Through `load_state_dict`. Our optimizers keep the tensors of `state`, which are nobody
+    else's: no second copy.
+    """
+    tensors: list[Tensor] = []
+    if isinstance(value, torch.optim.Optimizer) and _is_ours(value):
+        tensors = [entry for _, entry in _leaves(state) if isinstance(entry, Tensor)]
+    with given(tensors):
+        unwrapped(value).load_state_dict(state)
 
 
 @dataclass(frozen=True, slots=True)

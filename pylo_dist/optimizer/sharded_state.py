@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -218,9 +219,18 @@ def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tens
     return local
 
 
-def give(source: Tensor) -> None:
-    """Let whoever loads `source` keep its memory, which nobody else has; the first one alone."""
-    source._pylo_given = True  # type: ignore[attr-defined]
+@contextmanager
+def given(sources: Sequence[Tensor]) -> Iterator[None]:
+    """Around loading: whoever loads a tensor of these keeps its memory, which nobody else has; the
+    first one alone.
+    """
+    for source in sources:
+        source._pylo_given = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.__dict__.pop("_pylo_given", None)
 
 
 def _given(source: Tensor, field: StateField, shard: TensorShard) -> Tensor | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_builds
+import bench_checkpoint
 import bench_memory
 import bench_train
 import plots
@@ -35,6 +36,7 @@ from trainees import TINY
 
 from pylo_dist.adapters.zero.buckets import ALIGNMENT
 from pylo_dist.adapters.zero.gathering import PendingParameter
+from pylo_dist.checkpoint.files import DIGESTS
 from support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -436,3 +438,16 @@ def test_two_builds_are_measured_in_turns(tmp_path: Path) -> None:
     (row,) = result["rows"]
     assert 0.1 < row["ratio"] < 10  # the same build twice
     assert not [key for key in record.REQUIRED if not json.loads(out.read_text()).get(key)]
+
+
+def test_checkpoints_are_measured_beside_those_of_torch(tmp_path: Path) -> None:
+    out, words = tmp_path / "checkpoint.json", ["--turns", "1", "--width", "32", "--layers", "1"]
+    result = bench_checkpoint.main([*words, "--disk", str(tmp_path), "--out", str(out)])
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert not [key for key in record.REQUIRED if not json.loads(out.read_text()).get(key)]
+    for row in result["rows"]:
+        assert row["digest"] in DIGESTS
+        for what in ("save", "load"):
+            ours, torchs = (row[f"{by}{what}_mb_per_cpu_s"] for by in ("", "dcp_"))
+            assert ours > 0
+            assert row[f"{what}_ratio"] == pytest.approx(ours / torchs, rel=0.1)

@@ -31,6 +31,7 @@ import pylo_dist
 from pylo_dist import checkpoint
 from pylo_dist.checkpoint import CheckpointError, archive, files, manifest
 from pylo_dist.checkpoint import folder as checkpoint_folder
+from pylo_dist.optimizer import sharded_state
 from support.layouts import differing
 from support.optimizers import small_fc
 from support.pickles import Loud
@@ -542,8 +543,6 @@ def test_plain_tensors_are_read_to_where_they_belong(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory in between, and no second copy in the optimizer's load_state_dict."""
-    from pylo_dist.optimizer import sharded_state
-
     loads, load = [], torch.load
 
     def counted(file: Any, **settings: Any) -> Any:
@@ -569,23 +568,31 @@ def test_plain_tensors_are_read_to_where_they_belong(
 
 
 def test_memory_that_is_given_away_has_one_taker() -> None:
-    from pylo_dist.checkpoint import tree
+    def places(*optimizers: Any) -> list[set[int]]:
+        return [{t.data_ptr() for s in o.state.values() for t in s.values()} for o in optimizers]
 
-    one, other = pair()["optimizer"], pair(1)["optimizer"]
-    state = one.state_dict()
-    given = copy.deepcopy(state)
-    tree.give(given)
-    for optimizer in (one, other):
-        optimizer.load_state_dict(given)
-    places = [
-        {t.data_ptr() for entries in o.state.values() for t in entries.values()}
-        for o in (one, other)
-    ]
-    assert not places[0] & places[1]
-    assert not differing(
-        numbers({"model": nn.Identity(), "optimizer": one}),
-        numbers({"model": nn.Identity(), "optimizer": other}),
-    )
+    one, other, last = (pair(seed)["optimizer"] for seed in range(3))
+    given = copy.deepcopy(one.state_dict())
+    tensors = [t for entries in given["state"].values() for t in entries.values()]
+    with sharded_state.given(tensors):
+        one.load_state_dict(given)
+        other.load_state_dict(given)
+    last.load_state_dict(given)
+    found = places(one, other, last)
+    assert found[0] == {t.data_ptr() for t in tensors}
+    assert not found[0] & found[1]
+    assert not found[0] & found[2]
+    assert not differing(*(numbers({"model": nn.Identity(), "optimizer": o}) for o in (one, last)))
+
+
+def test_no_mark_stays_on_what_torchs_optimizers_load(tmp_path: Path) -> None:
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "a", {"optimizer": optimizer})
+    checkpoint.load(tmp_path / "a", {"optimizer": optimizer})
+    assert not [t for s in optimizer.state.values() for t in s.values() if vars(t)]
 
 
 def test_a_verified_file_reads_like_any_other(tmp_path: Path) -> None:
