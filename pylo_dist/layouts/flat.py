@@ -66,6 +66,13 @@ class FlatPiece(torch.nn.Parameter):
         self.requires_grad = requires_grad
         return self
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        # torch's set_optimizer_state_dict, which looks for the model's own, ends in a KeyError
+        return (
+            f"FlatPiece({tuple(self.shape)} of a flat parameter; load states with FullyShardedData"
+            "Parallel.optim_state_dict_to_load and load_state_dict, or pylo_dist.checkpoint)"
+        )
+
     def __deepcopy__(self, memo: object) -> FlatPiece:
         raise TypeError(
             "a piece of a flat parameter of FullyShardedDataParallel has no copy of its own: build "
@@ -198,14 +205,33 @@ def opened(groups: Sequence[Any], names: bool) -> list[Any]:
     flats = [param for _, param in map(_pair, _entries(groups)) if fsdp1.is_flat(param)]
     if not flats:
         return list(groups)
-    order = _Order(map(fsdp1.unit_of, flats))
-    names = names and all(map(order.knows, map(_pair, _entries(groups))))
+    tree = Tree(_outermost(list(map(fsdp1.unit_of, flats))))
+    names = names and all(
+        name is not None or fsdp1.is_flat(param) or tree.find(param) is not None
+        for name, param in map(_pair, _entries(groups))
+    )
     return [
-        {**group, "params": order.opened(group["params"], names)}
+        {**group, "params": _opened(group["params"], names, tree)}
         if isinstance(group, dict)
-        else order.opened(group, names)
+        else _opened(group, names, tree)
         for group in groups
     ]
+
+
+def _opened(entries: Any, names: bool, tree: Tree) -> list[Any]:
+    found: list[tuple[int, Any]] = []
+    for entry in entries if isinstance(entries, (list, tuple)) else [entries]:
+        name, param = _pair(entry)
+        if not fsdp1.is_flat(param):
+            place, own = tree.find(param) or (len(tree), "")
+            found.append((place, (own, param) if name is None and names else entry))
+            continue
+        for inner, piece in pieces_of(param):
+            place, own = tree.find(piece) or (len(tree), inner)
+            if name is not None:
+                own = name.removesuffix(fsdp1.FLAT) + inner
+            found.append((place, (own, piece) if names or name is not None else piece))
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
 
 def _entries(groups: Sequence[Any]) -> Iterator[Any]:
@@ -219,59 +245,41 @@ def _pair(entry: Any) -> tuple[str | None, Any]:
     return entry if named else (None, entry)
 
 
-class _Order:
-    """Names and places of parameters in the outermost modules that hold some units."""
-
-    def __init__(self, units: Iterable[Any]) -> None:
-        every = [(unit, {id(m) for m in unit.modules()}) for unit in fsdp1.wrapped()]
-        self._prefixes: dict[int, str] = {}  # by unit
-        self._names: dict[int, str] = {}  # of parameters that are in no unit
-        self._places: dict[Any, int] = {}
-        for unit in units:
-            if id(unit) in self._prefixes:
-                continue
-            around = [(other, held) for other, held in every if id(unit) in held]
-            self._look(max(around, key=lambda entry: len(entry[1]))[0])
-
-    def _look(self, root: Any) -> None:
-        flattened: dict[int, list[tuple[int, int]]] = {}
-        for name, module in root.named_modules():
-            if fsdp1.is_unit(module):
-                self._prefixes[id(module)] = _cleaned(name)
-                for place, (owner, _) in enumerate(fsdp1.modules_in(module)):
-                    flattened.setdefault(id(owner), []).append((id(module), place))
-        for name, module in root.named_modules():
-            for own, param in module._parameters.items():
-                if param is not None and not fsdp1.is_flat(param):
-                    self._names.setdefault(id(param), _cleaned(name) + own)
-                    self._places.setdefault(id(param), len(self._places))
-            for key in flattened.get(id(module), ()):
-                self._places.setdefault(key, len(self._places))
-
-    def knows(self, pair: tuple[str | None, Any]) -> bool:
-        """Whether an entry has a name, or can be given one."""
-        name, param = pair
-        return name is not None or fsdp1.is_flat(param) or id(param) in self._names
-
-    def opened(self, entries: Any, names: bool) -> Any:
-        if not isinstance(entries, (list, tuple)):
-            entries = [entries]
-        found: list[tuple[int, Any]] = []
-        for entry in entries:
-            name, param = _pair(entry)
-            if not fsdp1.is_flat(param):
-                if name is None and names and isinstance(param, Tensor):
-                    entry = (self._names[id(param)], param)
-                found.append((self._places.get(id(param), len(self._places)), entry))
-                continue
-            unit = fsdp1.unit_of(param)
-            prefix = self._prefixes[id(unit)] if name is None else name.removesuffix(fsdp1.FLAT)
-            for place, (own, piece) in enumerate(pieces_of(param)):
-                named = (prefix + own, piece) if names or name is not None else piece
-                found.append((self._places[id(unit), place], named))
-        return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+def _outermost(units: Sequence[Any]) -> list[Any]:
+    """The outermost wrapped modules around these units."""
+    every = [(module, {id(inner) for inner in module.modules()}) for module in fsdp1.wrapped()]
+    found: dict[int, Any] = {}
+    for unit in units:
+        around = [entry for entry in every if id(unit) in entry[1]]
+        root = max(around, key=lambda entry: len(entry[1]))[0]
+        found[id(root)] = root
+    return list(found.values())
 
 
-def _cleaned(path: str) -> str:
-    """What the names of a module's parameters begin with, without what units put there."""
-    return (path + "." if path else "").replace(fsdp1.PREFIX, "")
+class Tree:
+    """The parameters of some modules as they were before FSDP1 wrapped them: their order, and their
+    names from those modules on.
+    """
+
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self._found: dict[Any, tuple[int, str]] = {}
+        for root in roots:
+            held: dict[int, list[tuple[Any, str]]] = {}  # by module, what a unit holds of it
+            for module in filter(fsdp1.is_unit, root.modules()):
+                for place, (owner, own) in enumerate(fsdp1.modules_in(module)):
+                    held.setdefault(id(owner), []).append(((id(module), place), own))
+            for path, module in root.named_modules():
+                before = (path + "." if path else "").replace(fsdp1.PREFIX, "")
+                own_params = [(id(p), own) for own, p in module._parameters.items()]
+                for key, own in [*own_params, *held.get(id(module), ())]:
+                    self._found.setdefault(key, (len(self._found), before + own))
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def find(self, param: Any) -> tuple[int, str] | None:
+        """The place of a parameter among all and its name, or None."""
+        if isinstance(param, FlatPiece):
+            unit, place = fsdp1.place_of(param)
+            return self._found.get((id(unit), place))
+        return self._found.get(id(param))

@@ -31,7 +31,7 @@ from .objects import living
 PREFIX = "_fsdp_wrapped_module."  # what a unit puts before the names of its parameters
 FLAT = "_flat_param"  # what it calls the flat one
 
-# private names of torch: of a unit, of its handle, and of the handle's flat parameter
+# private names of torch: of a unit, of its handle, of the handle's flat parameter, of the class
 _NAMES = {
     "handle": "_handle",
     "group": "process_group",
@@ -49,11 +49,15 @@ _NAMES = {
     "names": "_fqns",
     "size": "_sharded_size",
     "local": "_local_shard",
+    "save": "_optim_state_dict_impl",
+    "load": "_optim_state_dict_to_load_impl",
     "tied": "_shared_params",
     "tied_infos": "_shared_param_infos",
     "in_shards": "needs_unshard",
     "free": "_free_unsharded_flat_param",
 }
+
+_OURS = "_pylo_dist"  # on a function that took the place of torch's
 
 # a weak reference to the unit of a parameter, which holds that and would keep itself, and the
 # parameter's number in it; a flat one is number 0
@@ -132,6 +136,11 @@ def adopt(param: Tensor, unit: Any, place: int) -> None:
     _known[param] = (weakref.ref(unit), place)
 
 
+def place_of(param: Tensor) -> tuple[Any, int]:
+    """The unit of a flattened parameter and its number there. Raises ValueError as `unit_of`."""
+    return unit_of(param), _known[param][1]
+
+
 def _known_unit(param: Tensor) -> Any:
     return _known[param][0]() if param in _known else None
 
@@ -188,6 +197,23 @@ def reduced_of(flat: Tensor) -> Tensor | None:
     """
     grad = flat.grad
     return grad if grad is not None and grad.shape == _of_torch(flat, "size") else None
+
+
+def exchange(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put what `make` makes of a static function of FullyShardedDataParallel in its place, once.
+
+    Args:
+        name: "save" or "load", which all functions for states of optimizers go through.
+
+    Raises:
+        ValueError: this torch has none of that name.
+    """
+    kind = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+    held = _of_torch(kind, name)
+    if not hasattr(held, _OURS):
+        ours = make(held)
+        setattr(ours, _OURS, True)
+        setattr(kind, _NAMES[name], staticmethod(ours))
 
 
 def releases(params: Iterable[Tensor]) -> list[Callable[[], None]]:
@@ -327,8 +353,7 @@ def _shape(param: Tensor) -> tuple[int, ...]:
     """The global shape."""
     if not is_flattened(param):
         return tuple(param.shape)
-    unit = unit_of(param)
-    return shape_at(unit, _known[param][1])
+    return shape_at(*place_of(param))
 
 
 def shape_at(unit: Any, place: int) -> tuple[int, ...]:
@@ -354,8 +379,7 @@ def shards_of(fqn: str, param: Tensor) -> tuple[tuple[TensorShard, ...], Any]:
     Raises:
         ValueError: torch lays them out in another way, or the parameter is not in its shards now.
     """
-    unit = unit_of(param)
-    peers, group = shards_at(fqn, unit, _known[param][1])
+    peers, group = shards_at(fqn, *place_of(param))
     shard = peers[comm.rank(group)]
     if tuple(param.shape) != (shard.numel,):
         raise ValueError(
