@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import comm
 from ..layouts import fsdp1
+from ..layouts.flat import pieces_of
 from ..optimizer.sharded_state import ShardedState, copy_elements
 
 
@@ -23,10 +24,11 @@ class FlatModel:
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """`value` itself unless it is a model with sharded units."""
-        if isinstance(value, nn.Module) and any(map(fsdp1.is_sharded, value.parameters())):
-            return cls(value)
-        return value
+        """`value` itself unless it is a model with sharded units, or with flat parameters alone."""
+        if not isinstance(value, nn.Module):
+            return value
+        units = any(fsdp1.is_flat(p) or fsdp1.is_sharded(p) for p in value.parameters())
+        return cls(value) if units else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name; they share the model's memory.
@@ -49,10 +51,16 @@ class FlatModel:
                 for name, buffer in module._buffers.items()
                 if name not in module._non_persistent_buffers_set
             ]
+            inside = f"{prefix}." if prefix else ""
             for name, tensor in named:
-                if tensor is not None and not fsdp1.is_flat(tensor):
-                    fqn = f"{prefix}.{name}" if prefix else name
-                    yield from self._entry(fqn.replace(fsdp1.PREFIX, ""), tensor)
+                if tensor is not None and fsdp1.is_flat(tensor):
+                    pieces = dict(pieces_of(tensor))
+                    places = list(pieces)
+                    for tied, place in fsdp1.tied_in(fsdp1.unit_of(tensor)):
+                        pieces[tied] = pieces[places[place]]
+                    named += pieces.items()
+                elif tensor is not None:
+                    yield from self._entry((inside + name).replace(fsdp1.PREFIX, ""), tensor)
 
     def _entry(self, fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         if not fsdp1.is_sharded(tensor):

@@ -13,7 +13,7 @@ from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
 from ..layouts.describe import domain_of
 from ..layouts.plain import is_dtensor
-from ..optimizer.sharded_state import ShardedState
+from ..optimizer.sharded_state import ShardedState, whole_tensor
 
 
 def full_state_dict(optimizer: torch.optim.Optimizer, *, rank0_only: bool = True) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _gathered(
         if isinstance(value, list):
             return [whole(entry) for entry in value]
         if isinstance(value, ShardedState):
-            value = _whole_tensor(value, bindings[value.shard.fqn], wanted)
+            value = whole_tensor(value, bindings[value.shard.fqn], wanted)
         elif is_dtensor(value):
             value = value.full_tensor()
         if isinstance(value, Tensor) and wanted:
@@ -98,23 +98,3 @@ def _gathered(
 
     result: dict[str, Any] = whole(tree)
     return result if wanted else {}
-
-
-def _whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Tensor | None:
-    """A state tensor whole, from the ranks that have its pieces; None where it is not wanted."""
-    result = state.local.new_empty(state.shape) if wanted else None
-    for source, peer in enumerate(binding.peers or (binding.shard,)):
-        if peer.numel:
-            piece = (
-                state.local
-                if source == binding.rank
-                else state.local.new_empty((*state.copies, peer.numel))
-            )
-            if binding.group is not None:
-                comm.broadcast(piece, source, binding.group)
-            if result is not None:
-                for offsets, view in ShardedState(piece, state.copies, peer).parts():
-                    result[
-                        tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))
-                    ] = view
-    return result

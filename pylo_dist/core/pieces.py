@@ -86,6 +86,21 @@ _read, _caller = _GRAD.__get__, sys._getframe  # this is asked for every piece i
 _CLIPPING = frozenset(_codes(inspect.unwrap(torch.nn.utils.clip_grad_norm_).__code__))
 
 
+def check_reader(piece: Tensor, code: CodeType) -> None:
+    """Raise ValueError if the code that reads the gradient of a piece is torch's clip_grad_norm_,
+    and other ranks have the rest of it: it would bound the norm of this rank's pieces, and where no
+    rank's is too large, nothing of it could be seen later.
+    """
+    if id(code) in _CLIPPING:
+        binding = bound_shard(piece)
+        if binding is not None and binding.group is not None:
+            raise ValueError(
+                "torch's clip_grad_norm_ would take the norm of this rank's pieces alone, which"
+                " is another on every rank: clip with pylo_dist.clip_grad_norm_(optimizer, "
+                "max_norm), or with max_grad_norm= of a learned optimizer"
+            )
+
+
 class PieceParameter(torch.nn.Parameter):
     """The local 1-D piece of a model's parameter `whole`, equal to it as a key.
 
@@ -93,22 +108,14 @@ class PieceParameter(torch.nn.Parameter):
     all torch's `get_optimizer_state_dict` and `set_optimizer_state_dict`. Compared with anything
     else it is an ordinary tensor.
 
-    Where other ranks have the rest, torch's `clip_grad_norm_` is a ValueError: it would bound the
-    norm of this rank's pieces, and where no rank's is too large, nothing of it could be seen later.
+    Where other ranks have the rest, torch's `clip_grad_norm_` is a ValueError (`check_reader`).
     """
 
     whole: Tensor
 
     @property
     def grad(self) -> Tensor | None:
-        if id(_caller(1).f_code) in _CLIPPING:
-            binding = bound_shard(self)
-            if binding is not None and binding.group is not None:
-                raise ValueError(
-                    "torch's clip_grad_norm_ would take the norm of this rank's pieces alone, which"
-                    " is another on every rank: clip with pylo_dist.clip_grad_norm_(optimizer, "
-                    "max_norm), or with max_grad_norm= of a learned optimizer"
-                )
+        check_reader(self, _caller(1).f_code)
         grad: Tensor | None = _read(self)
         return grad
 

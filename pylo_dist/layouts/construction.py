@@ -24,6 +24,7 @@ from ..core.pieces import ShardBinding
 from . import fsdp1
 from .describe import domain_of
 from .dtensor import check_domain
+from .flat import opened
 from .plain import is_dtensor
 
 LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
@@ -49,12 +50,13 @@ class Announced(ABCMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("params")
         params = _as_lists(given)  # looked at here, and again by the constructor
-        if args:
-            args = (params, *args[1:])
-        elif "params" in kwargs:
-            kwargs["params"] = params
         with _failures_told(lambda: _groups_of(params)):
             check_ordered(params)
+            params = _opened(params)
+            if args:
+                args = (params, *args[1:])
+            elif "params" in kwargs:
+                kwargs["params"] = params
             made = super().__call__(*args, **kwargs)
         named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
         made.given = {key: value for key, value in named.items() if key not in _NOT_GIVEN}
@@ -74,6 +76,8 @@ def announced(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
         ):
             check_ordered([group], len(optimizer.param_groups))
+            others = [other for other in optimizer.param_groups if other["params"]]
+            group = opened([group], all("param_names" in other for other in others))[0]
             add_param_group(optimizer, group)
 
     return wrapped
@@ -206,6 +210,15 @@ def _as_lists(params: Any) -> Any:
         else _unwrapped(entry)
         for entry in params
     )
+
+
+def _opened(params: Any) -> Any:
+    """All parameters or groups of a constructor, as `opened`."""
+    if not isinstance(params, (list, tuple)):
+        return params
+    if any(isinstance(entry, dict) for entry in params):
+        return opened(params, True)
+    return opened([params], True)[0]
 
 
 def _unwrapped(entry: Any) -> Any:

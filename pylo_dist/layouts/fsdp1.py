@@ -1,10 +1,11 @@
-"""Parameters of torch's `FullyShardedDataParallel` (FSDP1, `use_orig_params=True`): where their
-local elements lie. Reads the wrapped modules' handles, by private names of torch, all in this file.
+"""Parameters of torch's `FullyShardedDataParallel` (FSDP1): where their local elements lie. Reads
+the wrapped modules' handles, by private names of torch, all in this file.
 
 FSDP1 lays the parameters of a unit one behind the other, with padding where addresses want it, and
 cuts that flat tensor into equal chunks, one per rank. So a rank holds a flat interval of each
-parameter, often of no elements, and its `.data` is that interval as a 1-D tensor. Where a unit is
-not sharded (NO_SHARD) parameters are whole, and their gradients averaged, as under DDP.
+parameter, often of no elements. With `use_orig_params=True` its `.data` is that interval as a 1-D
+tensor, without there is the flat tensor alone, of which `flat` makes such parameters. Where a unit
+is not sharded (NO_SHARD) parameters are whole, and their gradients averaged, as under DDP.
 
 Legend: a *unit* is a wrapped module with the parameters that it holds flat.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -28,8 +29,9 @@ from ..core.shards import TensorShard
 from .objects import living
 
 PREFIX = "_fsdp_wrapped_module."  # what a unit puts before the names of its parameters
+FLAT = "_flat_param"  # what it calls the flat one
 
-# private names of torch: of a unit, of its handle, and of the handle's flat parameter
+# private names of torch: of a unit, of its handle, of the handle's flat parameter, of the class
 _NAMES = {
     "handle": "_handle",
     "group": "process_group",
@@ -42,14 +44,24 @@ _NAMES = {
     "sizes": "_numels_with_padding",
     "paddings": "_is_padding_mask",
     "places": "_shard_param_infos",
+    "plain": "_contiguities",
+    "changed": "_param_extensions",
+    "names": "_fqns",
+    "size": "_sharded_size",
+    "local": "_local_shard",
+    "save": "_optim_state_dict_impl",
+    "load": "_optim_state_dict_to_load_impl",
     "tied": "_shared_params",
     "tied_infos": "_shared_param_infos",
     "in_shards": "needs_unshard",
     "free": "_free_unsharded_flat_param",
 }
 
-# weak references to the units of parameters: a unit holds its parameters, and would keep itself
-_units: Any = WeakIdKeyDictionary()
+_OURS = "_pylo_dist"  # on a function that took the place of torch's
+
+# a weak reference to the unit of a parameter, which holds that and would keep itself, and the
+# parameter's number in it; a flat one is number 0
+_known: Any = WeakIdKeyDictionary()
 
 
 def is_flat(param: object) -> bool:
@@ -65,7 +77,19 @@ def is_flattened(param: object) -> bool:
 
 def is_sharded(param: Tensor) -> bool:
     """Whether FSDP1 has cut this parameter into intervals. Raises ValueError as `unit_of`."""
-    return is_flattened(param) and bool(_of_torch(_handle(unit_of(param)), "sharded"))
+    return is_flattened(param) and is_cut(unit_of(param))
+
+
+def is_cut(unit: Any) -> bool:
+    """Whether a unit is sharded."""
+    return bool(_of_torch(_handle(unit), "sharded"))
+
+
+def is_unit(module: object) -> bool:
+    """Whether this is a wrapped module that holds parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapped = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    return wrapped and _handle(module) is not None
 
 
 def unit_of(param: Tensor) -> Any:
@@ -78,12 +102,8 @@ def unit_of(param: Tensor) -> Any:
     """
     unit = _known_unit(param)
     if unit is None:
-        kind = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-        for other in living((kind,)):
-            handle = _handle(other)
-            if handle is not None:
-                for held in (*_flat(handle, "params"), *_flat(handle, "tied")):
-                    _units[held] = weakref.ref(other)
+        for other in filter(is_unit, wrapped()):
+            _remember(other)
         unit = _known_unit(param)
     if unit is None:
         raise ValueError(
@@ -93,13 +113,107 @@ def unit_of(param: Tensor) -> Any:
     return unit
 
 
+def wrapped() -> list[Any]:
+    """All wrapped modules there are in the process; those without parameters of their own are no
+    units.
+    """
+    return living((sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel,))
+
+
+def _remember(unit: Any) -> None:
+    handle = _handle(unit)
+    infos = [(info.module, info.param_name) for info in _flat(handle, "infos")]
+    mine = [(_of_torch(handle, "flat"), 0)]
+    mine += [(param, place) for place, param in enumerate(_flat(handle, "params"))]
+    for info, param in zip(_flat(handle, "tied_infos"), _flat(handle, "tied"), strict=False):
+        mine.append((param, infos.index((info.prim_module, info.prim_param_name))))
+    for param, place in mine:
+        adopt(param, unit, place)
+
+
+def adopt(param: Tensor, unit: Any, place: int) -> None:
+    """Take `param` for number `place` of the parameters of a unit."""
+    _known[param] = (weakref.ref(unit), place)
+
+
+def place_of(param: Tensor) -> tuple[Any, int]:
+    """The unit of a flattened parameter and its number there. Raises ValueError as `unit_of`."""
+    return unit_of(param), _known[param][1]
+
+
 def _known_unit(param: Tensor) -> Any:
-    return _units[param]() if param in _units else None
+    return _known[param][0]() if param in _known else None
 
 
 def units_of(params: Iterable[Tensor]) -> list[Any]:
     """The units that hold flattened parameters, each once. Raises ValueError as `unit_of`."""
     return list({id(unit): unit for unit in map(unit_of, params)}.values())
+
+
+def names_in(unit: Any) -> list[str]:
+    """The names of the parameters that a unit holds flat, from its wrapped module on, by number."""
+    return list(_flat(_handle(unit), "names"))
+
+
+def modules_in(unit: Any) -> list[tuple[Any, str]]:
+    """The module of each parameter that a unit holds flat and its name there, by number."""
+    return [(info.module, info.param_name) for info in _flat(_handle(unit), "infos")]
+
+
+def tied_in(unit: Any) -> Iterator[tuple[str, int]]:
+    """Further names of tied parameters that a unit holds flat, and the numbers of these."""
+    handle = _handle(unit)
+    infos = modules_in(unit)
+    for info in _flat(handle, "tied_infos"):
+        name = f"{info.module_name}.{info.param_name}" if info.module_name else info.param_name
+        yield name, infos.index((info.prim_module, info.prim_param_name))
+
+
+def flat_of(unit: Any) -> Any:
+    """The flat parameter of a unit where there are no others (`use_orig_params=False`), or None."""
+    handle = _handle(unit)
+    return None if _of_torch(_of_torch(handle, "flat"), "params") else _of_torch(handle, "flat")
+
+
+def local_of(flat: Tensor) -> Tensor:
+    """What this rank holds of a flat parameter, whatever torch has it stand for now; shares its
+    memory.
+
+    Raises:
+        ValueError: torch lays it out in another way.
+    """
+    local: Tensor = getattr(flat, _NAMES["local"], flat.data)  # it comes with the first pass
+    if local.shape != _of_torch(flat, "size"):
+        raise ValueError(
+            f"a flat parameter has {local.numel()} elements now, wanted this rank's "
+            f"{flat._sharded_size.numel()}: build the optimizer outside of summon_full_params"  # type: ignore[attr-defined]
+        )
+    return local
+
+
+def reduced_of(flat: Tensor) -> Tensor | None:
+    """The gradient of what this rank holds of a flat parameter; None where there is none, or none
+    yet: passes under no_sync leave that of the whole one.
+    """
+    grad = flat.grad
+    return grad if grad is not None and grad.shape == _of_torch(flat, "size") else None
+
+
+def exchange(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put what `make` makes of a static function of FullyShardedDataParallel in its place, once.
+
+    Args:
+        name: "save" or "load", which all functions for states of optimizers go through.
+
+    Raises:
+        ValueError: this torch has none of that name.
+    """
+    kind = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+    held = _of_torch(kind, name)
+    if not hasattr(held, _OURS):
+        ours = make(held)
+        setattr(ours, _OURS, True)
+        setattr(kind, _NAMES[name], staticmethod(ours))
 
 
 def releases(params: Iterable[Tensor]) -> list[Callable[[], None]]:
@@ -239,26 +353,12 @@ def _shape(param: Tensor) -> tuple[int, ...]:
     """The global shape."""
     if not is_flattened(param):
         return tuple(param.shape)
-    handle = _handle(unit_of(param))
-    return tuple(_flat(handle, "shapes")[_place(handle, param)])
+    return shape_at(*place_of(param))
 
 
-def _place(handle: Any, param: Tensor) -> int:
-    """The number of a parameter in its unit; of a tied one that of its first name."""
-    for i, other in enumerate(_flat(handle, "params")):
-        if other is param:
-            return i
-    shared = next(
-        info
-        for info, other in zip(_flat(handle, "tied_infos"), _flat(handle, "tied"), strict=True)
-        if other is param
-    )
-    first = (shared.prim_module, shared.prim_param_name)
-    return next(
-        i
-        for i, info in enumerate(_flat(handle, "infos"))
-        if (info.module, info.param_name) == first
-    )
+def shape_at(unit: Any, place: int) -> tuple[int, ...]:
+    """The global shape of a parameter of a unit, by its number."""
+    return tuple(_flat(_handle(unit), "shapes")[place])
 
 
 def _bind(fqn: str, param: Tensor, holders: Any, num_holders: int) -> ShardBinding:
@@ -279,26 +379,59 @@ def shards_of(fqn: str, param: Tensor) -> tuple[tuple[TensorShard, ...], Any]:
     Raises:
         ValueError: torch lays them out in another way, or the parameter is not in its shards now.
     """
-    unit = unit_of(param)
-    handle, group = _handle(unit), _group(unit)
-    place, ranks = _place(handle, param), comm.size(group)
-    paddings = _flat(handle, "paddings")
-    sizes = list(_flat(handle, "sizes"))
-    begins = [
-        begin
-        for begin, padding in zip([0, *accumulate(sizes)], paddings, strict=False)
-        if not padding
-    ]
-    chunk = -(-sum(sizes) // ranks)
-    shape, begin = _shape(param), begins[place]
-    numel = TensorShard.whole(fqn, shape).numel
-    cuts = [min(max(rank * chunk - begin, 0), numel) for rank in range(ranks + 1)]
-    peers = tuple(TensorShard.interval(fqn, shape, *cuts[rank : rank + 2]) for rank in range(ranks))
-    _check_place(fqn, param, peers[comm.rank(group)], _flat(handle, "places")[place])
+    peers, group = shards_at(fqn, *place_of(param))
+    shard = peers[comm.rank(group)]
+    if tuple(param.shape) != (shard.numel,):
+        raise ValueError(
+            f"{fqn!r} has shape {tuple(param.shape)} now, wanted its {shard.numel} elements: build "
+            "the optimizer outside of summon_full_params, and not between a forward pass and its "
+            "backward"
+        )
     return peers, group
 
 
-def _check_place(fqn: str, param: Tensor, shard: TensorShard, info: Any) -> None:
+def shards_at(fqn: str, unit: Any, place: int) -> tuple[tuple[TensorShard, ...], Any]:
+    """As `shards_of`, of a parameter of a unit by its number."""
+    handle, group = _handle(unit), _group(unit)
+    check_order(fqn, unit, place)
+    shape, ranks = shape_at(unit, place), comm.size(group)
+    begin, total = begin_at(unit, place), sum(_flat(handle, "sizes"))
+    chunk = -(-total // ranks)
+    numel = TensorShard.whole(fqn, shape).numel
+    cuts = [min(max(rank * chunk - begin, 0), numel) for rank in range(ranks + 1)]
+    peers = tuple(TensorShard.interval(fqn, shape, *cuts[rank : rank + 2]) for rank in range(ranks))
+    _check_place(fqn, peers[comm.rank(group)], _flat(handle, "places")[place])
+    return peers, group
+
+
+def begin_at(unit: Any, place: int) -> int:
+    """Where a parameter begins in the flat one of its unit, before that is cut."""
+    handle = _handle(unit)
+    begins: list[int] = [0, *accumulate(_flat(handle, "sizes"))]
+    both = zip(begins, _flat(handle, "paddings"), strict=False)
+    return [begin for begin, padding in both if not padding][place]
+
+
+def check_order(fqn: str, unit: Any, place: int) -> None:
+    """Raise ValueError for a parameter whose elements lie in another order than its own, or that is
+    the part of one which tensor parallelism has cut.
+    """
+    handle = _handle(unit)
+    if _flat(handle, "changed")[place] is not None:
+        raise ValueError(
+            f"{fqn!r} is a DTensor inside of FullyShardedDataParallel, which holds this rank's "
+            "part of it and nothing of the others': shard a model of DTensors with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    if not _flat(handle, "plain")[place]:
+        raise ValueError(
+            f"{fqn!r} was not contiguous when FullyShardedDataParallel took it (channels_last, a "
+            "transpose), and lies in its flat parameter in the order of its strides: make it "
+            "contiguous before, param.data = param.data.contiguous()"
+        )
+
+
+def _check_place(fqn: str, shard: TensorShard, info: Any) -> None:
     """Raise ValueError unless torch says the same of where this rank's elements lie."""
     theirs = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (None, 0)
     if theirs != (shard.start if shard.numel else None, shard.numel):
@@ -306,10 +439,4 @@ def _check_place(fqn: str, param: Tensor, shard: TensorShard, info: Any) -> None
             f"{fqn!r}: this rank should hold {shard.numel} elements from {shard.start} on, torch "
             f"{torch.__version__} says {theirs[1]} from {theirs[0]} on: its "
             "FullyShardedDataParallel lays parameters out in a way that is not known here"
-        )
-    if tuple(param.shape) != (shard.numel,):
-        raise ValueError(
-            f"{fqn!r} has shape {tuple(param.shape)} now, wanted its {shard.numel} elements: build "
-            "the optimizer outside of summon_full_params, and not between a forward pass and its "
-            "backward"
         )

@@ -74,7 +74,8 @@ def check_param(fqn: str, param: Tensor) -> None:
     if is_flat(param):
         raise ValueError(
             f"{fqn!r} is a flat parameter of FullyShardedDataParallel (FSDP1), which holds many "
-            "tensors as one: wrap the model with use_orig_params=True"
+            "tensors as one: build a learned optimizer on the wrapped model's parameters, or wrap "
+            "the model with use_orig_params=True"
         )
     whole = None if bound_shard(param) is not None else part_of(param)
     if whole not in (None, tuple(param.shape)):

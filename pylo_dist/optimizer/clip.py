@@ -12,6 +12,7 @@ from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
 from ..layouts.company import part_of
 from ..layouts.describe import describe_all
+from ..layouts.flat import opened
 from ..layouts.gradients import Settled, settle
 from ..layouts.plain import is_dtensor, local_tensor
 from .learned import LearnedOptimizer
@@ -118,7 +119,7 @@ def _part(optimizer_or_params: Any) -> str | None:
 
 
 def _described(params: list[Tensor]) -> list[tuple[ShardBinding, Tensor]]:
-    params = list(dict.fromkeys(params))
+    params = opened([list(dict.fromkeys(params))], False)[0]
     return list(
         zip(
             describe_all([(f"parameter {i}", param) for i, param in enumerate(params)]),

@@ -19,7 +19,7 @@ from ..core.rule import LearnedRule
 from ..core.state import StateField
 from ..layouts import construction, plain
 from ..weights import MetaNetwork
-from . import checks, loading
+from . import checks, fsdp1_states, loading
 from .callbacks import Closures, with_hooks
 from .early import EarlyPass
 from .engine import Clip, Engine, LossSum, Nonfinite
@@ -129,6 +129,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         ).clone()
         group.update(loading.marks_of(self.rule, self.weights))
         self._params.admit(group, bindings)
+        fsdp1_states.serve(group["params"], LearnedOptimizer)
         self._ready(enter=True)
         self._habits.look(type(self), self.param_groups)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import Collective
 from ..core.pieces import ShardBinding
 from ..core.rule import Batch, Item, LearnedRule
-from ..layouts import gradients, plain
+from ..layouts import flat, gradients, plain
 from ..layouts.gathered import releases_of
 from .engine import Clip, Engine, Nonfinite
 from .parameters import Groups, Parameters
@@ -60,6 +60,7 @@ class Lineup:
         self._bindings: dict[Tensor, ShardBinding] = {}
         self._key: list[tuple[int, int]] = []
         self._releases: list[Callable[[], None]] = []
+        self._pieces: list[flat.FlatPiece] = []
         self._held: list[Tensor] = []  # so that no other tensor gets the id of one in the key
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
@@ -83,12 +84,12 @@ class Lineup:
             binding, fields = described[param], self._parameters.fields[param]
             if not state[param]:
                 state[param] = self._parameters.new_state(param)
-            flat = {
+            local = {
                 name: fields[name].flat(plain.local_tensor(tensor))
                 for name, tensor in state[param].items()
             }
             dims = self.rule.dims(binding.shard.shape)
-            item = Item(plain.without_gradient(binding, param), flat, group, dims)
+            item = Item(plain.without_gradient(binding, param), local, group, dims)
             by_device.setdefault(param.device, []).append((param, item))
         if self.rule.needs_loss and len(by_device) > 1:
             raise ValueError(
@@ -104,6 +105,7 @@ class Lineup:
         self.bound = [(member.binding, member.param) for member in self.members]
         self._groups, self._bindings = list(groups), described
         self._releases = releases_of(params)
+        self._pieces = [param for param in params if isinstance(param, flat.FlatPiece)]
         self._key = _key(params, state)
         self._held = [tensor for param in params for tensor in state[param].values()]
         self.engine = Engine(
@@ -136,6 +138,7 @@ class Lineup:
         Returns:
             The problem, or the first that was met here.
         """
+        flat.follow(self._pieces)
         settled = yield from gradients.settle(self.bound)
         for member in self.members:
             binding, param, item = member.binding, member.param, member.item

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..core.pieces import ShardBinding, bound_shard
 from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
@@ -265,6 +266,28 @@ def copy_elements(source: Tensor, into: ShardedState) -> None:
             overlap = _overlap(offsets, target.shape, source_offsets, part.shape)
             if overlap is not None:
                 _narrow(target, offsets, overlap).copy_(_narrow(part, source_offsets, overlap))
+
+
+def whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Tensor | None:
+    """A state tensor whole, from the ranks that have its pieces, which all call it; None where it
+    is not wanted.
+    """
+    result = state.local.new_empty(state.shape) if wanted else None
+    for source, peer in enumerate(binding.peers or (binding.shard,)):
+        if peer.numel:
+            piece = (
+                state.local
+                if source == binding.rank
+                else state.local.new_empty((*state.copies, peer.numel))
+            )
+            if binding.group is not None:
+                comm.broadcast(piece, source, binding.group)
+            if result is not None:
+                for offsets, view in ShardedState(piece, state.copies, peer).parts():
+                    result[
+                        tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))
+                    ] = view
+    return result
 
 
 def covering_gap(source: Tensor, copies: Shape, shard: TensorShard) -> int:
