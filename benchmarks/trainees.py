@@ -59,12 +59,10 @@ def import_deepspeed() -> Any:
     # DeepSpeed asks for what launchers set
     os.environ["LOCAL_RANK"] = str(dist.get_rank() % max(1, torch.cuda.device_count()))
     import deepspeed
-    import deepspeed.ops
     from deepspeed.utils import logger
 
     import pylo_dist.deepspeed  # noqa: F401
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", module="deepspeed")  # it calls what newer torch deprecates
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

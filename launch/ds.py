@@ -47,21 +47,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def package() -> Any:
-    """DeepSpeed, which compiles nothing. Raises WrongInput where it or pylo_dist is missing or too
-    old.
+    """DeepSpeed, which pylo_dist.deepspeed keeps from compiling. Raises WrongInput where one of
+    the two is missing or too old.
     """
     try:
         import deepspeed
-        import deepspeed.ops
 
         import pylo_dist.deepspeed  # noqa: F401
     except ImportError as error:
         raise WrongInput(
             f"--deepspeed: {error}; install it: launch/setup.sh launch,deepspeed"
         ) from None
-    # found compatible, this operator would be built at the first run, and a build that was killed
-    # blocks all later ones
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # names it calls, by the thousand
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

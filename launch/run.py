@@ -40,6 +40,7 @@ from watch import (
     Row,
     Watch,
     check_folder,
+    escaped,
     is_leftover,
     open_folder,
     optional,
@@ -126,23 +127,23 @@ def finish(
     """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
     unit = options.unit()
     title = f"GPT-2 {options.preset}, {options.optimizer}"
-    with optional(watch.folder / "loss.png") as path:
-        plot(watch.rows, path, unit=unit, title=title)
+    plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
     sample = None
     if unit == "byte":
         start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
         drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
-        sample = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
+        text = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
+        sample = escaped(text)
         with optional(watch.folder / "sample.txt") as path:
-            path.write_text(sample)
+            path.write_text(sample, encoding="utf-8")
     more_ranks = command_for_more_ranks(config["command"], plan)
+    screen = summary(
+        watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample
+    )
+    # of a terminal that has not every letter
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with suppress(OSError):  # where it goes to may be full
-        print(
-            summary(
-                watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample
-            ),
-            flush=True,
-        )
+        print(screen.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def run(
@@ -190,15 +191,18 @@ def run(
         if watch is not None:
             watch.close()
     model = learner.whole_model(options)
-    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
-        finish(model, options, plan, watch, config)
+    unsaved = None
     if is_first:
-        try:
+        try:  # before the rest, which a run can do without
             (folder / DONE).write_text(f"{options.steps} steps\n")
         except OSError as error:
-            raise Unsaved(
+            unsaved = Unsaved(
                 f"the run is done, and {folder / DONE} cannot be written ({error.strerror})"
-            ) from None
+            )
+    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
+        finish(model, options, plan, watch, config)
+    if unsaved is not None:
+        raise unsaved
 
 
 def resume(

@@ -16,7 +16,6 @@ import sys
 import warnings
 from typing import Any
 
-import deepspeed.ops
 import torch
 import transformers
 from data import builtin_text
@@ -59,8 +58,6 @@ def main() -> None:
         "--local_rank", type=int, help="of DeepSpeed's launcher; in the environment too"
     )
     given = parser.parse_args()
-    # no operator of DeepSpeed is compiled at the start
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

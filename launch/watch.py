@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from options import Options, WrongInput
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
-DONE = "DONE"  # written last; launch/resume_loop.sh stops where it is
+DONE = "DONE"  # of a run that has all its steps; launch/resume_loop.sh stops where it is
 WRITTEN = ("config.json", METRICS, "optimizer.txt", "loss.png", "sample.txt", DONE)
 PLAIN_LINES = 20  # of a run whose stderr is no terminal
 Logger = Callable[[dict[str, float]], None]
@@ -117,6 +118,31 @@ def optional(path: Path) -> Iterator[Path]:
         tell(f"{path} cannot be written ({error.strerror}); the run goes on without it.")
 
 
+class Remaining:
+    """How long the steps that are left may take, from those since the first row."""
+
+    def __init__(self, steps: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._steps, self._now = steps, now
+        self._first: tuple[int, float] | None = None
+
+    def after(self, row: Row) -> str:
+        """As "0:42", "1:02:03" or "2 d 03:04:05"; validations and checkpoints count as they come.
+        The first row knows its own step alone.
+        """
+        if self._first is None:
+            self._first = row.step, self._now()
+        step, since = self._first
+        per_step = (
+            row.step_ms / 1e3 if row.step == step else (self._now() - since) / (row.step - step)
+        )
+        minutes, seconds = divmod(round(per_step * (self._steps - row.step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        days, hours = divmod(hours, 24)
+        if days:
+            return f"{days} d {hours:02}:{minutes:02}:{seconds:02}"
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 class Watch:
     """Shows and records rows as they come.
 
@@ -139,8 +165,8 @@ class Watch:
         """
         self.rows: list[Row] = list(earlier)
         self.folder = folder
-        self._val_loss = next(
-            (row.val_loss for row in reversed(self.rows) if row.val_loss is not None), None
+        self._measured = next(
+            (row for row in reversed(self.rows) if row.val_loss is not None), None
         )
         done = self.rows[-1].step if self.rows else 0
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
@@ -158,7 +184,7 @@ class Watch:
                 "another folder."
             ) from None
         self._plain_every = -(-options.steps // PLAIN_LINES)
-        self._steps = options.steps
+        self._steps, self._remaining = options.steps, Remaining(options.steps)
         for line in said:
             tell(line)
         # On a terminal tqdm redraws one line; elsewhere a plain line now and then reads better.
@@ -170,7 +196,8 @@ class Watch:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        self._val_loss = self._val_loss if row.val_loss is None else row.val_loss
+        self._measured = self._measured if row.val_loss is None else row
+        remaining = self._remaining.after(row)  # of every row: the first says when it all began
         values = row.as_dict()
         self._record(json.dumps(values) + "\n")
         for log in list(self._loggers):
@@ -180,7 +207,8 @@ class Watch:
                 self._loggers.remove(log)
                 tell(f"{self.folder}: a logger cannot write ({error}); the run goes on without it.")
         if self._bar is not None:
-            self._bar.set_postfix_str(self._line(row), refresh=False)
+            # it is redrawn, so a value stays in sight, with the step it is of
+            self._bar.set_postfix_str(_line(row, self._measured), refresh=False)
             self._bar.update()
         elif (
             row.step % self._plain_every == 0
@@ -189,7 +217,9 @@ class Watch:
         ):
             with suppress(OSError):  # where it goes to may be full
                 print(
-                    f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True
+                    f"step {row.step}/{self._steps}  {_line(row)}  {remaining} left",
+                    file=sys.stderr,
+                    flush=True,
                 )
 
     def _record(self, line: str) -> None:
@@ -208,13 +238,6 @@ class Watch:
         else:
             self._behind = False
 
-    def _line(self, row: Row) -> str:
-        val = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
-        return (
-            f"loss {row.loss:.4f}{val}  {row.tokens_per_s:,.0f} tokens/s  {row.step_ms:.0f} "
-            f"ms/step  optimizer {row.optimizer_ms / row.step_ms:.0%}"
-        )
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -227,6 +250,19 @@ class Watch:
         self._metrics.close()
         for close in self._closers:
             close()
+
+
+def _line(row: Row, measured: Row | None = None) -> str:
+    """A row in words; `measured`: the one with the last validation, where this has none."""
+    val = ""
+    if row.val_loss is not None:
+        val = f"  val {row.val_loss:.4f}"
+    elif measured is not None:
+        val = f"  val {measured.val_loss:.4f} at step {measured.step}"
+    return (
+        f"loss {row.loss:.4f}{val}  {row.tokens_per_s:,.0f} tokens/s  {row.step_ms:.0f} "
+        f"ms/step  optimizer {row.optimizer_ms / row.step_ms:.0%}"
+    )
 
 
 def _open_loggers(
@@ -268,8 +304,32 @@ def _open_loggers(
     return loggers, closers
 
 
+def escaped(text: str) -> str:
+    """`text` with what a terminal would obey, not show, as Python writes it: \\x1b. Newlines and
+    tabs stay.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def plot(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
-    """Draw training and validation loss against steps."""
+    """Draw training and validation loss against steps. A picture that cannot be drawn is one line:
+    the run is done without it.
+    """
+    try:
+        with optional(path):
+            _draw(rows, path, unit=unit, title=title)
+    except ImportError as error:
+        tell(
+            f"{path} was not drawn, since matplotlib cannot be imported ({error}): pip install "
+            "'pylo-dist[launch]', or matplotlib"
+        )
+    except Exception as error:  # of its fonts, caches and settings, which differ by machine
+        tell(f"{path} was not drawn ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
+def _draw(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # no display on servers
@@ -298,7 +358,7 @@ def summary(
     more_ranks: str,
     sample: str | None,
 ) -> str:
-    """The last screen of a run."""
+    """The last screen of a run. `sample`: text of the model, `escaped`."""
     last = rows[-1]
     tail = [row.loss for row in rows[-10:]]
     val = [row.val_loss for row in rows if row.val_loss is not None]
@@ -324,5 +384,5 @@ def summary(
         f"  more ranks  {more_ranks}",
     ]
     if sample is not None:
-        lines += ["  it writes", *("    | " + line[:100] for line in sample.splitlines()[:8])]
+        lines += ["  it writes", *("    | " + line[:100] for line in sample.split("\n")[:8])]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -123,6 +124,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
         f"pylo_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.machine()}"
     )
+    own = Path(__file__).resolve().parent
+    print(f"package: {own}")
+    for other in _others(own):
+        print(
+            f"warning: a second pylo_dist is {_told(other)}; what ran here is {_told(own)}. A "
+            "script started elsewhere, such as launch/gpt2.py, may import the other: python -m pip "
+            "install the one you want, or start from another folder"
+        )
     for i in range(torch.cuda.device_count()):
         print(
             f"cuda:{i}: {torch.cuda.get_device_name(i)}, "
@@ -134,6 +143,27 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(f"error: --require {arguments.require}: plain PyTorch ({reason})", file=sys.stderr)
         return OTHER
     return DONE
+
+
+def _others(own: Path) -> list[Path]:
+    """Folders of further packages of this name that Python could have imported: of the search path,
+    of an editable installation, or of the checkout that this command was started in.
+    """
+    specs = [PathFinder.find_spec("pylo_dist", [entry or "."]) for entry in sys.path]
+    for finder in sys.meta_path:  # where setuptools puts those that are installed editable
+        if finder is not PathFinder and hasattr(finder, "find_spec"):
+            specs.append(finder.find_spec("pylo_dist", None))
+    files = [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
+    here = Path.cwd()
+    files += [folder / "pylo_dist" / "__init__.py" for folder in (here, *here.parents)]
+    found = dict.fromkeys(file.resolve().parent for file in files if file.is_file())
+    return [folder for folder in found if folder != own]
+
+
+def _told(package: Path) -> str:
+    built = "with" if any(package.glob("_kernels_*")) else "without"
+    kind = "a checkout" if (package.parent / "pyproject.toml").is_file() else "installed"
+    return f"{package} ({kind}, {built} compiled passes)"
 
 
 def _one_line(error: Exception) -> str:

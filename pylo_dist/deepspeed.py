@@ -19,6 +19,10 @@ DeepSpeed has no hook for optimizers of others, so the import touches these name
         _is_supported_optimizer: registers what is new before an engine looks at its JSON
         _configure_optimizer: checks the JSON before it and makes of an optimizer object what the
             JSON's entry is, calls `attach` after it
+    deepspeed.comm.torch
+        build_shm_op: gives none, unless DeepSpeed was installed with it. On CPUs DeepSpeed compiles
+            this faster all-reduce in the first run, minutes in which it says nothing, waits forever
+            where an earlier build was killed, and fails without a compiler; gloo serves as well
 
 On an engine of its own, `attach` hooks the parameters, to know which of them have a gradient, and
 for optimizers that read the loss sets `engine.backward`, which keeps the loss it is given.
@@ -27,6 +31,7 @@ for optimizers that read the loss sets `engine.backward`, which keeps the loss i
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +77,10 @@ if (deepspeed.__version_major__, deepspeed.__version_minor__) < (0, 19):
 OPTIMIZERS: dict[str, type[DeepSpeedOptimizer]] = {}
 
 _shown: dict[str, type[DeepSpeedOptimizer]] = {}  # those that torch.optim holds now
-_replaced: dict[str, Any] = {}  # DeepSpeed's own methods while ours are in their place
+# DeepSpeed's own functions, by where they are, while ours are in their place
+_replaced: dict[tuple[Any, str], Any] = {}
+# not as an attribute of deepspeed.comm, which has torch itself under this name
+_backend = importlib.import_module("deepspeed.comm.torch")
 
 
 def register() -> None:
@@ -105,8 +113,9 @@ def register() -> None:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(held)
         _shown[name] = held
     if not _replaced:
-        _replace("_is_supported_optimizer", _is_supported_optimizer)
-        _replace("_configure_optimizer", _configure_optimizer)
+        _replace(DeepSpeedEngine, "_is_supported_optimizer", _is_supported_optimizer)
+        _replace(DeepSpeedEngine, "_configure_optimizer", _configure_optimizer)
+        _replace(_backend, "build_shm_op", _shm_op)
 
 
 def unregister() -> None:
@@ -114,7 +123,8 @@ def unregister() -> None:
     for name in list(_shown):
         _take_back(name)
     while _replaced:
-        setattr(DeepSpeedEngine, *_replaced.popitem())
+        (owner, name), original = _replaced.popitem()
+        setattr(owner, name, original)
 
 
 def _follow_registry() -> None:
@@ -133,15 +143,21 @@ def _take_back(name: str) -> None:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.remove(held)
 
 
-def _replace(method: str, own: Callable[..., Any]) -> None:
-    """Call `own(original, engine, ...)` in place of a method of DeepSpeed's engines."""
-    original = _replaced[method] = getattr(DeepSpeedEngine, method)
+def _replace(owner: Any, name: str, own: Callable[..., Any]) -> None:
+    """Call `own(original, ...)` in place of a function of DeepSpeed, a method with its engine."""
+    original = _replaced[owner, name] = getattr(owner, name)
 
     @functools.wraps(original)
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(original, self, *args, **kwargs)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return own(original, *args, **kwargs)
 
-    setattr(DeepSpeedEngine, method, called)
+    setattr(owner, name, called)
+
+
+def _shm_op(original: Callable[[], Any]) -> Any:
+    from deepspeed.git_version_info import installed_ops
+
+    return original() if installed_ops.get("deepspeed_shm_comm", False) else None
 
 
 def _is_supported_optimizer(original: Callable[..., bool], engine: Any, name: str) -> bool:

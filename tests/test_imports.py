@@ -22,7 +22,7 @@ FLOORS = (
     ("optimizer",),
     ("optim",),
     ("adapters", "checkpoint", "testing"),
-    ("deepspeed", "huggingface"),
+    ("deepspeed", "huggingface", "lightning"),
     ("__init__", "_moved", "__main__"),
 )
 GROUND = {"_version"}  # a number, for anybody

@@ -54,17 +54,16 @@ def use_kernels(enabled: bool) -> Iterator[None]:
 @cache
 def library(device_type: str) -> str:
     """Load the library for "cpu" or "cuda" and give "" or, where there is none, why not."""
-    if device_type == "cuda":
-        if library("cpu"):
-            return library("cpu")
-        if not torch.cuda.is_available():
-            return "no CUDA device"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
     found = sorted(Path(__file__).parents[1].glob(f"_kernels_{device_type}.*"))
     if not found:
         return (
             f"the {device_type} extension was not built (pip install --no-build-isolation with a "
             "compiler builds it)"
         )
+    if device_type == "cuda" and library("cpu"):  # where the operators are defined
+        return f"{found[-1].name} builds on that of the CPU, and {library('cpu')}"
     try:
         torch.ops.load_library(found[-1])
     except OSError as error:

@@ -109,6 +109,62 @@ def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(
     ]
 
 
+# What the README says, and a loop; ends as scripts do.
+USERS = """
+import json, sys
+import torch, deepspeed
+import pylo_dist.deepspeed
+
+for stage in range(4):
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+    config["optimizer"] = {"type": "AdafacLO", "params": {"weights": "demo"}}
+    path = f"{sys.argv[1]}/zero{stage}.json"
+    with open(path, "w") as file:
+        json.dump(config, file)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=path
+    )
+    generator = torch.Generator().manual_seed(1 + engine.global_rank)
+    x, y = (torch.randn(4, size, generator=generator).to(engine.device) for size in (16, 4))
+    losses = []
+    for _ in range(5):
+        loss = (engine(x) - y).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    with open(f"{sys.argv[1]}/{stage}.{engine.global_rank}.json", "w") as file:
+        json.dump(losses, file)
+"""
+
+
+def test_a_script_of_a_users_own(tmp_path: Path) -> None:
+    script, cache = tmp_path / "mine.py", tmp_path / "extensions"
+    script.write_text(USERS)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # as one leaves it who interrupts DeepSpeed's first run on a CPU: later ones wait for ever
+    env["TORCH_EXTENSIONS_DIR"] = str(cache)
+    (cache / "deepspeed_shm_comm").mkdir(parents=True)
+    (cache / "deepspeed_shm_comm" / "lock").touch()
+    for name in ("DS_ACCELERATOR", "DS_BUILD_OPS"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [*torchrun(2), str(script), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        found = [json.loads((tmp_path / f"{stage}.{rank}.json").read_text()) for stage in range(4)]
+        assert found[0][-1] < found[0][0]
+        for losses in found[1:]:  # sums of two ranks, in another order
+            assert losses == pytest.approx(found[0], rel=1e-5)
+    assert not list(cache.rglob("*.o"))
+
+
 def test_deepspeeds_own_launcher(tmp_path: Path, learned_weights: dict[str, Path]) -> None:
     words = [
         *COMMON,

@@ -4,6 +4,7 @@ was sent. Reads only.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
             f"DistributedDataParallel averages the gradient of {fqn!r} too, after ZeroOptimizer "
             "had sent it to the other ranks: train the model without DDP (ZeroOptimizer averages "
             "by itself), or give ZeroOptimizer the DDP module (stage=1), or build it with "
-            "overlap=False and stage=1"
+            f"overlap=False and stage=1{_lightnings_way()}"
         )
     return ValueError(
         f"the gradient of {fqn!r} was changed after backward had sent it to the other ranks (by "
@@ -38,6 +39,16 @@ def changed_after_it_left(fqn: str, param: Tensor) -> ValueError:
         "change the gradients in optimizer.param_groups instead, clip with "
         "pylo_dist.clip_grad_norm_, clear with optimizer.zero_grad(), or build ZeroOptimizer with "
         "overlap=False and stage=1"
+    )
+
+
+def _lightnings_way() -> str:
+    """What to do where the wrapper is none of the user's own lines."""
+    if "lightning.pytorch" not in sys.modules:
+        return ""
+    return (
+        "; in Lightning: Trainer(strategy=pylo_dist.lightning.ZeroStrategy()), or "
+        "ZeroOptimizer(self.trainer.strategy.model, ..., stage=1)"
     )
 
 
