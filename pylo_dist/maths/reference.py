@@ -442,8 +442,8 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
 
 def square_sums(x: Tensor) -> Tensor:
     """Float64 sums of squares over the last dim."""
-    wide = x.to(torch.float64)
-    return torch.sum(wide * wide, dim=-1)
+    x = x.to(torch.float64)
+    return torch.sum(x * x, dim=-1)
 
 
 def lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
@@ -649,6 +649,11 @@ def newton_schulz(
             else torch.baddbmm(x_BRC, p, x_BRC, beta=c0)
         )
     return x_BRC.view(shape)
+
+
+def wide(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter that may be a tensor, in float64: its products are then those of a float."""
+    return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
 def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -28,7 +28,7 @@ from ..maths.compiled import Updates
 from ..maths.factored import FactoredRule
 from ..maths.orthogonal import EPS_STEP, NewtonSchulz
 from ..maths.owners import OwnedMatrices
-from ..maths.reference import Network, StepTensors
+from ..maths.reference import Network, StepTensors, wide
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.checks import LARGEST, LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
@@ -47,7 +47,6 @@ from .arguments import (
     checked_numbers,
     decays,
     norm_bound,
-    wide,
 )
 
 # widths of the groups of features, each with a matrix of its own
