@@ -18,6 +18,8 @@ from .checkpoint.full_state import get_optimizer_state_dict as get_optimizer_sta
 from .comm import CommunicationError as CommunicationError
 from .comm import PeerError as PeerError
 from .optim.adafac import AdafacLO as AdafacLO
+from .optim.celo import Celo as Celo
+from .optim.celo import CeloAdam as CeloAdam
 from .optim.celo2 import CELO2 as CELO2
 from .optim.celo2 import ELO_CELO2 as ELO_CELO2
 from .optim.elo import ELO as ELO

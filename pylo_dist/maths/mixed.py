@@ -136,4 +136,4 @@ class MixedRule(ThreePassRule):
         steps = self.steps(batch)
         steps[:, 0].copy_(self._step_sizes)
         own = batch.on_device("network_of", tuple(range(len(batch.items))), torch.int64)
-        return Updates(self._mixed, own, steps.to(torch.float32))
+        return Updates(self._mixed.to(torch.float32), own, steps.to(torch.float32))

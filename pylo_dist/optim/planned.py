@@ -23,7 +23,7 @@ class PlannedOptimizer(LearnedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        checks.whole("num_steps", group["num_steps"], "the length of the run, an int >= 2", 2)
+        _check_length(group["num_steps"])
         limit, clamp = group.get("max_grad_norm"), reference.VELO.clamp
         if limit is not None and clamp is not None and limit > clamp:
             raise ValueError(f"max_grad_norm={limit!r}: wanted at most {clamp:g}, or None")
@@ -43,8 +43,7 @@ class PlannedOptimizer(LearnedOptimizer):
         Args:
             num_steps: the new length in steps, counted from the start.
         """
-        for group in self.param_groups:
-            self._check_group({**group, "num_steps": num_steps})
+        _check_length(num_steps)
         for group in self.param_groups:
             group["num_steps"] = num_steps
 
@@ -71,3 +70,21 @@ class PlannedOptimizer(LearnedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._steps_called = None
+
+
+class SingleRunOptimizer(PlannedOptimizer):
+    """One whose rule has a single schedule for the run, and so one length in all groups."""
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for i, other in enumerate(self.param_groups):
+            if other.get("num_steps", group["num_steps"]) != group["num_steps"]:
+                raise ValueError(
+                    f"num_steps={group['num_steps']} beside num_steps={other['num_steps']} in "
+                    f"parameter group {i}: wanted the same in all, since {type(self).__name__} has "
+                    "one schedule for the run; extend(num_steps) sets it in all"
+                )
+
+
+def _check_length(num_steps: Any) -> None:
+    checks.whole("num_steps", num_steps, "the length of the run, an int >= 2", 2)
