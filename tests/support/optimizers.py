@@ -57,8 +57,8 @@ class OptimizerCase:
         shares: of the largest one-step change, the layout tolerance in float32 and float64.
         variants: settings that take another way through it, by name: the fields in which they
             differ, `arguments` added to those here.
-        state_as: optimizers that together have the same kinds of state, and stand for it where every
-            layout loads what every other saved.
+        state_as: optimizers that together have the same kinds of state, and stand for it where
+            every layout loads what every other saved.
         cannot: what does not hold for it, by the word that a contract asks for, and why not.
     """
 
