@@ -144,7 +144,6 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         needs_loss=True,
         groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02}),
         reductions=1,
-        variants={"clipped": {"arguments": {"num_steps": 15, "max_grad_norm": 1.0}}},
         state_as=("CELO2", "Celo"),
         cannot=_LATE,
     ),
