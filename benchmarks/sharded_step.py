@@ -361,6 +361,7 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
         entry.bring_gradients()
         entry.step()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
+    own: dict[str, list[float]] = {name: [] for name in entries}
     names = list(entries)
     for number in range(settings.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -368,7 +369,9 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             entry.bring_gradients()
             dist.barrier()
             watch.start()
+            begin = time.thread_time()
             entry.step()
+            own[name].append(time.thread_time() - begin)
             taken[name].append(watch.stop())
     truths = {
         entry.rule: entry.tensors.values()
@@ -382,6 +385,7 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             differences[name] = max(float((a - b).abs().max()) for a, b in pairs)
     result = {
         "seconds": taken,
+        "own_seconds": own,
         "elements": {name: entry.elements for name, entry in entries.items()},
         "differences": differences,
         "absent": absent,
@@ -397,8 +401,9 @@ def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[
 
 
 def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank,
-    elements, by contender.
+    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, and of
+    the thread that steps (without those that send and receive) on the mean rank, elements, by
+    contender.
     """
     rows = {}
     for name in per_rank[0]["seconds"]:
@@ -410,6 +415,9 @@ def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings
             "step_ms": round(1e3 * median(wall), 3),
             "cpu_ms_busiest_rank": round(1e3 * max(cpu), 3),
             "cpu_ms_mean_rank": round(1e3 * fmean(cpu), 3),
+            "cpu_ms_own_thread": round(
+                1e3 * fmean(median(result["own_seconds"][name]) for result in per_rank), 3
+            ),
             "elements_max_over_mean": round(max(elements) / fmean(elements), 4),
             "largest_difference_from_replicated": max(
                 (r["differences"].get(name, 0.0) for r in per_rank), default=0.0
@@ -519,12 +527,14 @@ def table(run: dict[str, Any]) -> str:
             "slowest rank, ms",
             "CPU of the busiest rank, ms",
             "of the mean rank, ms",
+            "of its stepping thread, ms",
             "elements, max / mean",
         ]
     ]
     for name, row in run["contenders"].items():
         numbers = [
-            f"{row[key]:.1f}" for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank")
+            f"{row[key]:.1f}"
+            for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank", "cpu_ms_own_thread")
         ]
         lines.append([name, *numbers, f"{row['elements_max_over_mean']:.2f}"])
     return f"### {run['ranks']} ranks, {run['parameters']:,} parameters\n\n{markdown(lines)}"
