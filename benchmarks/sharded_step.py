@@ -401,9 +401,8 @@ def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[
 
 
 def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, and of
-    the thread that steps (without those that send and receive) on the mean rank, elements, by
-    contender.
+    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, and
+    there of the thread that steps, without those that send and receive; elements; by contender.
     """
     rows = {}
     for name in per_rank[0]["seconds"]:
