@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -45,7 +45,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pylo_dist
 from pylo_dist.core import trace
 from pylo_dist.maths import compiled
-from pylo_dist.weights import architecture_named
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = list[tuple[int, ...]]
@@ -92,16 +91,10 @@ def tensor_lists(blocks: int | None) -> dict[str, Shapes]:
     }
 
 
-def random_weights(architecture: str) -> dict[str, torch.Tensor]:
-    """Weights of the published sizes (LSTM 512, 256 sets of weights)."""
-    sizes = {"H": 512, "2H": 1024, "4H": 2048, "P": 256}
-    generator = torch.Generator().manual_seed(0)
-    shapes = architecture_named(architecture).shapes
-    return {
-        name: 0.05
-        * torch.randn([sizes[s] if isinstance(s, str) else s for s in shape], generator=generator)
-        for name, shape in shapes.items()
-    }
+def random_weights(architecture: str) -> Mapping[str, torch.Tensor]:
+    """Weights of VeLO's published sizes (LSTM 512, 256 sets of weights), of Celo's (64, 1)."""
+    sizes = {"velo": {"H": 512, "P": 256}, "celo": {"H": 64, "P": 1}, "celo_adam": {"H": 64}}
+    return pylo_dist.random_weights(architecture, sizes=sizes.get(architecture)).tensors
 
 
 class Calls(TorchDispatchMode):

@@ -1,7 +1,11 @@
 """The optimizer's step alone on several ranks: ours sharded, the same replicated, and how others
 deal the work out.
 
-Used by seed_figures.py. Every contender steps the same tensors with the same gradients, averaged
+Used by seed_figures.py; by itself it compares rules alone, ours and replicated:
+
+    python benchmarks/sharded_step.py --rules VeLO Celo --width 128 --blocks 12 --ranks 1 4
+
+Every contender steps the same tensors with the same gradients, averaged
 already; its step is timed with the publication of parameters. The exchange of gradients is left
 out: an all-reduce where whole tensors are dealt out or all is replicated, a reduce-scatter, half of
 that, where tensors are cut.
@@ -25,6 +29,7 @@ the steps the contenders with a rule's own weights are compared with the replica
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
@@ -32,6 +37,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -39,9 +45,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_step import pylo_makers, transformer
-from record import markdown
+from record import RESULTS, environment, markdown, write
 from torch import Tensor, nn
-from trainees import Stopwatch, device_of, optimizer_of
+from trainees import Stopwatch, device_of, on_ranks, optimizer_of
 
 import pylo_dist
 from pylo_dist.weights import load_weights
@@ -268,9 +274,9 @@ class Dion(Entry):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all ranks must know. `pylo`, `dion`: folders with their source. By default 3 in 10
-    elements are the embedding's, as in GPT-2 124M, with the default width and blocks of
-    seed_figures.py."""
+    """What all ranks must know. `pylo`, `dion`: folders with their source; `alone`: no contenders
+    but the rules. By default 3 in 10 elements are the embedding's, as in GPT-2 124M, with the
+    default width and blocks of seed_figures.py."""
 
     width: int
     blocks: int
@@ -279,6 +285,8 @@ class Settings:
     dion: str | None = None
     positions: int = 64
     vocabulary: int = 5504
+    rules: tuple[str, ...] = ("AdafacLO", "VeLO")
+    alone: bool = False
 
     def shapes(self) -> list[Shape]:
         return transformer(self.width, self.blocks, self.positions, self.vocabulary)
@@ -311,7 +319,8 @@ def makers(
     """What makes each contender by name, and why some are absent."""
     shapes, absent = settings.shapes(), {}
     found: dict[str, Callable[[], Entry]] = {}
-    for name in ("AdafacLO", "VeLO", *(["AdamW"] if settings.pylo is None else [])):
+    rules_only = settings.alone or settings.pylo is not None
+    for name in (*settings.rules, *([] if rules_only else ["AdamW"])):
         found[f"{name}, replicated"] = lambda name=name: replicated(shapes, device, name)
         found[f"{name}, ours"] = lambda name=name: Ours(shapes, device, name)
     if settings.pylo is not None:
@@ -319,6 +328,7 @@ def makers(
             found[f"{name}, PyLO naive, replicated"] = lambda make=make: Replicated(
                 shapes, device, make, with_loss=True
             )
+    if rules_only:
         return found, absent
     absent["small_fc and velo, PyLO naive, replicated"] = (
         "in a smaller run, where a folder with PyLO's source is named (--pylo)"
@@ -351,6 +361,7 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
         entry.bring_gradients()
         entry.step()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
+    own: dict[str, list[float]] = {name: [] for name in entries}
     names = list(entries)
     for number in range(settings.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -358,7 +369,9 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             entry.bring_gradients()
             dist.barrier()
             watch.start()
+            begin = time.thread_time()
             entry.step()
+            own[name].append(time.thread_time() - begin)
             taken[name].append(watch.stop())
     truths = {
         entry.rule: entry.tensors.values()
@@ -372,6 +385,7 @@ def measure_rank(rank: int, world: int, settings: Settings) -> dict[str, Any]:
             differences[name] = max(float((a - b).abs().max()) for a, b in pairs)
     result = {
         "seconds": taken,
+        "own_seconds": own,
         "elements": {name: entry.elements for name, entry in entries.items()},
         "differences": differences,
         "absent": absent,
@@ -387,8 +401,8 @@ def measure_runs(rank: int, world: int, cases: Sequence[Settings]) -> list[dict[
 
 
 def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank,
-    elements, by contender.
+    """Milliseconds of the slowest rank, CPU milliseconds of the busiest and of the mean rank, and
+    there of the thread that steps, without those that send and receive; elements; by contender.
     """
     rows = {}
     for name in per_rank[0]["seconds"]:
@@ -400,6 +414,9 @@ def summarize(world: int, per_rank: Sequence[dict[str, Any]], settings: Settings
             "step_ms": round(1e3 * median(wall), 3),
             "cpu_ms_busiest_rank": round(1e3 * max(cpu), 3),
             "cpu_ms_mean_rank": round(1e3 * fmean(cpu), 3),
+            "cpu_ms_own_thread": round(
+                1e3 * fmean(median(result["own_seconds"][name]) for result in per_rank), 3
+            ),
             "elements_max_over_mean": round(max(elements) / fmean(elements), 4),
             "largest_difference_from_replicated": max(
                 (r["differences"].get(name, 0.0) for r in per_rank), default=0.0
@@ -509,12 +526,42 @@ def table(run: dict[str, Any]) -> str:
             "slowest rank, ms",
             "CPU of the busiest rank, ms",
             "of the mean rank, ms",
+            "of its stepping thread, ms",
             "elements, max / mean",
         ]
     ]
     for name, row in run["contenders"].items():
         numbers = [
-            f"{row[key]:.1f}" for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank")
+            f"{row[key]:.1f}"
+            for key in ("step_ms", "cpu_ms_busiest_rank", "cpu_ms_mean_rank", "cpu_ms_own_thread")
         ]
         lines.append([name, *numbers, f"{row['elements_max_over_mean']:.2f}"])
     return f"### {run['ranks']} ranks, {run['parameters']:,} parameters\n\n{markdown(lines)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare rules, sharded and replicated.")
+    parser.add_argument("--rules", nargs="+", default=["VeLO", "Celo", "CeloAdam"])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_rules.json")
+    args = parser.parse_args()
+    case = Settings(args.width, args.blocks, args.rounds, rules=tuple(args.rules), alone=True)
+    result: dict[str, Any] = {
+        "what": "the step alone, gradients given; seconds of CPU compare, also on a busy machine",
+        **environment(),
+        "runs": [
+            summarize(world, [of_cases[0] for of_cases in per_rank], case)
+            for world, per_rank in on_ranks(args.ranks, measure_runs, [case])
+        ],
+    }
+    for run in result["runs"]:
+        print(f"\n{table(run)}", flush=True)
+    write(result, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 # imported later it would keep the process group alive beyond its end
 import torch.distributed.nn.functional
+from bench_step import random_weights
 from model import build
 from options import parse
 from parallel import spread
@@ -38,16 +39,21 @@ DEEPSPEED = {"deepspeed1": 1, "deepspeed2": 2, "deepspeed3": 3}
 LAYOUTS = ("plain", "ddp", "zero1", "zero2", "fsdp2", "hsdp", "tp", "torch zero", *DEEPSPEED)
 # for tests: the way through the code and little else
 TINY = GPTConfig(vocab_size=256, block_size=64, n_layer=1, n_head=2, n_embd=32, init_std=0.05)
-NUM_STEPS = 10_000  # what VeLO is told of the run
+NUM_STEPS = 10_000  # what VeLO and Celo are told of the run
 
 
 def optimizer_of(name: str) -> tuple[Any, dict[str, Any]]:
     """Class and arguments of an optimizer. What weights know costs no time: VeLO's are those of the
-    golden files.
+    golden files, Celo's random in the released sizes.
     """
     return {
         "AdafacLO": (pylo_dist.AdafacLO, {"weights": "demo"}),
         "VeLO": (pylo_dist.VeLO, {"weights": velo_weights("release"), "num_steps": NUM_STEPS}),
+        "Celo": (pylo_dist.Celo, {"weights": random_weights("celo"), "num_steps": NUM_STEPS}),
+        "CeloAdam": (
+            pylo_dist.CeloAdam,
+            {"weights": random_weights("celo_adam"), "num_steps": NUM_STEPS},
+        ),
         "AdamW": (torch.optim.AdamW, {"fused": True}),
     }[name]
 

@@ -18,6 +18,8 @@ from .checkpoint.full_state import get_optimizer_state_dict as get_optimizer_sta
 from .comm import CommunicationError as CommunicationError
 from .comm import PeerError as PeerError
 from .optim.adafac import AdafacLO as AdafacLO
+from .optim.celo import Celo as Celo
+from .optim.celo import CeloAdam as CeloAdam
 from .optim.celo2 import CELO2 as CELO2
 from .optim.celo2 import ELO_CELO2 as ELO_CELO2
 from .optim.elo import ELO as ELO
@@ -33,6 +35,7 @@ from .optimizer.clip import clip_grad_norm_ as clip_grad_norm_
 from .optimizer.engine import NonFiniteGradientError as NonFiniteGradientError
 from .optimizer.settings import LearningRateWarning as LearningRateWarning
 from .optimizer.settings import NoGradientWarning as NoGradientWarning
+from .optimizer.settings import RandomWeightsWarning as RandomWeightsWarning
 from .weights import Architecture as Architecture
 from .weights import Registered as Registered
 from .weights import WeightsError as WeightsError
@@ -41,6 +44,7 @@ from .weights import register_weights as register_weights
 from .weights import registered_weights as registered_weights
 from .weights.publish import push_to_hub as push_to_hub
 from .weights.publish import save_weights as save_weights
+from .weights.random import random_weights as random_weights
 
 if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` takes this
     __all__ = [
@@ -53,6 +57,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "NoGradientWarning",
         "NonFiniteGradientError",
         "PeerError",
+        "RandomWeightsWarning",
         "Registered",
         "Registration",
         "WeightsError",
@@ -66,6 +71,7 @@ if not TYPE_CHECKING:  # type checkers take `X as X` for public; `import *` take
         "load_plugin",
         "load_weights",
         "push_to_hub",
+        "random_weights",
         "register_optimizer",
         "register_weights",
         "registered_optimizers",

@@ -55,6 +55,14 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 # names that are others where their module is now
 RENAMED = {"optim.stacks": {"gather": "stacked", "scatter": "put_back"}}
+# names that moved out of modules which are still there
+NAMES = {
+    "optim.velo": {
+        **dict.fromkeys(("FRACTIONS", "NUM_LOSS_MEANS", "LossBuffer"), "maths.lstm"),
+        "NETWORK": "maths.mixed",
+    },
+    "optim.arguments": {"wide": "maths.reference"},
+}
 # constants of weights, by the architecture they are
 ARCHITECTURES = {"SMALL_FC": "small_fc", "ELO": "elo", "CELO2": "celo2", "VELO": "velo"}
 # attributes and methods of Batch, which rules of users read
@@ -170,6 +178,19 @@ def _of_package(package: str) -> Callable[[str], Any]:
     return find
 
 
+def _of_module(module: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """`__getattr__` of a module that names moved out of."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = f"{__package__}.{names[name]}"
+        _warn(f"{module}.{name}", f"{new}.{name}")
+        return getattr(importlib.import_module(new), name)
+
+    return find
+
+
 def _of_batch(old: str, new: str) -> property:
     def read(batch: Batch) -> Any:
         _warn(f"Batch.{old}", f"Batch.{new}")
@@ -209,6 +230,9 @@ def install() -> None:
     for package in {"", *(old.rpartition(".")[0] for old in MODULES)}:
         path = f"{__package__}.{package}".rstrip(".")
         vars(sys.modules[path])["__getattr__"] = _of_package(path)
+    for module, names in NAMES.items():
+        path = f"{__package__}.{module}"
+        vars(sys.modules[path])["__getattr__"] = _of_module(path, names)
     vars(weights)["__getattr__"] = _of_weights
     vars(checkpoint)["__getattr__"] = _of_checkpoint
     for old, new in BATCH.items():

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import pylo_dist
-from pylo_dist.optim.velo import LossBuffer
+from pylo_dist.maths.lstm import LossBuffer
 from support.golden import velo_weights
 from support.optimizers import small_fc
 from support.ranks import run_ranks

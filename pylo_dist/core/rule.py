@@ -203,7 +203,7 @@ class LearnedRule(ABC):
     Attributes:
         name: for reports.
         needs_loss: whether `batch.loss` is read. Such a rule couples all tensors of an optimizer,
-            which share one device then.
+            at least by what it keeps of the run, and they share one device then.
         clip_eps: added to the norm that clipping divides by; torch.nn.utils.clip_grad_norm_'s.
         replaces_nonfinite: whether NaN and inf that are allowed in count as 0 and the largest
             number.

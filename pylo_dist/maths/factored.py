@@ -165,7 +165,7 @@ class FactoredRule(LearnedRule):
         a, indices = self.first_sum(batch), list(indices)
         batch.summed.update(indices)
         replace = self.replaces_nonfinite and batch.allows_nonfinite
-        limits = [self._limits(item) for item in batch.items]
+        limits = [self.limits(item) for item in batch.items]
         kernels = self.kernels(batch)
         if kernels is not None and indices:
             kernels.gradient_pass(batch, indices, limits, replace)
@@ -194,7 +194,7 @@ class FactoredRule(LearnedRule):
         a.audits[i].zero_()
         batch.summed.discard(i)
 
-    def _limits(self, item: Item) -> tuple[float, float]:
+    def limits(self, item: Item) -> tuple[float, float]:
         """The largest |g| that counts as finite (larger squares do not fit the state), and the
         clamp of g in the factors.
         """

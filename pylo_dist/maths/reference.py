@@ -442,8 +442,8 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
 
 def square_sums(x: Tensor) -> Tensor:
     """Float64 sums of squares over the last dim."""
-    wide = x.to(torch.float64)
-    return torch.sum(wide * wide, dim=-1)
+    x = x.to(torch.float64)
+    return torch.sum(x * x, dim=-1)
 
 
 def lead_part(per_lead: Tensor, box: Box, lead_dims: int) -> Tensor:
@@ -596,34 +596,41 @@ def adamw(
     scale: Tensor | None,
     moves: Tensor,
     update_squares: Tensor,
+    eps_root: float = 0.0,
+    clamp: float | None = None,
+    decay_after: float | Tensor = 0.0,
 ) -> None:
-    """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^) + eps) + weight_decay p), both moments
-    divided by 1 - beta^step.
+    """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p), both
+    moments divided by 1 - beta^step; then p <- p - decay_after p.
 
     Args:
         value, grad, mean, square: (tensors, N) (all but `grad` modified in place, in the rows where
             `moves` is true).
         step: number of this step, the first is 1; 0-d, or (tensors, 1).
         scale: what clipping multiplies each gradient by, (tensors, 1), or None.
+        clamp: the gradient is clamped to this absolute value after that, or None.
         moves: bool (tensors, 1).
         update_squares: float64 (tensors,), see `move_rows` (modified in place).
     """
     beta_1, beta_2 = betas
     step = step.to(torch.float64)
     correction_1, correction_2 = ((1.0 - beta**step).to(mean.dtype) for beta in betas)
-    lr = in_dtype(lr, mean.dtype)
+    lr, decay_after = (in_dtype(x, mean.dtype) for x in (lr, decay_after))
     for part in parts(value):
         old = value[:, part].to(mean.dtype, copy=True)
         g = grad[:, part].to(mean.dtype)
         g = g if scale is None else g * scale.to(g.dtype)
+        g = g if clamp is None else g.clamp(-clamp, clamp)
         m = mean[:, part] * beta_1 + g * (1.0 - beta_1)
         v = square[:, part] * beta_2 + g * g * (1.0 - beta_2)
         commit(mean[:, part], m, moves)
         commit(square[:, part], v, moves)
-        change = (m / correction_1) / ((v / correction_2).sqrt_() + eps)
-        move_rows(
-            value[:, part], old, old - lr * (change + weight_decay * old), moves, update_squares
-        )
+        square_root = (v / correction_2).add_(eps_root).sqrt_()
+        change = (m / correction_1) / (square_root + eps)
+        new = old - lr * (change + weight_decay * old)
+        if isinstance(decay_after, Tensor) or decay_after:
+            new = new - decay_after * new
+        move_rows(value[:, part], old, new, moves, update_squares)
 
 
 def newton_schulz(
@@ -649,6 +656,11 @@ def newton_schulz(
             else torch.baddbmm(x_BRC, p, x_BRC, beta=c0)
         )
     return x_BRC.view(shape)
+
+
+def wide(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter that may be a tensor, in float64: its products are then those of a float."""
+    return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
 def in_dtype(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

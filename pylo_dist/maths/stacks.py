@@ -13,15 +13,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.rule import Batch
 from ..core.shards import Box, Shape, TensorShard
 from . import reference
 
 MOST_CPU = 1 << 16  # a stack and what is computed from it stay in the second-level cache
 MOST_GPU = 1 << 22  # with a dozen numbers per element below 256 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Items of a batch that are worked on as one tensor, and the same as an index on its device."""
+
+    items: list[int]
+    places: Tensor
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """Theirs of one number per item, (number of items, 1)."""
+        return numbers.index_select(0, self.places)[:, None]
+
+
+def of_batch(batch: Batch, entries: list[tuple[int, Hashable, int]]) -> list[Stack]:
+    """The stacks of these items, see `equal`; looked for again only where the entries are others
+    than in the step before.
+    """
+    kept = batch.cache.get("stacks")
+    if kept is None or kept[0] != entries:
+        kept = batch.cache["stacks"] = (entries, equal(entries, most_elements(batch.device)))
+    return [
+        Stack(items, batch.on_device(f"stack {items[0]}", tuple(items), torch.int64))
+        for items in kept[1]
+    ]
 
 
 def most_elements(device: torch.device) -> int:

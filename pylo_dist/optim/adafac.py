@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.rule import Batch, Item
 from ..maths import reference
 from ..maths.factored import Rates, ThreePassRule
-from ..maths.reference import Network
+from ..maths.reference import Network, wide
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
@@ -33,7 +33,7 @@ from ..weights import (
     WeightsLike,
     load_weights,
 )
-from .arguments import FactoredOptimizer, Precision, checked_decays, checked_numbers, wide
+from .arguments import FactoredOptimizer, Precision, checked_decays, checked_numbers
 
 # PyLO keeps the decay offsets of btherien/mulo in its constructors, not in the checkpoint, and
 # applies them to any weights.

@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from ..maths.factored import FactoredRule
 from ..optimizer import LearnedOptimizer, checks
 from ..optimizer.engine import Clip, Nonfinite
@@ -16,11 +13,6 @@ from ..weights import MetaNetwork
 
 Precision = Literal["highest", "high", "medium"]
 checked_numbers = checks.numbers
-
-
-def wide(value: float | Tensor) -> float | Tensor:
-    """A hyperparameter that may be a tensor, in float64: its products are then those of a float."""
-    return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
 def checked_decays(

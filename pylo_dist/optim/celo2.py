@@ -23,12 +23,14 @@ from ..core.requests import Request, Sum
 from ..core.rule import Batch, Item
 from ..core.shards import TensorShard
 from ..core.state import StateField
-from ..maths import compiled, gram, reference, stacks
+from ..maths import adamw, compiled, gram, reference, stacks
+from ..maths.adamw import AdamW
 from ..maths.compiled import Updates
 from ..maths.factored import FactoredRule
 from ..maths.orthogonal import EPS_STEP, NewtonSchulz
 from ..maths.owners import OwnedMatrices
-from ..maths.reference import Network, StepTensors
+from ..maths.reference import Network, StepTensors, wide
+from ..maths.stacks import Stack
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.checks import LARGEST, LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
@@ -47,7 +49,6 @@ from .arguments import (
     checked_numbers,
     decays,
     norm_bound,
-    wide,
 )
 
 # widths of the groups of features, each with a matrix of its own
@@ -99,17 +100,9 @@ class Settings:
     group_counter: bool  # AdamW counts the steps of its group, not those of its tensor
     embedding_pattern: str | None
 
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Items of a batch that are worked on as one tensor, and the same as an index on its device."""
-
-    items: list[int]
-    places: Tensor
-
-    def of(self, numbers: Tensor) -> Tensor:
-        """Theirs of one number per item, (number of items, 1)."""
-        return numbers.index_select(0, self.places)[:, None]
+    @property
+    def adamw(self) -> AdamW:
+        return AdamW(self.adam_betas, self.adam_eps, group_counter=self.group_counter)
 
 
 class CELO2Rule(FactoredRule):
@@ -148,12 +141,7 @@ class CELO2Rule(FactoredRule):
         )
         if len(shard.shape) >= 2 and not is_embedding:
             return super().state_fields(shard, hyper)
-        moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
-        return (
-            moments
-            if self.settings.group_counter
-            else {**moments, "adam_step": StateField(replicated=())}
-        )
+        return self.settings.adamw.state_fields()
 
     def describe(self, fields: dict[str, StateField], binding: ShardBinding) -> str:
         if "exp_avg" in fields:
@@ -169,12 +157,7 @@ class CELO2Rule(FactoredRule):
         self.gradient_pass(batch, [i for i, _ in batch.candidates() if i not in batch.summed])
         kernels = self.kernels(batch)
         matrices, others = self._stacks(batch)
-        for stack in others:
-            values = stacks.stacked([batch.items[i].param.value for i in stack.items])
-            squares = torch.zeros(len(values), 1, dtype=torch.float64, device=batch.device)
-            for part in reference.parts(values):
-                squares += values[:, part].to(torch.float64).square().sum(-1, keepdim=True)
-            torch._foreach_copy_([a.vectors[i] for i in stack.items], list(squares.unbind()))
+        adamw.param_squares(batch, others, a)
         yield a
 
         # B: the sum of squares of every feature, per matrix
@@ -187,12 +170,8 @@ class CELO2Rule(FactoredRule):
             for i in candidates:
                 tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i])
                 reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
-        if others:
-            squares_of = a.heads(1)[:, 0]
+        adamw.keep_param_squares(batch, others, a)
         for stack in others:
-            batch.param_squares.index_copy_(
-                0, stack.places, squares_of.index_select(0, stack.places)
-            )
             self._adamw(batch, stack)
         yield b
 
@@ -233,7 +212,7 @@ class CELO2Rule(FactoredRule):
                 )
             self._move(batch, stack, s)
 
-    def _stacks(self, batch: Batch) -> tuple[list[_Stack], list[_Stack]]:
+    def _stacks(self, batch: Batch) -> tuple[list[Stack], list[Stack]]:
         """The tensors that move, matrices and others, those of equal size and settings together.
 
         Without Newton-Schulz tensors of several matrices must be cut alike too: each matrix is
@@ -250,23 +229,12 @@ class CELO2Rule(FactoredRule):
             kind = (is_matrix, id(item.hyper), value.numel(), value.dtype, grad.dtype, cut)
             return i, kind, value.numel()
 
-        entries = [entry(i, item) for i, item in batch.candidates()]
-        kept = batch.cache.get("stacks")
-        if kept is None or kept[0] != entries:
-            found: tuple[list[list[int]], list[list[int]]] = ([], [])
-            for members in stacks.equal(entries, stacks.most_elements(batch.device)):
-                found["momentum" not in batch.items[members[0]].state].append(members)
-            kept = batch.cache["stacks"] = (entries, found)
-        matrices, others = (
-            [
-                _Stack(members, batch.on_device(f"stack {members[0]}", tuple(members), torch.int64))
-                for members in kind
-            ]
-            for kind in kept[1]
-        )
-        return matrices, others
+        found: tuple[list[Stack], list[Stack]] = ([], [])
+        for stack in stacks.of_batch(batch, [entry(i, x) for i, x in batch.candidates()]):
+            found["momentum" not in batch.items[stack.items[0]].state].append(stack)
+        return found
 
-    def _move(self, batch: Batch, stack: _Stack, s: Tensor) -> None:
+    def _move(self, batch: Batch, stack: Stack, s: Tensor) -> None:
         """p <- p - lr (s rmsmult + weight_decay p), with s (number of items, N)."""
         hyper, values = (
             batch.items[stack.items[0]].hyper,
@@ -426,7 +394,7 @@ class CELO2Rule(FactoredRule):
 
     @staticmethod
     def _direction_squares(
-        batch: Batch, matrices: Sequence[_Stack], directions: dict[int, Tensor]
+        batch: Batch, matrices: Sequence[Stack], directions: dict[int, Tensor]
     ) -> Sum:
         """The request of pass C without Newton-Schulz: the sum of squares of every matrix's
         direction.
@@ -457,46 +425,15 @@ class CELO2Rule(FactoredRule):
         for packed in c.buffers:
             packed.buffer.add_(EPS_STEP).rsqrt_()
 
-    def _adamw(self, batch: Batch, stack: _Stack) -> None:
-        items = [batch.items[i] for i in stack.items]
-        hyper, states, group_counter = (
-            items[0].hyper,
-            [item.state for item in items],
-            self.settings.group_counter,
-        )
-        taken = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        values, grads = (
-            [item.param.value for item in items],
-            [item.param.grad for item in items if item.param.grad is not None],
-        )
-        value, grad, mean, square = (stacks.stacked(tensors) for tensors in (values, grads, *taken))
-        counters = [] if group_counter else [state["adam_step"] for state in states]
-        counter = hyper["step"] if group_counter else stacks.stacked(counters)
-        moves, squares = (
-            stack.of(batch.moves),
-            torch.zeros(len(items), dtype=torch.float64, device=batch.device),
-        )
+    def _adamw(self, batch: Batch, stack: Stack) -> None:
+        hyper = batch.items[stack.items[0]].hyper
         decay = hyper["adam_weight_decay"]
-        reference.adamw(
-            value,
-            grad,
-            mean,
-            square,
-            counter + 1,
-            self.settings.adam_betas,
-            self.settings.adam_eps,
+        self.settings.adamw.step(
+            batch,
+            stack,
             wide(hyper["lr"]) * hyper["adam_lr_mult"],
             hyper["weight_decay"] if decay is None else decay,
-            stack.of(batch.scale) if batch.clips else None,
-            moves,
-            squares,
         )
-        if counters:
-            reference.commit(counter, counter + 1, moves)
-            stacks.put_back(counter, counters)
-        for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
-            stacks.put_back(tensor, tensors)
-        batch.update_squares.index_copy_(0, stack.places, squares)
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
         if (dtype, device) not in self._networks:

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from ..maths.factored import Rates
+from ..maths.reference import wide
 from ..optimizer import Registration, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import PYLO_LICENCE, Architecture, Registered, WeightsLike, load_weights
 from . import adafac
 from .adafac import AdafacRule
-from .arguments import FactoredOptimizer, Precision, checked_decays, norm_bound, wide
+from .arguments import FactoredOptimizer, Precision, checked_decays, norm_bound
 
 # the network of small_fc, with decays that are used as they are
 ARCHITECTURE = Architecture("elo", adafac.ARCHITECTURE.shapes)

@@ -119,8 +119,9 @@ def _crossing(
     """What of an optimizer looks beyond one tensor, and what to do instead."""
     if rule.needs_loss:
         return (
-            f"the rule {rule.name!r} couples all tensors of a model: use {WHOLE_MODELS}, or a rule "
-            "that looks at one tensor at a time, such as AdafacLO, MuLO, ELO or CELO2"
+            f"the rule {rule.name!r} couples all tensors of a model, by the loss if by "
+            f"nothing else: use {WHOLE_MODELS}, or a rule that looks at one tensor at a time, such "
+            "as AdafacLO, MuLO, ELO or CELO2"
         )
     if clip == "global" and any(group.get("max_grad_norm") is not None for group in groups):
         return (

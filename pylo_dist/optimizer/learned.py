@@ -220,6 +220,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         serves them.
         """
         lineup = self._lineup
+        if self.weights.is_random:
+            self._habits.untrained(type(self).__name__)
         problem, self._problem = self._problem, None
         try:
             engine = self._ready(enter=True)

@@ -43,6 +43,10 @@ class NoGradientWarning(UserWarning):
     """A step in which no parameter had a gradient, on any rank that shares them."""
 
 
+class RandomWeightsWarning(UserWarning):
+    """A step with the numbers of `random_weights`, which nothing was trained for."""
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a setting that cannot be served, of those that most learned optimizers
     share. Tensors that are not in host memory are not read.
@@ -116,6 +120,15 @@ class Habits:
             "between the two; warnings.simplefilter('ignore', pylo_dist.NoGradientWarning) "
             "silences this",
             NoGradientWarning,
+        )
+
+    def untrained(self, kind: str) -> None:
+        """A step of an optimizer of this kind, on random weights."""
+        self._say(
+            f"the weights of {kind} are random numbers (pylo_dist.random_weights): it moves "
+            "parameters, and does not train them; warnings.simplefilter('ignore', "
+            "pylo_dist.RandomWeightsWarning) silences this",
+            RandomWeightsWarning,
         )
 
     def _say(self, message: str, category: type[Warning]) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 WeightsLike = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 
+RANDOM = "random numbers"  # how the source of weights begins that nothing was trained for
 CARD_KEY = "pylo_dist"  # safetensors metadata entry of ours: a JSON card
 
 
@@ -78,6 +79,11 @@ class MetaNetwork:
         decays = {name: [x.hex() for x in values] for name, values in self.decays.items()}
         parts = [self.architecture, self.tensors_digest, decays]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether they are `random_weights`, or a saved copy of such."""
+        return self.source.startswith(RANDOM)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a pickle of an earlier version has the digest of the tensors as its only one
@@ -182,12 +188,16 @@ def load_weights(
 
 
 def _recognised(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
-    """The architecture that has just these tensors."""
+    """The architecture that has just these tensors, by their names, and by their shapes where
+    several have the names.
+    """
     fits = [
         a
         for a in architectures().values()
         if set(a.shapes) <= set(tensors) <= {*a.shapes, *a.ignored}
     ]
+    if len(fits) > 1:
+        fits = [a for a in fits if _has_shapes(tensors, a)]
     if len(fits) != 1:
         these = " and ".join(a.name for a in fits) if fits else "none"
         raise WeightsError(
@@ -195,6 +205,24 @@ def _recognised(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
             "architecture"
         )
     return fits[0]
+
+
+def _has_shapes(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
+    sizes: dict[str, int] = {}
+    found = [(tensors.get(name), shape) for name, shape in architecture.shapes.items()]
+    return all(isinstance(t, Tensor) and _fits(tuple(t.shape), shape, sizes) for t, shape in found)
+
+
+def _whose(tensors: Mapping[str, Tensor]) -> str:
+    """What to add to an error on tensors that do not fit: which architecture they are of, if
+    any.
+    """
+    names = [
+        a.name
+        for a in architectures().values()
+        if set(tensors) <= {*a.shapes, *a.ignored} and _has_shapes(tensors, a)
+    ]
+    return f"; these are tensors of {' or '.join(names)}" if names else ""
 
 
 def _demo_file(architecture: Architecture) -> Traversable:
@@ -367,7 +395,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
     if missing or extra:
         raise WeightsError(
             f"weights {name!r} do not fit {architecture.name}: missing {missing or 'none'}, "
-            f"unexpected {printable(extra or 'none')}"
+            f"unexpected {printable(extra or 'none')}{_whose(tensors)}"
         )
     digest = hashlib.sha256()
     frozen: dict[str, Tensor] = {}
@@ -387,6 +415,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
                 f"weights {name!r}: {key!r} is {tensor.dtype} {tuple(tensor.shape)}, wanted "
                 "floating point "
                 f"{tuple(architecture.shapes[key])}{f' with {known}' if known else ''}"
+                f"{_whose(tensors)}"
             )
         if not bool(tensor.isfinite().all()):
             raise WeightsError(f"weights {name!r}: {key!r} holds inf or NaN")

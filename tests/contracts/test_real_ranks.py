@@ -50,6 +50,8 @@ def layouts(world: int) -> dict[str, list[str]]:
     return {layout: list(SETTINGS) if layout in first else built_in for layout in every}
 
 
+RUN = ("loss_", "lstm_")  # entries of a group that belong to the run
+
 # test_checkpoint leaves them to others of the same kinds of state
 RESUMED = [name for name, case in SETTINGS.items() if case.state_as]
 
@@ -95,9 +97,7 @@ def outcome(model: nn.Module, optimizer: Any, calls: Collectives) -> dict[str, A
         "local": {fqn: local(p).clone() for fqn, p in model.named_parameters()},
         "calls": calls.counts,
         "norm": float(optimizer.grad_norm),
-        "run": {
-            k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith("loss_")
-        },
+        "run": {k: v.clone() for k, v in optimizer.param_groups[0].items() if k.startswith(RUN)},
     }
 
 
@@ -199,7 +199,7 @@ def test_layouts_equal_one_process(world: int, tmp_path: Path, figures: list[str
         for other in mine:
             assert other["norm"] == pytest.approx(float(reference.grad_norm), rel=1e-9)
             for field, tensor in (
-                (k, v) for k, v in reference.param_groups[0].items() if k.startswith("loss_")
+                (k, v) for k, v in reference.param_groups[0].items() if k.startswith(RUN)
             ):
                 torch.testing.assert_close(other["run"][field], tensor, rtol=1e-12, atol=0)
         calls = ", ".join(f"{count} {kind}" for kind, count in sorted(mine[0]["calls"].items()))

@@ -211,11 +211,11 @@ def bad_inputs(
         ),
         "plan of adamw": (
             [*data, "--num-steps", "9"],
-            "--num-steps is for --optimizer velo and means nothing to adamw",
+            "--num-steps is for --optimizer celo, celo-adam or velo and means nothing to adamw",
         ),
         "plan of mulo": (
             [*data, "--optimizer", "mulo", "--num-steps", "9"],
-            "--num-steps is for --optimizer velo",
+            "--num-steps is for --optimizer celo, celo-adam or velo",
         ),
         "plan of one step": ([*data, "--optimizer", "velo", "--steps", "1"], "pass --num-steps"),
         "mup of adafaclo": (

@@ -43,6 +43,8 @@ BY_HAND: dict[str, tuple[type[pylo_dist.LearnedOptimizer], dict[str, Any], list[
         ["--mup-base-width", "32"],
     ),
     "velo": (pylo_dist.VeLO, {"num_steps": 3}, []),
+    "celo": (pylo_dist.Celo, {"num_steps": 3}, []),
+    "celo-adam": (pylo_dist.CeloAdam, {"num_steps": 3}, []),
     "elo": (pylo_dist.ELO, {}, []),
     "celo2": (pylo_dist.CELO2, {"embedding_pattern": "tokens|positions"}, []),
     "elo-celo2": (pylo_dist.ELO_CELO2, {"embedding_pattern": "tokens|positions"}, []),
@@ -102,7 +104,7 @@ def test_a_run_is_that_of_the_class_by_hand(
     base_lr = defaults_of(BY_HAND[name][0])["lr"]
     assert [row["lr"] for row in rows] == pytest.approx([0.5 * base_lr, base_lr, 0.1 * base_lr])
     assert config["weights"]["name"] == str(weights)
-    assert config["num_steps"] == (3 if name == "velo" else None)
+    assert config["num_steps"] == BY_HAND[name][1].get("num_steps")
     # The same arithmetic in the same process: the same bits.
     model = dataclasses.replace(NANO, mup_base_width=32 if name == "mulo" else None)
     wanted = losses_by_hand(name, model, weights, tokens_folder)

@@ -74,18 +74,19 @@ def help_of(*words: str) -> str:
 def test_help_says_what_is_registered(plugin: Path) -> None:
     built_in, with_plugin = help_of(), help_of("--plugin", str(plugin))
     for said in (
-        "adafaclo, celo2, elo-celo2, elo, mulo, velo or adamw; default: adafaclo",
-        "default: 1 for adafaclo, mulo and velo, 0.001 for celo2, elo-celo2 and elo, the preset's",
+        "adafaclo, celo, celo-adam, celo2, elo-celo2, elo, mulo, velo or adamw; default: adafaclo",
+        "default: 1 for adafaclo, celo, celo-adam, mulo and velo, 0.001 for celo2, elo-celo2 and "
+        "elo, the preset's",
         "default: 0.1 for elo-celo2 and adamw, 0 for others",
         "default: 1 for elo-celo2, no clipping for others",
-        "of velo: length of the run",
+        "of celo, celo-adam and velo: length of the run",
         "of mulo: heads at that width",
     ):
         assert said in built_in
     for said in (
         "velo, eager or adamw; default: adafaclo",
         "0.25 for eager",
-        "of velo and eager: length of the run",
+        "of celo, celo-adam, velo and eager: length of the run",
     ):
         assert said in with_plugin
 
@@ -106,7 +107,7 @@ def test_a_plugin_brings_its_optimizer(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--optimizer", "sgd"], "invalid choice: 'sgd' (choose from adafaclo, celo2"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd' (choose from adafaclo, celo,"),
         (
             ["--optimizer", "eager"],
             "eager has no default for zeal; give it one, there is no flag for it",

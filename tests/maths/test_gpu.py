@@ -107,7 +107,7 @@ def test_passes_replay_in_a_graph(precision: str) -> None:
     rule, batch = optimizer._ready().work[0]
     kernels = rule.kernels(batch)  # type: ignore[attr-defined]
     indices = list(range(len(batch.items)))
-    limits = [rule._limits(item) for item in batch.items]  # type: ignore[attr-defined]
+    limits = [rule.limits(item) for item in batch.items]  # type: ignore[attr-defined]
     updates = rule.updates(batch)  # type: ignore[attr-defined]
     a, b = rule.first_sum(batch), rule.second_sum(batch)  # type: ignore[attr-defined]
 
@@ -164,7 +164,7 @@ def test_a_step_neither_allocates_nor_waits() -> None:
     _, optimizer = trained("high", 41, 2)
     rule, batch = optimizer._ready().work[0]
     kernels, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
-    limits, updates = [rule._limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
+    limits, updates = [rule.limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")

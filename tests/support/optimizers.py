@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import pylo_dist
-from support.golden import celo2_weights, load, small_fc_weights, velo_weights
+from support.golden import celo2_weights, celo_weights, load, small_fc_weights, velo_weights
 from support.own_rule import Tide, tide_weights
 
 SMALL_FC = small_fc_weights(load("small_fc_f32"))
 CELO2 = celo2_weights(load("celo2_default_f64"))
 VELO = velo_weights("small")
+CELO = celo_weights(load("celo_small_f32"))
+# its LSTM without what mixes an MLP
+CELO_ADAM = {name: CELO[name] for name in pylo_dist.optim.celo.ADAM_ARCHITECTURE.shapes}
 
 # Of the largest one-step change: the layout tolerance in float32 and in float64. Newton-Schulz
 # drives small singular values towards 1, and with them the last bits of its input: some 1e2 times
@@ -54,8 +57,8 @@ class OptimizerCase:
         shares: of the largest one-step change, the layout tolerance in float32 and float64.
         variants: settings that take another way through it, by name: the fields in which they
             differ, `arguments` added to those here.
-        state_as: an optimizer of the same kinds of state, which stands for it where every layout
-            loads what every other saved.
+        state_as: optimizers that together have the same kinds of state, and stand for it where
+            every layout loads what every other saved.
         cannot: what does not hold for it, by the word that a contract asks for, and why not.
     """
 
@@ -69,7 +72,7 @@ class OptimizerCase:
     exchanges: int = 0
     shares: tuple[float, float] = SHARES
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    state_as: str = ""
+    state_as: tuple[str, ...] = ()
     cannot: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, name: str) -> OptimizerCase:
@@ -96,6 +99,7 @@ class OptimizerCase:
 
 
 _DECAYED = {"weight_decay": 0.1}
+_LATE = {"late": "one LSTM serves the run, which a tensor that comes late joins"}
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "AdafacLO": OptimizerCase(
         pylo_dist.AdafacLO,
@@ -111,7 +115,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         {"weights": SMALL_FC},
         named={"width_mults": "widths"},
         groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02, "exp_mult": 0.1}),
-        state_as="AdafacLO",
+        state_as=("AdafacLO",),
     ),
     "VeLO": OptimizerCase(
         pylo_dist.VeLO,
@@ -125,12 +129,30 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             "rest": "its LSTM takes its step for tensors without a gradient too",
         },
     ),
+    "Celo": OptimizerCase(
+        pylo_dist.Celo,
+        {"weights": CELO, "num_steps": 200},
+        needs_loss=True,
+        groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02, "exp_mult": 0.1}),
+        # a run that goes beyond its end, too
+        variants={"clipped": {"arguments": {"num_steps": 15, "max_grad_norm": 1.0}}},
+        cannot=_LATE,
+    ),
+    "CeloAdam": OptimizerCase(
+        pylo_dist.CeloAdam,
+        {"weights": CELO_ADAM, "num_steps": 200},
+        needs_loss=True,
+        groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02}),
+        reductions=1,
+        state_as=("CELO2", "Celo"),
+        cannot=_LATE,
+    ),
     "ELO": OptimizerCase(
         pylo_dist.ELO,
         {"weights": SMALL_FC, "lr": 0.01, "weight_decay": 0.1, "clip_grad": True},
         replaces_nonfinite=True,
         groups=({"weight_decay": 0.5}, {"max_grad_norm": 0.01}, {"exp_mult": 0.1}),
-        state_as="AdafacLO",
+        state_as=("AdafacLO",),
     ),
     "CELO2": OptimizerCase(
         pylo_dist.CELO2,
@@ -159,14 +181,14 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         groups=({"weight_decay": 0.5}, {"max_grad_norm": 0.01}, {"rmsmult": 0.5}),
         exchanges=2,
         shares=NEWTON_SCHULZ,
-        state_as="CELO2",
+        state_as=("CELO2",),
     ),
     "Tide": OptimizerCase(
         Tide,
         {"weights": tide_weights(), "weight_decay": 0.1},
         groups=({"weight_decay": 0.5}, {"max_grad_norm": 0.01}),
         variants={"clipped": {"arguments": {"max_grad_norm": 1.0}}},
-        state_as="CELO2",
+        state_as=("CELO2",),
         cannot={"kernels": "it is written in plain PyTorch, one tensor after the other"},
     ),
 }

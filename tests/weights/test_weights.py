@@ -406,8 +406,8 @@ def test_an_optimizers_weights_can_be_saved(tmp_path: Path) -> None:
 def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match="of small_fc, celo2, elo, velo the tensors fit small_fc and elo; name the "
-        "architecture",
+        match="of small_fc, celo, celo_adam, celo2, elo, velo the tensors fit small_fc and elo; "
+        "name the architecture",
     ):
         save_weights(tmp_path / "new", tensors())
     for architecture in ("small_fc", "elo"):
@@ -416,7 +416,8 @@ def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
             == architecture
         )
     with pytest.raises(
-        WeightsError, match="architecture 'mlp': wanted one of small_fc, celo2, elo, velo"
+        WeightsError,
+        match="architecture 'mlp': wanted one of small_fc, celo, celo_adam, celo2, elo, velo",
     ):
         save_weights(tmp_path / "new", tensors(), "mlp")
     for decays in (
@@ -528,15 +529,20 @@ def test_numbers_that_float32_does_not_reach_are_refused(tmp_path: Path, value: 
 def test_what_the_registry_says() -> None:
     entries = pylo_dist.registered_weights()
     assert {name: entry.architecture for name, entry in entries.items()} == {
+        "amoudgl/celo": "celo",
+        "amoudgl/celo-adam": "celo_adam",
         "btherien/mulo": "small_fc",
         "DiamondXL/elo": "elo",
         "DiamondXL/celo2": "celo2",
         "DiamondXL/elo-celo2": "celo2",
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": "velo",
     }
-    assert {name for name, entry in entries.items() if entry.horizon} == {
-        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP"
+    assert {name: entry.horizon for name, entry in entries.items() if entry.horizon} == {
+        "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": 150_000,
+        "amoudgl/celo": 2000,
+        "amoudgl/celo-adam": 2000,
     }
+    assert {entry.licence.split()[0] for entry in entries.values()} == {"apache-2.0", "mit"}
     assert entries["btherien/mulo"].decays == SMALL_FC.decays
     at_v2 = registered_entry("btherien/mulo@v2")
     assert at_v2 is not None
@@ -730,3 +736,42 @@ def test_nothing_is_fetched_at_import_or_for_local_weights(tmp_path: Path) -> No
     done = run(NO_SOCKETS, HF_HOME=str(tmp_path))
     assert done.stdout.strip() == "built", done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- random
+
+
+@pytest.mark.parametrize("name", pylo_dist.registered_optimizers())
+def test_random_weights_move_little_and_are_warned_of(name: str, tmp_path: Path) -> None:
+    """Of every architecture: the same numbers again, other seeds, a step that stays small."""
+    entry = pylo_dist.registered_optimizers()[name]
+    architecture = entry.architecture.name
+    network = pylo_dist.random_weights(architecture)
+    assert (network.architecture, network.is_random) == (architecture, True)
+    assert network.digest == pylo_dist.random_weights(architecture, 0).digest
+    assert network.digest != pylo_dist.random_weights(architecture, seed=1).digest
+    param = nn.Parameter(torch.randn(20, 30, generator=torch.Generator().manual_seed(0)))
+    before, param.grad = param.detach().clone(), 0.1 * torch.ones_like(param)
+    extra: dict[str, Any] = {"width_mults": {"w": 1.0}} if name == "mulo" else {}
+    extra |= {"num_steps": 10} if "num_steps" in entry.arguments else {}
+    folder = save_weights(tmp_path / "w", network)
+    for weights in (network, folder, tmp_path / "w"):
+        optimizer = entry.face([("w", param)], weights=weights, **extra)
+        with pytest.warns(pylo_dist.RandomWeightsWarning, match="does not train them"):
+            optimizer.step(1.0)
+    moved = (param.detach() - before).norm() / before.norm()
+    assert 0.0 < float(moved) < 0.03  # in three steps
+
+
+def test_sizes_of_random_weights() -> None:
+    tensors = pylo_dist.random_weights("velo", sizes={"H": 6, "P": 3}).tensors
+    assert tensors["lstm.linear.weight"].shape == (24, 12)
+    assert tensors["input_weights_"].shape == (3, 4, 30)
+    for arguments, said in (
+        ({"architecture": "nothing"}, "architecture 'nothing': wanted one of"),
+        ({"architecture": "velo", "seed": -1}, "seed=-1"),
+        ({"architecture": "velo", "sizes": {"H": 0}}, r"sizes\['H'\]=0: wanted 1 or more for H, P"),
+        ({"architecture": "small_fc", "sizes": {"H": 4}}, "for no letter, which small_fc"),
+    ):
+        with pytest.raises(WeightsError, match=said):
+            pylo_dist.random_weights(**arguments)  # type: ignore[arg-type]
