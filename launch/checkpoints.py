@@ -92,8 +92,19 @@ def remove(path: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete what killed saves and removals of the run in `folder` have left."""
     package().clear(folder / FOLDER)
-    for path in (folder / FOLDER).glob(".step-*.removed"):
+    for path in (folder / FOLDER).glob(".*.removed"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Delete all checkpoints of the run in `folder`, and what killed saves have left; what another
+    process is still writing stays.
+    """
+    if (folder / FOLDER).is_dir():
+        clear(folder)
+        for path in (folder / FOLDER).iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                remove(path)
 
 
 def set_aside(path: Path) -> Path:

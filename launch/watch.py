@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints import FOLDER, remove, tell
+import claim
+from checkpoints import FOLDER, empty, tell
 from options import Options, WrongInput
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ def is_leftover(folder: Path) -> bool:
     """Whether all that lies in `folder` is what a run writes, as where one was killed before its
     first checkpoint.
     """
-    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, f".{FOLDER}.removed", "tensorboard", "wandb"}
+    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, claim.NAME, "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
         folder.is_dir()
@@ -88,18 +89,19 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise WrongInput for a folder in use."""
     if folder.exists() and not folder.is_dir():
         raise WrongInput(f"--out {folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    there = folder.iterdir() if folder.is_dir() else ()
+    if any(path.name != claim.NAME for path in there) and not overwrite:
         raise WrongInput(f"--out {folder} is not empty; choose another folder or pass --overwrite.")
 
 
 def open_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make `folder`, or empty it of an earlier run's files and checkpoints. Raises WrongInput for a
-    folder in use.
+    """Make `folder`, or empty it of an earlier run's files and checkpoints; hold its claim. Raises
+    WrongInput for a folder in use.
     """
     check_folder(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove(folder / FOLDER)  # before the rest: no later run shall take one of them for its own
+        empty(folder)  # before the rest: no later run shall take one of them for its own
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

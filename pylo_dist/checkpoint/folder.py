@@ -263,7 +263,7 @@ def clear(parent: Folder) -> None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found = os.fstat(handle)
                 # locks may hold on one machine alone
-                ours = os.read(handle, 256).decode(errors="replace") == socket.gethostname()
+                ours = os.read(handle, 256).decode(errors="replace") == _machine()
                 if ours or time.time() - found.st_mtime > STRANGER_S:
                     shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
                     lock.unlink()
@@ -351,6 +351,14 @@ def _partial(folder: Path, token: str) -> Path:
     return folder.with_name(f".{folder.name}.{token}.partial")
 
 
+def _machine() -> str:
+    """A name for the kernel whose locks this process sees; containers may share a host name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    with suppress(OSError):
+        return f"{socket.gethostname()} {boot.read_text().strip()}"
+    return socket.gethostname()
+
+
 class _Aside:
     """A folder that is being written, and a lock that is held as long as this process lives.
 
@@ -369,9 +377,10 @@ class _Aside:
         self._handle = os.open(
             self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
-        os.write(self._handle, socket.gethostname().encode())
         with suppress(OSError):  # file systems without locks: then nothing is ever cleared
             fcntl.flock(self._handle, fcntl.LOCK_EX)
+        # last: whoever finds it unlocked before takes it for a young one of another machine
+        os.write(self._handle, _machine().encode())
         self._partial.mkdir()
 
     def close(self) -> None:
