@@ -14,6 +14,7 @@ any other saved.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import re
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 
 from .. import comm
+from ..optimizer.schedules import check_scheduler_state
 from . import manifest, tree
 from .files import MISSING, Entry, open_regular, verify_file
 from .manifest import MANIFEST, Manifest
@@ -136,9 +138,11 @@ def load(
     """Load what `save` wrote, on any number of ranks and any layout. All ranks call it alike.
 
     First the ranks compare which checkpoint they see, then keys, shapes and dtypes are compared,
-    then all is read aside, each block verified as it is read, and each optimizer checks what it
-    would load; only then does anything change. Nothing in the folder is run: of what is no tensor
-    only what torch.load reads with `weights_only` is read.
+    then all is read aside, each block verified as it is read, and each optimizer and scheduler is
+    compared with what it would load; only then does anything change. Other objects, of which it is
+    not known what they take, load before models and optimizers do; where one raises, on whichever
+    rank, all get back the state they had. Nothing in the folder is run: of what is no tensor only
+    what torch.load reads with `weights_only` is read.
 
     Args:
         folder: a published checkpoint.
@@ -153,8 +157,8 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, truncated or changed, by name; a key that is
-            missing or does not fit, by name; ranks that see different checkpoints; on all ranks.
-            Nothing has been changed then.
+            missing or does not fit, by name; an object that raises in its load_state_dict; ranks
+            that see different checkpoints; on all ranks. Nothing has been changed then.
         ValueError: what the load_state_dict of an optimizer refuses (another model, rule, weights
             or format), on all ranks.
     """
@@ -198,6 +202,23 @@ def load(
         for key, value in state.items():
             if hasattr(value, "check_state_dict"):
                 value.check_state_dict(loaded[key])
+            elif isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+                try:
+                    check_scheduler_state(value, own[key], loaded[key])
+                except ValueError as error:
+                    raise CheckpointError(f"{folder}: {key!r}: {error}") from None
+
+    def load_others() -> None:
+        for key, value in state.items():
+            if tree.is_stateful(value) and not _is_checked(value):
+                before.append((value, copy.deepcopy(own[key])))
+                try:
+                    value.load_state_dict(loaded[key])
+                except Exception as error:
+                    raise CheckpointError(
+                        f"{folder}: {key!r}: {type(value).__name__}.load_state_dict raised "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
 
     own: dict[str, Any] = {}
     reader = _alike(group, open_folder)
@@ -205,8 +226,16 @@ def load(
     _alike(group, read)
     loaded = {key: tree.with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
+    before: list[tuple[Any, Any]] = []
+    try:
+        _alike(group, load_others)
+    except BaseException:
+        for value, was in reversed(before):
+            with suppress(Exception):  # of one that does not take what it gave, too
+                value.load_state_dict(was)
+        raise
     for key, value in state.items():
-        if tree.is_stateful(value):
+        if tree.is_stateful(value) and _is_checked(value):
             tree.unwrapped(value).load_state_dict(loaded[key])
     return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, dict(
         found.meta
@@ -319,6 +348,13 @@ def _fitting(folder: Path) -> Iterator[None]:
             f"{folder} holds entries that these objects do not save "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def _is_checked(value: Any) -> bool:
+    """Whether all that it may load has been looked at before."""
+    return isinstance(value, (nn.Module, torch.optim.Optimizer)) or hasattr(
+        value, "check_state_dict"
+    )
 
 
 def _share(found: Manifest, group: Any) -> dict[str, Entry]:
