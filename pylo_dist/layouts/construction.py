@@ -13,7 +13,7 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -31,6 +31,7 @@ _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
 _NOT_GIVEN = ("params", "weights", "process_group")
 _UNORDERED = (set, frozenset, WeakSet)
 Groups = list[list[Any]]
+T = TypeVar("T")
 
 
 class Announced(ABCMeta):
@@ -120,6 +121,32 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
     for ranks in _domains([params]):
         entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
         comm.meet(ranks, f"the construction of {kind}", entries, _patience(params))
+
+
+def built_on_all(build: Callable[[], T], params: Sequence[Any]) -> T:
+    """What a callable of the user makes of these parameters, as an optimizer of ours or another
+    one; what it raises on one rank is raised on all.
+
+    Raises:
+        PeerError: another rank could not build; what else `build` raises, on this rank.
+        CommunicationError: one did not come in time.
+    """
+    ranks = domain_of(params)
+    if len(ranks) < 2:
+        return build()
+    try:
+        made = build()
+        # those of another kind have not met
+        comm.meet(ranks, "the construction of an optimizer", [], _patience(params))
+    except comm.Declined as error:
+        raise comm.PeerError(str(error)) from None
+    except comm.CommunicationError:
+        raise
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            comm.decline(ranks, error)
+        raise
+    return made
 
 
 def _patience(params: Sequence[Any]) -> float:
