@@ -321,6 +321,7 @@ class Keeper:
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
         self._owed = False  # the save before has failed
+        self._told = False  # of what could not be deleted
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         if is_first:
             clear(folder)
@@ -347,8 +348,13 @@ class Keeper:
     def _drop_old(self) -> None:
         """Of the published checkpoints leave the --keep newest."""
         if self._options.keep is not None:
-            for old in list(published_in(self._folder).values())[: -self._options.keep]:
-                remove(old)
+            try:
+                for old in list(published_in(self._folder).values())[: -self._options.keep]:
+                    remove(old)
+            except OSError as error:
+                if not self._told:
+                    tell(f"a checkpoint that is not kept cannot be deleted ({error}).")
+                self._told = True
 
     def after(self, step: int, *, sequences: int, stop: bool) -> None:
         """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.

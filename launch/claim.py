@@ -54,7 +54,7 @@ class Claim:
                     return "".join(c if c.isprintable() else "?" for c in holder) or "starting"
                 except OSError:
                     pass  # a file system without locks
-                if _is_at(path, handle):
+                if is_at(path, handle):
                     self._held = path, handle
                 else:  # whoever had it has removed it meanwhile
                     os.close(handle)
@@ -82,7 +82,7 @@ class Claim:
                 self._made.rmdir()
 
 
-def _is_at(path: Path, handle: int) -> bool:
+def is_at(path: Path, handle: int) -> bool:
     """Whether an open file is the one that has this name."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(handle))

@@ -258,9 +258,9 @@ def resume(
     place.together(
         lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None
     )
+    newer = start.newer(step) if is_first else []
+    place.together(lambda: [remove(path) for path in newer])
     if is_first:
-        for path in start.newer(step):
-            remove(path)
         tell(
             f"goes on after step {step} from {start.checkpoint}"
             + (f", with {others}" if others else "")
@@ -286,7 +286,8 @@ def load_from(
     """
     step, seen, others = place.together(lambda: check(start, options, config))
     is_first = place.rank == 0
-    rows = rows_until(start.source, step) if is_first and start.source is not None else []
+    source = start.source if is_first else None
+    rows = place.together(lambda: rows_until(source, step) if source is not None else [])
     opens = is_first and not start.goes_on
     place.together(
         lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None

@@ -122,8 +122,8 @@ def optional(path: Path) -> Iterator[Path]:
 class Watch:
     """Shows and records rows as they come.
 
-    A disk that is full ends no run: what could not be written of metrics.jsonl is kept, and written
-    with a later row.
+    A disk that is full ends no run, nor does a folder that somebody removes: what could not be
+    written of config.json and metrics.jsonl is kept, and written with a later row.
     """
 
     def __init__(
@@ -147,13 +147,10 @@ class Watch:
         done = self.rows[-1].step if self.rows else 0
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
         self._unwritten, self._behind = b"", False
+        self._config = json.dumps(config, indent=2) + "\n"
         try:
             (folder / DONE).unlink(missing_ok=True)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            aside = folder / f"{METRICS}.part"
-            aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
-            os.replace(aside, folder / METRICS)
-            self._metrics = (folder / METRICS).open("ab", buffering=0)  # a crash loses no line
+            self._metrics = self._begin()
         except OSError as error:
             raise WrongInput(
                 f"--out {folder} cannot be written ({error.strerror}); make room there, or choose "
@@ -194,10 +191,31 @@ class Watch:
                     f"step {row.step}/{self._steps}  {self._line(row)}", file=sys.stderr, flush=True
                 )
 
+    def _begin(self) -> Any:
+        """Write config.json, and metrics.jsonl with the rows so far; that file, to be added to."""
+        (self.folder / "config.json").write_text(self._config)
+        aside = self.folder / f"{METRICS}.part"
+        aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
+        os.replace(aside, self.folder / METRICS)
+        return (self.folder / METRICS).open("ab", buffering=0)  # a crash loses no line
+
+    def _is_gone(self) -> bool:
+        """Whether somebody has removed metrics.jsonl, or put another file in its place."""
+        try:
+            return not claim.is_at(self.folder / METRICS, self._metrics.fileno())
+        except OSError:  # it cannot be looked at, and may be written all the same
+            return False
+
     def _record(self, line: str) -> None:
         """Append to metrics.jsonl what is not there yet."""
         self._unwritten += line.encode()
         try:
+            if self._is_gone():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                again = self._begin()
+                self._metrics.close()
+                self._metrics, self._unwritten = again, b""
+                tell(f"{self.folder / METRICS} was removed, and has been written anew.")
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:

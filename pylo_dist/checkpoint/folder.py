@@ -85,7 +85,13 @@ def save(
                 raise CheckpointError(_EXISTS.format(folder))
             manifest.check_meta(meta or {})
             clear(folder.parent)  # first: it may be what fills the disk
-            aside.make()
+            try:
+                aside.make()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} was not written: {folder.parent} cannot be written to "
+                    f"({error.strerror})"
+                ) from error
         states = {key: tree.state_of(value) for key, value in state.items()}
         return states, "" if aside is None else aside.token
 
@@ -272,12 +278,14 @@ def published(parent: Folder) -> list[Path]:
     where there is none.
 
     Looks for manifests only; `load` verifies.
+
+    Raises:
+        OSError: a folder that this process may not look into, of which nobody can say.
     """
-    return sorted(
-        path.parent
-        for path in Path(parent).glob(f"*/{MANIFEST}")
-        if not path.parent.name.startswith(".")
-    )
+    if not Path(parent).is_dir():
+        return []
+    names = [path for path in Path(parent).iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in names if (path / MANIFEST).exists())
 
 
 def clear(parent: Folder) -> None:

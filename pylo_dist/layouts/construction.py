@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import comm
 from ..core.pieces import ShardBinding
+from ..core.scalars import as_python, with_python_numbers
 from . import fsdp1
 from .describe import domain_of
 from .dtensor import check_domain
@@ -50,6 +51,7 @@ class Announced(ABCMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("params")
         params = _as_lists(given)  # looked at here, and again by the constructor
+        args, kwargs = tuple(map(as_python, args)), with_python_numbers(kwargs)
         if args:
             args = (params, *args[1:])
         elif "params" in kwargs:
@@ -70,6 +72,8 @@ def announced(
     @functools.wraps(add_param_group)
     def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
         group = _as_lists([param_group])[0]
+        if isinstance(group, dict):
+            group = with_python_numbers(group)
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
