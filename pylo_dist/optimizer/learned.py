@@ -341,18 +341,15 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""
         return self._params.canonical(param, self._params.new_state(param))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
         for binding in self._params.bindings.values():
-            if binding.group is not None or binding.holders is not None:
+            if binding.holders is not None:
                 raise TypeError(
                     f"{binding.shard.fqn!r} lies on several ranks: a {type(self).__name__} over it "
                     "belongs to its process groups and its model's memory, and cannot be copied or "
                     "pickled; build one on the other model and load this one's state_dict(), or "
                     "save it with pylo_dist.checkpoint"
                 )
-        return super().__reduce_ex__(protocol)
-
-    def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
         if self.process_group is False:
             kept["process_group"] = False

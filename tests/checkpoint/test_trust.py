@@ -34,6 +34,7 @@ from pylo_dist.checkpoint import CheckpointError, files, manifest
 from pylo_dist.checkpoint import folder as checkpoint_folder
 from support.layouts import differing
 from support.optimizers import small_fc
+from support.permissions import permission_bits_hold
 from support.pickles import Loud
 
 SAVED = Path(__file__).parent / "saved" / "acc4d19"
@@ -621,6 +622,31 @@ def test_a_disk_that_is_full_is_said_in_one_line(tmp_path: Path, size: int) -> N
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     checkpoint.verify(tmp_path / "a")
+
+
+def test_folders_that_may_not_be_read_or_written(saved: Path, tmp_path: Path) -> None:
+    folder, state = tmp_path / "runs", pair(1)
+    shutil.copytree(saved, folder / "a")
+    with permission_bits_hold():
+        folder.chmod(0o555)
+        with pytest.raises(
+            CheckpointError, match=rf"{folder}/b was not written: {folder} cannot be"
+        ):
+            checkpoint.save(folder / "b", {"run": {"n": 1}})
+        with pytest.raises(CheckpointError, match=rf"{folder}/c.*Permission denied"):
+            checkpoint.save(folder / "c" / "d", {"run": {"n": 1}})
+        assert [path.name for path in folder.iterdir()] == ["a"]
+        checkpoint.load(folder / "a", {"model": state["model"]}, optional=("optimizer", "run"))
+        assert checkpoint.published(folder) == [folder / "a"]
+        for path in (folder / "a", folder):
+            bits = path.stat().st_mode
+            path.chmod(0)
+            refused(folder / "a", f"Permission denied.*{folder}/a/manifest.json")
+            with pytest.raises(PermissionError):  # and not: there is none
+                checkpoint.published(folder)
+            path.chmod(bits)
+        folder.chmod(0o755)
+    assert torch.equal(state["model"].weight, pair()["model"].weight)
 
 
 def test_ctrl_c_is_no_fault_of_the_checkpoint(
