@@ -92,8 +92,19 @@ def remove(path: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete what killed saves and removals of the run in `folder` have left."""
     package().clear(folder / FOLDER)
-    for path in (folder / FOLDER).glob(".step-*.removed"):
+    for path in (folder / FOLDER).glob(".*.removed"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Delete all checkpoints of the run in `folder`, and what killed saves have left; what another
+    process is still writing stays.
+    """
+    if (folder / FOLDER).is_dir():
+        clear(folder)
+        for path in (folder / FOLDER).iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                remove(path)
 
 
 def set_aside(path: Path) -> Path:
@@ -310,6 +321,7 @@ class Keeper:
         self._options, self._folder, self._learner, self._config = options, folder, learner, config
         self._is_first = is_first
         self._owed = False  # the save before has failed
+        self._told = False  # of what could not be deleted
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         if is_first:
             clear(folder)
@@ -336,8 +348,13 @@ class Keeper:
     def _drop_old(self) -> None:
         """Of the published checkpoints leave the --keep newest."""
         if self._options.keep is not None:
-            for old in list(published_in(self._folder).values())[: -self._options.keep]:
-                remove(old)
+            try:
+                for old in list(published_in(self._folder).values())[: -self._options.keep]:
+                    remove(old)
+            except OSError as error:
+                if not self._told:
+                    tell(f"a checkpoint that is not kept cannot be deleted ({error}).")
+                self._told = True
 
     def after(self, step: int, *, sequences: int, stop: bool) -> None:
         """Save a step that is done if it is its turn; call it on all ranks, with the same `stop`.

@@ -22,6 +22,7 @@ from pathlib import Path
 import environment
 import torch
 from checkpoints import Stopped, Unsaved, tell
+from claim import InUse
 from environment import Environment
 from loop import Diverged
 from options import WrongInput, parse
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = complain(error, code=2, aloud=first)
     except Diverged as error:
         code = complain(error, code=3, aloud=first)
-    except Unsaved as error:
+    except (InUse, Unsaved) as error:
         code = complain(error, code=1, aloud=first)
     except Stopped as error:
         code = complain(error, code=128 + signal.SIGTERM, aloud=first)

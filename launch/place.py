@@ -73,13 +73,13 @@ class Place:
             dist.destroy_process_group()
 
     def together(self, work: Callable[[], T]) -> T:
-        """`work()` of this rank, which calls no collective. A ValueError on any rank is WrongInput
-        on all.
+        """`work()` of this rank, which calls no collective. A ValueError or OSError on any rank is
+        WrongInput on all.
         """
         problem, result = None, None
         try:
             result = work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = " ".join(str(error).split())
         problems = [problem]
         if self.world_size > 1:
@@ -91,7 +91,7 @@ class Place:
         return result  # type: ignore[return-value]
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """`work()` of rank 0, on all ranks. A ValueError there is WrongInput on all."""
+        """`work()` of rank 0, on all ranks. A ValueError or OSError there is WrongInput on all."""
         results = [self.together(work if self.rank == 0 else lambda: None)]
         if self.world_size > 1:
             dist.broadcast_object_list(results, src=0)

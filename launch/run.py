@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from checkpoints import (
     set_aside,
     tell,
 )
+from claim import Claim, InUse
 from data import BatchPlan, Tokens, builtin_text
 from ds import DeepSpeedLearner
 from environment import Environment
@@ -149,14 +151,39 @@ def finish(
 def run(
     argv: Sequence[str], options: Options, place: Place, plan: BatchPlan, found: Environment
 ) -> None:
-    """One run on ranks that have met. Raises WrongInput before training, Diverged and Stopped
-    during it.
+    """One run on ranks that have met. Raises WrongInput and InUse before training, Diverged and
+    Stopped during it.
     """
-    is_first = place.rank == 0
     place.agree(options.shared())
     if options.save_every:
         place.together(package)
-    start = place.from_first(lambda: Start.find(options))
+    with Claim() as claim:
+
+        def find() -> tuple[Start, str | None]:
+            start = Start.find(options)
+            holder = claim.take(start.folder)
+            # again, since the one that held it may have ended just now
+            return replace(Start.find(options), folder=start.folder), holder
+
+        start, holder = place.from_first(find)
+        if holder is not None:
+            raise InUse(
+                f"--out {start.folder}: another run is there ({holder}); let it end, or choose "
+                "another folder."
+            )
+        run_from(start, argv, options, place, plan, found)
+
+
+def run_from(
+    start: Start,
+    argv: Sequence[str],
+    options: Options,
+    place: Place,
+    plan: BatchPlan,
+    found: Environment,
+) -> None:
+    """As `run`, in a folder that no other run has."""
+    is_first = place.rank == 0
     folder, resumes = start.folder, start.checkpoint is not None
     if not resumes:
         # What a run left that was killed before its first checkpoint is not in the way of one that
@@ -235,9 +262,9 @@ def resume(
     place.together(
         lambda: open_folder(start.folder, overwrite=options.overwrite) if opens else None
     )
+    newer = start.newer(step) if is_first else []
+    place.together(lambda: [remove(path) for path in newer])
     if is_first:
-        for path in start.newer(step):
-            remove(path)
         tell(
             f"goes on after step {step} from {start.checkpoint}"
             + (f", with {others}" if others else "")
@@ -263,7 +290,8 @@ def load_from(
     """
     step, seen, others = place.together(lambda: check(start, options, config))
     is_first = place.rank == 0
-    rows = rows_until(start.source, step) if is_first and start.source is not None else []
+    source = start.source if is_first else None
+    rows = place.together(lambda: rows_until(source, step) if source is not None else [])
     opens = is_first and not start.goes_on
     place.together(
         lambda: check_folder(start.folder, overwrite=options.overwrite) if opens else None

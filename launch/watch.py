@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints import FOLDER, remove, tell
+import claim
+from checkpoints import FOLDER, empty, tell
 from options import Options, WrongInput
 from tqdm import tqdm
 
@@ -76,7 +77,7 @@ def is_leftover(folder: Path) -> bool:
     """Whether all that lies in `folder` is what a run writes, as where one was killed before its
     first checkpoint.
     """
-    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, f".{FOLDER}.removed", "tensorboard", "wandb"}
+    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, claim.NAME, "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
         folder.is_dir()
@@ -89,18 +90,19 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise WrongInput for a folder in use."""
     if folder.exists() and not folder.is_dir():
         raise WrongInput(f"--out {folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    there = folder.iterdir() if folder.is_dir() else ()
+    if any(path.name != claim.NAME for path in there) and not overwrite:
         raise WrongInput(f"--out {folder} is not empty; choose another folder or pass --overwrite.")
 
 
 def open_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make `folder`, or empty it of an earlier run's files and checkpoints. Raises WrongInput for a
-    folder in use.
+    """Make `folder`, or empty it of an earlier run's files and checkpoints; hold its claim. Raises
+    WrongInput for a folder in use.
     """
     check_folder(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove(folder / FOLDER)  # before the rest: no later run shall take one of them for its own
+        empty(folder)  # before the rest: no later run shall take one of them for its own
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -146,8 +148,8 @@ class Remaining:
 class Watch:
     """Shows and records rows as they come.
 
-    A disk that is full ends no run: what could not be written of metrics.jsonl is kept, and written
-    with a later row.
+    A disk that is full ends no run, nor does a folder that somebody removes: what could not be
+    written of config.json and metrics.jsonl is kept, and written with a later row.
     """
 
     def __init__(
@@ -171,13 +173,10 @@ class Watch:
         done = self.rows[-1].step if self.rows else 0
         self._loggers, self._closers = _open_loggers(options, folder, config, done)
         self._unwritten, self._behind = b"", False
+        self._config = json.dumps(config, indent=2) + "\n"
         try:
             (folder / DONE).unlink(missing_ok=True)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            aside = folder / f"{METRICS}.part"
-            aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
-            os.replace(aside, folder / METRICS)
-            self._metrics = (folder / METRICS).open("ab", buffering=0)  # a crash loses no line
+            self._metrics = self._begin()
         except OSError as error:
             raise WrongInput(
                 f"--out {folder} cannot be written ({error.strerror}); make room there, or choose "
@@ -222,10 +221,31 @@ class Watch:
                     flush=True,
                 )
 
+    def _begin(self) -> Any:
+        """Write config.json, and metrics.jsonl with the rows so far; that file, to be added to."""
+        (self.folder / "config.json").write_text(self._config)
+        aside = self.folder / f"{METRICS}.part"
+        aside.write_text("".join(json.dumps(row.as_dict()) + "\n" for row in self.rows))
+        os.replace(aside, self.folder / METRICS)
+        return (self.folder / METRICS).open("ab", buffering=0)  # a crash loses no line
+
+    def _is_gone(self) -> bool:
+        """Whether somebody has removed metrics.jsonl, or put another file in its place."""
+        try:
+            return not claim.is_at(self.folder / METRICS, self._metrics.fileno())
+        except OSError:  # it cannot be looked at, and may be written all the same
+            return False
+
     def _record(self, line: str) -> None:
         """Append to metrics.jsonl what is not there yet."""
         self._unwritten += line.encode()
         try:
+            if self._is_gone():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                again = self._begin()
+                self._metrics.close()
+                self._metrics, self._unwritten = again, b""
+                tell(f"{self.folder / METRICS} was removed, and has been written anew.")
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:

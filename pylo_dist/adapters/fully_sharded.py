@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import comm
 from ..core.shards import TensorShard
+from ..layouts.construction import built_on_all
 from ..layouts.dtensor import TENSOR_PARALLEL, shard_of
 from ..layouts.plain import check_param, is_dtensor, local_tensor
 from ..optimizer import LearnedOptimizer, checks
@@ -63,7 +64,8 @@ def shard(
 
     Raises:
         ValueError: what cannot be sharded, by name, before the model is changed; what the optimizer
-            refuses, after that.
+            refuses, after that; on all ranks.
+        PeerError: `wrap`, `optimizer_class` or a `reset_parameters` raised on another rank.
 
     Example::
 
@@ -71,22 +73,25 @@ def shard(
         model, optimizer = pylo_dist.shard(model, pylo_dist.VeLO, num_steps=20_000)
     """
     import torch.distributed.fsdp as fsdp
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    _check_arguments(model, optimizer_class, mesh, wrap, mixed_precision, reshard_after_forward)
     if comm.default_group() is None:
+        _check_arguments(model, optimizer_class, mesh, wrap, mixed_precision, reshard_after_forward)
         raise ValueError(
             "torch.distributed is not initialised: start the ranks with torchrun, then call "
             "init_process_group()"
         )
-    named = list(model.named_parameters())
     group = (
-        comm.default_group()
-        if mesh is None
-        else comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
+        comm.group_over(tuple(sorted(mesh.mesh.flatten().tolist())))
+        if isinstance(mesh, DeviceMesh)
+        else comm.default_group()
     )
 
-    def prepare() -> tuple[list[nn.Module], list[tuple[str, nn.Module]], dict[str, Any]]:
+    def prepare() -> tuple[
+        list[tuple[str, nn.Parameter]], list[tuple[str, nn.Module]], dict[str, Any]
+    ]:
+        _check_arguments(model, optimizer_class, mesh, wrap, mixed_precision, reshard_after_forward)
+        named = list(model.named_parameters())
         _check_model(model, named, mesh, fsdp.FSDPModule)
         if mesh is not None:
             _check_mesh(mesh)
@@ -95,9 +100,10 @@ def shard(
             kwargs = optimizer_class.before_sharding(
                 [(fqn, param) for fqn, param in named if param.requires_grad], kwargs
             )
-        return units_of(model, wrap), _meta_modules(model), kwargs
+        return named, _meta_modules(model), kwargs
 
-    units, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
+    named, on_meta, optimizer_kwargs = comm.together(prepare, group, ValueError)
+    units = comm.together(lambda: units_of(model, wrap), group)
     settings = {
         "optimizer_class": getattr(optimizer_class, "__qualname__", type(optimizer_class).__name__),
         "mesh": None if mesh is None else [mesh.device_type, list(mesh.mesh.shape)],
@@ -133,21 +139,28 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
-    for unit in units:
-        fsdp.fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
-    # the parameters of the root are wanted again as soon as backward begins: FSDP2's own default
-    # keeps them
-    fsdp.fully_shard(
-        model,
-        reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward,
-        **options,
-    )
-    hand_on(model, attributes)
+
+    def cut() -> None:
+        for unit in units:
+            fsdp.fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
+        # the parameters of the root are wanted again as soon as backward begins: FSDP2's own
+        # default keeps them
+        fsdp.fully_shard(
+            model,
+            reshard_after_forward=None if reshard_after_forward is True else reshard_after_forward,
+            **options,
+        )
+        hand_on(model, attributes)
+        if on_meta:
+            model.to_empty(device=device)
+
+    comm.together(cut, group)
     if on_meta:
-        model.to_empty(device=device)
-        _initialise(on_meta, device, group)
-    return model, optimizer_class(
-        [(fqn, p) for fqn, p in model.named_parameters() if p.requires_grad], **optimizer_kwargs
+        with _random_state_of_first_rank(device, group):
+            comm.together(lambda: _initialise(on_meta, device), group)
+    trained = [(fqn, p) for fqn, p in model.named_parameters() if p.requires_grad]
+    return model, built_on_all(
+        lambda: optimizer_class(trained, **optimizer_kwargs), [param for _, param in trained]
     )
 
 
@@ -351,43 +364,42 @@ def _meta_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device, group: Any) -> None:
+def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
     """Draw the parameters of these modules as one process would, one module at a time whole, and
     keep this rank's part.
     """
     done: dict[int, bool] = {}
     names: dict[int, str] = {}
-    with _random_state_of_first_rank(device, group):
-        for name, module in modules:
-            sharded = dict(module.named_parameters(recurse=False))
-            drawn = {}
-            for key, param in sharded.items():
-                full = torch.full(param.shape, float("nan"), dtype=param.dtype, device=device)
-                drawn[key] = nn.Parameter(full, requires_grad=param.requires_grad)
-                module._parameters[key] = drawn[key]
-            buffers = [
-                (key, b) for key, b in module.named_buffers(recurse=False) if b.is_floating_point()
-            ]
-            for _, buffer in buffers:
-                buffer.fill_(float("nan"))
-            try:
-                module.reset_parameters()  # type: ignore[operator]
-            finally:
-                module._parameters.update(sharded)
-            for key, param in sharded.items():
-                names.setdefault(id(param), f"{name}.{key}" if name else key)
-                if not bool(drawn[key].isnan().any()):
-                    own = (
-                        shard_of(key, param)
-                        if is_dtensor(param)
-                        else TensorShard.whole(key, tuple(param.shape))
-                    )
-                    local = local_tensor(param)
-                    local.copy_(own.take(drawn[key]).view(local.shape))
-                    done[id(param)] = True
-            for key, buffer in buffers:
-                names[id(buffer)] = f"{name}.{key}" if name else key
-                done[id(buffer)] = not bool(buffer.isnan().any())
+    for name, module in modules:
+        sharded = dict(module.named_parameters(recurse=False))
+        drawn = {}
+        for key, param in sharded.items():
+            full = torch.full(param.shape, float("nan"), dtype=param.dtype, device=device)
+            drawn[key] = nn.Parameter(full, requires_grad=param.requires_grad)
+            module._parameters[key] = drawn[key]
+        buffers = [
+            (key, b) for key, b in module.named_buffers(recurse=False) if b.is_floating_point()
+        ]
+        for _, buffer in buffers:
+            buffer.fill_(float("nan"))
+        try:
+            module.reset_parameters()  # type: ignore[operator]
+        finally:
+            module._parameters.update(sharded)
+        for key, param in sharded.items():
+            names.setdefault(id(param), f"{name}.{key}" if name else key)
+            if not bool(drawn[key].isnan().any()):
+                own = (
+                    shard_of(key, param)
+                    if is_dtensor(param)
+                    else TensorShard.whole(key, tuple(param.shape))
+                )
+                local = local_tensor(param)
+                local.copy_(own.take(drawn[key]).view(local.shape))
+                done[id(param)] = True
+        for key, buffer in buffers:
+            names[id(buffer)] = f"{name}.{key}" if name else key
+            done[id(buffer)] = not bool(buffer.isnan().any())
     left = [fqn for key, fqn in names.items() if not done.get(key)]
     if left:
         raise ValueError(

@@ -14,6 +14,7 @@ any other saved.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import re
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 
 from .. import comm
+from ..optimizer.schedules import check_scheduler_state
 from . import manifest, tree
 from .files import MISSING, Entry, open_regular, verify_file
 from .manifest import MANIFEST, Manifest
@@ -83,7 +85,13 @@ def save(
                 raise CheckpointError(_EXISTS.format(folder))
             manifest.check_meta(meta or {})
             clear(folder.parent)  # first: it may be what fills the disk
-            aside.make()
+            try:
+                aside.make()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} was not written: {folder.parent} cannot be written to "
+                    f"({error.strerror})"
+                ) from error
         states = {key: tree.state_of(value) for key, value in state.items()}
         return states, "" if aside is None else aside.token
 
@@ -138,9 +146,11 @@ def load(
     """Load what `save` wrote, on any number of ranks and any layout. All ranks call it alike.
 
     First the ranks compare which checkpoint they see, then keys, shapes and dtypes are compared,
-    then all is read aside, each block verified as it is read, and each optimizer checks what it
-    would load; only then does anything change. Nothing in the folder is run: of what is no tensor
-    only what torch.load reads with `weights_only` is read.
+    then all is read aside, each block verified as it is read, and each optimizer and scheduler is
+    compared with what it would load; only then does anything change. Other objects, of which it is
+    not known what they take, load before models and optimizers do; where one raises, on whichever
+    rank, all get back the state they had. Nothing in the folder is run: of what is no tensor only
+    what torch.load reads with `weights_only` is read.
 
     Args:
         folder: a published checkpoint.
@@ -155,8 +165,8 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, truncated or changed, by name; a key that is
-            missing or does not fit, by name; ranks that see different checkpoints; on all ranks.
-            Nothing has been changed then.
+            missing or does not fit, by name; an object that raises in its load_state_dict; ranks
+            that see different checkpoints; on all ranks. Nothing has been changed then.
         ValueError: what the load_state_dict of an optimizer refuses (another model, rule, weights
             or format), on all ranks.
     """
@@ -200,6 +210,23 @@ def load(
         for key, value in state.items():
             if hasattr(value, "check_state_dict"):
                 value.check_state_dict(loaded[key])
+            elif isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+                try:
+                    check_scheduler_state(value, own[key], loaded[key])
+                except ValueError as error:
+                    raise CheckpointError(f"{folder}: {key!r}: {error}") from None
+
+    def load_others() -> None:
+        for key, value in state.items():
+            if tree.is_stateful(value) and not _is_checked(value):
+                before.append((value, copy.deepcopy(own[key])))
+                try:
+                    value.load_state_dict(loaded[key])
+                except Exception as error:
+                    raise CheckpointError(
+                        f"{folder}: {key!r}: {type(value).__name__}.load_state_dict raised "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
 
     own: dict[str, Any] = {}
     reader = _alike(group, open_folder)
@@ -207,8 +234,16 @@ def load(
     _alike(group, read)
     loaded = {key: tree.with_keys_of(own[key], loaded[key]) for key in state}
     _alike(group, check)
+    before: list[tuple[Any, Any]] = []
+    try:
+        _alike(group, load_others)
+    except BaseException:
+        for value, was in reversed(before):
+            with suppress(Exception):  # of one that does not take what it gave, too
+                value.load_state_dict(was)
+        raise
     for key, value in state.items():
-        if tree.is_stateful(value):
+        if tree.is_stateful(value) and _is_checked(value):
             tree.load_into(value, loaded[key])
     return {key: loaded[key] for key, value in state.items() if not tree.is_stateful(value)}, dict(
         found.meta
@@ -245,12 +280,14 @@ def published(parent: Folder) -> list[Path]:
     where there is none.
 
     Looks for manifests only; `load` verifies.
+
+    Raises:
+        OSError: a folder that this process may not look into, of which nobody can say.
     """
-    return sorted(
-        path.parent
-        for path in Path(parent).glob(f"*/{MANIFEST}")
-        if not path.parent.name.startswith(".")
-    )
+    if not Path(parent).is_dir():
+        return []
+    names = [path for path in Path(parent).iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in names if (path / MANIFEST).exists())
 
 
 def clear(parent: Folder) -> None:
@@ -265,7 +302,7 @@ def clear(parent: Folder) -> None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found = os.fstat(handle)
                 # locks may hold on one machine alone
-                ours = os.read(handle, 256).decode(errors="replace") == socket.gethostname()
+                ours = os.read(handle, 256).decode(errors="replace") == _machine()
                 if ours or time.time() - found.st_mtime > STRANGER_S:
                     shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
                     lock.unlink()
@@ -323,6 +360,13 @@ def _fitting(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _is_checked(value: Any) -> bool:
+    """Whether all that it may load has been looked at before."""
+    return isinstance(value, (nn.Module, torch.optim.Optimizer)) or hasattr(
+        value, "check_state_dict"
+    )
+
+
 def _share(found: Manifest, group: Any) -> dict[str, Entry]:
     """Of the files of a checkpoint those that this rank looks at."""
     names = sorted(found.files)[comm.rank(group) :: comm.size(group)]
@@ -353,6 +397,14 @@ def _partial(folder: Path, token: str) -> Path:
     return folder.with_name(f".{folder.name}.{token}.partial")
 
 
+def _machine() -> str:
+    """A name for the kernel whose locks this process sees; containers may share a host name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    with suppress(OSError):
+        return f"{socket.gethostname()} {boot.read_text().strip()}"
+    return socket.gethostname()
+
+
 class _Aside:
     """A folder that is being written, and a lock that is held as long as this process lives.
 
@@ -371,9 +423,10 @@ class _Aside:
         self._handle = os.open(
             self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
-        os.write(self._handle, socket.gethostname().encode())
         with suppress(OSError):  # file systems without locks: then nothing is ever cleared
             fcntl.flock(self._handle, fcntl.LOCK_EX)
+        # last: whoever finds it unlocked before takes it for a young one of another machine
+        os.write(self._handle, _machine().encode())
         self._partial.mkdir()
 
     def close(self) -> None:

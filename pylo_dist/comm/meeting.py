@@ -37,6 +37,10 @@ class CommunicationError(RuntimeError):
     """
 
 
+class Declined(ValueError):
+    """What another rank does not come to a meeting for, in its words."""
+
+
 def digest(content: Any) -> str:
     """Of JSON-able content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -86,7 +90,7 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
         timeout: seconds to wait for the last one.
 
     Raises:
-        ValueError: what another rank has declined with.
+        Declined: with what another rank has declined with.
         CommunicationError: one did not come in time; on all who come at all.
     """
     late, start = [rank for rank in ranks if rank != dist.get_rank()], time.monotonic()
@@ -117,7 +121,7 @@ def _meet(
     arrived = store.add(f"{place}/arrived", 1)
     while True:
         if store.has(f"{place}/problem"):
-            raise ValueError(store.get(f"{place}/problem"))
+            raise Declined(store.get(f"{place}/problem"))
         waited = time.monotonic() - start
         given_up, outcome = waited > timeout, _MET if arrived >= len(ranks) else ""
         if not outcome and (given_up or (waited > PATIENCE and not told)):

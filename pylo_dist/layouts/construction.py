@@ -13,7 +13,7 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import comm
 from ..core.pieces import ShardBinding
+from ..core.scalars import as_python, with_python_numbers
 from . import fsdp1
 from .describe import domain_of
 from .dtensor import check_domain
@@ -32,6 +33,7 @@ _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
 _NOT_GIVEN = ("params", "weights", "process_group")
 _UNORDERED = (set, frozenset, WeakSet)
 Groups = list[list[Any]]
+T = TypeVar("T")
 
 
 class Announced(ABCMeta):
@@ -50,6 +52,7 @@ class Announced(ABCMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("params")
         params = _as_lists(given)  # looked at here, and again by the constructor
+        args, kwargs = tuple(map(as_python, args)), with_python_numbers(kwargs)
         with _failures_told(lambda: _groups_of(params)):
             check_ordered(params)
             params = _opened(params)
@@ -71,6 +74,8 @@ def announced(
     @functools.wraps(add_param_group)
     def wrapped(optimizer: Any, param_group: dict[str, Any]) -> None:
         group = _as_lists([param_group])[0]
+        if isinstance(group, dict):
+            group = with_python_numbers(group)
         known = [param for other in optimizer.param_groups for param in other["params"]]
         with _failures_told(
             lambda: [known + [param for new in _groups_of([group]) for param in new]]
@@ -124,6 +129,32 @@ def meet(named: Sequence[tuple[str, Any]], kind: str) -> None:
     for ranks in _domains([params]):
         entries = [kind, *([fqn, list(param.shape)] for fqn, param in named)]
         comm.meet(ranks, f"the construction of {kind}", entries, _patience(params))
+
+
+def built_on_all(build: Callable[[], T], params: Sequence[Any]) -> T:
+    """What a callable of the user makes of these parameters, as an optimizer of ours or another
+    one; what it raises on one rank is raised on all.
+
+    Raises:
+        PeerError: another rank could not build; what else `build` raises, on this rank.
+        CommunicationError: one did not come in time.
+    """
+    ranks = domain_of(params)
+    if len(ranks) < 2:
+        return build()
+    try:
+        made = build()
+        # those of another kind have not met
+        comm.meet(ranks, "the construction of an optimizer", [], _patience(params))
+    except comm.Declined as error:
+        raise comm.PeerError(str(error)) from None
+    except comm.CommunicationError:
+        raise
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            comm.decline(ranks, error)
+        raise
+    return made
 
 
 def _patience(params: Sequence[Any]) -> float:

@@ -23,11 +23,28 @@ def describe_all(
     Raises:
         ValueError: a layout that cannot be served, or ranks that disagree; on all of them, by name.
     """
+    _check_one_kind(named)
     if any(plain.is_dtensor(param) for _, param in named):
         return dtensor.describe(named, settings)
     if any(fsdp1.is_flattened(param) for _, param in named):
         return fsdp1.describe(named, settings)
     return [plain.describe(fqn, param) for fqn, param in named]
+
+
+def _check_one_kind(named: Sequence[tuple[str, Any]]) -> None:
+    """Raise ValueError for parameters of FSDP1 beside DTensors: each adds its sums over ranks of
+    its own, in an order of its own.
+    """
+    flat = next((fqn for fqn, p in named if fsdp1.is_flattened(p)), None)
+    other = next(
+        (fqn for fqn, p in named if plain.is_dtensor(p) and not fsdp1.is_flattened(p)), None
+    )
+    if flat is not None and other is not None:
+        raise ValueError(
+            f"{flat!r} belongs to FullyShardedDataParallel (FSDP1), {other!r} is a DTensor, "
+            "as of fully_shard (FSDP2) or tensor parallelism: give each part an optimizer of its "
+            "own, or shard the whole model with fully_shard"
+        )
 
 
 def domain_of(params: Sequence[Any]) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class MuLO(AdafacLO):
                 name: width_mult_of(name, param) if known is None else known.get(name, 1.0)
                 for name, param in zip(names, group["params"], strict=True)
             }
-        checks.positive_by_name("width_mults", group["width_mults"])
+        group["width_mults"] = checks.positive_by_name("width_mults", group["width_mults"])
         self._unclaimed -= set(names)
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+from ..core.scalars import with_python_numbers
 from ..weights import printable
 
 LARGEST = 1e6  # of factors on a step, and of decays
@@ -42,7 +44,7 @@ def as_number(value: object) -> float | None:
     """A number of the host as a float, infinite where it is too large; None for what is none."""
     if isinstance(value, Tensor) and (value.dim() or value.is_complex()):
         return None
-    if not isinstance(value, (int, float, Tensor)):
+    if not isinstance(value, (Real, Tensor)):
         return None
     try:
         return float(value)
@@ -71,10 +73,11 @@ def number(
 
 
 def whole(name: str, value: object, wanted: str, least: int, most: int = LONGEST) -> int:
-    """`value` itself. Raises ValueError unless it is an int between `least` and `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    """`value` as an int. Raises ValueError unless it is one between `least` and `most`."""
+    found = None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+    if found is None or not least <= found <= most:
         raise refused(name, value, f"{wanted} (at most {most})")
-    return value
+    return found
 
 
 def switch(name: str, value: object) -> bool:
@@ -128,7 +131,7 @@ def positive_by_name(name: str, values: object) -> dict[str, float]:
         if not isinstance(key, str):
             raise refused(name, values, f"names as keys, not {shown(key)}")
         number(f"{name}[{key!r}]", value, "a finite number > 0", above=True)
-    return dict(values)
+    return with_python_numbers(values)
 
 
 def parameters(params: object, name: str = "params", first: str = "parameters") -> list[Any]:

@@ -345,6 +345,14 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         return self._params.canonical(param, self._params.new_state(param))
 
     def __getstate__(self) -> dict[str, Any]:
+        for binding in self._params.bindings.values():
+            if binding.holders is not None:
+                raise TypeError(
+                    f"{binding.shard.fqn!r} lies on several ranks: a {type(self).__name__} over it "
+                    "belongs to its process groups and its model's memory, and cannot be copied or "
+                    "pickled; build one on the other model and load this one's state_dict(), or "
+                    "save it with pylo_dist.checkpoint"
+                )
         kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
         if self.process_group is False:
             kept["process_group"] = False

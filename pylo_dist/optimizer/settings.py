@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.rule import is_capturing
+from ..core.scalars import as_python
 from .checks import LARGEST, as_number, refused
 
 REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")  # modes of torch's own
@@ -221,7 +222,13 @@ class GroupNumbers:
         self._flags = torch.empty(0)  # bool (2, groups, keys): no good here, unlike
 
     def read(self, groups: Sequence[dict[str, Any]], problem: Exception | None) -> Exception | None:
-        """Look at the groups. Returns the problem, or the first that is found here."""
+        """Look at the groups, in which numbers of other libraries become Python's (modified in
+        place). Returns the problem, or the first that is found here.
+        """
+        for group in groups:
+            for key in self._keys:
+                if key in group:
+                    group[key] = as_python(group[key])
         seen = [[_seen(group.get(key)) for key in self._keys] for group in groups]
         self._groups = groups
         if seen == self._seen:

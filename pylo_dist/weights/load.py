@@ -169,11 +169,14 @@ def load_weights(
             f"weights {name!r} are for {entry.architecture}, this optimizer needs "
             f"{architecture.name}"
         )
-    found = (
-        _demo(architecture or architecture_named(DEMO.architecture))
-        if name == "demo"
-        else _find(name, entry, architecture, local_only)
-    )
+    try:
+        found = (
+            _demo(architecture or architecture_named(DEMO.architecture))
+            if name == "demo"
+            else _find(name, entry, architecture, local_only)
+        )
+    except OSError as error:  # a folder that may not be looked into
+        raise WeightsError(f"weights {printable(repr(name), 80)}: {error}") from error
     if architecture is None:
         named = entry.architecture if entry is not None else found.card.get("architecture")
         if named is not None and not (isinstance(named, str) and named in architectures()):
@@ -348,6 +351,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if not path.is_file():
             raise ValueError("it is no regular file")
+        path.open("rb").close()  # safetensors says of all that it cannot open that it is not there
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             metadata = file.metadata() or {}

@@ -4,6 +4,7 @@ checkpoints are those of other layouts, and what cannot be served is refused on 
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import pylo_dist
@@ -247,6 +248,15 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         with FSDP.summon_full_params(model):
             adafac(model.named_parameters())
 
+    def beside_fsdp2() -> None:
+        model, other = small(), nn.Linear(4, 4)
+        fully_shard(other)
+        adafac([*other.named_parameters(), *model.named_parameters()])
+
+    def copied() -> None:
+        model = small()
+        copy.deepcopy(adafac(model.named_parameters()))
+
     def other_torch() -> None:
         model = small()
         place, fsdp1._NAMES["handle"] = fsdp1._NAMES["handle"], "_no_such_name"
@@ -257,7 +267,8 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
     found = {}
     for action in (
-        built_before, flat, zero, shard, one_fails, unlike, gone, summoned, other_torch,
+        built_before, flat, zero, shard, one_fails, unlike, gone, summoned, beside_fsdp2, copied,
+        other_torch,
     ):  # fmt: skip
         begin = time.monotonic()
         try:
@@ -278,6 +289,8 @@ REFUSALS = {
     "unlike": r"ValueError: the ranks disagree.*max_grad_norm",
     "gone": r"ValueError: .*FullyShardedDataParallel module that is gone",
     "summoned": r"ValueError: .*summon_full_params",
+    "beside_fsdp2": r"ValueError: '.*first.weight' belongs to .*FSDP1.*, 'weight' is a DTensor",
+    "copied": r"TypeError: '.*first.weight' lies on several ranks: .*cannot be copied or pickled",
     "other_torch": r"ValueError: torch .* has no '_no_such_name'",
 }
 

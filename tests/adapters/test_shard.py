@@ -356,6 +356,19 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
             mlp.extra = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
         pylo_dist.shard(mlp, pylo_dist.AdafacLO, weights=small_fc())
 
+    def sharded_with(build: Any = pylo_dist.AdafacLO, meta: bool = False, **kwargs: Any) -> None:
+        with torch.device("meta" if meta else "cpu"):
+            mlp = Mlp()
+        if meta and last:
+            mlp.norm.reset_parameters = raises
+        pylo_dist.shard(mlp, build, weights=small_fc(), **kwargs)
+
+    def raises(*_: Any, **__: Any) -> Any:
+        raise ValueError("only here")
+
+    def adamw(params: Any, weights: Any) -> torch.optim.Optimizer:
+        return raises() if last else torch.optim.AdamW(params)
+
     def two_groups(problem: dict[str, Any]) -> None:
         groups = [
             {"params": [("a", cut())]},
@@ -373,6 +386,11 @@ def on_one_rank_alone(rank: int, world: int) -> dict[str, tuple[str, float]]:
         "complex": lambda: adafac([("w", cut(torch.complex64 if last else torch.float32))]),
         "complex later": complex_later,
         "complex in shard": sharded_complex,
+        "argument of shard": lambda: sharded_with(mesh=5 if last else None),
+        "wrap": lambda: sharded_with(wrap=raises if last else None),
+        "callable": lambda: sharded_with(lambda p, **k: raises() if last else adafac(p, **k)),
+        "callable of torch": lambda: sharded_with(adamw),
+        "reset_parameters": lambda: sharded_with(meta=True),
         "weights": lambda: adafac(
             [("w", cut())], weights="/nowhere/weights.safetensors" if last else small_fc()
         ),
@@ -632,6 +650,8 @@ ALONE = {  # what the last rank says, and what all others say after "rank 3: "
     "complex": "'w' is torch.complex64",
     "complex later": "'w' is torch.complex64",
     "complex in shard": "'extra' is torch.complex64",
+    "argument of shard": "mesh=5: wanted a DeviceMesh",
+    **dict.fromkeys(("wrap", "callable", "callable of torch", "reset_parameters"), "only here"),
     "weights": "/nowhere/weights.safetensors",
     "second group": "lr=-1.0: wanted a finite number >= 0",
     "same twice": "'w again' is in the same group twice",
@@ -652,6 +672,8 @@ def check_alone(results: list[dict[str, tuple[str, float]]]) -> None:
                 ALONE[name] if last else f"rank 3: .*{ALONE[name]}|has .*{ALONE[name]}", text
             ), (name, rank, text)
             assert seconds < 20, (name, rank, seconds)
+            if ALONE[name] == "only here":  # by a function of the user
+                assert text.startswith("ValueError" if last else "PeerError"), (name, rank, text)
 
 
 def test_units() -> None:

@@ -26,6 +26,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch.optim import lr_scheduler as schedules
 
 import pylo_dist
 from pylo_dist import checkpoint
@@ -34,6 +35,7 @@ from pylo_dist.checkpoint import folder as checkpoint_folder
 from pylo_dist.optimizer import sharded_state
 from support.layouts import differing
 from support.optimizers import small_fc
+from support.permissions import permission_bits_hold
 from support.pickles import Loud
 
 SAVED = Path(__file__).parent / "saved" / "acc4d19"
@@ -304,6 +306,121 @@ def test_entries_of_other_kinds_than_the_objects_have(tmp_path: Path) -> None:
             checkpoint.load(tmp_path / name, {"optimizer": own["optimizer"]})
         assert "Error" in type(raised.value).__name__, name
         assert not differing(numbers(own), before), name
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda o: schedules.LambdaLR(o, [lambda step: 0.5**step]),
+    "LambdaLR of an object": lambda o: schedules.LambdaLR(o, Halving()),
+    "StepLR": lambda o: schedules.StepLR(o, 3),
+    "MultiStepLR": lambda o: schedules.MultiStepLR(o, [2, 5]),
+    "SequentialLR": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o), schedules.CosineAnnealingLR(o, 5)], [2]
+    ),
+    "ChainedScheduler": lambda o: schedules.ChainedScheduler(
+        [schedules.LinearLR(o), schedules.ExponentialLR(o, 0.9)]
+    ),
+    "ReduceLROnPlateau": lambda o: schedules.ReduceLROnPlateau(o),
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, 0.1, total_steps=9),
+    "CyclicLR": lambda o: schedules.CyclicLR(o, 0.1, 0.2),
+    "WarmRestarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 2),
+    "PolynomialLR": lambda o: schedules.PolynomialLR(o),
+}
+
+
+class Halving:
+    def __init__(self) -> None:
+        self.by = 0.5
+
+    def __call__(self, step: int) -> float:
+        return self.by**step
+
+
+def scheduled(name: str, steps: int) -> tuple[Any, Any]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, momentum=0.9)
+    scheduler = SCHEDULERS[name](optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    return optimizer, scheduler
+
+
+def test_schedulers_take_what_their_kind_saved_and_nothing_else(tmp_path: Path) -> None:
+    for name in SCHEDULERS:
+        optimizer, scheduler = scheduled(name, 3)
+        checkpoint.save(tmp_path / name, {"optimizer": optimizer, "scheduler": scheduler})
+    for name in SCHEDULERS:
+        optimizer, scheduler = scheduled(name, 0)
+        checkpoint.load(tmp_path / name, {"scheduler": scheduler, "optimizer": optimizer})
+        first, same = scheduled(name, 3)
+        assert scheduler.state_dict() == same.state_dict(), name
+        for o, s in ((optimizer, scheduler), (first, same)):
+            o.step()
+            s.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        assert optimizer.param_groups[0]["lr"] == first.param_groups[0]["lr"], name
+        own, before = scheduled(name, 0)[1], scheduled(name, 0)[1].state_dict()
+        for other in SCHEDULERS.keys() - {name}:
+            if {name, other} <= {"LambdaLR", "LambdaLR of an object"}:
+                continue
+            with pytest.raises(CheckpointError, match=r"'scheduler': '\w+"):
+                checkpoint.load(tmp_path / other, {"scheduler": own})
+            assert own.state_dict() == before, (name, other)
+
+
+def test_odd_entries_of_a_scheduler_are_refused_by_key(tmp_path: Path) -> None:
+    good = scheduled("StepLR", 3)[1].state_dict()
+    odd: dict[str, tuple[dict[str, Any], str]] = {
+        "a text": ({**good, "last_epoch": "x"}, "'last_epoch' is 'x'"),
+        "none": ({**good, "gamma": None}, "'gamma' is None"),
+        "infinite": ({**good, "step_size": float("inf")}, "'step_size' is inf"),
+        "huge": ({**good, "step_size": 10**400}, "'step_size' is"),
+        "a tensor": ({**good, "gamma": torch.ones(3)}, "'gamma' is tensor"),
+        "two rates": ({**good, "base_lrs": [1.0, 2.0]}, "'base_lrs' has 2 entries"),
+        "a text in a list": ({**good, "base_lrs": ["1"]}, "'base_lrs.0' is '1'"),
+        "missing": ({k: v for k, v in good.items() if k != "gamma"}, "'gamma' is missing"),
+        "the optimizer": ({**good, "optimizer": 1}, "'optimizer' is nothing that a StepLR"),
+        "a method": ({**good, "step": 1}, "'step' is nothing that a StepLR saves"),
+        "a private method": ({**good, "_initial_step": 1}, "'_initial_step' is nothing"),
+    }
+    run = pair(1)
+    scheduler = schedules.StepLR(run["optimizer"], 2)
+    for name, (state, message) in odd.items():
+        saved = pair()  # whose groups have what a scheduler adds
+        schedules.StepLR(saved["optimizer"], 2)
+        checkpoint.save(tmp_path / name, {**saved, "scheduler": state})
+        before, was = numbers(run), copy.deepcopy(scheduler.state_dict())
+        with pytest.raises(CheckpointError, match=rf"{name}: 'scheduler': {message}"):
+            checkpoint.load(tmp_path / name, {**run, "scheduler": scheduler})
+        assert not differing(numbers(run), before), name
+        assert scheduler.state_dict() == was, name
+
+
+class Loader:
+    """An object of a user, which takes what it gave and says nothing before."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.epoch = at, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+        self.epoch = int(state["epoch"])  # half of it changed where this raises
+
+
+def test_an_object_that_refuses_its_state_leaves_nothing_changed(tmp_path: Path) -> None:
+    saved = {**pair(), "first": Loader(3), "second": {"at": 4, "epoch": "x"}}
+    checkpoint.save(tmp_path / "a", saved)
+    run = {**pair(1), "first": Loader(1), "second": Loader(2)}
+    before = numbers(run)
+    with pytest.raises(CheckpointError, match=r"'second': Loader\.load_state_dict raised ValueErr"):
+        checkpoint.load(tmp_path / "a", run)
+    assert not differing(numbers(run), before)
+    assert (run["first"].at, run["second"].at) == (1, 2)
+    checkpoint.save(tmp_path / "b", {**saved, "second": Loader(4)})
+    checkpoint.load(tmp_path / "b", run)
+    assert not differing(numbers(run), numbers(saved))
+    assert (run["first"].at, run["second"].at) == (3, 4)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -651,11 +768,9 @@ def test_what_killed_saves_left_is_cleared_and_nothing_that_lives(tmp_path: Path
         partial.with_suffix(".lock").write_text(host)
         return partial
 
-    dead, live, stranger = (
-        left("0", os.uname().nodename),
-        left("1", os.uname().nodename),
-        left("2", "far"),
-    )
+    here = checkpoint_folder._machine()
+    assert here.startswith(f"{os.uname().nodename} ")
+    dead, live, stranger = left("0", here), left("1", here), left("2", os.uname().nodename)
     with live.with_suffix(".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         checkpoint.save(tmp_path / "a", {"run": {"n": 1}})
@@ -689,6 +804,31 @@ def test_a_disk_that_is_full_is_said_in_one_line(tmp_path: Path, size: int) -> N
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     checkpoint.verify(tmp_path / "a")
+
+
+def test_folders_that_may_not_be_read_or_written(saved: Path, tmp_path: Path) -> None:
+    folder, state = tmp_path / "runs", pair(1)
+    shutil.copytree(saved, folder / "a")
+    with permission_bits_hold():
+        folder.chmod(0o555)
+        with pytest.raises(
+            CheckpointError, match=rf"{folder}/b was not written: {folder} cannot be"
+        ):
+            checkpoint.save(folder / "b", {"run": {"n": 1}})
+        with pytest.raises(CheckpointError, match=rf"{folder}/c.*Permission denied"):
+            checkpoint.save(folder / "c" / "d", {"run": {"n": 1}})
+        assert [path.name for path in folder.iterdir()] == ["a"]
+        checkpoint.load(folder / "a", {"model": state["model"]}, optional=("optimizer", "run"))
+        assert checkpoint.published(folder) == [folder / "a"]
+        for path in (folder / "a", folder):
+            bits = path.stat().st_mode
+            path.chmod(0)
+            refused(folder / "a", f"Permission denied.*{folder}/a/manifest.json")
+            with pytest.raises(PermissionError):  # and not: there is none
+                checkpoint.published(folder)
+            path.chmod(bits)
+        folder.chmod(0o755)
+    assert torch.equal(state["model"].weight, pair()["model"].weight)
 
 
 def test_ctrl_c_is_no_fault_of_the_checkpoint(

@@ -4,6 +4,7 @@ says why it does not.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,9 +23,12 @@ import gpt2
 import pytest
 import torch
 from checkpoints import Keeper, published_in, remove
+from claim import Claim
 from data import Tokens
 from faults import OPTIMIZERS, Faults, Kill, Setup, codes_of, differences, rows_of, run, started
 from watch import Row, Watch, rows_until
+
+from pylo_dist.checkpoint.folder import _machine
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED = 128 + signal.SIGTERM
@@ -380,8 +384,19 @@ def test_folders_of_earlier_runs(
     # --resume auto where nothing was published starts afresh, over what a killed run has left and
     # over nothing else
     left = copy_of(finished, tmp_path / "left")
-    for path in published_in(left).values():
-        path.rename(path.with_name(f".{path.name}.partial"))
+    saved = list(published_in(left).values())
+    for token, path in zip("01", saved, strict=False):
+        unfinished(path, token)
+    (left / "checkpoints" / ".step-00000001.removed").mkdir()
+    live = unfinished(saved[2], "2")
+    with live.with_suffix(".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a save of a program of another kind
+        content = tree(live)
+        for extra in (["--resume", "auto"], ["--overwrite"]):
+            assert gpt2.main(command(folder, left, *extra, "--steps", "2")) == 0
+            assert list(published_in(left)) == [2]
+            assert tree(live) == content
+            remove(published_in(left)[2])
     assert gpt2.main(command(folder, left, "--resume", "auto")) == 0
     assert differences(finished, left, 8) == []
     remove(left / "checkpoints")
@@ -392,6 +407,51 @@ def test_folders_of_earlier_runs(
     # a run in its place leaves no checkpoint of the earlier one for a later --resume auto
     assert gpt2.main(command(folder, left, "--overwrite", "--steps", "2", "--save-every", "0")) == 0
     assert published_in(left) == {}
+
+
+def unfinished(path: Path, token: str) -> Path:
+    """What a save that was killed before it published `path` has left: the partial folder."""
+    partial = path.rename(path.with_name(f".{path.name}.{token * 32}.partial"))
+    partial.with_suffix(".lock").write_text(_machine())
+    return partial
+
+
+def test_a_folder_is_of_one_run_at_a_time(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first save a run looks like what a killed one has left. The other leaves it alone,
+    with a code that resume_loop.sh tries again.
+    """
+    out = copy_of(finished, tmp_path / "run")
+    young = copy_of(finished, tmp_path / "young")
+    remove(young / "checkpoints")
+    for used, extra in (
+        (young, ["--resume", "auto"]),
+        (young, ["--overwrite"]),
+        (young, ["--resume", str(finished), "--overwrite"]),
+        (out, ["--resume", "auto"]),
+        (out, ["--resume", str(out)]),
+        (tmp_path / "new", []),
+    ):
+        with Claim() as claim:
+            assert claim.take(used) is None
+            before = tree(tmp_path)
+            assert gpt2.main(command(folder, used, *extra)) == 1, (used, extra)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"--out {used}: another run is there (process {os.getpid()} on" in line
+            assert tree(tmp_path) == before
+        assert not (used / ".running").exists()
+    assert not (tmp_path / "new").exists()
+    # a lock that nobody holds is one that was left, whatever it says
+    (out / ".running").write_text("process 1 on far")
+    assert gpt2.main(command(folder, out, "--resume", "auto")) == 0
+    assert not (out / ".running").exists()
+    for odd in ("fifo", "link"):
+        os.mkfifo(out / ".running") if odd == "fifo" else (out / ".running").symlink_to("x")
+        assert gpt2.main(command(folder, out, "--resume", "auto")) == 2
+        assert f"--out {out} cannot be written" in capsys.readouterr().err.splitlines()[-1]
+        (out / ".running").unlink(missing_ok=True)
+    assert not (out / "x").exists()
 
 
 def test_what_differs_is_said_once_and_holds(

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,7 +44,8 @@ JSON: list[Any] = [
 PYTHON: list[Any] = [
     object(), Silent(), b"x", (), {1: 2}, {2}, 1j, Decimal("0.1"), int, len, 10**5000,
     torch.tensor(0.5), torch.tensor(True), torch.tensor(1 + 2j), torch.ones(3), torch.float32,
-    torch.device("meta"),
+    torch.device("meta"), np.float32(0.5), np.int64(1), np.float64("nan"), np.bool_(True),
+    np.ones(1),
 ]  # fmt: skip
 IN_SEQUENCES: list[Any] = [None, float("nan"), float("inf"), -1, 1, True, 10**30, 10**400, "x", []]
 FOUND = cases(Roles(widths={}, embedding="embedding"), built_in=True)
@@ -166,6 +168,60 @@ def test_zero_optimizer() -> None:
 
     wrong = walk(tries())
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_numpy(name: str) -> None:
+    """As torch's optimizers take them, at construction, in a group and set later; what is kept are
+    Python's, with the bits of those, which checkpoints can keep.
+    """
+    face, arguments = CASES[name]
+    defaults = arguments_of(face)
+    counts = {k: v for k, v in defaults.items() if type(v) is int} | {
+        k: v for k, v in arguments.items() if type(v) is int
+    }
+    rates = {k: 0.5 for k, v in defaults.items() if type(v) is float and k != "exp_mult"}
+    if name == "ELO_CELO2":  # which refuses it
+        del rates["adam_eps"]
+
+    def trained(number: Any, count: Any, zero: bool) -> Any:
+        net = model()
+        given = {**arguments, **{k: count(v) for k, v in counts.items()}}
+        given |= {k: number(v) for k, v in rates.items()}
+        groups = [
+            {"params": [("w", net.weight)], "lr": number(0.25)},
+            {"params": [("b", net.bias)]},
+        ]
+        optimizer = (
+            pylo_dist.ZeroOptimizer(
+                groups,
+                face,
+                bucket_cap_mb=number(2.5),
+                timeout=number(9.0),
+                stage=count(1),
+                check_replicas_every=count(1),
+                **given,
+            )
+            if zero
+            else face(groups, **given)
+        )
+        for step in range(3):
+            optimizer.param_groups[1]["lr"] = number(2.0**-step)
+            net(torch.ones(1, 3)).sum().backward()
+            optimizer.step(torch.tensor(1.0))
+            optimizer.zero_grad()
+        return optimizer.state_dict(), [p.detach() for p in net.parameters()]
+
+    for zero in (False, True):
+        own, values = trained(float, int, zero)
+        for number in (np.float32, np.float16, np.float64):
+            state, theirs = trained(number, np.int64, zero)
+            assert all(map(torch.equal, values, theirs)), (number, zero)
+            for mine, group in zip(own["param_groups"], state["param_groups"], strict=True):
+                for key, value in mine.items():
+                    assert type(group[key]) is type(value), (key, number, zero)
+                    if not isinstance(value, torch.Tensor):
+                        assert group[key] == value, (key, number, zero)
 
 
 def test_shard() -> None:

@@ -28,6 +28,7 @@ from pylo_dist.weights import (
     register_weights,
 )
 from pylo_dist.weights.publish import push_to_hub
+from support.permissions import with_permission_bits
 from support.ranks import CONTEXT
 
 
@@ -132,6 +133,13 @@ def load(
     with contextlib.suppress(ChildProcessError):  # there is none
         left.append(f"a process, {os.waitpid(-1, os.WNOHANG)}")
     return {**found, "seconds": seconds, "warnings": warnings, "left": left}
+
+
+def load_what_may_be_read(name: str) -> dict[str, Any]:
+    """As `load`, by a user to whom permission bits mean what they say."""
+    found: list[dict[str, Any]] = []
+    with_permission_bits(lambda: found.append(load(name)))
+    return found[0]
 
 
 def push(folder: Path, repository: str, token: str) -> str:

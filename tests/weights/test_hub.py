@@ -27,6 +27,7 @@ from pylo_dist.weights.client import Guard, Refused
 from support import hub_cases
 from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256
+from support.permissions import permission_bits_hold
 
 NAME = "btherien/mulo"
 WAYS_OUT = (
@@ -148,6 +149,31 @@ def test_a_cache_without_place_for_locks_is_read(server: Hub, node: Node) -> Non
     locks.rename(node.cache / "elsewhere")
     locks.write_text("in the way")
     assert node.load()["digest"] == DIGEST
+
+
+def test_a_cache_that_may_not_be_written(server: Hub, node: Node) -> None:
+    """What it holds is used; what it does not hold is refused with its name, and the ways out."""
+    with permission_bits_hold():  # or skipped
+        pass
+    server.commit(NAME, {"model.safetensors": WEIGHTS})
+    server.commit("org/other", {"model.safetensors": WEIGHTS})
+    assert node.load()["digest"] == DIGEST
+    folders = [path for path in (node.cache, *node.cache.rglob("*")) if path.is_dir()]
+    whole = [path.stat().st_mode for path in folders]
+    try:
+        for path in folders:
+            path.chmod(0o555)
+        found = [
+            Call(node.environment, hub_cases.load_what_may_be_read, name).result()
+            for name in (NAME, "org/other")
+        ]
+    finally:
+        for path, bits in zip(folders, whole, strict=True):
+            path.chmod(bits)
+    assert found[0]["digest"] == DIGEST
+    assert str(node.cache) in found[1]["error"]
+    assert "Permission denied" in found[1]["error"]
+    assert all(way in found[1]["error"] for way in WAYS_OUT)
 
 
 # ----------------------------------------------------------------------------------- what is there

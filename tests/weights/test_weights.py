@@ -42,6 +42,7 @@ from pylo_dist.weights import (
     registered_entry,
 )
 from pylo_dist.weights.publish import save_weights
+from support.permissions import permission_bits_hold
 from support.registry import restored
 
 DECAYS = {
@@ -736,6 +737,20 @@ def test_nothing_is_fetched_at_import_or_for_local_weights(tmp_path: Path) -> No
     done = run(NO_SOCKETS, HF_HOME=str(tmp_path))
     assert done.stdout.strip() == "built", done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_be_read_is_refused_as_such(tmp_path: Path) -> None:
+    """Not as if it were not there, or were a name of the Hub."""
+    folder = tmp_path / "mine"
+    save_weights(folder, tensors(), "small_fc")
+    with permission_bits_hold():
+        for path in (folder / "model.safetensors", folder):
+            bits = path.stat().st_mode
+            path.chmod(0)
+            with pytest.raises(WeightsError, match=f"{folder}.*Permission denied"):
+                load_weights(folder, SMALL_FC)
+            path.chmod(bits)
+    load_weights(folder, SMALL_FC)
 
 
 # ------------------------------------------------------------------------------------------- random

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ... import comm
 from ...core.shards import TensorShard
+from ...optimizer.schedules import check_scheduler_state
 from ...optimizer.sharded_state import ShardedState, copy_elements
 from .optimizer import STATE_KEY, DeepSpeedOptimizer
 
@@ -305,7 +306,7 @@ def load_checkpoint(
                 pass
             _check_counters(files)
             if scheduled(files):
-                _check_scheduler(engine.lr_scheduler.state_dict(), files.model["lr_scheduler"])
+                _check_scheduler(files, engine.lr_scheduler)
         return files, state
 
     def scheduled(files: DeepSpeedFiles) -> bool:
@@ -334,18 +335,11 @@ def _check_counters(files: DeepSpeedFiles) -> None:
             raise ValueError(f"{files.path}: {key!r} is {value!r:.80}, wanted a count")
 
 
-def _check_scheduler(own: Mapping[str, Any], saved: Any) -> None:
-    """Raise ValueError for what a scheduler with the state `own` would not take."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"the saved lr_scheduler is {saved!r:.80}, wanted a dict")
-    for key, value in own.items():
-        number = isinstance(value, (int, float)) and isinstance(saved.get(key), (int, float))
-        same = value is None or saved.get(key) is None or type(saved[key]) is type(value)
-        if (key not in saved and not key.startswith("_")) or not (number or same):
-            raise ValueError(
-                f"the saved lr_scheduler has {saved.get(key)!r:.80} for {key!r}, the engine's "
-                f"{value!r:.80}: is it another scheduler?"
-            )
+def _check_scheduler(files: DeepSpeedFiles, scheduler: Any) -> None:
+    try:
+        check_scheduler_state(scheduler, scheduler.state_dict(), files.model["lr_scheduler"])
+    except ValueError as error:
+        raise ValueError(f"{files.path}: the saved lr_scheduler: {error}") from None
 
 
 def _load_scaler(engine: Any, saved: Any) -> None:

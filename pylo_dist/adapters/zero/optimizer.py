@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
+from ...core.scalars import as_python, with_python_numbers
 from ...optimizer.callbacks import evaluate, with_hooks
 from ...optimizer.loading import matched
 from ...optimizer.report import Report
@@ -125,13 +126,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         **optimizer_kwargs: Any,
     ) -> None:
         self._built = False
-        self.stage = stage
+        self.stage = stage = as_python(stage)
         given, model_or_params = model_or_params, inside_ddp(model_or_params)
         # what DDP averages leaves after it, in the step
         overlap_backward = given is model_or_params and overlap
         watched = model_or_params if isinstance(model_or_params, nn.Module) else inside_ddp(module)
         self.sharing = Sharing.of(process_group, replicate_group)
         self.buckets: list[Bucket] = []
+        optimizer_kwargs = with_python_numbers(optimizer_kwargs)
         self._given = dict(optimizer_kwargs)
         self._num_steps = 0
         self._problem: Exception | None = None
@@ -139,13 +141,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         def prepare() -> tuple[Settings, type[Inner], list[dict[str, Any]], dict[str, Any]]:
             settings = Settings(
-                bucket_cap_mb=bucket_cap_mb,
+                bucket_cap_mb=as_python(bucket_cap_mb),
                 reduce_dtype=reduce_dtype,
                 stage=stage,
                 overlap=overlap,
                 master_weights=master_weights,
-                check_replicas_every=check_replicas_every,
-                timeout=timeout,
+                check_replicas_every=as_python(check_replicas_every),
+                timeout=as_python(timeout),
             )
             if given is not model_or_params and stage != 1:
                 raise ValueError(
