@@ -109,7 +109,7 @@ class Batch:
         memory at every replay.
         """
         table, capturing = self._tables.get(name), is_capturing(self.device)
-        if table is None or table[0] != values:
+        if table is None or not (table[0] is values or table[0] == values):
             if capturing:
                 raise ValueError(
                     f"{name!r} is other than in the step before this CUDA graph's capture (a "

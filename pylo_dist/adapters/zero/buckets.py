@@ -9,7 +9,7 @@ Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
+from ...core.cuts import EvenCuts
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
 from ...core.shards import TensorShard
 from .sharing import Sharing
@@ -164,23 +165,13 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         bucket.master = bucket.shard.to(torch.float32)
     local = bucket.shard if bucket.master is None else bucket.master
     for (fqn, param), offset in zip(named, offsets, strict=True):
-        peers = list(_pieces(fqn, param, offset, ranks, shard_numel))
-        start = offset + peers[rank].start - low if peers[rank].numel else 0
-        piece = PieceParameter(local[start : start + peers[rank].numel], param)
+        peers = EvenCuts(fqn, tuple(param.shape), shard_numel, offset, ranks)
+        mine = peers[rank]
+        start = offset + mine.start - low if mine.numel else 0
+        piece = PieceParameter(local[start : start + mine.numel], param)
         bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
         bucket.members.append(BucketParam(fqn, param, offset, piece))
     return bucket
-
-
-def _pieces(
-    fqn: str, param: Tensor, offset: int, ranks: int, shard_numel: int
-) -> Iterator[TensorShard]:
-    """What every rank holds of a parameter that begins at `offset` of its bucket."""
-    for low in (rank * shard_numel for rank in range(ranks)):
-        start, stop = (
-            min(max(bound - offset, 0), param.numel()) for bound in (low, low + shard_numel)
-        )
-        yield TensorShard.interval(fqn, tuple(param.shape), start, stop)
 
 
 def release(buckets: Sequence[Bucket]) -> None:

@@ -280,14 +280,30 @@ class GradientReducer:
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
-        full = bucket.flat.new_zeros(
+        full = bucket.flat.new_empty(
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
+        full[:, bucket.shard_numel :].zero_()
         dense = _dense_gradients(bucket)
         # before they are copied: whatever changes one meanwhile is noticed
-        marks = dict(zip(dense, maxima(list(dense.values())), strict=True))
+        left = [] if self._frees else maxima(list(dense.values()))
+        marks = dict(zip(dense, left, strict=not self._frees))
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        empty = _places(full, bucket.shard_numel, bucket.numel, full.shape[0] * bucket.shard_numel)
         for member in bucket.members:
-            self._take(bucket, member, full, marks.get(id(member.param)))
+            grad = dense.get(id(member.param))
+            places = _places(full, bucket.shard_numel, member.offset, member.end)
+            if grad is None:
+                empty += places
+            else:
+                targets += places
+                sources += _parts(grad.detach().reshape(-1), places)
+            self._take(member, marks.get(id(member.param)))
+        for place in empty:
+            place.zero_()
+        if targets:
+            torch._foreach_copy_(targets, sources)
         ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
         full[:, bucket.shard_numel] = (ends * 0.0).sum()
         self._next += 1  # only now: an error above leaves the round as it was
@@ -299,8 +315,8 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, bucket: Bucket, member: BucketParam, full: Tensor, mark: Tensor | None) -> None:
-        """Copy a gradient to its places in `full` (ranks, ...), which is modified in place.
+    def _take(self, member: BucketParam, mark: Tensor | None) -> None:
+        """Note that a parameter's gradient leaves, or that there is none.
 
         Args:
             mark: its maximum, 0-d, to compare with later.
@@ -317,16 +333,6 @@ class GradientReducer:
             self.problem = self.problem or ValueError(
                 f"{member.fqn!r} has a sparse gradient: build its embedding with sparse=False"
             )
-        elif grad.shape == param.shape:
-            flat = grad.detach().reshape(-1)
-            start = member.offset
-            while start < member.end:  # a tensor may reach over the parts of several ranks
-                rank, place = divmod(start, bucket.shard_numel)
-                stop = min(member.end, (rank + 1) * bucket.shard_numel)
-                full[rank, place : place + stop - start].copy_(
-                    flat[start - member.offset : stop - member.offset]
-                )
-                start = stop
         if self._frees:
             if id(param) not in self._freed:
                 self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
@@ -428,6 +434,34 @@ def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
         and grad.shape == member.param.shape
         and grad.numel()
     }
+
+
+def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
+    """Where the elements begin .. end of a bucket lie in `full` (ranks, part and more), views in
+    their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
+    Three at most, however many ranks they reach over.
+    """
+    first, last = -(-begin // part), end // part  # ranks whose part is wholly inside
+    if begin >= end:
+        return []
+    if first > last:
+        return [full[last, begin - last * part : end - last * part]]
+    places = []
+    if begin < first * part:
+        places.append(full[first - 1, begin - (first - 1) * part : part])
+    if first < last:
+        places.append(full[first:last, :part])
+    if last * part < end:
+        places.append(full[last, : end - last * part])
+    return places
+
+
+def _parts(flat: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+    """A 1-D tensor in parts of these shapes."""
+    if len(places) == 1:
+        return [flat.view(places[0].shape)]
+    sizes = [place.numel() for place in places]
+    return [part.view(place.shape) for part, place in zip(flat.split(sizes), places, strict=True)]
 
 
 def _arrival_hook(
