@@ -289,11 +289,9 @@ class ThreePassRule(FactoredRule):
 
     def updates(self, batch: Batch) -> Updates:
         """`update` of all items, as the compiled passes read it."""
-        first = {id(item.hyper): i for i, item in reversed(list(enumerate(batch.items)))}
-        groups, group_of = batch.hypers()
+        _, group_of = batch.hypers()
         networks = [
-            compiled.packed(self.network_of(first[id(group)], batch.items[first[id(group)]]))
-            for group in groups
+            compiled.packed(self.network_of(i, batch.items[i])) for i in batch.first_of_hypers()
         ]
         return Updates(torch.stack(networks), group_of, self.steps(batch).to(torch.float32))
 
