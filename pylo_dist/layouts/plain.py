@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pieces import PieceParameter, ShardBinding, ShardedParam, bound_shard
+from ..core.pieces import PieceParameter, ShardBinding, ShardedParam, bound_shard, raw_grad
 from ..core.shards import TensorShard
 from .fsdp1 import is_flat
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_grad_of: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -183,7 +182,7 @@ def _renewed(binding: ShardBinding, param: Tensor, before: ShardedParam) -> bool
     """Whether nothing but the gradient is another than in the step before, and that one can be
     viewed; then `before` has it (modified in place). Asked for every parameter in every step.
     """
-    grad, value, kind = _grad_of(param), before.value, type(param)
+    grad, value, kind = raw_grad(param), before.value, type(param)
     if not (
         type(grad) is Tensor
         and grad.layout is torch.strided

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import comm
 from ...core.cuts import EvenCuts
-from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
+from ...core.pieces import PieceParameter, ShardBinding, bind_shard
 from ...core.shards import TensorShard
 from .sharing import Sharing
 
@@ -33,24 +33,25 @@ Named = tuple[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BucketParam:
-    """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece
-    the inner optimizer updates.
+    """A parameter in a bucket.
+
+    Attributes:
+        fqn: its full name.
+        param: the model's tensor.
+        offset, end: its place in the bucket.
+        piece: what of it lies here, which the inner optimizer updates.
+        binding: says so.
+        first, stop: the place of that in this rank's part of the bucket.
     """
 
     fqn: str
     param: Tensor
     offset: int
+    end: int
     piece: nn.Parameter
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.param.numel()
-
-    @property
-    def binding(self) -> ShardBinding:
-        binding = bound_shard(self.piece)
-        assert binding is not None
-        return binding
+    binding: ShardBinding
+    first: int
+    stop: int
 
     @property
     def shard(self) -> TensorShard:
@@ -92,14 +93,13 @@ class Bucket:
 
     def piece_of(self, member: BucketParam, buffer: Tensor) -> Tensor:
         """The elements of a member in a buffer (shard_numel,) of this rank, a view."""
-        first = member.offset + member.shard.start - self.low
-        return buffer[first : first + member.piece.numel()] if member.piece.numel() else buffer[:0]
+        return buffer[member.first : member.stop]
 
     def show_gradient(self, grad: Tensor | None) -> None:
         """Make `grad` (shard_numel,) the gradient of the pieces; None: drop it."""
         self.grad = grad
         for member in self.members:
-            member.piece.grad = None if grad is None else self.piece_of(member, grad)
+            member.piece.grad = None if grad is None else grad[member.first : member.stop]
 
     def refresh_master(self) -> None:
         """Where somebody else wrote a parameter (loading a model, say), its master follows;
@@ -169,8 +169,9 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         mine = peers[rank]
         start = offset + mine.start - low if mine.numel else 0
         piece = PieceParameter(local[start : start + mine.numel], param)
-        bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
-        bucket.members.append(BucketParam(fqn, param, offset, piece))
+        binding = bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
+        end, stop = offset + param.numel(), start + mine.numel
+        bucket.members.append(BucketParam(fqn, param, offset, end, piece, binding, start, stop))
     return bucket
 
 

@@ -48,6 +48,7 @@ class _Flight:
     over_replicas: bool = False  # whether these have been asked for theirs
 
 
+_NEVER_LEFT = (None, 0, None)  # of a gradient that stands nowhere
 _COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
 _OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
@@ -241,9 +242,10 @@ class GradientReducer:
     def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What happened to a parameter's gradient after it had been reduced, and would be lost."""
         param = member.param
-        grad = gradient_of(param)
-        left, version, _ = self._left.get(id(param), (None, 0, None))
-        cleared = param.grad is None and (left is not None or id(param) in self._standing)
+        there = param.grad
+        grad = None if type(there) is FreedGradient else there
+        left, version, _ = self._left.get(id(param), _NEVER_LEFT)
+        cleared = there is None and (left is not None or id(param) in self._standing)
         if not cleared and (grad is None or (grad is left and grad._version == version)):
             return None
         return changed_after_it_left(member.fqn, param)
@@ -258,7 +260,7 @@ class GradientReducer:
         """
         kinds: dict[tuple[torch.dtype, torch.device], list[BucketParam]] = {}
         for member in members:
-            mark = self._left.get(id(member.param), (None, 0, None))[2]
+            mark = self._left.get(id(member.param), _NEVER_LEFT)[2]
             if mark is not None:
                 kinds.setdefault((mark.dtype, mark.device), []).append(member)
         flags = []
@@ -284,22 +286,30 @@ class GradientReducer:
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
         full[:, bucket.shard_numel :].zero_()
-        dense = _dense_gradients(bucket)
+        grads = [gradient_of(member.param) for member in bucket.members]
+        dense = [
+            grad
+            if grad is not None
+            and grad.layout is torch.strided
+            and grad.shape == member.param.shape
+            and member.offset < member.end
+            else None
+            for grad, member in zip(grads, bucket.members, strict=True)
+        ]
         # before they are copied: whatever changes one meanwhile is noticed
-        left = [] if self._frees else maxima(list(dense.values()))
-        marks = dict(zip(dense, left, strict=not self._frees))
+        left = [] if self._frees else maxima([grad for grad in dense if grad is not None])
+        marks = iter(left)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         empty = _places(full, bucket.shard_numel, bucket.numel, full.shape[0] * bucket.shard_numel)
-        for member in bucket.members:
-            grad = dense.get(id(member.param))
+        for member, found, grad in zip(bucket.members, grads, dense, strict=True):
             places = _places(full, bucket.shard_numel, member.offset, member.end)
             if grad is None:
                 empty += places
             else:
                 targets += places
                 sources += _parts(grad.detach().reshape(-1), places)
-            self._take(member, marks.get(id(member.param)))
+            self._take(member, found, None if grad is None else next(marks, None))
         for place in empty:
             place.zero_()
         if targets:
@@ -315,13 +325,13 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, member: BucketParam, mark: Tensor | None) -> None:
+    def _take(self, member: BucketParam, grad: Tensor | None, mark: Tensor | None) -> None:
         """Note that a parameter's gradient leaves, or that there is none.
 
         Args:
             mark: its maximum, 0-d, to compare with later.
         """
-        param, grad = member.param, gradient_of(member.param)
+        param = member.param
         present = grad is not None
         member.binding.present = present or (
             self._frees and self._rounds > 0 and member.binding.present
@@ -422,18 +432,6 @@ class GradientReducer:
                     member.piece.grad[:1].add_(poison.to(member.piece.device))
                     return True
         return True
-
-
-def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
-    """Those that can be added, by the id of their parameter."""
-    return {
-        id(member.param): grad
-        for member in bucket.members
-        if (grad := gradient_of(member.param)) is not None
-        and grad.layout == torch.strided
-        and grad.shape == member.param.shape
-        and grad.numel()
-    }
 
 
 def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
