@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +23,9 @@ from typing import Any
 import record
 import torch
 import torch.distributed as dist
-from record import ROOT, markdown
+from record import markdown
 from torch import nn
+from turns import both_builds, commit_of, in_turns
 
 CASES = (  # optimizer, layout, tensors
     ("AdafacLO", "plain", "many"),
@@ -111,70 +110,16 @@ def worker(name: str, layout: str, tensors: str) -> None:
 # --------------------------------------------------------------------------------- of both builds
 
 
-class Build:
-    """The processes of one checkout for one case."""
-
-    def __init__(self, root: Path, case: tuple[str, str, str], port: int) -> None:
-        ranks = 1 if case[1] == "plain" else RANKS
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--worker", *case],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ
-                | {
-                    "PYTHONPATH": f"{root}{os.pathsep}{ROOT / 'benchmarks'}",
-                    "OMP_NUM_THREADS": "1",
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-            )
-            for rank in range(ranks)
-        ]
-
-    def answers(self) -> list[str]:
-        """A line of every rank.
-
-        Raises:
-            RuntimeError: if one has ended.
-        """
-        lines = [process.stdout.readline().strip() for process in self.processes if process.stdout]
-        if not all(lines):
-            raise RuntimeError("a process of the benchmark has ended; its error is above")
-        return lines
-
-    def steps(self, count: int) -> float:
-        """CPU seconds of all ranks for `count` steps."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(f"{count}\n")
-            process.stdin.flush()
-        return sum(map(float, self.answers()))
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
 def measured(case: tuple[str, str, str], other: Path, turns: int, steps: int) -> dict[str, Any]:
     """One row: milliseconds of both, and their ratio."""
-    builds = [Build(root, case, 29600 + i) for i, root in enumerate((ROOT, other))]
-    try:
-        for build in builds:
-            build.answers()
-            build.steps(2)
-        spent: list[list[float]] = [[], []]
-        for turn in range(turns):
-            for i in (0, 1) if turn % 2 else (1, 0):
-                spent[i].append(1e3 * builds[i].steps(steps) / steps)
-    finally:
-        for build in builds:
-            build.end()
     name, layout, tensors = case
+    ranks = 1 if layout == "plain" else RANKS
+    spent: list[list[float]] = [[], []]
+    with both_builds(other, Path(__file__), case, ranks) as builds:
+        for build in builds:
+            build.ask("2")
+        for i in in_turns(turns):
+            spent[i].append(1e3 * sum(map(float, builds[i].ask(str(steps)))) / steps)
     mine, theirs = map(median, spent)
     return {
         "optimizer": name,
@@ -185,12 +130,6 @@ def measured(case: tuple[str, str, str], other: Path, turns: int, steps: int) ->
         "ratio": mine / theirs,
         "ratio_of_minima": min(spent[0]) / min(spent[1]),
     }
-
-
-def commit_of(root: Path) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ nothing else.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..core import trace
 from ..core.requests import Transfer
-from .meeting import GRACE, CommunicationError, counted, digest, lost, timeout_of
+from .meeting import GRACE, CommunicationError, counted, digest, listed, lost, timeout_of
 from .store import Store, StoreError, within
 
 # Renamed in newer torch, where the old names warn.
@@ -121,16 +122,17 @@ def new_group(ranks: list[int], timeout: float, **options: Any) -> Any:
             **options,
         )
 
-    what = "the making of a process group"
-    _check_room(what, len(ranks) + 8)
+    what, start = "the making of a process group", time.monotonic()
+    if "gloo" in str(options.get("backend") or dist.get_backend_config()):
+        _check_room(what, len(ranks) + 8)
     try:
         number = counted(Store(timeout + GRACE), "made", tuple(ranks), 1)
         with _named(digest([ranks, number])):
             return within(timeout + GRACE, make)
     except StoreError as error:  # through which alone the others could be asked
         raise CommunicationError(
-            f"rank {dist.get_rank()} waited {timeout + GRACE:.0f} s in {what} over the ranks "
-            f"{ranks}: {error}"
+            f"rank {dist.get_rank()} waited {time.monotonic() - start:.0f} s in {what} over the "
+            f"ranks [{listed(ranks)}]: {error}"
         ) from error
     except (RuntimeError, ValueError) as error:
         raise lost(what, ranks, error) from error

@@ -5,9 +5,13 @@ RANKS is a digest of the ranks that meet, N the number of their meeting:
 
     pylo_dist/met/RANKS/RANK       how many meetings of theirs RANK has gone to, or declined
     pylo_dist/made/RANKS/RANK      how many process groups of theirs RANK has made
-    pylo_dist/meeting/RANKS/N/     here/RANK, arrived (a count), problem (of who declined), outcome
+    pylo_dist/meeting/RANKS/N/     here (a list of ranks), arrived (a count, see `_OVER`), problem
+                                   (of who declined), outcome
     pylo_dist/awaited/RANK         who waits for RANK, the ranks that meet there, its entries
-    pylo_dist/gave_up/RANK         the collective in which RANK has lost others
+    pylo_dist/gave_up              the ranks that have lost others in a collective
+
+A rank that waits asks for one number and ever more rarely; who is missing it learns from one list.
+So thousands of ranks may wait for one without keeping the store from answering it.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from .store import Store, StoreError
 GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
 PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
 
+_SHOWN = 16  # ranks that an error lists; of more of them the first ones, and how many there are
+_LONGEST_PAUSE = 0.5  # seconds between two questions whether all are there
+_OVER = 1 << 32  # added to the count of a meeting where its problem or outcome is known
 _MET = "met"  # the outcome of a meeting, or who gave it up and why
 _MEETINGS: list[tuple[int, ...]] = []  # the ranks of each that this one has gone to, or declined
 
@@ -51,6 +58,12 @@ def counted(store: Store, what: str, ranks: tuple[int, ...], more: int) -> int:
     later world are others.
     """
     return store.add(f"pylo_dist/{what}/{digest(ranks)}/{dist.get_rank()}", more)
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks as errors show them."""
+    shown = ", ".join(map(str, ranks[:_SHOWN]))
+    return shown if len(ranks) <= _SHOWN else f"{shown}, ... ({len(ranks)} of them)"
 
 
 def timeout_of(group: Any, device: torch.device) -> float:
@@ -99,7 +112,7 @@ def meet(ranks: tuple[int, ...], what: str, entries: list[Any], timeout: float) 
     except StoreError as error:
         raise CommunicationError(
             f"rank {dist.get_rank()} waited {time.monotonic() - start:.0f} s in {what} for the "
-            f"ranks {late}: {error}"
+            f"ranks [{listed(late)}]: {error}"
         ) from error
 
 
@@ -117,32 +130,34 @@ def _meet(
     mine = dist.get_rank()
     place = _next_meeting(store, ranks)
     start, pause, told = time.monotonic(), 0.001, False
-    store.set(f"{place}/here/{mine}", "")
+    store.append(f"{place}/here", mine)
     arrived = store.add(f"{place}/arrived", 1)
     while True:
-        if store.has(f"{place}/problem"):
+        if arrived >= _OVER and store.has(f"{place}/problem"):
             raise Declined(store.get(f"{place}/problem"))
         waited = time.monotonic() - start
         given_up, outcome = waited > timeout, _MET if arrived >= len(ranks) else ""
         if not outcome and (given_up or (waited > PATIENCE and not told)):
-            late[:] = [rank for rank in ranks if not store.has(f"{place}/here/{rank}")]
+            here = set(store.ranks(f"{place}/here"))
+            late[:] = [rank for rank in ranks if rank not in here]
             if given_up:
                 outcome = (
-                    f"rank {mine} waited {waited:.0f} s in {what} for the ranks {late}, which "
-                    "did not come"
+                    f"rank {mine} waited {waited:.0f} s in {what} for the ranks [{listed(late)}], "
+                    "which did not come"
                 )
             else:
                 told = True
                 for rank in late:
                     store.set(f"pylo_dist/awaited/{rank}", json.dumps([mine, ranks, entries]))
-        # the first one holds for all, or one of them went on alone
-        if outcome or store.has(f"{place}/outcome"):
+        if outcome:
+            # the first one holds for all, or one of them went on alone
             outcome = store.first(f"{place}/outcome", outcome)
             if outcome == _MET:
                 return
+            store.add(f"{place}/arrived", _OVER)
             raise CommunicationError(outcome)
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
         arrived = store.add(f"{place}/arrived", 0)
 
 
@@ -150,7 +165,9 @@ def decline(ranks: tuple[int, ...], problem: Exception) -> None:
     """Tell these ranks that this one does not come to the next meeting with them, and why."""
     store, text = Store(GRACE), f"rank {dist.get_rank()}: {problem}"
     with suppress(StoreError):  # then they learn no more than that it did not come
-        store.set(f"{_next_meeting(store, ranks)}/problem", text)
+        place = _next_meeting(store, ranks)
+        store.set(f"{place}/problem", text)
+        store.add(f"{place}/arrived", _OVER)
 
 
 def awaited_by(timeout: float) -> tuple[int, tuple[int, ...], list[Any]] | None:
@@ -167,7 +184,8 @@ def awaited_by(timeout: float) -> tuple[int, tuple[int, ...], list[Any]] | None:
         rank, ranks, entries = json.loads(store.get(f"pylo_dist/awaited/{mine}"))
         place = _place(tuple(ranks), counted(store, "met", tuple(ranks), 0) + 1)
         # else this one came meanwhile
-        return (rank, tuple(ranks), entries) if store.has(f"{place}/here/{rank}") else None
+        waits = store.has(f"{place}/here") and rank in store.ranks(f"{place}/here")
+        return (rank, tuple(ranks), entries) if waits else None
     except StoreError as error:
         raise CommunicationError(
             f"rank {mine} asked for {timeout:.0f} s whether others wait for it: {error}"
@@ -182,14 +200,15 @@ def lost(what: str, ranks: Sequence[int], error: Exception) -> CommunicationErro
     # whoever lost a peer too says so; one that died or went another way does not
     silent = [rank for rank in ranks if rank != mine]
     with suppress(StoreError):  # it may have died with its rank; what is known is said all the same
-        store, until = Store(GRACE), time.monotonic() + GRACE
-        store.set(f"pylo_dist/gave_up/{mine}", what)
+        store, until, pause = Store(GRACE), time.monotonic() + GRACE, 0.05
+        store.append("pylo_dist/gave_up", mine)
         while silent and time.monotonic() < until:
-            silent = [rank for rank in silent if not store.has(f"pylo_dist/gave_up/{rank}")]
-            time.sleep(0.05)
+            said = set(store.ranks("pylo_dist/gave_up"))
+            silent = [rank for rank in silent if rank not in said]
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
     who = (
-        f"The missing one is among rank(s) {', '.join(map(str, silent))}, which did not report the "
-        "same"
+        f"The missing one is among rank(s) {listed(silent)}, which did not report the same"
         if silent
         else ""
     )

@@ -81,6 +81,14 @@ class Store:
     def get(self, key: str) -> str:
         return str(self._ask("get", key).decode())
 
+    def append(self, key: str, rank: int) -> None:
+        """Put a rank at the end of the list that stands there."""
+        self._ask("append", key, f"{rank},")
+
+    def ranks(self, key: str) -> list[int]:
+        """The list that stands there, of which one has been put there."""
+        return [int(rank) for rank in self.get(key).split(",")[:-1]]
+
     def add(self, key: str, more: int) -> int:
         return int(self._ask("add", key, more))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -82,6 +82,8 @@ def _codes(code: CodeType) -> Iterator[int]:
 
 _GRAD: Any = torch.Tensor.grad
 _read, _caller = _GRAD.__get__, sys._getframe  # this is asked for every piece in every step
+# `.grad` of a tensor, for code of ours, which asks a piece for it several times a step
+raw_grad: Callable[[Tensor], Tensor | None] = _read
 # code of torch's clip_grad_norm_ that reads gradients, by id
 _CLIPPING = frozenset(_codes(inspect.unwrap(torch.nn.utils.clip_grad_norm_).__code__))
 

@@ -90,6 +90,7 @@ class Batch:
     _tables: dict[str, tuple[tuple[Any, ...], Tensor]] = field(default_factory=dict)
     # of `numbers`, by name
     _numbers: dict[str, tuple[list[float], Tensor]] = field(default_factory=dict)
+    _groups_of_items: tuple[list[dict[str, Any]], tuple[int, ...], list[int]] | None = None
     # tables that CUDA graphs read at every replay
     _held: list[Tensor] = field(default_factory=list)
 
@@ -109,7 +110,7 @@ class Batch:
         memory at every replay.
         """
         table, capturing = self._tables.get(name), is_capturing(self.device)
-        if table is None or table[0] != values:
+        if table is None or not (table[0] is values or table[0] == values):
             if capturing:
                 raise ValueError(
                     f"{name!r} is other than in the step before this CUDA graph's capture (a "
@@ -126,11 +127,26 @@ class Batch:
         """The parameter groups that have items, and which of them each item belongs to, int64
         (items,).
         """
-        groups = {id(item.hyper): item.hyper for item in self.items}
-        place = {key: i for i, key in enumerate(groups)}
-        return list(groups.values()), self.on_device(
-            "engine: groups", tuple(place[id(item.hyper)] for item in self.items), torch.int64
-        )
+        groups, group_of, _ = self._grouped()
+        return groups, self.on_device("engine: groups", group_of, torch.int64)
+
+    def first_of_hypers(self) -> list[int]:
+        """The first item of each of the groups of `hypers`."""
+        return self._grouped()[2]
+
+    def _grouped(self) -> tuple[list[dict[str, Any]], tuple[int, ...], list[int]]:
+        """Groups that have items, the place of each item's, and the first item of each."""
+        if self._groups_of_items is None:
+            first: dict[int, int] = {}
+            for i, item in enumerate(self.items):
+                first.setdefault(id(item.hyper), i)
+            place = {key: i for i, key in enumerate(first)}
+            self._groups_of_items = (
+                [self.items[i].hyper for i in first.values()],
+                tuple(place[id(item.hyper)] for item in self.items),
+                list(first.values()),
+            )
+        return self._groups_of_items
 
     def numbers(
         self, name: str, numbers_of: Callable[[dict[str, Any]], Sequence[float | Tensor]]

@@ -10,7 +10,6 @@ bit.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from ..core.cuts import GridCuts
 from ..core.pieces import ShardBinding
 from ..core.shards import TensorShard
 from . import plain
@@ -152,27 +152,18 @@ def _bind(fqn: str, param: Any, holders: Any, num_holders: int, unreduced: bool)
         return ShardBinding(whole, None, holders=holders, replicas=num_holders, unreduced=unreduced)
     mesh = param.device_mesh
     coordinate = mesh.get_coordinate()
+    own = _shard_at(fqn, param, coordinate)
     cut = [
         axis
         for axis, placement in enumerate(param.placements)
         if _cuts(placement) and mesh.size(axis) > 1
     ]
-    own = _shard_at(fqn, param, coordinate)
     if not cut:
         return ShardBinding(own, None, holders=holders, replicas=num_holders)
     index = tuple(slice(None) if axis in cut else coordinate[axis] for axis in range(mesh.ndim))
     ranks = mesh.mesh[index].flatten().tolist()
-    by_rank = {}
-    for rank, place in zip(
-        ranks, itertools.product(*(range(mesh.size(axis)) for axis in cut)), strict=True
-    ):
-        there = list(coordinate)
-        for axis, position in zip(cut, place, strict=True):
-            there[axis] = position
-        by_rank[rank] = _shard_at(fqn, param, there)
-    assert sum(shard.numel for shard in by_rank.values()) == own.global_numel, fqn
     group = _group_of(tuple(sorted(ranks)), [mesh])
-    peers = tuple(by_rank[rank] for rank in comm.ranks_of(group))
+    peers = _grid(fqn, param, cut, tuple(ranks), tuple(comm.ranks_of(group)))
     return ShardBinding(
         own, group, peers, comm.rank(group), holders=holders, replicas=num_holders // len(ranks)
     )
@@ -229,26 +220,36 @@ def shard_of(fqn: str, param: Any) -> TensorShard:
 
 def _shard_at(fqn: str, param: Any, coordinate: Sequence[int]) -> TensorShard:
     """The elements that the rank at `coordinate` of the parameter's mesh holds."""
-    shape = tuple(param.shape)
-    bounds: dict[int, tuple[int, int]] = {}
+    return _grid(fqn, param, range(param.device_mesh.ndim)).shard(coordinate)
+
+
+def _grid(
+    fqn: str,
+    param: Any,
+    along: Sequence[int],
+    there: tuple[int, ...] = (),
+    ranks: tuple[int, ...] = (),
+) -> GridCuts:
+    """How a DTensor is cut over some axes of its mesh, which are all that cut it.
+
+    Args:
+        along: those axes.
+        there: the ranks on them, in C order.
+        ranks: the same in the order in which their shards are wanted.
+    """
+    mesh, shape = param.device_mesh, tuple(param.shape)
+    place = {axis: i for i, axis in enumerate(along)}
+    axes = []
     for dim in range(len(shape)):
-        axes = _order_of_cuts(fqn, param, dim)
-        if axes:
-            bounds[dim] = _nested_chunks(
-                shape[dim], [(param.device_mesh.size(axis), coordinate[axis]) for axis in axes]
-            )
-    inner = [dim for dim in bounds if dim > 0]
-    if len(inner) > 1:
-        raise ValueError(
-            f"{fqn!r} of shape {shape} is cut on dimensions {inner}: dimension 0 and one more can "
-            "be cut; change the shard_placement_fn or the tensor-parallel style of it"
-        )
-    if inner:
-        return TensorShard.block(fqn, shape, inner[0], *bounds[inner[0]], rows=bounds.get(0))
-    if 0 in bounds:
-        row = math.prod(shape[1:])
-        return TensorShard.interval(fqn, shape, bounds[0][0] * row, bounds[0][1] * row)
-    return TensorShard.whole(fqn, shape)
+        order = _order_of_cuts(fqn, param, dim)
+        if order:
+            axes.append((dim, tuple(place[axis] for axis in order)))
+    places = None
+    if there != ranks:
+        at = {rank: i for i, rank in enumerate(there)}
+        places = tuple(at[rank] for rank in ranks)
+    sizes = tuple(mesh.size(axis) for axis in along)
+    return GridCuts(fqn, shape, sizes, tuple(axes), places)
 
 
 def _order_of_cuts(fqn: str, param: Any, dim: int) -> list[int]:
@@ -278,17 +279,6 @@ def _order_of_cuts(fqn: str, param: Any, dim: int) -> list[int]:
         "what can be expressed is one cut of fully_shard over one cut of tensor parallelism: "
         "shard this dimension over fewer mesh axes"
     )
-
-
-def _nested_chunks(size: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """First and last + 1 of the indices left by cutting 0 .. size into chunks, again and again:
-    (number of chunks, which one).
-    """
-    first, stop = 0, size
-    for count, index in cuts:
-        chunk = -(-(stop - first) // count)
-        first, stop = min(first + index * chunk, stop), min(first + (index + 1) * chunk, stop)
-    return first, stop
 
 
 def wrap_like(param: Any, local: Tensor, copies: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Collective, Reduction
-from ..core.pieces import ShardBinding
+from ..core.pieces import ShardBinding, raw_grad
 from .plain import is_dtensor, local_tensor
 
 Bound = Sequence[tuple[ShardBinding, Tensor]]
@@ -48,9 +48,9 @@ def settle(bound: Bound) -> Generator[list[Collective], None, Settled]:
     """
     whole = [(binding, param) for binding, param in bound if binding.unreduced]
     partial: dict[int, Any] = {
-        id(p): p.grad
+        id(p): grad
         for _, p in bound
-        if p.grad is not None and is_dtensor(p.grad) and _axis_to_add(p.grad) is not None
+        if (grad := raw_grad(p)) is not None and is_dtensor(grad) and _axis_to_add(grad) is not None
     }
     packed = _pack_means(whole)
     more: list[Reduction] = [] if packed is None else [(whole[0][0].holders, packed)]

@@ -6,13 +6,13 @@ Legend: N local elements; a parameter and its gradient are seen as (N,).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.pieces import ShardBinding, ShardedParam, bound_shard
+from ..core.pieces import PieceParameter, ShardBinding, ShardedParam, bound_shard, raw_grad
 from ..core.shards import TensorShard
 from .fsdp1 import is_flat
 
@@ -38,6 +38,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
     local = local.wait() if hasattr(local, "wait") else local  # a collective may be under way
     # of the local tensor: an operation on a DTensor costs ten times as much
     return local.detach()  # type: ignore[no-any-return]
+
+
+def memory_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The address of what this rank holds of each."""
+    if any(map(is_dtensor, tensors)):
+        tensors = [*map(local_tensor, tensors)]
+    return [*map(Tensor.data_ptr, tensors)]
 
 
 def check_leaf(fqn: str, param: Tensor) -> None:
@@ -122,15 +129,18 @@ def collect(
 
     Args:
         summed: takes the place of a `.grad` that is a DTensor of summands.
-        before: the result of the step before, whose view of the parameter is taken over where it
-            still is one.
+        before: the result of the step before, which is taken over (modified in place) where the
+            parameter is as it was, or of which the view is where it still is one.
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
         ValueError: a sparse gradient; another shape, precision or device than when the optimizer
             was built.
     """
-    grad, shard = param.grad if summed is None else summed, binding.shard
+    shard = binding.shard
+    if before is not None and summed is None and _renewed(binding, param, before):
+        return before
+    grad = param.grad if summed is None else summed
     if grad is not None and grad.layout != torch.strided:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its "
@@ -167,6 +177,28 @@ def collect(
         local = local.detach().reshape(-1).contiguous()
     sharded.grad, sharded.present = local, binding.present
     return sharded
+
+
+def _renewed(binding: ShardBinding, param: Tensor, before: ShardedParam) -> bool:
+    """Whether nothing but the gradient is another than in the step before, and that one can be
+    viewed; then `before` has it (modified in place). Asked for every parameter in every step.
+    """
+    grad, value, kind = raw_grad(param), before.value, type(param)
+    if not (
+        type(grad) is Tensor
+        and grad.layout is torch.strided
+        and grad.is_contiguous()
+        and not grad.requires_grad
+        and (kind in _PLAIN or kind is PieceParameter)
+        and param.data_ptr() == value.data_ptr()
+        and param.is_contiguous()
+        and param.dtype is value.dtype is grad.dtype
+        and param.shape == grad.shape
+        and param.shape == (value.shape if kind is PieceParameter else binding.shard.shape)
+    ):
+        return False
+    before.grad, before.present = grad if grad.dim() == 1 else grad.view(-1), binding.present
+    return True
 
 
 def _is_view_of(value: Tensor, param: Tensor) -> bool:

@@ -259,13 +259,13 @@ class Kernels:
         self,
         batch: Batch,
         indices: Sequence[int],
-        limits: Sequence[tuple[float, float]],
+        limits: tuple[tuple[float, float], ...],
         replace: bool,
     ) -> None:
         """Pass A of some items; limits: per item of the batch the largest |g| that counts as finite
         and the clamp.
         """
-        table = batch.on_device("limits", tuple(limits), torch.float64)
+        table = batch.on_device("limits", limits, torch.float64)
         grads = [batch.items[i].param.grad for i in indices]
         args = (
             self.items,

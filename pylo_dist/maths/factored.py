@@ -165,7 +165,7 @@ class FactoredRule(LearnedRule):
         a, indices = self.first_sum(batch), list(indices)
         batch.summed.update(indices)
         replace = self.replaces_nonfinite and batch.allows_nonfinite
-        limits = [self.limits(item) for item in batch.items]
+        limits = self._limits_of(batch)
         kernels = self.kernels(batch)
         if kernels is not None and indices:
             kernels.gradient_pass(batch, indices, limits, replace)
@@ -193,6 +193,14 @@ class FactoredRule(LearnedRule):
         a.vectors[i].zero_()
         a.audits[i].zero_()
         batch.summed.discard(i)
+
+    def _limits_of(self, batch: Batch) -> tuple[tuple[float, float], ...]:
+        """`limits` of all items; worked out anew where a group began or ceased to be clipped."""
+        clipped = tuple(group.get("max_grad_norm") is not None for group in batch.groups)
+        if batch.cache.get("limits", ((), ()))[0] != clipped:
+            batch.cache["limits"] = clipped, tuple(self.limits(item) for item in batch.items)
+        limits: tuple[tuple[float, float], ...] = batch.cache["limits"][1]
+        return limits
 
     def limits(self, item: Item) -> tuple[float, float]:
         """The largest |g| that counts as finite (larger squares do not fit the state), and the
@@ -281,11 +289,9 @@ class ThreePassRule(FactoredRule):
 
     def updates(self, batch: Batch) -> Updates:
         """`update` of all items, as the compiled passes read it."""
-        first = {id(item.hyper): i for i, item in reversed(list(enumerate(batch.items)))}
-        groups, group_of = batch.hypers()
+        _, group_of = batch.hypers()
         networks = [
-            compiled.packed(self.network_of(first[id(group)], batch.items[first[id(group)]]))
-            for group in groups
+            compiled.packed(self.network_of(i, batch.items[i])) for i in batch.first_of_hypers()
         ]
         return Updates(torch.stack(networks), group_of, self.steps(batch).to(torch.float32))
 

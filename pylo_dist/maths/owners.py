@@ -10,8 +10,9 @@ Legend: N local elements of a matrix, on the rank in question.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,38 @@ from ..core.pieces import ShardedParam
 from ..core.requests import Exchange, Transfer
 from ..core.shards import TensorShard
 from . import stacks
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Elements that lie one after the other in a matrix, and in equal runs in the pieces of all
+    ranks as they travel: one view of each, however many ranks have some.
+
+    Attributes:
+        matrix: its place.
+        start: where they begin in it.
+        at: where the first run begins in the pieces.
+        run, count: elements of a run, and how many runs there are.
+        stride: from the beginning of one to that of the next.
+    """
+
+    matrix: int
+    start: int
+    at: int
+    run: int
+    count: int = 1
+    stride: int = 0
+
+    def with_next(self, at: int, shard: TensorShard) -> _Runs | None:
+        """These and the run of the next rank that has some; None if that one is not like them."""
+        stride = self.stride or at - self.at
+        if (
+            shard.numel != self.run
+            or shard.start != self.start + self.count * self.run
+            or at != self.at + self.count * stride
+        ):
+            return None
+        return replace(self, count=self.count + 1, stride=stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +71,8 @@ class OwnedMatrices:
         by_owner: places of all, sorted by owner.
         held: per rank, how many elements this one holds of that one's matrices.
         owned: per rank, how many elements that one holds of this one's matrices.
+        runs: where the elements of this one's matrices lie as they travel, of intervals; in `boxes`
+            those of other shards, each as its matrix, where it begins, and the shard.
     """
 
     group: Any
@@ -50,6 +85,8 @@ class OwnedMatrices:
     by_owner: tuple[int, ...]
     held: list[int]
     owned: list[int]
+    runs: tuple[_Runs, ...]
+    boxes: tuple[tuple[int, int, TensorShard], ...]
 
     @classmethod
     def deal(cls, items: Sequence[int], params: Sequence[ShardedParam]) -> OwnedMatrices:
@@ -61,17 +98,17 @@ class OwnedMatrices:
         first = params[0]
         ranks = max(1, len(first.peers))
         cost = [param.shard.global_numel * min(param.shard.shape[-2:]) for param in params]
-        load = [0] * ranks
+        least = [(0, rank) for rank in range(ranks)]  # a heap of loads
         owners = [0] * len(params)
         for i in sorted(range(len(params)), key=lambda i: (-cost[i], i)):
-            owners[i] = min(range(ranks), key=lambda rank: (load[rank], rank))
-            load[owners[i]] += cost[i]
+            load, owners[i] = least[0]
+            heapq.heapreplace(least, (load + cost[i], owners[i]))
         shards = tuple(param.peers or (param.shard,) for param in params)
         mine = tuple(i for i, owner in enumerate(owners) if owner == first.rank)
         held = [0] * ranks
         for i, owner in enumerate(owners):
             held[owner] += shards[i][first.rank].numel
-        owned = [sum(shards[i][rank].numel for i in mine) for rank in range(ranks)]
+        owned, runs, boxes = _places(mine, shards, ranks)
         by_owner = tuple(sorted(range(len(owners)), key=lambda i: (owners[i], i)))
         return cls(
             group=first.group,
@@ -84,6 +121,8 @@ class OwnedMatrices:
             by_owner=by_owner,
             held=held,
             owned=owned,
+            runs=runs,
+            boxes=boxes,
         )
 
     def to_owners(self, pieces: dict[int, Tensor], like: Tensor) -> Exchange:
@@ -124,16 +163,17 @@ class OwnedMatrices:
         """Views of the same elements: in the pieces of all ranks, as they travel, and in the
         matrices this rank owns.
         """
-        order = [(rank, i) for rank in range(self.ranks) for i in self.mine]
         found: list[tuple[Tensor, Tensor]] = []
-        for (rank, i), piece in zip(
-            order, pieces.split([self.shards[i][rank].numel for rank, i in order]), strict=True
-        ):
-            shard, whole = self.shards[i][rank], wholes[self.items[i]]
-            if shard.run == shard.numel:  # an interval
-                found.append((piece, whole.view(-1)[shard.start : shard.start + shard.numel]))
-            else:
-                found += [(box.view(piece), whole[box.slices]) for box in shard.boxes()]
+        for runs in self.runs:
+            size = (runs.count, runs.run)
+            piece = pieces.as_strided(
+                size, (runs.stride or runs.run, 1), pieces.storage_offset() + runs.at
+            )
+            flat = wholes[self.items[runs.matrix]].view(-1)
+            found.append((piece, flat[runs.start :][: runs.count * runs.run].view(size)))
+        for i, at, shard in self.boxes:
+            whole = wholes[self.items[i]]
+            found += [(box.view(pieces[at:]), whole[box.slices]) for box in shard.boxes()]
         return found
 
     def pieces(self, answered: Exchange) -> dict[int, Tensor]:
@@ -142,6 +182,31 @@ class OwnedMatrices:
             [self.shards[i][self.rank].numel for i in self.by_owner]
         )
         return {self.items[i]: part for i, part in zip(self.by_owner, parts, strict=True)}
+
+
+def _places(
+    mine: Sequence[int], shards: Sequence[Sequence[TensorShard]], ranks: int
+) -> tuple[list[int], tuple[_Runs, ...], tuple[tuple[int, int, TensorShard], ...]]:
+    """How many elements every rank holds of the matrices `mine`, and where these lie in the pieces
+    of all ranks: rank by rank, of each matrix by matrix.
+    """
+    owned, at = [0] * ranks, 0
+    runs: dict[int, list[_Runs]] = {i: [] for i in mine}
+    boxes = []
+    for rank in range(ranks):
+        for i in mine:
+            shard = shards[i][rank]
+            if shard.numel and shard.run < shard.numel:
+                boxes.append((i, at, shard))
+            elif shard.numel:
+                more = runs[i][-1].with_next(at, shard) if runs[i] else None
+                if more is not None:
+                    runs[i][-1] = more
+                else:
+                    runs[i].append(_Runs(i, shard.start, at, shard.numel))
+            owned[rank] += shard.numel
+            at += shard.numel
+    return owned, tuple(found for some in runs.values() for found in some), tuple(boxes)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -94,10 +94,11 @@ class AdafacRule(ThreePassRule):
         # the time features are the same for all elements of a group: their share of the first layer
         # is a bias (the batches of other devices are at work at the same time, and may hold other
         # items of the group)
-        groups = {
-            (id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items
-        }
-        for (key, dtype), hyper in groups.items():
+        if "adafac: groups" not in batch.cache:
+            batch.cache["adafac: groups"] = {
+                (id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items
+            }
+        for (key, dtype), hyper in batch.cache["adafac: groups"].items():
             self._networks[key, dtype, batch.device] = self._network(
                 hyper["step"].to(batch.device), dtype
             )

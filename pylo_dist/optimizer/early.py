@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..core.pieces import raw_grad
 from ..core.rule import LearnedRule
 from ..layouts import plain
 from .lineup import Lineup, Member
@@ -68,7 +69,7 @@ class EarlyPass:
             member = self._lineup.member(key)
             if member is None or member.place not in member.batch.summed:  # of another engine
                 continue
-            unchanged = member.param.grad is grad and grad._version == version
+            unchanged = raw_grad(member.param) is grad and grad._version == version
             if unchanged and _is_view(member):
                 taken.add(key)
             else:
@@ -92,7 +93,7 @@ def _bring(member: Member) -> Tensor | None:
     Returns:
         That gradient, or None where the step must look again.
     """
-    grad, param, item = member.param.grad, member.param, member.item
+    grad, param, item = raw_grad(member.param), member.param, member.item
     if grad is None or member.binding.unreduced:
         return None
     if plain.is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]

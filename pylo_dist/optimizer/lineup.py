@@ -4,8 +4,9 @@ parameters their new values where those could not be written in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, MutableMapping
+from collections.abc import Callable, Container, Generator, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..core.rule import Batch, Item, LearnedRule
 from ..layouts import flat, gradients, plain
 from ..layouts.gathered import releases_of
 from .engine import Clip, Engine, Nonfinite
-from .parameters import Groups, Parameters
+from .parameters import Groups, Parameters, ids_of
 
 
 @dataclass(slots=True, eq=False)
@@ -58,10 +59,16 @@ class Lineup:
         self._by_id: dict[int, Member] = {}
         self._groups: Groups = []
         self._bindings: dict[Tensor, ShardBinding] = {}
-        self._key: list[tuple[int, int]] = []
         self._releases: list[Callable[[], None]] = []
         self._pieces: list[flat.FlatPiece] = []
-        self._held: list[Tensor] = []  # so that no other tensor gets the id of one in the key
+        self._brought: list[Member] = []  # whose item has been made anew for this step
+        # what the engine is built on: all parameters, those of them that take no part, the state
+        # tensors there were (so that no other tensor gets the id of one), by id, and their memory
+        self._ids: list[int] = []
+        self._outside: list[Tensor] = []
+        self._held: list[Tensor] = []
+        self._states: list[int] = []
+        self._memory: list[int] = []
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
         """The engine over the parameters there are now; their state is made where there is none.
@@ -72,12 +79,11 @@ class Lineup:
         Raises:
             ValueError: parameters on several devices, for a rule that couples all of them.
         """
+        if self.engine is not None and self._stands(groups, state, enter):
+            return self.engine
         taking_part = self._parameters.taking_part(groups, state, enter)
         params = [param for param, _ in taking_part]
         described = self._parameters.bindings
-        same = self._bindings is described and [*map(id, self._groups)] == [*map(id, groups)]
-        if self.engine is not None and same and _key(params, state) == self._key:
-            return self.engine
         self.retire()
         by_device: dict[torch.device, list[tuple[Tensor, Item]]] = {}
         for param, group in taking_part:
@@ -106,18 +112,33 @@ class Lineup:
         self._groups, self._bindings = list(groups), described
         self._releases = releases_of(params)
         self._pieces = [param for param in params if isinstance(param, flat.FlatPiece)]
-        self._key = _key(params, state)
-        self._held = [tensor for param in params for tensor in state[param].values()]
+        self._ids = ids_of(groups)
+        mine = {id(param) for param in params}
+        self._outside = [p for group in groups for p in group["params"] if id(p) not in mine]
+        self._held = [tensor for its in state.values() for tensor in its.values()]
+        self._states, self._memory = _states(state, self._held)
         self.engine = Engine(
             [(self.rule, batch) for batch in self.batches], self._nonfinite, self._clip
         )
         return self.engine
 
+    def _stands(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> bool:
+        """Whether the engine is over the parameters, groups and state tensors there are now, which
+        callers may have replaced. Asked in every step, and so in lists rather than one by one.
+        """
+        return (
+            self._bindings is self._parameters.bindings
+            and [*map(id, self._groups)] == [*map(id, groups)]
+            and ids_of(groups) == self._ids
+            and _states(state, self._held) == (self._states, self._memory)
+            and not any(self._parameters.takes_part(p, state, enter) for p in self._outside)
+        )
+
     def retire(self) -> None:
         """Give up the engine, and with it the memory that only it holds."""
         retired, self.engine = self.engine, None
-        self.members, self.batches, self.bound = [], [], []
-        self._by_id, self._groups, self._bindings, self._key, self._held = {}, [], {}, [], []
+        self.members, self.batches, self.bound, self._brought = [], [], [], []
+        self._by_id, self._groups, self._bindings, self._held = {}, [], {}, []
         if retired is not None:
             retired.retire()  # last: its warning may be made an error
 
@@ -140,39 +161,41 @@ class Lineup:
         """
         flat.follow(self._pieces)
         settled = yield from gradients.settle(self.bound)
+        sums, means, self._brought = settled.sums, settled.means, []
         for member in self.members:
             binding, param, item = member.binding, member.param, member.item
-            if id(param) in early:
-                item.param.present = binding.present
+            before, key = item.param, id(param)
+            if key in early:
+                before.present = binding.present
                 continue
             try:
-                item.param = plain.collect(
-                    binding, param, settled.sums.get(id(param)), item.param, item.state
-                )
+                brought = plain.collect(binding, param, sums.get(key), before, item.state)
             except ValueError as error:
                 problem = problem or error
-                item.param = plain.absent(binding, param)
-            item.param.grad = settled.means.get(id(param), item.param.grad)
+                brought = plain.absent(binding, param)
+            if brought is not before:
+                item.param = brought
+                self._brought.append(member)
+            if key in means:
+                brought.grad = means[key]
         return problem
 
     def publish(self) -> None:
         """Bring the parameters their new values, where they are not there already, and the next
         pass to use them.
         """
-        for member in self.members:
+        for member in self._brought:  # the values of all others are views of their parameters
             plain.publish(member.item.param, member.param)
         for release in self._releases:
             release()
 
 
-def _key(params: list[Tensor], state: MutableMapping[Tensor, Any]) -> list[tuple[int, int]]:
-    """What an engine is built on: parameters, and their state with its memory, which callers may
-    have replaced.
+def _states(
+    state: MutableMapping[Tensor, Any], held: Sequence[Tensor]
+) -> tuple[list[int], list[int]]:
+    """The ids of all parameters that have state and of their state tensors; and where `held` lie
+    in memory.
     """
-    key = [(id(param), 0) for param in params]
-    for param in params:
-        key += [
-            (id(tensor), plain.local_tensor(tensor).data_ptr())
-            for tensor in state.get(param, {}).values()
-        ]
-    return key
+    filled = [(param, its) for param, its in state.items() if its]
+    tensors = chain.from_iterable([its.values() for _, its in filled])
+    return [id(param) for param, _ in filled] + [*map(id, tensors)], plain.memory_of(held)

@@ -10,6 +10,7 @@ state says that it is in: state is made as it enters, saved, loaded and copied.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,11 @@ def names_of(groups: Groups, group: dict[str, Any]) -> list[str]:
     i = next(i for i, other in enumerate(groups) if other is group)
     given: list[str] | None = group.get("param_names")
     return given or [f"group{i}.{j}" for j in range(len(group["params"]))]
+
+
+def ids_of(groups: Groups) -> list[int]:
+    """All parameters of these groups, by id."""
+    return [*map(id, chain.from_iterable(group["params"] for group in groups))]
 
 
 def named_in(groups: Groups) -> list[tuple[str, Tensor]]:
@@ -92,6 +98,8 @@ class Parameters:
         self.fields: dict[Tensor, dict[str, StateField]] = {}
         self._rule = rule
         self._given: list[list[tuple[str, Shape]]] = []  # names and global shapes, by group
+        # parameters, by id, that were found among these bindings, which keep them alive
+        self._followed: tuple[list[int], dict[Tensor, ShardBinding]] = ([], {})
 
     # ------------------------------------------------------------------------------ which there are
 
@@ -130,7 +138,11 @@ class Parameters:
             ValueError: one has another global shape than that in whose place it is, or steps were
                 taken, and the state belongs to the parameters that are gone.
         """
+        ids = ids_of(groups)
+        if ids == self._followed[0] and self.bindings is self._followed[1]:
+            return
         if all(param in self.bindings for group in groups for param in group["params"]):
+            self._followed = ids, self.bindings
             return
         for i, group in enumerate(groups):
             self._check_exchanged(i, group)
@@ -202,9 +214,14 @@ class Parameters:
             (param, group)
             for group in groups
             for param in group["params"]
-            if (state.get(param) or (enter and self._may_enter(param)))
-            and self.bindings[param].shard.global_numel
+            if self.takes_part(param, state, enter)
         ]
+
+    def takes_part(self, param: Tensor, state: MutableMapping[Tensor, Any], enter: bool) -> bool:
+        """See `taking_part`."""
+        return bool(state.get(param) or (enter and self._may_enter(param))) and (
+            self.bindings[param].shard.global_numel > 0
+        )
 
     def _may_enter(self, param: Tensor) -> bool:
         # whether there is a gradient may differ between ranks, and the line-up must not

@@ -4,6 +4,8 @@ on alone.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import resource
@@ -192,7 +194,7 @@ def test_a_process_without_descriptors_makes_no_group(monkeypatch: pytest.Monkey
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
     try:
         with pytest.raises(comm.CommunicationError, match=r"rank 3 .* may have to open 100 files"):
-            collectives.new_group(list(range(92)), 1.0)
+            collectives.new_group(list(range(92)), 1.0, backend="cpu:gloo,cuda:nccl")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(os.listdir("/proc/self/fd")) == handles
@@ -209,11 +211,11 @@ class ComesNow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def check(self, keys: list[str]) -> bool:
-        there = self.store.check(keys)
-        if keys[0].endswith("/here/1") and self.rank == 0:
+    def get(self, key: str) -> bytes:
+        there: bytes = self.store.get(key)
+        if key.endswith("/here") and self.rank == 0:
             self.meet(1, 60.0)
-        return bool(there)
+        return there
 
     def meet(self, rank: int, timeout: float) -> None:
         before, self.rank = self.rank, rank
@@ -234,6 +236,43 @@ def test_nobody_goes_on_alone_when_the_last_one_comes_as_the_others_give_up(
     monkeypatch.setattr(meeting, "_next_meeting", lambda store, ranks: "meeting")
     store.meet(0, 0.0)
     assert store.said == {0: "met", 1: "met"}
+
+
+class LastOneLate:
+    """A store that counts what is asked of it; of 4096 ranks this one is here, 4094 are too, and
+    the last one comes after 0.8 s.
+    """
+
+    def __init__(self) -> None:
+        self.store, self.calls, self.begin = dist.HashStore(), 0, time.monotonic()
+        self.store.append("meeting/here", "".join(f"{rank}," for rank in range(1, 4095)))
+        self.store.add("meeting/arrived", 4094)
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        if name == "add" and time.monotonic() > self.begin + 0.8:
+            self.begin = math.inf
+            self.store.add("meeting/arrived", 1)
+        return getattr(self.store, name)
+
+
+def test_a_rank_that_waits_among_thousands_asks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LastOneLate()
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(meeting, "_next_meeting", lambda store, ranks: "meeting")
+    comm.meet(tuple(range(4096)), "this test", ["entry"], 20.0)
+    assert 10 < store.calls < 30
+    rank, ranks, entries = json.loads(store.store.get("pylo_dist/awaited/4095"))
+    assert (rank, len(ranks), entries) == (0, 4096, ["entry"])
+    assert not store.store.check(["pylo_dist/awaited/4094"])
+
+
+def test_errors_do_not_list_thousands_of_ranks() -> None:
+    assert meeting.listed([1, 2]) == "1, 2"
+    shown = meeting.listed(range(4096))
+    assert shown.startswith("0, 1, 2, ")
+    assert shown.endswith("15, ... (4096 of them)")
 
 
 def groups_of_some_ranks(rank: int, world: int) -> float:

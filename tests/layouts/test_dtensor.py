@@ -20,6 +20,7 @@ class Fake:
         self, shape: tuple[int, ...], sizes: tuple[int, ...], placements: list[Any]
     ) -> None:
         self.shape, self.placements, self.device_mesh, self.sizes = shape, placements, self, sizes
+        self.ndim = len(sizes)
 
     def size(self, axis: int) -> int:
         return self.sizes[axis]

@@ -396,8 +396,9 @@ def _own_parts(held: DeepSpeedOptimizer) -> Iterator[tuple[TensorShard, Tensor]]
     """This rank's elements of every trained parameter, float32: which they are, and the tensor
     DeepSpeed keeps them in.
     """
-    for _, source, member in held.layout.members():
+    for source in held.layout.sources:
         source.follow()
+    for _, _, member in held.layout.members():
         yield member.shard, member.piece.detach()
 
 

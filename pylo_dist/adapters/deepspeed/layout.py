@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from ... import comm
+from ...core.cuts import EvenCuts
 from ...core.pieces import bind_shard, bound_shard
 from ...core.shards import TensorShard
 
@@ -190,8 +190,7 @@ def _flat(
                     f"{fqn!r} does not lie in the flat tensor of its group; was the model moved "
                     "after initialize?"
                 )
-            cuts = [min(max(rank * part - offset, 0), numel) for rank in range(layout.ranks + 1)]
-            peers = [TensorShard.interval(fqn, tuple(param.shape), a, b) for a, b in pairwise(cuts)]
+            peers = EvenCuts(fqn, tuple(param.shape), part, offset, layout.ranks)
             begin = offset + peers[layout.rank].start - layout.rank * part
             source.members.append(_bound(fqn, param, peers, partition, begin, layout))
         if hasattr(wrapper, "parallel_partitioned_bit16_groups"):
@@ -222,11 +221,8 @@ def _split(engine: Any) -> Layout:
         offset = 0
         for param in params:
             fqn = engine.param_names[param]
-            part, numel = int(param.partition_numel()), int(param.ds_numel)
-            cuts = [min(rank * part, numel) for rank in range(layout.ranks + 1)]
-            peers = [
-                TensorShard.interval(fqn, tuple(param.ds_shape), a, b) for a, b in pairwise(cuts)
-            ]
+            part = int(param.partition_numel())
+            peers = EvenCuts(fqn, tuple(param.ds_shape), part, 0, layout.ranks)
             source.members.append(_bound(fqn, param, peers, flat, offset, layout))
             offset += part
         if offset != flat.numel():
@@ -246,7 +242,7 @@ def _reassigner(wrapper: Any, sub_group: int) -> Callable[[], None]:
 
 
 def _bound(
-    fqn: str, param: Tensor, peers: list[TensorShard], flat: Tensor, offset: int, layout: Layout
+    fqn: str, param: Tensor, peers: Sequence[TensorShard], flat: Tensor, offset: int, layout: Layout
 ) -> Slot:
     numel = peers[layout.rank].numel
     offset = min(max(offset, 0), flat.numel())

@@ -221,8 +221,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                 if member.fqn not in present:
                     member.piece.grad = None
             return
-        for _, source, member in self._layout.members():
+        for source in self._layout.sources:
             source.follow()
+        for _, source, member in self._layout.members():
             assert source.grad is not None
             member.piece.grad = source.grad[member.offset : member.offset + member.piece.numel()]
             binding = bound_shard(member.piece)

@@ -9,7 +9,7 @@ Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import comm
-from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
+from ...core.cuts import EvenCuts
+from ...core.pieces import PieceParameter, ShardBinding, bind_shard
 from ...core.shards import TensorShard
 from .sharing import Sharing
 
@@ -32,24 +33,25 @@ Named = tuple[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BucketParam:
-    """A parameter in a bucket: its full name, the model's tensor, its place, and the local piece
-    the inner optimizer updates.
+    """A parameter in a bucket.
+
+    Attributes:
+        fqn: its full name.
+        param: the model's tensor.
+        offset, end: its place in the bucket.
+        piece: what of it lies here, which the inner optimizer updates.
+        binding: says so.
+        first, stop: the place of that in this rank's part of the bucket.
     """
 
     fqn: str
     param: Tensor
     offset: int
+    end: int
     piece: nn.Parameter
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.param.numel()
-
-    @property
-    def binding(self) -> ShardBinding:
-        binding = bound_shard(self.piece)
-        assert binding is not None
-        return binding
+    binding: ShardBinding
+    first: int
+    stop: int
 
     @property
     def shard(self) -> TensorShard:
@@ -91,14 +93,13 @@ class Bucket:
 
     def piece_of(self, member: BucketParam, buffer: Tensor) -> Tensor:
         """The elements of a member in a buffer (shard_numel,) of this rank, a view."""
-        first = member.offset + member.shard.start - self.low
-        return buffer[first : first + member.piece.numel()] if member.piece.numel() else buffer[:0]
+        return buffer[member.first : member.stop]
 
     def show_gradient(self, grad: Tensor | None) -> None:
         """Make `grad` (shard_numel,) the gradient of the pieces; None: drop it."""
         self.grad = grad
         for member in self.members:
-            member.piece.grad = None if grad is None else self.piece_of(member, grad)
+            member.piece.grad = None if grad is None else grad[member.first : member.stop]
 
     def refresh_master(self) -> None:
         """Where somebody else wrote a parameter (loading a model, say), its master follows;
@@ -164,23 +165,14 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         bucket.master = bucket.shard.to(torch.float32)
     local = bucket.shard if bucket.master is None else bucket.master
     for (fqn, param), offset in zip(named, offsets, strict=True):
-        peers = list(_pieces(fqn, param, offset, ranks, shard_numel))
-        start = offset + peers[rank].start - low if peers[rank].numel else 0
-        piece = PieceParameter(local[start : start + peers[rank].numel], param)
-        bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
-        bucket.members.append(BucketParam(fqn, param, offset, piece))
+        peers = EvenCuts(fqn, tuple(param.shape), shard_numel, offset, ranks)
+        mine = peers[rank]
+        start = offset + mine.start - low if mine.numel else 0
+        piece = PieceParameter(local[start : start + mine.numel], param)
+        binding = bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
+        end, stop = offset + param.numel(), start + mine.numel
+        bucket.members.append(BucketParam(fqn, param, offset, end, piece, binding, start, stop))
     return bucket
-
-
-def _pieces(
-    fqn: str, param: Tensor, offset: int, ranks: int, shard_numel: int
-) -> Iterator[TensorShard]:
-    """What every rank holds of a parameter that begins at `offset` of its bucket."""
-    for low in (rank * shard_numel for rank in range(ranks)):
-        start, stop = (
-            min(max(bound - offset, 0), param.numel()) for bound in (low, low + shard_numel)
-        )
-        yield TensorShard.interval(fqn, tuple(param.shape), start, stop)
 
 
 def release(buckets: Sequence[Bucket]) -> None:

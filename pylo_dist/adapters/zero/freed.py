@@ -40,7 +40,8 @@ class FreedGradient(Tensor):
 
 def gradient_of(param: Tensor) -> Tensor | None:
     """The gradient on a parameter, if one is."""
-    return None if isinstance(param.grad, FreedGradient) else param.grad
+    grad = param.grad
+    return None if type(grad) is FreedGradient else grad
 
 
 def make_room(param: Tensor, standing: set[int]) -> None:

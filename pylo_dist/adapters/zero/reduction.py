@@ -48,6 +48,7 @@ class _Flight:
     over_replicas: bool = False  # whether these have been asked for theirs
 
 
+_NEVER_LEFT = (None, 0, None)  # of a gradient that stands nowhere
 _COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
 _OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
@@ -241,9 +242,10 @@ class GradientReducer:
     def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What happened to a parameter's gradient after it had been reduced, and would be lost."""
         param = member.param
-        grad = gradient_of(param)
-        left, version, _ = self._left.get(id(param), (None, 0, None))
-        cleared = param.grad is None and (left is not None or id(param) in self._standing)
+        there = param.grad
+        grad = None if type(there) is FreedGradient else there
+        left, version, _ = self._left.get(id(param), _NEVER_LEFT)
+        cleared = there is None and (left is not None or id(param) in self._standing)
         if not cleared and (grad is None or (grad is left and grad._version == version)):
             return None
         return changed_after_it_left(member.fqn, param)
@@ -258,7 +260,7 @@ class GradientReducer:
         """
         kinds: dict[tuple[torch.dtype, torch.device], list[BucketParam]] = {}
         for member in members:
-            mark = self._left.get(id(member.param), (None, 0, None))[2]
+            mark = self._left.get(id(member.param), _NEVER_LEFT)[2]
             if mark is not None:
                 kinds.setdefault((mark.dtype, mark.device), []).append(member)
         flags = []
@@ -280,14 +282,38 @@ class GradientReducer:
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
-        full = bucket.flat.new_zeros(
+        full = bucket.flat.new_empty(
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
-        dense = _dense_gradients(bucket)
+        full[:, bucket.shard_numel :].zero_()
+        grads = [gradient_of(member.param) for member in bucket.members]
+        dense = [
+            grad
+            if grad is not None
+            and grad.layout is torch.strided
+            and grad.shape == member.param.shape
+            and member.offset < member.end
+            else None
+            for grad, member in zip(grads, bucket.members, strict=True)
+        ]
         # before they are copied: whatever changes one meanwhile is noticed
-        marks = dict(zip(dense, maxima(list(dense.values())), strict=True))
-        for member in bucket.members:
-            self._take(bucket, member, full, marks.get(id(member.param)))
+        left = [] if self._frees else maxima([grad for grad in dense if grad is not None])
+        marks = iter(left)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        empty = _places(full, bucket.shard_numel, bucket.numel, full.shape[0] * bucket.shard_numel)
+        for member, found, grad in zip(bucket.members, grads, dense, strict=True):
+            places = _places(full, bucket.shard_numel, member.offset, member.end)
+            if grad is None:
+                empty += places
+            else:
+                targets += places
+                sources += _parts(grad.detach().reshape(-1), places)
+            self._take(member, found, None if grad is None else next(marks, None))
+        for place in empty:
+            place.zero_()
+        if targets:
+            torch._foreach_copy_(targets, sources)
         ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
         full[:, bucket.shard_numel] = (ends * 0.0).sum()
         self._next += 1  # only now: an error above leaves the round as it was
@@ -299,13 +325,13 @@ class GradientReducer:
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
 
-    def _take(self, bucket: Bucket, member: BucketParam, full: Tensor, mark: Tensor | None) -> None:
-        """Copy a gradient to its places in `full` (ranks, ...), which is modified in place.
+    def _take(self, member: BucketParam, grad: Tensor | None, mark: Tensor | None) -> None:
+        """Note that a parameter's gradient leaves, or that there is none.
 
         Args:
             mark: its maximum, 0-d, to compare with later.
         """
-        param, grad = member.param, gradient_of(member.param)
+        param = member.param
         present = grad is not None
         member.binding.present = present or (
             self._frees and self._rounds > 0 and member.binding.present
@@ -317,16 +343,6 @@ class GradientReducer:
             self.problem = self.problem or ValueError(
                 f"{member.fqn!r} has a sparse gradient: build its embedding with sparse=False"
             )
-        elif grad.shape == param.shape:
-            flat = grad.detach().reshape(-1)
-            start = member.offset
-            while start < member.end:  # a tensor may reach over the parts of several ranks
-                rank, place = divmod(start, bucket.shard_numel)
-                stop = min(member.end, (rank + 1) * bucket.shard_numel)
-                full[rank, place : place + stop - start].copy_(
-                    flat[start - member.offset : stop - member.offset]
-                )
-                start = stop
         if self._frees:
             if id(param) not in self._freed:
                 self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
@@ -418,16 +434,32 @@ class GradientReducer:
         return True
 
 
-def _dense_gradients(bucket: Bucket) -> dict[int, Tensor]:
-    """Those that can be added, by the id of their parameter."""
-    return {
-        id(member.param): grad
-        for member in bucket.members
-        if (grad := gradient_of(member.param)) is not None
-        and grad.layout == torch.strided
-        and grad.shape == member.param.shape
-        and grad.numel()
-    }
+def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
+    """Where the elements begin .. end of a bucket lie in `full` (ranks, part and more), views in
+    their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
+    Three at most, however many ranks they reach over.
+    """
+    first, last = -(-begin // part), end // part  # ranks whose part is wholly inside
+    if begin >= end:
+        return []
+    if first > last:
+        return [full[last, begin - last * part : end - last * part]]
+    places = []
+    if begin < first * part:
+        places.append(full[first - 1, begin - (first - 1) * part : part])
+    if first < last:
+        places.append(full[first:last, :part])
+    if last * part < end:
+        places.append(full[last, : end - last * part])
+    return places
+
+
+def _parts(flat: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+    """A 1-D tensor in parts of these shapes."""
+    if len(places) == 1:
+        return [flat.view(places[0].shape)]
+    sizes = [place.numel() for place in places]
+    return [part.view(place.shape) for part, place in zip(flat.split(sizes), places, strict=True)]
 
 
 def _arrival_hook(

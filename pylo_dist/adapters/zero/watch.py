@@ -42,12 +42,13 @@ class ModelWatch:
     def problem(self) -> ValueError | None:
         """What happened that the next step cannot serve."""
         for bucket in self._buckets:
+            begin, size = bucket.flat.data_ptr(), bucket.flat.element_size()
             for member in bucket.members:
-                param, fqn = member.param, member.fqn
-                if param.numel() and param.data_ptr() != bucket.flat[member.offset :].data_ptr():
+                place = begin + member.offset * size
+                if member.offset < member.end and member.param.data_ptr() != place:
                     return ValueError(
-                        f"the memory of {fqn!r} was replaced after ZeroOptimizer was built (by "
-                        ".to(), .half(), a new tensor); build the optimizer after such changes"
+                        f"the memory of {member.fqn!r} was replaced after ZeroOptimizer was built "
+                        "(by .to(), .half(), a new tensor); build the optimizer after such changes"
                     )
         for module, name, param in self._registered:
             if module._parameters.get(name) is not param:

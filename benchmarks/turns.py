@@ -1,0 +1,101 @@
+"""Two checkouts side by side: processes of both are alive at once and work in turns, so that a busy
+machine slows both alike. Starts processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from record import ROOT
+
+
+class Build:
+    """The processes of one checkout for one case: `script --worker CASE...`, once per rank. Each
+    says "ready", and answers every line of its input with a line.
+
+    Args:
+        root: the checkout that `import pylo_dist` finds; the script is that of this one.
+        port: of the ranks' meeting.
+    """
+
+    def __init__(
+        self, root: Path, script: Path, case: Sequence[str], ranks: int, port: int
+    ) -> None:
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), "--worker", *case],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ
+                | {
+                    "PYTHONPATH": os.pathsep.join(
+                        [str(root), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+                    ),
+                    "OMP_NUM_THREADS": "1",
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(ranks)
+        ]
+
+    def answers(self) -> list[str]:
+        """A line of every rank.
+
+        Raises:
+            RuntimeError: if one has ended.
+        """
+        lines = [process.stdout.readline().strip() for process in self.processes if process.stdout]
+        if not all(lines):
+            raise RuntimeError("a process of the benchmark has ended; its error is above")
+        return lines
+
+    def ask(self, line: str) -> list[str]:
+        """What every rank answers to this line."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+        return self.answers()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def both_builds(
+    other: Path, script: Path, case: Sequence[str], ranks: int = 1
+) -> Iterator[list[Build]]:
+    """This checkout and the other one, ready; ended after that."""
+    builds: list[Build] = []
+    try:
+        for i, root in enumerate((ROOT, other)):
+            builds.append(Build(root, script, case, ranks, 29600 + i))
+        for build in builds:
+            build.answers()
+        yield builds
+    finally:
+        for build in builds:
+            build.end()
+
+
+def in_turns(turns: int) -> Iterator[int]:
+    """0 and 1, the order alternating."""
+    for turn in range(turns):
+        yield from (0, 1) if turn % 2 else (1, 0)
+
+
+def commit_of(root: Path) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -1,0 +1,117 @@
+"""What a step of ZeroOptimizer costs the host: counted calls, on rank 0 of a world that is not
+there.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
+
+import pylo_dist
+from pylo_dist.adapters.zero.reduction import _parts, _places
+from support.optimizers import OPTIMIZERS
+
+
+@contextmanager
+def world_of(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def built(name: str, tensors: int) -> tuple[list[nn.Parameter], pylo_dist.ZeroOptimizer]:
+    """Four tensors a bucket."""
+    case = OPTIMIZERS[name]
+    params = [nn.Parameter(torch.zeros(16, 32)) for _ in range(tensors)]
+    named = [(f"p{i}", param) for i, param in enumerate(params)]
+    optimizer = pylo_dist.ZeroOptimizer(
+        named,
+        case.face,
+        stage=2,
+        bucket_cap_mb=4 * 512 * 4 / 2**20,
+        **{**case.arguments, "nonfinite": "skip"},  # nothing is received: the sums hold anything
+    )
+    assert len(optimizer.buckets) == tensors // 4
+    return params, optimizer
+
+
+def calls_of_a_step(name: str, tensors: int) -> int:
+    params, optimizer = built(name, tensors)
+    counted = 0
+
+    def count(frame: Any, event: str, of: Any) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    for _ in range(3):  # the first ones make tables
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        counted = 0
+        sys.setprofile(count)
+        try:
+            optimizer.step(torch.tensor(1.0))
+        finally:
+            sys.setprofile(None)
+    return counted
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2"])
+def test_a_step_costs_the_host_the_same_whatever_the_ranks(name: str) -> None:
+    counted = {}
+    for ranks in (8, 256):
+        with world_of(ranks):
+            counted[ranks] = calls_of_a_step(name, 16)
+    # rank 0's part of a bucket holds parts of two of its tensors, or of one
+    assert counted[256] <= 1.05 * counted[8], counted
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO"])
+def test_a_step_costs_the_host_as_much_per_tensor_in_many_buckets_as_in_few(name: str) -> None:
+    with world_of(8):
+        few, many = calls_of_a_step(name, 16), calls_of_a_step(name, 128)
+    assert many <= 1.05 * 8 * few, (few, many)
+
+
+def test_what_thousands_of_ranks_hold_takes_no_memory() -> None:
+    taken = {}
+    for ranks in (8, 2048):
+        with world_of(ranks):
+            built("AdafacLO", 8)  # modules are imported, caches filled
+            gc.collect()
+            tracemalloc.start()
+            kept = built("AdafacLO", 64)
+            gc.collect()
+            taken[ranks] = tracemalloc.get_traced_memory()[0]
+            tracemalloc.stop()
+            del kept
+    assert taken[2048] < 1.2 * taken[8], taken
+
+
+def test_gradients_find_their_places_whatever_the_cuts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        ranks, part, gap = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(3))
+        full = torch.full((ranks, part + gap), -1.0)
+        total = ranks * part
+        begin, end = sorted(torch.randint(0, total + 1, (2,), generator=generator).tolist())
+        flat = torch.arange(float(begin), float(end))
+        places = _places(full, part, begin, end)
+        assert len(places) <= 3
+        if places:
+            torch._foreach_copy_(places, _parts(flat, places))
+        wanted = torch.full((total,), -1.0)
+        wanted[begin:end] = flat
+        assert torch.equal(full[:, :part].reshape(-1), wanted), (ranks, part, begin, end)
+        assert torch.equal(full[:, part:], torch.full((ranks, gap), -1.0))
