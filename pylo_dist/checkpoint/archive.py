@@ -94,7 +94,8 @@ def _start(file: VerifiedFile, place: tuple[int, int]) -> int | None:
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or head[:4] != b"PK\3\4":
         return None
-    return place[0] + _HEAD.size + sum(_HEAD.unpack(head)[1:])
+    lengths: tuple[int, ...] = _HEAD.unpack(head)[1:]
+    return place[0] + _HEAD.size + sum(lengths)
 
 
 def _record(file: VerifiedFile, place: tuple[int, int]) -> bytes:

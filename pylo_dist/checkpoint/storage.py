@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -259,7 +259,7 @@ class _Loading(DefaultLoadPlanner):
                 stored.readinto(target.view(-1).view(torch.uint8).numpy())
                 return
             stored.seek(0)
-        part = torch.load(stored, map_location="cpu", weights_only=True)
+        part = torch.load(cast("IO[bytes]", stored), map_location="cpu", weights_only=True)
         for dim, (start, count) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             part = part.narrow(dim, start, count)
         if (part.shape, part.dtype) != (target.shape, target.dtype):

@@ -642,6 +642,11 @@ def test_what_is_no_single_tensor_is_left_to_torch_and_not_run(tmp_path: Path) -
         with files.open_verified(tmp_path / name, entry_of(tmp_path / name)) as file:
             assert archive.elements(file, torch.float32, (6,)) is None
     start = good.index(bytes(tensor.numpy()))
+    far = bytearray(good)  # a head that leads beyond the end
+    far[good.rindex(b"PK\3\4", 0, start) + 29] = 255
+    (tmp_path / "far").write_bytes(far)
+    with files.open_verified(tmp_path / "far", entry_of(tmp_path / "far")) as file:
+        assert archive.elements(file, torch.float32, (6,)) is None
     for case in range(300):  # damage that the digests are true of
         data = bytearray(good[: pick.choice((len(good), pick.randrange(len(good))))])
         for _ in range(pick.randrange(3)):
