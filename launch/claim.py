@@ -16,6 +16,7 @@ from types import TracebackType
 from options import WrongInput
 
 NAME = ".running"
+TRIES = 100  # of a folder that others make and remove
 
 
 class InUse(Exception):
@@ -36,35 +37,52 @@ class Claim:
         """Claim `folder`, which is made where it is missing; or say who has it. Raises WrongInput
         where it cannot be written.
         """
-        path = folder / NAME
         try:
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                self._made = folder
-            if not folder.is_dir():
-                return None  # whoever opens it says so
-            while self._held is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                handle = os.open(path, flags, 0o644)
+            for tries in range(TRIES):
+                self._make(folder)
+                if not folder.is_dir():
+                    return None  # whoever opens it says so
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = os.read(handle, 200).decode(errors="replace")
-                    os.close(handle)
-                    return "".join(c if c.isprintable() else "?" for c in holder) or "starting"
-                except OSError:
-                    pass  # a file system without locks
-                if is_at(path, handle):
-                    self._held = path, handle
-                else:  # whoever had it has removed it meanwhile
-                    os.close(handle)
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    holder = self._try(folder / NAME)
+                except FileNotFoundError:  # whoever had it has removed it, and the folder
+                    if tries == TRIES - 1:
+                        raise
+                    continue
+                if self._held is not None:
+                    return None
+                if holder is not None:
+                    return holder
         except OSError as error:
             raise WrongInput(
                 f"--out {folder} cannot be written ({error.strerror}); choose another folder."
             ) from None
-        return None
+        return "several that come and go"
+
+    def _make(self, folder: Path) -> None:
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            self._made = folder
+
+    def _try(self, path: Path) -> str | None:
+        """Hold the lock, or say who does; neither where it was removed meanwhile."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(path, flags, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 200).decode(errors="replace")
+                return "".join(c if c.isprintable() else "?" for c in holder) or "starting"
+            except OSError:
+                pass  # a file system without locks
+            if is_at(path, handle):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                self._held = path, handle
+            return None
+        finally:
+            if self._held is None:
+                os.close(handle)
 
     def __exit__(
         self,

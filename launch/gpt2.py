@@ -3,8 +3,9 @@ torchrun, mpirun or srun.
 
 Exit code 0: done. 2: wrong input. 3: the loss is no number any more. 130: interrupted, as by
 Ctrl-C. 143: ended by SIGTERM, as without --save-every, with which the run has been saved. 1:
-anything else. Of 2, 3, 130 and 143 one line on rank 0's stderr and the code on every rank; what
-goes wrong before the ranks have met is said by one rank of each machine, and by each whose
+anything else, such as another run in the folder of --out, or a last step that could not be saved.
+Of 2, 3, 130, 143 and these two one line on rank 0's stderr and the code on every rank; what goes
+wrong before the ranks have met is said by one rank of each machine, and by each whose
 environment is refused. The code is also written into the file that EXIT_CODE_FILE names, where it
 is set, since torchrun ends with 1 whatever its ranks end with.
 """

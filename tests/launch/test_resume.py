@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,25 @@ def test_a_folder_is_of_one_run_at_a_time(
         assert f"--out {out} cannot be written" in capsys.readouterr().err.splitlines()[-1]
         (out / ".running").unlink(missing_ok=True)
     assert not (out / "x").exists()
+
+
+def test_runs_that_come_and_go_never_share_a_folder(tmp_path: Path) -> None:
+    """Each makes the folder and its lock, and removes both."""
+    inside = tmp_path / "inside"
+
+    def take_often(_: int) -> int:
+        held = 0
+        for _ in range(50):
+            with Claim() as claim:
+                if claim.take(tmp_path / "run") is None:
+                    inside.touch(exist_ok=False)
+                    inside.unlink()
+                    held += 1
+        return held
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(take_often, range(4)))
+    assert not (tmp_path / "run" / ".running").exists()
 
 
 def test_what_differs_is_said_once_and_holds(
