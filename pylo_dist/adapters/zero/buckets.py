@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ... import comm
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, bound_shard
@@ -156,7 +157,7 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
     for _, param in named:
         view = flat[offset : offset + param.numel()].view(param.shape)
         view.copy_(param)
-        param.data = view
+        param.data = _own_storage(view)
         offsets.append(offset)
         offset += param.numel()
     bucket = Bucket(flat, shard_numel, low, numel, [])
@@ -170,6 +171,15 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         bind_shard(piece, peers, rank, sharing.group, sharing.holders, sharing.replicas)
         bucket.members.append(BucketParam(fqn, param, offset, piece))
     return bucket
+
+
+def _own_storage(view: Tensor) -> Tensor:
+    """The same memory under a storage of its own, as long as the view. Of parameters that lie in
+    one storage, savers of safetensors (accelerate's) keep the first and drop the others.
+    """
+    if view.device.type not in ("cpu", "cuda"):
+        return view
+    return from_dlpack(to_dlpack(view))
 
 
 def _pieces(
