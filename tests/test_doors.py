@@ -20,7 +20,7 @@ ROWS = [
 
 
 @cache
-def tests_of(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     body = ast.parse((ROOT / file).read_text()).body
     return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
@@ -30,7 +30,7 @@ def test_every_test_that_is_named_exists() -> None:
     assert len(named) > 20
     gone = [f"{file}::{name}" for file, name in named if not (ROOT / file).is_file()]
     assert gone == []
-    gone = [f"{file}::{name}" for file, name in named if name not in tests_of(file)]
+    gone = [f"{file}::{name}" for file, name in named if name not in functions_of(file)]
     assert gone == []
 
 
