@@ -13,7 +13,11 @@ def _module() -> ModuleType:
     """The package's file, run by itself. Raises ModuleNotFoundError where there is no package."""
     package = find_spec("pylo_dist")  # imports nothing
     if package is None or package.submodule_search_locations is None:
-        raise ModuleNotFoundError("No module named 'pylo_dist'", name="pylo_dist")
+        raise ModuleNotFoundError(
+            "No module named 'pylo_dist'; install it from the folder above launch/: pip install "
+            "'.[launch]', or launch/setup.sh launch",
+            name="pylo_dist",
+        )
     file = Path(package.submodule_search_locations[0]) / "weights" / "texts.py"
     spec = spec_from_file_location("pylo_dist_texts", file)
     assert spec is not None

@@ -175,6 +175,7 @@ def driven(rank: int, world: int, folder: str) -> dict[str, Any]:
         "another optimizer": said(lambda m: face(m.parameters(), **kwargs), ZeroStrategy()),
         "clipped": said(zero, ZeroStrategy(), gradient_clip_val=0.1),
         "in ddp": said(zero, "ddp"),
+        "stage 2 in ddp": said(lambda m: zero(m, stage=2), "ddp"),
     }
     return found
 
@@ -201,3 +202,4 @@ def test_what_zero_strategy_saves_and_says(results: list[dict[str, Any]]) -> Non
         assert "a AdafacLO, whose gradients nobody would average" in said["another optimizer"]
         assert "pylo_dist.clip_grad_norm_" in said["clipped"]
         assert "pylo_dist.lightning.ZeroStrategy" in said["in ddp"]
+        assert "train the model without it" in said["stage 2 in ddp"]

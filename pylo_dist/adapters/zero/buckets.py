@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ... import comm
 from ...core.cuts import EvenCuts
@@ -157,7 +158,7 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
     for _, param in named:
         view = flat[offset : offset + param.numel()].view(param.shape)
         view.copy_(param)
-        param.data = view
+        param.data = _own_storage(view)
         offsets.append(offset)
         offset += param.numel()
     bucket = Bucket(flat, shard_numel, low, numel, [])
@@ -173,6 +174,15 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         end, stop = offset + param.numel(), start + mine.numel
         bucket.members.append(BucketParam(fqn, param, offset, end, piece, binding, start, stop))
     return bucket
+
+
+def _own_storage(view: Tensor) -> Tensor:
+    """The same memory under a storage of its own, as long as the view. Of parameters that lie in
+    one storage, savers of safetensors (accelerate's) keep the first and drop the others.
+    """
+    if view.device.type not in ("cpu", "cuda"):
+        return view
+    return from_dlpack(to_dlpack(view))
 
 
 def release(buckets: Sequence[Bucket]) -> None:

@@ -31,7 +31,9 @@ class FreedGradient(Tensor):
             "ZeroOptimizer, stage 2, has averaged this gradient over the ranks and freed it: the "
             "averaged pieces are in optimizer.param_groups; clip with max_grad_norm= of a learned "
             "optimizer or pylo_dist.clip_grad_norm_(optimizer, max_norm), clear with "
-            "optimizer.zero_grad(), or take stage=1, which keeps gradients on the parameters"
+            "optimizer.zero_grad(), or take stage=1, which keeps gradients on the parameters. If "
+            "DistributedDataParallel reads it (a wrapper of yours, of accelerate's prepare, of "
+            "Lightning's ddp): train the model without it, ZeroOptimizer averages by itself"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

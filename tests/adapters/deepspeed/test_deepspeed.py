@@ -8,6 +8,7 @@ arithmetic of the step is compared.
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -326,6 +327,8 @@ def doors(rank: int, files: dict[str, str]) -> dict[str, Any]:
     found["left"] += (
         ["wrapped"] if hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__") else []
     )
+    backend = importlib.import_module("deepspeed.comm.torch")
+    found["left"] += ["shm"] if hasattr(backend.build_shm_op, "__wrapped__") else []
     case = Case(2, "VeLO", steps=3, zero=CPU)
     model = cases.Model()
     engine, *_ = ours.initialize(
