@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ... import comm
 from ...core.cuts import EvenCuts
@@ -182,7 +181,7 @@ def _own_storage(view: Tensor) -> Tensor:
     """
     if view.device.type not in ("cpu", "cuda"):
         return view
-    return from_dlpack(to_dlpack(view))
+    return torch.from_dlpack(view)
 
 
 def release(buckets: Sequence[Bucket]) -> None:
