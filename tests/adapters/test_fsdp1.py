@@ -7,16 +7,33 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffload,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    MixedPrecision,
+    OptimStateKeyType,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import pylo_dist
@@ -34,20 +51,32 @@ from support.sharded_model import (
     mean_gradients,
     trainable,
     unsharded,
+    whole,
 )
 
 CPU = torch.device("cpu")
 SOME = ["AdafacLO", "VeLO_clipped", "CELO2"]
+OTHERS = [name for name in SETTINGS if name not in SOME]
+FLAT = ", flat"  # use_orig_params=False
 STRATEGIES = {
-    2: {"FULL_SHARD": list(SETTINGS), "SHARD_GRAD_OP": SOME[:1], "NO_SHARD": SOME[:1]},
-    3: {"FULL_SHARD": SOME},
-    4: {"HYBRID_SHARD": SOME},
+    2: {
+        "FULL_SHARD": list(SETTINGS),
+        f"FULL_SHARD{FLAT}": list(SETTINGS),
+        "SHARD_GRAD_OP": SOME[:1],
+        f"SHARD_GRAD_OP{FLAT}": SOME[:1],
+        "NO_SHARD": SOME[:1],
+        f"NO_SHARD{FLAT}": SOME[:1],
+    },
+    3: {"FULL_SHARD": SOME, f"FULL_SHARD{FLAT}": [SOME[0], *OTHERS]},
+    4: {"HYBRID_SHARD": SOME, f"HYBRID_SHARD{FLAT}": SOME[:2], f"FULL_SHARD{FLAT}": OTHERS},
 }
+OFFLOADED = CPUOffload(offload_params=True)
 
 
 def wrapped(net: Net, strategy: str, world: int) -> FSDP:
     """A unit per block and one of the rest, without 0-d parameters, which FSDP1 does not take."""
     options: dict[str, Any] = {}
+    strategy, flat = strategy.removesuffix(FLAT), strategy.endswith(FLAT)
     if strategy == "HYBRID_SHARD":
         names = ("replicate", "shard")
         options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
@@ -55,19 +84,19 @@ def wrapped(net: Net, strategy: str, world: int) -> FSDP:
         net,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         sharding_strategy=ShardingStrategy[strategy],
-        ignored_states=net.ignored(),
-        use_orig_params=True,
+        # a flat parameter is trainable as a whole
+        ignored_states=net.ignored() | ({net.frozen} if flat else set()),
+        use_orig_params=not flat,
         device_id=CPU,
         **options,
     )
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    with FSDP.summon_full_params(model):
-        return {
-            fqn.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
-            for fqn, p in model.named_parameters()
-        }
+    """Whole values by the names of the parameters before they were wrapped."""
+    state = {**model.state_dict()}
+    state.pop("head.weight", None)  # tied
+    return {fqn: whole(tensor) for fqn, tensor in state.items()}
 
 
 def train(model: nn.Module, optimizer: Any, rank: int, first: int, last: int) -> None:
@@ -79,7 +108,9 @@ def train(model: nn.Module, optimizer: Any, rank: int, first: int, last: int) ->
 
 def run(name: str, strategy: str, rank: int, world: int) -> dict[str, Any]:
     model = wrapped(Net(), strategy, world)
-    optimizer = SETTINGS[name].build(trainable(model))
+    # of flat parameters, names are those of the tensors in them, whether they are given or not
+    given = [p for _, p in trainable(model)] if strategy.endswith(FLAT) else trainable(model)
+    optimizer = SETTINGS[name].build(given)
     train(model, optimizer, rank, 0, STEPS - 1)
     with Collectives() as calls:
         train(model, optimizer, rank, STEPS - 1, STEPS)
@@ -101,6 +132,9 @@ def any_to_any(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor
         del net.blocks[0].odd.unused  # which FSDP1 alone gives a gradient
         if layout == "zero2":
             return net, pylo_dist.ZeroOptimizer(net, case.face, stage=2, **case.arguments)
+        if layout == "fsdp2":
+            fully_shard(net, ignored_params=net.ignored())
+            return net, case.build(trainable(net))
         model = wrapped(net, layout, world)
         return model, case.build(trainable(model))
 
@@ -110,7 +144,7 @@ def any_to_any(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor
     gathered = pylo_dist.full_state_dict(optimizer)
     train(model, optimizer, rank, 3, 6)
     results = {"straight": snapshot(model)}
-    for layout in ("FULL_SHARD", "SHARD_GRAD_OP", "zero2"):
+    for layout in LOADED:
         model, optimizer = built(layout)
         pylo_dist.checkpoint.load(folder, {"model": model, "optimizer": optimizer})
         again = pylo_dist.full_state_dict(optimizer)
@@ -118,11 +152,109 @@ def any_to_any(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor
             assert all(torch.equal(t, again["state"][i][key]) for key, t in entries.items())
         train(model, optimizer, rank, 3, 6)
         results[layout] = snapshot(model)
-    pylo_dist.checkpoint.save(f"{folder}_zero2", {"model": model, "optimizer": optimizer})
-    model, optimizer = built("FULL_SHARD")
-    pylo_dist.checkpoint.load(f"{folder}_zero2", {"model": model, "optimizer": optimizer})
-    results["back"] = snapshot(model)
+    for layout in LOADED[-1:1:-1]:  # each is loaded from the one before
+        pylo_dist.checkpoint.save(f"{folder}_{layout}", {"model": model, "optimizer": optimizer})
+        model, optimizer = built(layout)
+        pylo_dist.checkpoint.load(f"{folder}_{layout}", {"model": model, "optimizer": optimizer})
+        results[f"back in {layout}"] = snapshot(model)
     return results
+
+
+LOADED = ("FULL_SHARD", "SHARD_GRAD_OP", f"FULL_SHARD{FLAT}", f"NO_SHARD{FLAT}", "fsdp2", "zero2")
+
+
+def states(rank: int, world: int, folder: str) -> dict[str, Any]:
+    """torch's functions for states of optimizers: what they give, and what a step is worth after
+    them.
+    """
+    case, found = SETTINGS["VeLO_clipped"], {}
+    first = FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=True)
+
+    def built(layout: str) -> tuple[FSDP, Any]:
+        model = wrapped(Net(), layout, world)
+        named = trainable(model)  # two groups, and not in the model's order
+        groups = [{"params": named[1:][::-1], "weight_decay": 0.01}, {"params": named[:1]}]
+        return model, case.build(groups)
+
+    def kind(model: FSDP, name: StateDictType) -> Any:
+        full = name == StateDictType.FULL_STATE_DICT
+        model_config = FullStateDictConfig(rank0_only=True) if full else None
+        return FSDP.state_dict_type(model, name, model_config, first if full else None)
+
+    def gone_on(model: FSDP, optimizer: Any) -> dict[str, Tensor]:
+        train(model, optimizer, rank, 2, 4)
+        return snapshot(model)
+
+    for layout, other in (
+        ("FULL_SHARD", f"FULL_SHARD{FLAT}"),
+        (f"FULL_SHARD{FLAT}", "FULL_SHARD"),
+        (f"NO_SHARD{FLAT}", "SHARD_GRAD_OP"),
+    ):
+        model, optimizer = built(layout)
+        train(model, optimizer, rank, 0, 2)
+        values = {fqn: tensor.clone() for fqn, tensor in model.state_dict().items()}
+        full = FSDP.optim_state_dict(model, optimizer)
+        mine = pylo_dist.full_state_dict(optimizer, rank0_only=False)
+        names = [name for group in mine["param_groups"] for name in group["param_names"]]
+        equal = all(
+            torch.equal(tensor, full["state"][names[i]][key])
+            for i, entries in mine["state"].items()
+            for key, tensor in entries.items()
+        )
+        found[f"{layout}, equal"] = equal and sorted(full["state"]) == sorted(names)
+        with kind(model, StateDictType.FULL_STATE_DICT):
+            on_first = FSDP.optim_state_dict(model, optimizer)
+        found[f"{layout}, of the first rank"] = bool(on_first) == (rank == 0)
+        with kind(model, StateDictType.SHARDED_STATE_DICT):
+            sharded = FSDP.optim_state_dict(model, optimizer)
+        place = f"{folder}_{layout}"
+        dcp.save({"optimizer": sharded}, checkpoint_id=place)
+        found[f"{layout}, straight"] = gone_on(model, optimizer)
+        for how in ("whole", "first rank", "sharded", "renamed", "older"):
+            model, optimizer = built(other)
+            with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+                model.load_state_dict(values)
+            if how == "first rank":
+                with kind(model, StateDictType.FULL_STATE_DICT):
+                    state = FSDP.optim_state_dict_to_load(model, optimizer, on_first)
+            elif how == "sharded":
+                with kind(model, StateDictType.SHARDED_STATE_DICT):
+                    sharded = FSDP.optim_state_dict(model, optimizer)
+                    dcp.load({"optimizer": sharded}, checkpoint_id=place)
+                    state = FSDP.optim_state_dict_to_load(model, optimizer, sharded)
+            elif how == "renamed" and not other.endswith(FLAT):
+                numbered = FSDP.rekey_optim_state_dict(full, OptimStateKeyType.PARAM_ID, model)
+                named = FSDP.rekey_optim_state_dict(numbered, OptimStateKeyType.PARAM_NAME, model)
+                state = FSDP.optim_state_dict_to_load(model, optimizer, named)
+            elif how == "older":
+                state = FSDP.scatter_full_optim_state_dict(on_first, model, optim=optimizer)
+            else:
+                state = FSDP.optim_state_dict_to_load(model, optimizer, full)
+            optimizer.load_state_dict(state)
+            found[f"{layout}, {how}"] = gone_on(model, optimizer)
+    model, optimizer = built("FULL_SHARD")
+    options = StateDictOptions(full_state_dict=True)
+    train(model, optimizer, rank, 0, 2)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    values = {fqn: tensor.clone() for fqn, tensor in model.state_dict().items()}
+    model, optimizer = built("FULL_SHARD")
+    model.load_state_dict(values)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    found["FULL_SHARD, set_optimizer_state_dict"] = gone_on(model, optimizer)
+    adam = torch.optim.Adam(model.parameters())  # goes on to torch's own
+    train(model, Stepping(adam), rank, 4, 5)
+    found["Adam"] = sorted(FSDP.optim_state_dict(model, adam)["state"]["embedding.weight"])
+    return found
+
+
+class Stepping:
+    """One of torch's optimizers, which take no loss."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.step()
 
 
 class Small(nn.Module):
@@ -137,7 +269,9 @@ class Small(nn.Module):
 
 
 def small(**options: Any) -> FSDP:
-    return FSDP(Small(), use_orig_params=True, device_id=CPU, **options)
+    """A unit per layer."""
+    options = {"use_orig_params": True, **options}
+    return FSDP(Small(), device_id=CPU, auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), **options)
 
 
 def adafac(params: Any, **kwargs: Any) -> pylo_dist.AdafacLO:
@@ -153,23 +287,39 @@ def habits(rank: int, world: int) -> dict[str, Tensor]:
     """What training loops do, beside one process: parameters after three steps."""
     results = {}
 
-    def three(name: str, model: nn.Module, backward: Callable[[], None], **kwargs: Any) -> None:
-        decayed = [(n, p) for n, p in model.named_parameters() if "weight" in n]
-        others = [(n, p) for n, p in model.named_parameters() if "weight" not in n]
-        groups = [{"params": decayed, "weight_decay": 0.001}, {"params": others}]
+    def three(name: str, model: nn.Module, backward: Callable[[Any], None], **kwargs: Any) -> None:
+        named = list(model.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [(n, p) for n, p in named if "second" in n], "weight_decay": 0.001},
+            {"params": [(n, p) for n, p in named if "second" not in n]},
+        ]
         optimizer = adafac(groups, **kwargs)
+        scaler = ShardedGradScaler("cpu", init_scale=4.0, enabled=name.startswith("scaled"))
+        pieces = [p for group in optimizer.param_groups for p in group["params"]]
         for step in range(3):
             if name.startswith("frozen"):
                 for n, p in model.named_parameters():
                     p.requires_grad_("first" not in n or step != 1)
-            optimizer.zero_grad()
-            backward()
+            optimizer.zero_grad(set_to_none=not name.startswith("zeros"))
+            backward(scaler.scale)
             if name.startswith("evaluated"):  # which leaves the root gathered
                 with torch.no_grad():
                     model(batch(5))
             if name.startswith("clipped by hand"):
                 pylo_dist.clip_grad_norm_(optimizer, 0.5)
-            optimizer.step()
+            if name.startswith("clipped by its parameters"):
+                pylo_dist.clip_grad_norm_(model.parameters(), 0.5)
+            if name.startswith("one left out"):
+                pieces[step].grad = None
+                assert pieces[step].grad is None
+            if name.startswith("one given"):
+                grad = torch.full_like(pieces[step].data, 0.25)
+                for p in pieces:
+                    p.grad = None
+                pieces[step].grad = grad
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
         results[name] = torch.cat([p.reshape(-1) for p in snapshot(model).values()])
 
     def micro_batches(model: FSDP, sync: bool) -> None:
@@ -188,28 +338,66 @@ def habits(rank: int, world: int) -> dict[str, Tensor]:
     for name, parts, kwargs in (
         ("clipped", 1, {"max_grad_norm": 0.5}),
         ("clipped by hand", 1, {}),
+        ("clipped by its parameters", 1, {}),
         ("frozen", 1, {}),
+        ("zeros", 1, {}),
+        ("scaled", 1, {}),
+        ("one left out", 1, {}),
+        ("one given", 1, {}),
         ("evaluated", 1, {}),
         ("accumulated", 2, {}),
         ("accumulated without sync", 2, {}),
     ):
-        model = small()
-        if parts == 1:
-            three(name, model, lambda model=model: model(batch(rank)).backward(), **kwargs)
-        else:
-            sync = "without" not in name
-            three(name, model, lambda m=model, s=sync: micro_batches(m, s), **kwargs)
+        for ending, orig in (("", True), (FLAT, False)):
+            model = small(use_orig_params=orig)
+            if parts == 1:
+                three(
+                    name + ending,
+                    model,
+                    lambda scale, m=model: scale(m(batch(rank))).backward(),
+                    **kwargs,
+                )
+            else:
+                sync = "without" not in name
+                three(name + ending, model, lambda _, m=model, s=sync: micro_batches(m, s))
         alone = Small()
         three(
-            f"{name}, alone",
+            f"{name.replace('scaled', 'unscaled')}, alone",
             alone,
-            lambda m=alone, n=parts: mean_of_all(m, n),
+            lambda _, m=alone, n=parts: mean_of_all(m, n),
             process_group=False,
             **kwargs,
         )
-    half = small(mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
-    three("bfloat16", half, lambda: half(batch(rank)).backward())
+    results["scaled, alone"] = results.pop("unscaled, alone")
+    bfloat16 = {"param_dtype": torch.bfloat16}
+    for name, options in (
+        ("bfloat16", {"mixed_precision": MixedPrecision(**bfloat16)}),
+        ("kept", {"mixed_precision": MixedPrecision(**bfloat16, keep_low_precision_grads=True)}),
+        ("summed", {"mixed_precision": MixedPrecision(**bfloat16, reduce_dtype=torch.float32)}),
+    ):
+        for ending, orig in (("", True), (FLAT, False)):
+            model = small(use_orig_params=orig, **options)
+            three(name + ending, model, lambda _, m=model: m(batch(rank)).backward())
+    for name, options in (("offloaded", {"cpu_offload": OFFLOADED}), ("on the device", {})):
+        with pinned():
+            model = small(use_orig_params=False, **options)
+            three(name, model, lambda _, m=model: m(batch(rank)).backward())
     return results
+
+
+@contextmanager
+def pinned() -> Iterator[None]:
+    """Pinned memory, elsewhere than what is pinned, and a stream that can be waited for, without an
+    accelerator, which torch's CPUOffload takes for granted.
+    """
+    before = Tensor.pin_memory
+    Tensor.pin_memory = lambda tensor: tensor.clone()  # type: ignore
+    torch.cpu.Stream.synchronize = lambda stream: None  # type: ignore
+    try:
+        yield
+    finally:
+        Tensor.pin_memory = before  # type: ignore
+        del torch.cpu.Stream.synchronize  # type: ignore
 
 
 def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
@@ -222,8 +410,51 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         sharded(batch(rank)).backward()
         optimizer.step()
 
-    def flat() -> None:
-        adafac(FSDP(Small(), use_orig_params=False, device_id=CPU).named_parameters())
+    def torch_clips() -> None:
+        model = small(use_orig_params=False)
+        optimizer = adafac(model.parameters())
+        model(batch(rank)).backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+    def copied_flat() -> None:
+        copy.deepcopy(adafac(small(use_orig_params=False).parameters()).param_groups)
+
+    def wrong_gradient() -> None:
+        optimizer = adafac(small(use_orig_params=False).parameters())
+        optimizer.param_groups[0]["params"][0].grad = torch.zeros(3, 3, 3)
+
+    def channels_last() -> None:
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore
+        model = FSDP(conv, use_orig_params=True, device_id=CPU)
+        adafac(model.parameters())
+
+    def channels_last_flat() -> None:
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore
+        model = FSDP(conv, use_orig_params=False, device_id=CPU)
+        adafac(model.parameters())
+
+    def other_model() -> None:
+        model, other = small(), small()
+        FSDP.optim_state_dict(other, adafac(model.parameters()))
+
+    def another_shape() -> None:
+        model = small()
+        optimizer = adafac(model.named_parameters())
+        state = FSDP.optim_state_dict(model, optimizer)
+        entries = state["state"]["first.weight"]
+        key = next(iter(entries))
+        entries[key] = torch.zeros(2, 2)
+        optimizer.load_state_dict(FSDP.optim_state_dict_to_load(model, optimizer, state))
+
+    def unknown_to_torch() -> None:
+        model = small(use_orig_params=False)
+        optimizer = adafac(model.parameters())
+        state = get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, state)
+
+    def zero_flat() -> None:
+        model = small(use_orig_params=False)
+        pylo_dist.ZeroOptimizer(model.named_parameters(), pylo_dist.AdafacLO, weights=small_fc())
 
     def zero() -> None:
         pylo_dist.ZeroOptimizer(small().named_parameters(), pylo_dist.AdafacLO, weights=small_fc())
@@ -240,7 +471,9 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         adafac(model.named_parameters(), max_grad_norm=1.0 + rank)
 
     def gone() -> None:
-        params = list(small().named_parameters())
+        model = FSDP(Small(), use_orig_params=True, device_id=CPU)
+        params = list(model.named_parameters())
+        del model
         adafac(params)
 
     def summoned() -> None:
@@ -267,8 +500,9 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
     found = {}
     for action in (
-        built_before, flat, zero, shard, one_fails, unlike, gone, summoned, beside_fsdp2, copied,
-        other_torch,
+        built_before, torch_clips, copied_flat, wrong_gradient, channels_last, channels_last_flat,
+        other_model, another_shape, unknown_to_torch, zero_flat, zero, shard, one_fails, unlike,
+        gone, summoned, beside_fsdp2, copied, other_torch,
     ):  # fmt: skip
         begin = time.monotonic()
         try:
@@ -282,8 +516,16 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
 REFUSALS = {
     "built_before": r"ValueError: .*'first.weight' has shape \(\d+,\) now.*build it after",
-    "flat": r"ValueError: '_flat_param'.*use_orig_params=True",
-    "zero": r"ValueError: '.*first.weight'.*FullyShardedDataParallel.*sharded already",
+    "torch_clips": r"ValueError: .*clip_grad_norm_.*pieces",
+    "copied_flat": r"TypeError: a piece of a flat parameter",
+    "wrong_gradient": r"ValueError: a gradient of shape \(3, 3, 3\)",
+    "channels_last": r"ValueError: '.*' was not contiguous",
+    "channels_last_flat": r"ValueError: 'weight' was not contiguous",
+    "other_model": r"ValueError: .*no parameter of the model",
+    "another_shape": r"ValueError: state '.*' of 'first.weight': found shape \(2, 2\)",
+    "unknown_to_torch": r"KeyError: .*optim_state_dict_to_load",
+    "zero_flat": r"ValueError: '.*' is a flat parameter.*use_orig_params=True",
+    "zero": r"ValueError: '.*first.*weight'.*FullyShardedDataParallel.*sharded already",
     "shard": r"ValueError: the model is wrapped in FullyShardedDataParallel",
     "one_fails": r"/nowhere",
     "unlike": r"ValueError: the ranks disagree.*max_grad_norm",
@@ -304,6 +546,7 @@ def ranks_main(rank: int, world: int, folder: str) -> dict[str, Any]:
     if world == 2:
         results["checkpoints"] = any_to_any(rank, world, f"{folder}/saved")
         results["habits"] = habits(rank, world)
+        results["states"] = states(rank, world, f"{folder}/states")
         results["refused"] = refused(rank, world)
     return results
 
@@ -340,7 +583,7 @@ def test_every_strategy_equals_one_process(
             assert mine["norm"] == pytest.approx(float(reference.grad_norm), rel=1e-6)
             assert mine["names"] == [fqn for fqn, _ in trainable(Net())]
             # gradients of ignored parameters beside the sums of the rule
-            copies = strategy in ("NO_SHARD", "HYBRID_SHARD")
+            copies = strategy.removesuffix(FLAT) in ("NO_SHARD", "HYBRID_SHARD")
             assert mine["all_reduces"] <= case.reductions + 2 + copies * 3, (key, mine)
             figures.append(
                 f"fsdp1 | {strategy} on {world} | {name}: {max(errors.values()):.2g} of the layout "
@@ -353,7 +596,7 @@ def test_checkpoints_are_those_of_other_layouts(results: list[dict[str, Any]]) -
         pytest.skip("on two ranks")
     for result in results:
         found = result["checkpoints"]
-        for layout in ("FULL_SHARD", "SHARD_GRAD_OP", "zero2", "back"):
+        for layout in [name for name in found if name != "straight"]:
             for fqn, tensor in found["straight"].items():
                 assert torch.equal(found[layout][fqn], tensor), (layout, fqn)
 
@@ -363,12 +606,40 @@ def test_loops_train_as_one_process_does(results: list[dict[str, Any]]) -> None:
         pytest.skip("on two ranks")
     for result in results:
         found = result["habits"]
-        assert bool(found["bfloat16"].isfinite().all())
+        for name in ("bfloat16", "kept", "summed"):
+            assert bool(found[name].isfinite().all())
+            assert torch.equal(found[name], found[name + FLAT]), name
+        assert torch.equal(found["offloaded"], found["on the device"])
         for name in [name for name in found if f"{name}, alone" in found]:
             # backward on half the batch each: matrix products of other shapes round differently
             torch.testing.assert_close(
                 found[name], found[f"{name}, alone"], rtol=1e-4, atol=1e-6, msg=name
             )
+            # sums over the flat tensor with its padding, and without
+            torch.testing.assert_close(
+                found[name], found[name + FLAT], rtol=1e-6, atol=1e-7, msg=name
+            )
+
+
+def test_torchs_functions_for_states_serve_learned_optimizers(
+    results: list[dict[str, Any]],
+) -> None:
+    if "states" not in results[0]:
+        pytest.skip("on two ranks")
+    for result in results:
+        found = result["states"]
+        assert found.pop("Adam") == ["exp_avg", "exp_avg_sq", "step"]
+        straight: dict[str, Tensor] = {}
+        assert len(found) == 3 * (2 + 1 + 5) + 1, sorted(found)
+        for name, value in found.items():
+            if name.endswith("straight"):
+                straight = value
+            elif isinstance(value, bool):
+                assert value, name
+            else:
+                wanted = found["FULL_SHARD, straight"] if "set_" in name else straight
+                for fqn, tensor in wanted.items():
+                    assert torch.equal(value[fqn], tensor), (name, fqn)
 
 
 def test_what_cannot_be_served_is_refused_on_all_ranks(results: list[dict[str, Any]]) -> None:

@@ -573,7 +573,7 @@ REFUSALS = {
     "meta": "'w' is on the meta device",
     "stale": "'embedding.weight'.*given to fully_shard after this optimizer was built",
     "fsdp1 pieces": r"FullyShardedDataParallel module that is gone",
-    "fsdp1 flat": r"FSDP1.*use_orig_params=True",
+    "fsdp1 flat": r"FullyShardedDataParallel module that is gone",
     "strided": "'twice' with placements .*cut in strides on dimension 0",
     "zero": "'embedding.weight' is a DTensor.*ZeroOptimizer shards whole parameters",
     "experts": "'experts.weight' lies on the mesh dimension 'ep'",

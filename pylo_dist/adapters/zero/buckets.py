@@ -181,7 +181,7 @@ def _own_storage(view: Tensor) -> Tensor:
     """
     if view.device.type not in ("cpu", "cuda"):
         return view
-    return torch.from_dlpack(view)
+    return torch.utils.dlpack.from_dlpack(view)
 
 
 def release(buckets: Sequence[Bucket]) -> None:
