@@ -153,7 +153,7 @@ def test_the_flag_bounds_the_gradient(name: str, learned_weights: dict[str, Path
     """A bound below the norm is a smaller gradient, and the state shows it; one above the norm is
     none.
     """
-    key = "exp_avg" if name == "adamw" else "momentum"
+    key = "exp_avg" if name in ("adamw", "celo-adam") else "momentum"
     moments = []
     for flags in ([], ["--max-grad-norm", "1000"], ["--max-grad-norm", "0.5"]):
         made = learner(name, learned_weights, *flags)

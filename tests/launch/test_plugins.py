@@ -75,8 +75,7 @@ def test_help_says_what_is_registered(plugin: Path) -> None:
     built_in, with_plugin = help_of(), help_of("--plugin", str(plugin))
     for said in (
         "adafaclo, celo, celo-adam, celo2, elo-celo2, elo, mulo, velo or adamw; default: adafaclo",
-        "default: 1 for adafaclo, celo, celo-adam, mulo and velo, 0.001 for celo2, elo-celo2 and "
-        "elo, the preset's",
+        "default: 0.001 for celo2, elo-celo2 and elo, the preset's for adamw, 1 for others",
         "default: 0.1 for elo-celo2 and adamw, 0 for others",
         "default: 1 for elo-celo2, no clipping for others",
         "of celo, celo-adam and velo: length of the run",
