@@ -336,8 +336,14 @@ def refuse(config: Mapping[str, Any], module: Any) -> None:
             value: Any = config
             for step in key.split("."):
                 value = value[step]
+            remedy = "leave it out"
+            if key == "checkpoint.load_universal":
+                remedy += (
+                    "; pylo_dist.deepspeed.load_checkpoint(engine, folder) loads what "
+                    "save_checkpoint wrote on any number of ranks and in any stage"
+                )
             raise ValueError(
-                f'"{key}": {value!r} is not served by pylo_dist under DeepSpeed; leave it out'
+                f'"{key}": {value!r} is not served by pylo_dist under DeepSpeed; {remedy}'
             )
     if isinstance(module, deepspeed.PipelineModule):
         raise ValueError(

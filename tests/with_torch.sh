@@ -12,8 +12,11 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git ls-files --cached --others --exclude-standard -z | xargs -0 cp --parents --target-directory "$copy"
 cd "$copy"
-git init --quiet # some tests ask it which files there are
+# some tests ask it which files there are, and which commit
+git init --quiet
+git add --all
+git -c user.name=tests -c user.email=tests@localhost commit --quiet --message "a copy"
 sed -i "s/^torch==.*/torch==$version/" constraints.txt
-launch/setup.sh launch,dev,deepspeed,hf
+launch/setup.sh launch,dev,deepspeed,hf,companions
 export OMP_NUM_THREADS=1
 .venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile "$@"

@@ -76,6 +76,20 @@ def mark_part(tensor: Tensor, source: Tensor) -> Tensor:
     return tensor
 
 
+def held_in(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of one of another class, such as torchao's; [] for one that
+    holds its own.
+    """
+    if type(tensor) in _PLAIN:
+        return []
+    with torch.no_grad():  # of a DTensor to_local() is an operation
+        local: Any = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    if type(local) in _PLAIN or not hasattr(local, "__tensor_flatten__"):
+        return []
+    names, _ = local.__tensor_flatten__()
+    return [getattr(local, name) for name in names]
+
+
 def check_param(fqn: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that no learned rule can update."""
     if is_flat(param):
@@ -109,6 +123,16 @@ def check_param(fqn: str, param: Tensor) -> None:
     if not param.is_floating_point():
         raise ValueError(
             f"{fqn!r} is {param.dtype}; learned optimizers need a floating-point parameter"
+            f"{'' if param.requires_grad else ': leave this one out, which is frozen'}"
+        )
+    inner = held_in(param) if param.requires_grad else []  # frozen ones are never written
+    local = local_tensor(param) if inner else param
+    if inner and not any((t.dtype, t.shape) == (local.dtype, local.shape) for t in inner):
+        raise ValueError(
+            f"{fqn!r} is a {type(local).__name__}, which keeps {param.dtype} numbers as "
+            f"{', '.join(f'{t.dtype} {tuple(t.shape)}' for t in inner)}: a step would be rounded "
+            "to those. Train the parameter before it is quantised, or freeze it and train "
+            "adapters beside it"
         )
 
 

@@ -50,12 +50,18 @@ class _DynamicScaler(_StandIn):
     pass
 
 
+def _named(kind: Any, name: str) -> _StandIn:
+    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+    return _StandIn()
+
+
 _SCALERS = {"LossScaler": _StaticScaler, "DynamicLossScaler": _DynamicScaler}
 # the classes that DeepSpeed's own entries are of
 _STAND_INS: list[Any] = [
     *((kind, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name, kind in _SCALERS.items()),
     (_StandIn, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_named, "builtins.getattr"),
 ]
 
 
@@ -104,6 +110,12 @@ class DeepSpeedFiles:
             if Path(tag).name != tag:
                 raise ValueError(f"{latest} holds {tag!r:.80}, wanted the name of a subfolder")
         self.path = folder / tag
+        if (self.path / "zero").is_dir():
+            raise ValueError(
+                f"{self.path} was written by DeepSpeed's ds_to_universal, which leaves the "
+                "state of learned optimizers out: load what save_checkpoint wrote, which "
+                "needs no conversion for another number of ranks or stage"
+            )
         models = [
             *self.path.glob("mp_rank_*_model_states.pt"),
             *sorted(self.path.glob("zero_pp_rank_*_model_states.pt"), key=_rank),

@@ -258,7 +258,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             {**{k: v for k, v in group.items() if k != "params"}, "params": []}
             for group in self._groups
         ]
-        state: dict[str, Any] = {"state": {}, "param_groups": groups}
+        # ds_to_universal looks for Adam's moments in entry 0, and without an entry takes the
+        # model's rounded parameters for the float32 ones, in silence
+        state: dict[str, Any] = {"state": {0: {}}, "param_groups": groups}
         if self._inner is None:
             return state
         inner = self._inner.state_dict()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...layouts.construction import check_ordered
 from ...layouts.fsdp1 import is_flattened
-from ...layouts.plain import check_leaf, check_param, is_dtensor
+from ...layouts.plain import check_leaf, check_param, held_in, is_dtensor
 from ...optimizer import checks
 
 FROZEN = "_pylo_dist_frozen"  # in a group, until it is sharded: its frozen parameters
@@ -111,4 +111,11 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
             raise ValueError(
                 f"{fqn!r} is {kind}, which is sharded already: give the parameters to the "
                 "optimizer itself; ZeroOptimizer shards whole parameters"
+            )
+        if held_in(param):
+            raise ValueError(
+                f"{fqn!r} is a {type(param).__name__}, whose numbers lie in another tensor: "
+                "ZeroOptimizer would put its bucket under the outer one, and steps would reach no "
+                "forward pass. Leave out what makes such parameters (torchao: "
+                "enable_fsdp_float8_all_gather), or use fully_shard"
             )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def save(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
     for name, case in SAVED.items():
         engine = cases.build(case, files)
         cases.train(engine, 0, HALF)
+        halfway = cases.masters(engine)
         engine.module.seen.fill_(SEEN)
         frozen = engine.module.frozen.weight
         with (
@@ -107,6 +109,7 @@ def save(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
         _, client = resumed.load_checkpoint(f"{folder}/{name}")
         cases.train(resumed, HALF, END)
         results[name] = {
+            "halfway": halfway,
             "masters": cases.masters(engine),
             "resumed": cases.masters(resumed),
             "params": cases.whole_params(resumed),
@@ -207,6 +210,7 @@ def load(rank: int, world: int, folder: str, files: dict[str, str]) -> dict[str,
             said.append(str(error))
     results["errors"] = said
     if world == 1:
+        results["own tools"] = own_tools(Path(folder))
         results["odd files"] = odd_files(Path(folder), engine)
     return results
 
@@ -254,7 +258,44 @@ ODD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "buffers": (MODEL, edited(lambda e: e["module"].update(seen=torch.zeros(3)))),
     "frozen": (MODEL, edited(lambda e: e.update(frozen_param_shapes={"frozen.weight": (4,)}))),
     "no module": (MODEL, edited(lambda e: e.pop("module"))),
+    "converted": ("zero", Path.mkdir),
 }
+
+
+class ByName:
+    """A member of an enum as Python 3.11.0 to 3.11.3 pickle it."""
+
+    def __reduce__(self) -> Any:
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return getattr, (ZeroStageEnum, "gradients")
+
+
+def own_tools(folder: Path) -> dict[str, Any]:
+    """What DeepSpeed's own converters make of the folders: whole float32 tensors, or an error."""
+    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found: dict[str, Any] = {}
+    for name, case in SAVED.items():
+        # of stage 0 the model file is whole, and BF16_Optimizer's files they both refuse
+        if case.stage == 0 or case.extra is FP32_SUMS:
+            continue
+        found[name] = dict(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"))
+        flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+        arguments = Namespace(
+            input_folder=f"{folder}/{name}/global_step{HALF}",
+            output_folder=f"{folder}/universal {name}",
+            num_extract_workers=1,
+            num_merge_workers=1,
+            **flags,
+        )
+        try:
+            ds_to_universal.main(arguments)
+            found[f"universal {name}"] = "converted"
+        except KeyError as error:
+            found[f"universal {name}"] = str(error)
+    return found
 
 
 def odd_files(folder: Path, engine: Any) -> dict[str, Any]:
@@ -263,6 +304,8 @@ def odd_files(folder: Path, engine: Any) -> dict[str, Any]:
     """
     import pylo_dist.deepspeed
 
+    by_name = edited(lambda e: e["optimizer_state_dict"].update(zero_stage=ByName()))
+    by_name(folder / "stage 2" / f"global_step{HALF}" / STATES)
     looked_up: set[Any] = set()
     sys.addaudithook(
         lambda event, a: looked_up.add(a[1:]) if event == "pickle.find_class" else None
@@ -400,6 +443,15 @@ def test_other_ranks_and_layouts_go_on(
             assert not changed, name
         assert "add_safe_globals" in odd["a class"][0][0]
         assert f"{STATES} is truncated or damaged" in odd["cut state"][0][0]
+        assert "written by DeepSpeed's ds_to_universal" in odd["converted"][0][0]
+        tools = ranks[0]["own tools"]
+        for name in SAVED:
+            if name in tools:
+                whole = cases.joined([rank[name]["halfway"] for rank in saved])
+                assert all(torch.equal(tools[name][fqn], p) for fqn, p in whole.items()), name
+                # it knows Adam's moments alone, and must not leave ours out in silence
+                assert tools[f"universal {name}"] == "'exp_avg'", name
+        assert len(tools) == 2 * 5
     figures.append(
         f"DeepSpeed checkpoints | 2 to {world} ranks | at most {worst:.2g} of the layout tolerance"
     )
