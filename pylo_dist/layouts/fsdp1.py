@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import comm
+from ..core.cuts import Cuts, EvenCuts
 from ..core.pieces import ShardBinding, bind_shard
 from ..core.shards import TensorShard
 from .objects import living
@@ -372,7 +373,7 @@ def _bind(fqn: str, param: Tensor, holders: Any, num_holders: int) -> ShardBindi
     return bind_shard(param, peers, comm.rank(group), group, holders, num_holders // ranks)
 
 
-def shards_of(fqn: str, param: Tensor) -> tuple[tuple[TensorShard, ...], Any]:
+def shards_of(fqn: str, param: Tensor) -> tuple[Cuts, Any]:
     """The intervals of a sharded parameter that the ranks of its unit hold, in rank order, and
     their process group.
 
@@ -390,16 +391,12 @@ def shards_of(fqn: str, param: Tensor) -> tuple[tuple[TensorShard, ...], Any]:
     return peers, group
 
 
-def shards_at(fqn: str, unit: Any, place: int) -> tuple[tuple[TensorShard, ...], Any]:
+def shards_at(fqn: str, unit: Any, place: int) -> tuple[Cuts, Any]:
     """As `shards_of`, of a parameter of a unit by its number."""
     handle, group = _handle(unit), _group(unit)
     check_order(fqn, unit, place)
-    shape, ranks = shape_at(unit, place), comm.size(group)
-    begin, total = begin_at(unit, place), sum(_flat(handle, "sizes"))
-    chunk = -(-total // ranks)
-    numel = TensorShard.whole(fqn, shape).numel
-    cuts = [min(max(rank * chunk - begin, 0), numel) for rank in range(ranks + 1)]
-    peers = tuple(TensorShard.interval(fqn, shape, *cuts[rank : rank + 2]) for rank in range(ranks))
+    ranks, total = comm.size(group), sum(_flat(handle, "sizes"))
+    peers = EvenCuts(fqn, shape_at(unit, place), -(-total // ranks), begin_at(unit, place), ranks)
     _check_place(fqn, peers[comm.rank(group)], _flat(handle, "places")[place])
     return peers, group
 
