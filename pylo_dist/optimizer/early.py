@@ -94,7 +94,7 @@ def _bring(member: Member) -> Tensor | None:
         That gradient, or None where the step must look again.
     """
     grad, param, item = raw_grad(member.param), member.param, member.item
-    if grad is None or member.binding.unreduced:
+    if grad is None or member.binding.unreduced or not member.sound:
         return None
     if plain.is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         return None  # the step adds it up, with the other ranks

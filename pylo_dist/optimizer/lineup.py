@@ -23,13 +23,19 @@ from .parameters import Groups, Parameters, ids_of
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A parameter in the line-up: item number `place` of `batch`."""
+    """A parameter in the line-up: item number `place` of `batch`.
+
+    Attributes:
+        sound: whether the last step could use it; what that step saw of it is looked at anew
+            otherwise.
+    """
 
     binding: ShardBinding
     param: Tensor
     item: Item
     batch: Batch
     place: int
+    sound: bool = True
 
 
 class Lineup:
@@ -169,10 +175,13 @@ class Lineup:
                 before.present = binding.present
                 continue
             try:
-                brought = plain.collect(binding, param, sums.get(key), before, item.state)
+                known = before if member.sound else None
+                brought = plain.collect(binding, param, sums.get(key), known, item.state)
+                member.sound = True
             except ValueError as error:
                 problem = problem or error
                 brought = plain.absent(binding, param)
+                member.sound = False
             if brought is not before:
                 item.param = brought
                 self._brought.append(member)

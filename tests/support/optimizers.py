@@ -145,7 +145,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02}),
         reductions=1,
         state_as=("CELO2", "Celo"),
-        cannot=_LATE,
+        cannot={**_LATE, "kernels": "it has no features and no network per element"},
     ),
     "ELO": OptimizerCase(
         pylo_dist.ELO,
