@@ -91,7 +91,7 @@ class Claim:
         trace: TracebackType | None,
     ) -> None:
         with suppress(OSError):
-            if self._held is not None:
+            if self._held is not None and is_at(*self._held):  # else that of another run
                 self._held[0].unlink()
         if self._held is not None:
             os.close(self._held[1])

@@ -100,10 +100,11 @@ def aside(value: Any) -> Any:
 
 def load_into(value: Any, state: dict[str, Any]) -> None:
     """Through `load_state_dict`. Our optimizers keep the tensors of `state`, which are nobody
-    else's: no second copy.
+    else's: no second copy, unless a hook of the user sees them.
     """
     tensors: list[Tensor] = []
-    if isinstance(value, torch.optim.Optimizer) and _is_ours(value):
+    hooks = getattr(unwrapped(value), "_optimizer_load_state_dict_pre_hooks", None)
+    if isinstance(value, torch.optim.Optimizer) and _is_ours(value) and not hooks:
         tensors = [entry for _, entry in _leaves(state) if isinstance(entry, Tensor)]
     with given(tensors):
         unwrapped(value).load_state_dict(state)

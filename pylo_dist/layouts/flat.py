@@ -151,12 +151,13 @@ def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:
 
 def follow(pieces: Iterable[FlatPiece]) -> None:
     """Make pieces views of their flat parameters again, where those have other memory now (lazy
-    initialisation, `model.to`).
+    initialisation, `model.to`). Raises ValueError inside of `summon_full_params`.
     """
     places: dict[int, tuple[Tensor, int]] = {}
     for piece in pieces:
         flat = piece._shared.flat
         if id(flat) not in places:
+            fsdp1.check_in_shards(piece)
             local = fsdp1.local_of(flat).detach()
             places[id(flat)] = local, local.data_ptr()
         local, address = places[id(flat)]

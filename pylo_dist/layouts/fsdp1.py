@@ -56,6 +56,7 @@ _NAMES = {
     "tied_infos": "_shared_param_infos",
     "in_shards": "needs_unshard",
     "free": "_free_unsharded_flat_param",
+    "doing": "_training_state",
 }
 
 _OURS = "_pylo_dist"  # on a function that took the place of torch's
@@ -144,6 +145,20 @@ def place_of(param: Tensor) -> tuple[Any, int]:
 
 def _known_unit(param: Tensor) -> Any:
     return _known[param][0]() if param in _known else None
+
+
+def check_in_shards(param: Tensor) -> None:
+    """Raise ValueError for a flattened parameter whose sharded unit shows whole ones now, which go
+    in the place of its shards when that ends.
+    """
+    unit = _known_unit(param)  # gone with its model, it shows nothing
+    if unit is None or not is_cut(unit):
+        return
+    if _of_torch(_handle(unit), "doing").name == "SUMMON_FULL_PARAMS":
+        raise ValueError(
+            f"{names_in(unit)[_known[param][1]]!r} is inside of summon_full_params, which would "
+            "write over what a step changes: take the step outside"
+        )
 
 
 def units_of(params: Iterable[Tensor]) -> list[Any]:

@@ -326,6 +326,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         loading.check_parts(loaded, type(self).__name__)
         loaded = loading.matched(loaded, self.param_groups, self.state)
         self.check_groups(loaded["param_groups"])
+        loading.check_group_state(loaded["param_groups"], self.rule)
         loading.check_states(loaded, self.param_groups, self.state, self._params)
 
     def check_groups(self, groups: Groups) -> None:
@@ -374,10 +375,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         for group in self.param_groups:
             # those of an earlier version are not handed on
             group.update(loading.marks_of(self.rule, self.weights))
-            for name, value in {
-                "step": torch.zeros((), dtype=torch.int64),
-                **self.rule.group_state(),
-            }.items():
+            for name, value in loading.group_state(self.rule).items():
                 group[name] = torch.as_tensor(
                     group[name], dtype=value.dtype, device=_device_of(group)
                 )

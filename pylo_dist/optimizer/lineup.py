@@ -165,7 +165,10 @@ class Lineup:
         Returns:
             The problem, or the first that was met here.
         """
-        flat.follow(self._pieces)
+        try:
+            flat.follow(self._pieces)
+        except ValueError as error:
+            problem = problem or error
         settled = yield from gradients.settle(self.bound)
         sums, means, self._brought = settled.sums, settled.means, []
         for member in self.members:

@@ -5,11 +5,13 @@ elements of it. Reads only; what it makes is new memory.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.pieces import ShardBinding
@@ -18,6 +20,7 @@ from ..core.shards import TensorShard
 from ..core.state import StateField, state_dtype
 from ..layouts.plain import local_tensor
 from ..weights import MetaNetwork
+from .checks import as_number, shown
 from .parameters import Groups, Parameters, State, names_of
 from .sharded_state import ShardedState, covering_gap, local_part
 
@@ -242,6 +245,31 @@ def check_groups(
                     f"{OTHER_MARKS[key]}"
                 )
     check_names(saved, groups)
+
+
+def group_state(rule: LearnedRule) -> dict[str, Tensor]:
+    """What a group has beside its settings, as it is before the first step."""
+    return {"step": torch.zeros((), dtype=torch.int64), **rule.group_state()}
+
+
+def check_group_state(saved: Groups, rule: LearnedRule) -> None:
+    """Raise ValueError for an entry of `group_state` that is no real tensor of its shape, or a
+    number where it is 0-d.
+    """
+    own = group_state(rule)
+    for i, group in enumerate(saved):
+        for key, value in own.items():
+            found, shape = group[key], tuple(value.shape)
+            if isinstance(found, Tensor):
+                fits = tuple(found.shape) == shape and not found.is_complex()
+            else:
+                number = as_number(found)
+                fits = not shape and number is not None and math.isfinite(number)
+            if not fits:
+                raise ValueError(
+                    f"group {i} of the state has {key}={shown(found)}, wanted real numbers of "
+                    f"shape {shape}; was it saved by another optimizer?"
+                )
 
 
 def check_names(saved: Groups, groups: Groups) -> None:

@@ -481,6 +481,12 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         with FSDP.summon_full_params(model):
             adafac(model.named_parameters())
 
+    def stepped_in_summoned() -> None:
+        model = small(use_orig_params=False)
+        optimizer = adafac(model.parameters())
+        with FSDP.summon_full_params(model):
+            optimizer.step()
+
     def beside_fsdp2() -> None:
         model, other = small(), nn.Linear(4, 4)
         fully_shard(other)
@@ -502,7 +508,7 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
     for action in (
         built_before, torch_clips, copied_flat, wrong_gradient, channels_last, channels_last_flat,
         other_model, another_shape, unknown_to_torch, zero_flat, zero, shard, one_fails, unlike,
-        gone, summoned, beside_fsdp2, copied, other_torch,
+        gone, summoned, stepped_in_summoned, beside_fsdp2, copied, other_torch,
     ):  # fmt: skip
         begin = time.monotonic()
         try:
@@ -531,6 +537,7 @@ REFUSALS = {
     "unlike": r"ValueError: the ranks disagree.*max_grad_norm",
     "gone": r"ValueError: .*FullyShardedDataParallel module that is gone",
     "summoned": r"ValueError: .*summon_full_params",
+    "stepped_in_summoned": r"ValueError: '.*' is inside of summon_full_params",
     "beside_fsdp2": r"ValueError: '.*first.weight' belongs to .*FSDP1.*, 'weight' is a DTensor",
     "copied": r"TypeError: '.*first.weight' lies on several ranks: .*cannot be copied or pickled",
     "other_torch": r"ValueError: torch .* has no '_no_such_name'",

@@ -689,6 +689,16 @@ def test_plain_tensors_are_read_to_where_they_belong(
     )
 
 
+def test_what_a_hook_keeps_of_a_state_is_its_own(tmp_path: Path) -> None:
+    param, kept = nn.Parameter(torch.ones(3, 4)), []
+    optimizer = pylo_dist.AdafacLO([("w", param)], weights="demo")
+    checkpoint.save(tmp_path / "c", {"optimizer": optimizer})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: kept.append(state))
+    checkpoint.load(tmp_path / "c", {"optimizer": optimizer})
+    theirs = {t.data_ptr() for t in kept[0]["state"][0].values()}
+    assert not theirs & {t.data_ptr() for t in optimizer.state[param].values()}
+
+
 def test_memory_that_is_given_away_has_one_taker() -> None:
     def places(*optimizers: Any) -> list[set[int]]:
         return [{t.data_ptr() for s in o.state.values() for t in s.values()} for o in optimizers]

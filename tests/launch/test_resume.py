@@ -474,6 +474,17 @@ def test_runs_that_come_and_go_never_share_a_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / ".running").exists()
 
 
+def test_a_run_whose_folder_was_removed_leaves_the_lock_of_the_next_one(tmp_path: Path) -> None:
+    with Claim() as second:
+        with Claim() as first:
+            assert first.take(tmp_path / "run") is None
+            shutil.rmtree(tmp_path / "run")
+            assert second.take(tmp_path / "run") is None
+        with Claim() as third:
+            assert third.take(tmp_path / "run") is not None
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_differs_is_said_once_and_holds(
     folder: Path,
     finished: Path,

@@ -215,6 +215,20 @@ def test_one_schedule_serves_all_groups(name: str) -> None:
 
 
 @every_face
+def test_a_run_of_other_shapes_is_refused(name: str) -> None:
+    """On loading: torch.optim.Optimizer would take it, and the next step end somewhere inside."""
+    optimizer = build(name, make_params(EVERY))
+    for key, value in optimizer.rule.group_state().items():
+        for other in (value[:3], "x", value.to(torch.complex64)):
+            state = optimizer.state_dict()
+            state["param_groups"][0][key] = other
+            before = everything(optimizer)
+            with pytest.raises(ValueError, match=f"group 0 of the state has {key}="):
+                optimizer.load_state_dict(state)
+            assert same(everything(optimizer), before)
+
+
+@every_face
 def test_a_refused_step_leaves_the_run_as_it_was(name: str) -> None:
     named = make_params(EVERY)
     optimizer = build(name, named)

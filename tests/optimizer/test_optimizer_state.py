@@ -133,6 +133,14 @@ def _no_step(state: dict[str, Any]) -> None:
     del state["param_groups"][0]["step"]
 
 
+def _steps(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["step"] = torch.zeros(2)
+
+
+def _step_text(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["step"] = "x"
+
+
 def _no_lr(state: dict[str, Any]) -> None:
     del state["param_groups"][0]["lr"]
 
@@ -151,6 +159,8 @@ def _no_groups(state: dict[str, Any]) -> None:
         (_fewer, r"groups of \[4\] parameters, this optimizer groups of \[5\]"),
         (_more_groups, r"groups of \[5, 0\] parameters"),
         (_no_step, "group 0 of the state has no 'step'"),
+        (_steps, r"group 0 of the state has step=tensor\(.*wanted real numbers of shape \(\)"),
+        (_step_text, "group 0 of the state has step='x'"),
         (_no_lr, "group 0 of the state has no 'lr'"),
         (_no_groups, "'param_groups'"),
     ],

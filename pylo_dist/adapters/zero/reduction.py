@@ -439,7 +439,7 @@ def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
     their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
     Three at most, however many ranks they reach over.
     """
-    if begin >= end:
+    if begin >= end:  # also where nobody has a part
         return []
     first, last = -(-begin // part), end // part  # ranks whose part is wholly inside
     if first > last:

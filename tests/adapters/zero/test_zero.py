@@ -571,6 +571,8 @@ def test_refusals_name_the_remedy() -> None:
 
 def test_empty_parameters_fill_no_bucket() -> None:
     params = [("empty", nn.Parameter(torch.zeros(0, 5))), ("w", nn.Parameter(torch.randn(30, 30)))]
+    # of a dtype of its own, and so in a bucket that nobody has a part of
+    params.append(("alone", nn.Parameter(torch.zeros(0, 5, dtype=torch.bfloat16))))
     optimizer = pylo_dist.ZeroOptimizer(
         params, pylo_dist.AdafacLO, weights=small_fc(), bucket_cap_mb=0.001
     )
