@@ -58,22 +58,33 @@ def read_arrays(path: Path) -> dict[Keys, np.ndarray[Any, Any]]:
             nested or large beyond bounds, with a key twice, or with what are no arrays of numbers.
     """
     try:
-        from msgpack import unpackb
+        return parsed(read_bytes(path, LARGEST))
     except ImportError:
         raise WeightsError(
             f"{path} is read with msgpack, which is not installed: pip install 'pylo-dist[convert]'"
         ) from None
-    try:
-        content = read_bytes(path, LARGEST)
-        for start, what in _OTHERS.items():
-            if content.startswith(start):
-                raise ValueError(f"it is {what}")
-        return _flat(_Reader(unpackb).read(content))
-    # msgpack raises a TypeError for some keys that are no texts
-    except (ValueError, TypeError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise WeightsError(
             f"{path} is no readable file of flax's format: {printable(error)}"
         ) from error
+
+
+def parsed(content: bytes) -> dict[Keys, np.ndarray[Any, Any]]:
+    """As `read_arrays`, of the bytes of a file. Raises ValueError, and ImportError where msgpack is
+    missing.
+    """
+    from msgpack import unpackb
+
+    for start, what in _OTHERS.items():
+        if content.startswith(start):
+            raise ValueError(f"it is {what}")
+    try:
+        return _flat(_Reader(unpackb).read(content))
+    # a TypeError for some keys that are no texts; what is nested beyond msgpack's own stack, and a
+    # byte that begins nothing, raise errors without words
+    except (ValueError, TypeError, RecursionError) as error:
+        words = str(error) or "it is no msgpack, or nested too deeply"
+        raise ValueError(words) from error
 
 
 def arranged(
@@ -277,23 +288,20 @@ def _widened(
     tensors: dict[str, Tensor], architecture: Architecture, units: int
 ) -> dict[str, Tensor]:
     """The same function with `units` hidden units, of which the further ones are always 0. Nothing
-    is done to tensors that are not those of one smaller number of units.
+    is done where the tensors do not agree on a smaller number.
     """
-    fewer = {
-        size
+    hidden = {
+        name: [dim for dim, size in enumerate(shape) if size == units]
         for name, shape in architecture.shapes.items()
-        for size, wanted in zip(tensors[name].shape, shape, strict=False)
-        if wanted == units
+        if len(shape) == tensors[name].ndim
     }
-    few = min(fewer, default=units)
-    if len(fewer) != 1 or few >= units:
+    sizes = {tensors[name].shape[dim] for name, dims in hidden.items() for dim in dims}
+    if len(sizes) != 1 or max(sizes) >= units:
         return tensors
-    wide = {}
-    for name, shape in architecture.shapes.items():
+    wide = dict(tensors)
+    for name, dims in hidden.items():
         old = tensors[name]
-        own = tuple(few if size == units else size for size in shape)
-        if tuple(old.shape) != own:
-            return tensors
-        wide[name] = old.new_zeros([size for size in shape if isinstance(size, int)])
+        shape = [units if dim in dims else size for dim, size in enumerate(old.shape)]
+        wide[name] = old.new_zeros(shape)
         wide[name][tuple(slice(size) for size in old.shape)] = old
     return wide

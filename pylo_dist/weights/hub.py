@@ -33,7 +33,7 @@ GRACE_S = 10.0  # others wait so much longer than the one who downloads may take
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-PICKLED = (".bin", ".pt", ".pth", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 # bytes; the weights of VeLO, the largest there are, have 20 million
 LARGEST = {
     WEIGHTS_FILE: 256 << 20,

@@ -289,7 +289,7 @@ def _of_state_file(
     tensors, card = _read_flax(name, path, architecture)
     architecture = architecture or architecture_named(card["architecture"])
     unsaid = sorted(set(architecture.constants) - set(entry.constants if entry else ()))
-    if unsaid:
+    if unsaid and _has_shapes(tensors, architecture):
         kinds = [kind for kind, (known, _) in flax_kinds().items() if known is architecture]
         raise WeightsError(
             f"weights {name!r}: {path} does not say the {', '.join(unsaid)} that "

@@ -19,9 +19,11 @@ def read_bytes(path: Path, most: int) -> bytes:
         ValueError: it is no regular file, or larger than `most` bytes.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is no regular file")
-        content = file.read(most + 1)
+        # room is made for all that is asked for
+        content = file.read(min(status.st_size, most) + 1)
     if len(content) > most:
         raise ValueError(f"{path} has more than {most} bytes")
     return content
