@@ -61,7 +61,7 @@ def read_arrays(path: Path) -> dict[Keys, np.ndarray[Any, Any]]:
         return parsed(read_bytes(path, LARGEST))
     except ImportError:
         raise WeightsError(
-            f"{path} is read with msgpack, which is not installed: pip install 'pylo-dist[convert]'"
+            f"{path} is read with msgpack, which is not installed: pip install msgpack"
         ) from None
     except (ValueError, OSError) as error:
         raise WeightsError(

@@ -522,7 +522,7 @@ def test_without_msgpack_one_line_says_what_to_install(
         return found(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(WeightsError, match=r"not installed: pip install 'pylo-dist\[convert\]'"):
+    with pytest.raises(WeightsError, match="not installed: pip install msgpack"):
         load_flax(FOLDER / "celo.state", "celo")
 
 
