@@ -248,7 +248,7 @@ def test_files_that_end_early_or_late_or_are_changed(name: str, stride: int) -> 
     """At every byte of a file with parts of every kind; what is changed may still be a file."""
     content = (FOLDER / f"{name}.state").read_bytes()
     for end in range(0, len(content), stride):
-        with pytest.raises(ValueError, match="incomplete input"):
+        with pytest.raises(ValueError, match=r"incomplete input|exceeds max"):
             flax_state.parsed(content[:end])
     for at in range(0, len(content), stride):
         for other in (0x00, 0xFF, content[at] ^ 0x80, 0xDD):
