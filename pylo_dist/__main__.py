@@ -1,6 +1,7 @@
-"""The command line: `python -m pylo_dist doctor` and `... weights list | show | fetch | verify`.
+"""The command line: `python -m pylo_dist doctor` and `... weights list | show | fetch | convert |
+verify`.
 
-Writes only the folder that `fetch` is given, and imports what `--plugin` names.
+Writes only the folder that `fetch` and `convert` are given, and imports what `--plugin` names.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .weights import (
     WeightsError,
     architecture_named,
     architectures,
+    flax_kinds,
+    load_flax,
     load_weights,
     registered_entry,
     registered_weights,
@@ -111,6 +114,26 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     fetch.add_argument("--overwrite", action="store_true", help="replace other weights in FOLDER")
     fetch.set_defaults(run=_fetch)
+
+    convert = actions.add_parser(
+        "convert",
+        help="write such a folder from a file of flax: a theta.state, or a checkpoint of "
+        "google/learned_optimization",
+    )
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("--architecture", choices=flax_kinds(), required=True)
+    convert.add_argument("--to", metavar="FOLDER", required=True)
+    convert.add_argument(
+        "--horizon",
+        type=int,
+        metavar="STEPS",
+        help="the longest run of the inner training (default: unknown)",
+    )
+    convert.add_argument(
+        "--licence", metavar="TEXT", help='its identifier first, as in "mit" (default: unknown)'
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace other weights in FOLDER")
+    convert.set_defaults(run=_convert)
 
     verify = actions.add_parser(
         "verify", help="compare a folder's weights with the digest that was written with them"
@@ -211,6 +234,7 @@ def _show(arguments: argparse.Namespace) -> int:
     print(f"name: {name}")
     if entry is not None:
         print(f"note: {entry.note}")
+        print(f"meta-trained on: {entry.trained_on}")
     print(f"source: {about.source}")
     print(f"architecture: {about.architecture}")
     print(f"horizon: {_horizon(about.horizon)}")
@@ -218,6 +242,11 @@ def _show(arguments: argparse.Namespace) -> int:
     implied = architecture_named(about.architecture).decays
     for key, values in {**implied, **about.decays}.items():
         print(f"{key}: {', '.join(map(repr, values))}")
+    for key, value in {
+        **architecture_named(about.architecture).constants,
+        **about.constants,
+    }.items():
+        print(f"{key}: {value!r}")
     print(f"digest: {digest}")
     print(f"tensors: {len(shapes)}")
     for key, shape in sorted(shapes.items()):
@@ -231,6 +260,21 @@ def _fetch(arguments: argparse.Namespace) -> int:
     )
     print(
         f"{arguments.to}: {network.architecture} weights from {network.source}, digest "
+        f"{network.digest}"
+    )
+    return DONE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    network = save_weights(
+        arguments.to,
+        load_flax(arguments.file, arguments.architecture),
+        horizon=arguments.horizon,
+        licence=arguments.licence,
+        overwrite=arguments.overwrite,
+    )
+    print(
+        f"{arguments.to}: {arguments.architecture} weights from {network.source}, digest "
         f"{network.digest}"
     )
     return DONE

@@ -17,6 +17,6 @@ git init --quiet
 git add --all
 git -c user.name=tests -c user.email=tests@localhost commit --quiet --message "a copy"
 sed -i "s/^torch==.*/torch==$version/" constraints.txt
-launch/setup.sh launch,dev,deepspeed,hf,companions
+launch/setup.sh launch,dev,deepspeed,hf,companions,convert
 export OMP_NUM_THREADS=1
 .venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile "$@"

@@ -48,6 +48,24 @@ def shapes(inputs: int, heads: Mapping[str, int | str]) -> dict[str, tuple[int |
     }
 
 
+def published(heads: Sequence[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Where the tensors of `shapes` stand in the reference's files, see `FlaxNames`."""
+    layers = {
+        "mix_layer1": "linear",
+        "mix_layer2": "linear_1",
+        "final_mix_layer": "linear_2",
+        "lstm.linear": "rnn/linear",  # one key
+        **{name: name for name in heads},
+    }
+    found: dict[str, tuple[tuple[str, ...], bool]] = {}
+    for ours, theirs in layers.items():
+        found[f"{ours}.weight"] = (("rnn_params", theirs, "w"), True)
+        found[f"{ours}.bias"] = (("rnn_params", theirs, "b"), False)
+    for i, state in enumerate(("hidden", "cell")):
+        found[f"lstm_init_state.{i}"] = (("lstm_init_state", state), False)
+    return found
+
+
 # --------------------------------------------------------------------------------------- of the run
 
 

@@ -29,6 +29,17 @@ SHAPES: dict[str, tuple[int | str, ...]] = {
     "output_weights_": ("P", 3, 4),
     "output_bias_": ("P", 3),
 }
+_STACK = ("ff_mod_stack", "~")
+# where they stand in the reference's files, see `FlaxNames`: the first matrix in parts, one for
+# every group of features
+PUBLISHED: dict[str, tuple[tuple[str, ...], bool]] = {
+    "input_weights_": ((*_STACK, "w0__*"), True),
+    "input_bias_": ((*_STACK, "b0"), False),
+    "hidden_weights_.0": ((*_STACK, "w1"), True),
+    "hidden_bias_.0": ((*_STACK, "b1"), False),
+    "output_weights_": ((*_STACK, "w2"), True),
+    "output_bias_": ((*_STACK, "b2"), False),
+}
 NETWORK = {  # of an element, in the order of `reference.Network`
     "input_weights_": (4, 30),
     "input_bias_": (4, 1),

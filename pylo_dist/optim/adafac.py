@@ -26,8 +26,12 @@ from ..maths.reference import Network, wide
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
+    CELO_HORIZON,
+    CELO_LICENCE,
+    CELO_TASKS,
     PYLO_LICENCE,
     Architecture,
+    FlaxNames,
     MetaNetwork,
     Registered,
     WeightsLike,
@@ -52,6 +56,15 @@ ARCHITECTURE = Architecture(
         "rms_decays": (0.01079706,),
         "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
     },
+    flax=FlaxNames(
+        {
+            f"network.{ours}.{kind}": (("nn", "~", f"{kind[0]}{i}"), kind == "weight")
+            for i, ours in enumerate(("input", "linear_0", "output"))
+            for kind in ("weight", "bias")
+        },
+        {name: (name,) for name in ("momentum_decays", "rms_decays", "adafactor_decays")},
+        units=32,
+    ),
 )
 WEIGHTS = {
     "btherien/mulo": Registered(
@@ -61,7 +74,16 @@ WEIGHTS = {
         "PyLO's small_fc_lopt weights, meta-trained with muP (arXiv 2406.00153); decays from "
         "PyLO's constructor",
         licence=PYLO_LICENCE,
-    )
+    ),
+    "amoudgl/adafac-mlp-lopt": Registered(
+        ARCHITECTURE.name,
+        "amoudgl/adafac-mlp-lopt",
+        note="small_fc_lopt with 4 hidden units, a baseline of Celo's authors (arXiv 2501.12670); "
+        "trained with step_mult=0.001, which is to be passed",
+        horizon=CELO_HORIZON,
+        licence=CELO_LICENCE,
+        trained_on=CELO_TASKS,
+    ),
 }
 
 

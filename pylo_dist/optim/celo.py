@@ -28,25 +28,40 @@ from ..maths.reference import wide
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.checks import LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
-from ..weights import Architecture, MetaNetwork, Registered, WeightsLike, load_weights
+from ..weights import (
+    CELO_HORIZON,
+    CELO_LICENCE,
+    CELO_TASKS,
+    Architecture,
+    FlaxNames,
+    MetaNetwork,
+    Registered,
+    WeightsLike,
+    load_weights,
+)
 from .arguments import FactoredOptimizer, Precision, checked_decays, decays
 from .planned import SingleRunOptimizer
 
 INPUTS = 18  # nine fractions of the run, nine features of the loss
+HEADS = ("rnn_to_controls", "step_size")
 ARCHITECTURE = Architecture(
     "celo",
     {**lstm.shapes(INPUTS, {"rnn_to_controls": "P", "step_size": 1}), **mixed.SHAPES},
+    flax=FlaxNames({**lstm.published(HEADS), **mixed.PUBLISHED}),
 )
-ADAM_ARCHITECTURE = Architecture("celo_adam", lstm.shapes(INPUTS, {"step_size": 1}))
-LICENCE = "mit (of the repository amoudgl/celo, which says nothing of its own on weights)"
-HORIZON = 2000  # steps: meta-trained on runs of 100 to 2000
+ADAM_ARCHITECTURE = Architecture(
+    "celo_adam",
+    lstm.shapes(INPUTS, {"step_size": 1}),
+    flax=FlaxNames(lstm.published(HEADS[1:])),
+)
 WEIGHTS = {
     "amoudgl/celo": Registered(
         ARCHITECTURE.name,
         "amoudgl/celo",
-        note="Celo as its authors released it",
-        horizon=HORIZON,
-        licence=LICENCE,
+        note="Celo as its authors released it (arXiv 2501.12670)",
+        horizon=CELO_HORIZON,
+        licence=CELO_LICENCE,
+        trained_on=CELO_TASKS,
     )
 }
 ADAM_WEIGHTS = {
@@ -54,8 +69,9 @@ ADAM_WEIGHTS = {
         ADAM_ARCHITECTURE.name,
         "amoudgl/celo-adam",
         note="Celo-Adam as Celo's authors released it",
-        horizon=HORIZON,
-        licence=LICENCE,
+        horizon=CELO_HORIZON,
+        licence=CELO_LICENCE,
+        trained_on=CELO_TASKS,
     )
 }
 
@@ -88,7 +104,7 @@ class CeloRule(MixedRule):
         tie_break: str,
     ) -> None:
         super().__init__(weights.tensors, momentum_decays, rms_decays, factor_decays, tie_break)
-        self.run = RunLSTM(LSTM(weights.tensors, ("rnn_to_controls", "step_size")))
+        self.run = RunLSTM(LSTM(weights.tensors, HEADS))
 
     def group_state(self) -> dict[str, Tensor]:
         return self.run.group_state()
@@ -192,7 +208,7 @@ class CeloAdamRule(FactoredRule):
         mean, square = adamw.betas
         super().__init__((mean,) * 3, (square,), (square,) * 3)
         self.adamw = adamw
-        self.run = RunLSTM(LSTM(weights.tensors, ("step_size",)))
+        self.run = RunLSTM(LSTM(weights.tensors, HEADS[1:]))
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
         return None

@@ -24,8 +24,13 @@ from ..maths.mixed import MixedRule
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
+    CELO_HORIZON,
+    CELO_LICENCE,
+    CELO_TASKS,
     PYLO_LICENCE,
+    UNKNOWN,
     Architecture,
+    FlaxNames,
     MetaNetwork,
     Registered,
     WeightsLike,
@@ -34,6 +39,9 @@ from ..weights import (
 from .arguments import FactoredOptimizer, Precision, checked_decays
 from .planned import PlannedOptimizer
 
+FACTOR = 100.0  # of the mean of the P sets, where the weights say no other
+HEADS = ("rnn_to_controls", "step_size")
+VELO_S = {"factor": 1.0}
 ARCHITECTURE = Architecture(
     "velo",
     {**lstm.shapes(30, {"rnn_to_controls": "P", "step_size": 1}), **mixed.SHAPES},
@@ -47,23 +55,46 @@ ARCHITECTURE = Architecture(
         "output_bias",
     ),
     config={"mix_layers": True},
+    constants={"factor": FACTOR},
+    variants={"velo_s": VELO_S},
+    flax=FlaxNames({**lstm.published(HEADS), **mixed.PUBLISHED}),
 )
+LONGEST_RUN = 150_000  # steps of the longest run in VeLO's meta-training
+VELO_TASKS = "a mixture of tasks of many kinds, 4000 TPU-months (arXiv 2211.09760)"
 WEIGHTS = {
     "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": Registered(
         ARCHITECTURE.name,
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP",
         note="Google's VeLO as PyLO has it (arXiv 2211.09760)",
-        horizon=150_000,
+        horizon=LONGEST_RUN,
         licence=PYLO_LICENCE,
-    )
+        trained_on=VELO_TASKS,
+    ),
+    "amoudgl/velo-4000": Registered(
+        ARCHITECTURE.name,
+        "amoudgl/velo-4000",
+        note="Google's VeLO as Celo's authors have it (arXiv 2211.09760)",
+        horizon=LONGEST_RUN,
+        licence=f"{UNKNOWN} (Google's numbers; google/learned_optimization is apache-2.0, the "
+        "repository amoudgl/celo mit)",
+        trained_on=VELO_TASKS,
+        constants=ARCHITECTURE.constants,
+    ),
+    "amoudgl/velo-s": Registered(
+        ARCHITECTURE.name,
+        "amoudgl/velo-s",
+        note="a small VeLO, a baseline of Celo's authors (arXiv 2501.12670)",
+        horizon=CELO_HORIZON,
+        licence=CELO_LICENCE,
+        trained_on=CELO_TASKS,
+        constants=VELO_S,
+    ),
 }
 
 # slots of the sums of a tensor's own: p^2, m_k, m_k^2, v, v^2
 P_SQUARES, M, M_SQUARES, V, V_SQUARES = 0, slice(1, 4), slice(4, 7), 7, 8
 
-FACTOR = 100.0  # of the mean of the P sets
 LARGEST_MODEL = 600_000_000  # parameters beyond which VeLO fails (arXiv 2602.19142)
-LONGEST_RUN = 150_000  # steps of the longest run in meta-training
 
 
 def log_abs(x: Tensor) -> Tensor:
@@ -93,10 +124,11 @@ class VeLORule(MixedRule):
     ) -> None:
         super().__init__(weights.tensors, momentum_decays, rms_decays, factor_decays, tie_break)
         self.weights = weights
-        self.lstm = LSTM(weights.tensors, ("rnn_to_controls", "step_size"))
+        self.lstm = LSTM(weights.tensors, HEADS)
+        self.factor = weights.constants.get("factor", FACTOR)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"factor": FACTOR, **state})
         if "lstm" not in state:  # a pickle of an earlier version
             decays = (self.momentum_decays, (self.rms_decay,), self.factor_decays)
             VeLORule.__init__(self, self.weights, *decays, self.tie_break)
@@ -127,7 +159,7 @@ class VeLORule(MixedRule):
         for part, before, now in zip(rows, old, (hidden, cell), strict=True):
             torch._foreach_copy_(part, list(torch.where(batch.taken, now, before).unbind()))
         controls, lr_mult = self.lstm.outputs(hidden).tensor_split([-1], dim=1)
-        self.mix(batch, controls, FACTOR, lr_mult[:, 0], tensor_sums[:, P_SQUARES])
+        self.mix(batch, controls, self.factor, lr_mult[:, 0], tensor_sums[:, P_SQUARES])
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the
@@ -245,7 +277,7 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
                 f"VeLO on {numel:,} parameters: it is known to fail beyond some {LARGEST_MODEL:,}",
                 stacklevel=2,
             )
-        self.warn_of_length(num_steps, LONGEST_RUN)
+        self.warn_of_length(num_steps, network.horizon or LONGEST_RUN)
 
 
 register_optimizer(Registration("velo", VeLO, ARCHITECTURE, WEIGHTS))

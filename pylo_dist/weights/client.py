@@ -181,7 +181,8 @@ class Limit:
 
 
 def serve(request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """Have the weights of a repository, and its config.json where there is one, in the cache.
+    """Have the weights of a repository, the first of the wanted files that it holds, and its
+    config.json where there is one, in the cache.
 
     Says {"commit"}, then {"weights", "config"}, paths, or {"known"} where the commit is the
     `known` one of the request; or {"error", "final"}: whether the cache does not help either.
@@ -208,18 +209,23 @@ def _bring(
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     repository, revision = request["repository"], request["revision"]
-    (weights, config), timeout = request["files"], request["timeout"]
-    try:
-        # hf_hub_download alone would retry for half a minute without a network
-        url = hf_hub_url(repository, weights, revision=revision)
-        head = guard.metadata(url, timeout=timeout)
-    except RevisionNotFoundError:
+    config, timeout = request["config"], request["timeout"]
+    head = None
+    for weights in request["weights"]:
+        try:
+            # hf_hub_download alone would retry for half a minute without a network
+            url = hf_hub_url(repository, weights, revision=revision)
+            head = guard.metadata(url, timeout=timeout)
+            break
+        except RevisionNotFoundError:
+            limit.final = True
+            raise
+        except EntryNotFoundError:
+            continue
+    if head is None:
         limit.final = True
-        raise
-    except EntryNotFoundError:
-        limit.final = True
-        why = _what_is_there(repository, revision, weights, request["pickled"])
-        raise Refused(why) from None
+        why = _what_is_there(repository, revision, request["weights"][0], request["pickled"])
+        raise Refused(why)
     say({"commit": head.commit_hash})
     if head.commit_hash == request["known"]:
         say({"known": True})

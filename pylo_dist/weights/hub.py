@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from . import flax_state
 from .client import HEX, first_line, in_words, printable
 from .texts import read_json
 
@@ -32,9 +33,13 @@ GRACE_S = 10.0  # others wait so much longer than the one who downloads may take
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-PICKLED = (".bin", ".pt", ".pth", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 # bytes; the weights of VeLO, the largest there are, have 20 million
-LARGEST = {WEIGHTS_FILE: 256 << 20, CONFIG_FILE: 1 << 20}
+LARGEST = {
+    WEIGHTS_FILE: 256 << 20,
+    flax_state.STATE_FILE: flax_state.LARGEST,
+    CONFIG_FILE: 1 << 20,
+}
 # branches, tags and commits, of which the client makes the name of a file
 _REVISION = re.compile(r"\w[\w.+=/-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,6 +56,7 @@ class HubFiles:
     """What a repository holds, as files of the local cache.
 
     Attributes:
+        weights: model.safetensors, or theta.state where there is none.
         config: config.json, where there is one.
         commit: the 40 (or 64) digits of the commit they belong to.
     """
@@ -198,7 +204,8 @@ def _ask(repository: str, revision: str) -> HubFiles:
             "path": sys.path,
             "repository": repository,
             "revision": revision,
-            "files": [WEIGHTS_FILE, CONFIG_FILE],
+            "weights": [WEIGHTS_FILE, flax_state.STATE_FILE],
+            "config": CONFIG_FILE,
             "largest": LARGEST,
             "pickled": PICKLED,
             "known": files.commit if files is not None and complete else None,
@@ -255,8 +262,12 @@ def _cached(repository: str, revision: str) -> HubFiles | None:
     """The files of a revision in the cache, as far as they are there."""
     from huggingface_hub import try_to_load_from_cache
 
-    weights = try_to_load_from_cache(repository, WEIGHTS_FILE, revision=revision)
-    if not isinstance(weights, str):
+    found = [
+        try_to_load_from_cache(repository, name, revision=revision)
+        for name in (WEIGHTS_FILE, flax_state.STATE_FILE)
+    ]
+    weights = next((path for path in found if isinstance(path, str)), None)
+    if weights is None:
         return None
     commit = _commit_of(Path(weights))
     config = try_to_load_from_cache(repository, CONFIG_FILE, revision=commit)

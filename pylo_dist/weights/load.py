@@ -1,7 +1,7 @@
 """Learned weights from a mapping, a file, a folder, the Hub or the built-in demo, checked.
 
-Reads safetensors only; nothing is unpickled, nothing is fetched at import, and nothing changes
-after construction.
+Reads safetensors and flax's theta.state; nothing is unpickled, nothing is fetched at import, and
+nothing changes after construction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import hub
+from . import flax_state, hub
 from .client import printable
 from .hub import PICKLED
 from .registry import (
@@ -31,6 +31,7 @@ from .registry import (
     WeightsError,
     architecture_named,
     architectures,
+    flax_kinds,
     known_architectures,
     registered_entry,
     registered_weights,
@@ -62,6 +63,7 @@ class MetaNetwork:
         source: where they came from, "repository@commit" or a path, for a saved folder what its
             card says; "" for a mapping.
         horizon, licence: as in `Registered`.
+        constants: as in `Architecture`, those of which these weights have another value.
     """
 
     name: str
@@ -72,12 +74,17 @@ class MetaNetwork:
     source: str = ""
     horizon: int | None = None
     licence: str = UNKNOWN
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """sha256, hex, over what a rule computes with: architecture, tensors and decays."""
+        """sha256, hex, over what a rule computes with: architecture, tensors, decays and other
+        constants.
+        """
         decays = {name: [x.hex() for x in values] for name, values in self.decays.items()}
-        parts = [self.architecture, self.tensors_digest, decays]
+        parts: list[Any] = [self.architecture, self.tensors_digest, decays]
+        if self.constants:
+            parts.append({name: value.hex() for name, value in self.constants.items()})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -88,7 +95,7 @@ class MetaNetwork:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a pickle of an earlier version has the digest of the tensors as its only one
         own = {"tensors_digest" if key == "digest" else key: x for key, x in state.items()}
-        self.__dict__.update(own)
+        self.__dict__.update({"constants": {}, **own})
 
     def describe(self) -> str:
         """One line for logs: name and the start of the hash."""
@@ -119,7 +126,9 @@ def load_weights(
 
     Args:
         weights: "demo", a registered name, `org/name[@revision]` on the Hub, a folder, a
-            .safetensors file (several of these, joined by "+", hold one part each), or a mapping.
+            .safetensors file (several of these, joined by "+", hold one part each), flax's
+            theta.state, or a mapping. Of a folder or a repository its safetensors are read, and
+            its theta.state where there are none.
         architecture: None: as the registry or the card in the file says, else the one whose tensors
             these are.
         local_only: for a Hub repository, look into the local cache and nowhere else.
@@ -210,6 +219,86 @@ def _recognised(name: str, tensors: Mapping[str, Tensor]) -> Architecture:
     return fits[0]
 
 
+def load_flax(file: str | os.PathLike[str], kind: str) -> MetaNetwork:
+    """The learned weights in a file that flax wrote, whatever its name.
+
+    Args:
+        kind: the name of an architecture, or of a variant such as "velo_s".
+
+    Raises:
+        WeightsError: it is no such file, or its arrays are not those of that kind.
+    """
+    kinds = flax_kinds()
+    if kind not in kinds:
+        raise WeightsError(f"architecture {kind!r}: wanted one of {', '.join(kinds)}")
+    path = Path(file)
+    if path.suffix in PICKLED or path.suffix == ".safetensors":
+        why = (
+            "is not converted: weights= takes it as it is"
+            if path.suffix == ".safetensors"
+            else "has the name of a pickled file; these are refused"
+        )
+        raise WeightsError(f"{printable(path)} {why}; wanted a file that flax wrote")
+    architecture, constants = kinds[kind]
+    tensors, card = _read_flax(str(file), path, architecture)
+    card["constants"] = dict(constants)
+    found = _Found(str(file), tensors, card, source=str(path.absolute()))
+    return _checked(found, architecture)
+
+
+def _read_flax(
+    name: str, path: Path, architecture: Architecture | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file of flax, and a card that says their decays, and their architecture where
+    none was given.
+    """
+    arrays = flax_state.read_arrays(path)
+    fits = []
+    for known, _ in flax_kinds().values():
+        try:
+            tensors, decays = flax_state.arranged(arrays, known)
+        except WeightsError:
+            continue
+        if known not in fits and _has_shapes(tensors, known):
+            fits.append(known)
+    if architecture is None:
+        if len(fits) != 1:
+            these = " and ".join(a.name for a in fits) if fits else "none"
+            raise WeightsError(
+                f"weights {name!r}: of {', '.join(flax_kinds())} the arrays fit {these}; name the "
+                "architecture"
+            )
+        tensors, decays = flax_state.arranged(arrays, fits[0])
+        return tensors, {"architecture": fits[0].name, "decays": decays}
+    try:
+        tensors, decays = flax_state.arranged(arrays, architecture)
+    except WeightsError as error:
+        of = f"; these are arrays of {fits[0].name}" if len(fits) == 1 else ""
+        raise WeightsError(f"weights {name!r}: {error}{of}") from None
+    return tensors, {"decays": decays}
+
+
+def _of_state_file(
+    name: str, path: Path, entry: Registered | None, architecture: Architecture | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `_read_flax`, of a file that nobody has converted. Its constants must be registered: a
+    number that is not in the file is not guessed.
+    """
+    if architecture is None and entry is not None:
+        architecture = architectures().get(entry.architecture)
+    tensors, card = _read_flax(name, path, architecture)
+    architecture = architecture or architecture_named(card["architecture"])
+    unsaid = sorted(set(architecture.constants) - set(entry.constants if entry else ()))
+    if unsaid and _has_shapes(tensors, architecture):
+        kinds = [kind for kind, (known, _) in flax_kinds().items() if known is architecture]
+        raise WeightsError(
+            f"weights {name!r}: {path} does not say the {', '.join(unsaid)} that "
+            f"{architecture.name} computes with; convert it, saying what it is: `python -m "
+            f"pylo_dist weights convert {path} --architecture {'|'.join(kinds)} --to FOLDER`"
+        )
+    return tensors, card
+
+
 def _has_shapes(tensors: Mapping[str, Tensor], architecture: Architecture) -> bool:
     sizes: dict[str, int] = {}
     found = [(tensors.get(name), shape) for name, shape in architecture.shapes.items()]
@@ -262,7 +351,10 @@ def _find(
                 f"{sha256}; it is another file or another revision of it: name the revision you "
                 "trust, or register it under a name of its own"
             )
-        part_tensors, part_card = read_file(path)
+        if path.suffix == flax_state.SUFFIX:
+            part_tensors, part_card = _of_state_file(name, path, entry, architecture)
+        else:
+            part_tensors, part_card = read_file(path)
         doubled = sorted(set(tensors) & set(part_tensors))
         if doubled:
             raise WeightsError(
@@ -280,12 +372,14 @@ def _find(
 def _locate(
     name: str, source: str, revision: str, architecture: Architecture | None, local_only: bool
 ) -> tuple[Path, Path | None, str]:
-    """The .safetensors file of a file, a folder or a Hub repository, the config.json beside it, and
+    """The file of weights of a file, a folder or a Hub repository, the config.json beside it, and
     "repository@commit".
     """
     path = Path(source)
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
+        if not found and (path / flax_state.STATE_FILE).is_file():
+            return path / flax_state.STATE_FILE, None, ""
         if len(found) != 1:
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLED)
             why = (
@@ -300,18 +394,16 @@ def _locate(
         config = path / hub.CONFIG_FILE
         return found[0], config if config.is_file() else None, ""
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix not in (".safetensors", flax_state.SUFFIX):
             raise WeightsError(
-                f"weights {name!r}: file {source}: only .safetensors files are read; convert it "
-                "with safetensors.torch.save_file"
+                f"weights {name!r}: file {source}: only .safetensors files are read, and flax's "
+                f"{flax_state.STATE_FILE}; convert it with safetensors.torch.save_file, or what "
+                "flax wrote with `python -m pylo_dist weights convert`"
             )
         return path, None, ""
     repository, _, named = source.partition("@")
     # not any suffix: "org/name-1.5@v2.0" has two dots
-    is_file_name = path.suffix in (
-        ".safetensors",
-        *PICKLED,
-    )
+    is_file_name = path.suffix in (".safetensors", flax_state.SUFFIX, *PICKLED)
     if is_file_name or repository.count("/") != 1 or source.startswith((".", "/", "~")):
         known = ", ".join(["demo", *registered_weights()])
         raise WeightsError(
@@ -442,6 +534,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
         frozen,
         decays,
         digest.hexdigest(),
+        constants=_other_constants(name, card, entry, architecture),
         source=printable(found.source),
         horizon=horizon if type(horizon) is int and horizon > 0 else entry.horizon,
         licence=printable(card.get("licence") or entry.licence),
@@ -469,6 +562,28 @@ def _stored_decays(
             f"{sorted(architecture.decays)}"
         )
     return stored
+
+
+def _other_constants(
+    name: str, card: dict[str, Any], entry: Registered, architecture: Architecture
+) -> dict[str, float]:
+    """The constants of registration and card, where they are not the architecture's. Raises
+    WeightsError for what are none.
+    """
+    stored = card.get("constants", {})
+    if not isinstance(stored, dict) or not all(map(is_float32, stored.values())):
+        raise WeightsError(
+            f"weights {name!r}: the card has constants = {printable(stored)}, wanted numbers that "
+            "float32 reaches, by name"
+        )
+    unknown = sorted({*stored, *entry.constants} - set(architecture.constants))
+    if unknown:
+        raise WeightsError(
+            f"weights {name!r}: unknown constants {printable(unknown)}, {architecture.name} has "
+            f"{sorted(architecture.constants)}"
+        )
+    said = {key: float(value) for key, value in {**entry.constants, **stored}.items()}
+    return {key: value for key, value in said.items() if value != architecture.constants[key]}
 
 
 def is_float32(value: object) -> bool:

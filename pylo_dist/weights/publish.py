@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,6 +77,7 @@ def save_weights(
     card = {
         "architecture": network.architecture,
         "decays": {name: list(values) for name, values in network.decays.items()},
+        **({"constants": dict(network.constants)} if network.constants else {}),
         "digest": network.digest,
         "name": network.name,
         "source": network.source,
@@ -83,15 +85,22 @@ def save_weights(
         "licence": network.licence,
         "pylo_dist": __version__,
     }
+    # the folder appears whole, or what it holds is as before: also of a process that is killed
+    scratch = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        # a process that is killed while it writes leaves the file from before, or none
-        scratch = target / f".{file.name}.{os.getpid()}"
-        save_file(dict(network.tensors), scratch, {"format": "pt", CARD_KEY: json.dumps(card)})
-        scratch.replace(file)
-        (target / CARD_FILE).write_text(_model_card(network, description), encoding="utf-8")
+        scratch.mkdir(parents=True)
+        written = scratch / file.name
+        save_file(dict(network.tensors), written, {"format": "pt", CARD_KEY: json.dumps(card)})
+        (scratch / CARD_FILE).write_text(_model_card(network, description), encoding="utf-8")
+        if target.exists():
+            for name in (file.name, CARD_FILE):
+                (scratch / name).replace(target / name)
+        else:
+            scratch.rename(target)
     except OSError as error:
         raise WeightsError(f"folder {target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return load_weights(target, architecture_named(network.architecture))
 
 
@@ -255,10 +264,11 @@ def _model_card(network: MetaNetwork, description: str) -> str:
             f"| licence | {network.licence} |",
             f"| meta-training horizon | {horizon} |",
             *decays,
+            *(f"| {name} | {value!r} |" for name, value in network.constants.items()),
             f"| digest | `{network.digest}` |",
             "",
-            "The digest is a sha256 over the architecture, the decays, and the names, shapes and "
-            "float32 values of the tensors;",
+            "The digest is a sha256 over the architecture, the decays, constants that are not the "
+            "architecture's own, and the names, shapes and float32 values of the tensors;",
             "loading compares it with the one in the metadata of `model.safetensors`, and `python "
             "-m pylo_dist weights verify FOLDER` prints it.",
             "",

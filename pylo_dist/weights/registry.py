@@ -15,6 +15,12 @@ UNKNOWN = "unknown"
 # of the files that PyLO fetches. They were not seen when this was written: no sha256 is pinned, and
 # what is unknown says so.
 PYLO_LICENCE = "apache-2.0 (declared by PyLO's model classes)"
+# of the files of Celo's authors, by the repository amoudgl/celo
+CELO_LICENCE = "mit (of the repository amoudgl/celo, which says nothing of its own on weights)"
+CELO_TASKS = (
+    "4 tasks of image classification with small MLPs, augmented (fast_velo of amoudgl/celo)"
+)
+CELO_HORIZON = 2000  # steps: runs of 100 to 2000
 
 _SIZE = re.compile(r"[0-9]*[A-Za-z]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -22,6 +28,24 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class WeightsError(ValueError):
     """Learned weights that cannot be had or do not fit; the message names the ways out."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlaxNames:
+    """Where the tensors of an architecture stand in files that flax wrote.
+
+    Attributes:
+        tensors: by our name, the keys that lead to the array, and whether its last two axes are
+            swapped, as in y = x @ w. A "*" in the last key stands for 0, 1, 2 and so on: these
+            arrays are joined along their last axis but one.
+        decays: decays that stand there too, by name, and their keys.
+        units: of the hidden layers. A network that has fewer is completed with units that say 0,
+            which is the same function. None: whatever the file has.
+    """
+
+    tensors: Mapping[str, tuple[tuple[str, ...], bool]]
+    decays: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    units: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +62,10 @@ class Architecture:
         ignored: names that may be there and are not read.
         config: settings in PyLO's config.json that change the function but no tensor, and the value
             that is computed here.
+        constants: numbers that the rule computes with, by name, and their values where neither the
+            card of the weights nor their registration says another.
+        variants: what weights with other constants are called, and these.
+        flax: where the tensors stand in files of flax; None: such files are not read.
     """
 
     name: str
@@ -45,6 +73,9 @@ class Architecture:
     decays: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    flax: FlaxNames | None = None
 
     def __post_init__(self) -> None:
         for key, shape in self.shapes.items():
@@ -71,6 +102,9 @@ class Registered:
         revision: branch, tag or commit for sources without an "@"; "": the default branch.
         sha256: what the file must have, hex, joined by "+" as the sources are; "": unknown, not
             compared.
+        trained_on: the tasks of meta-training, for people.
+        constants: as in `Architecture`, of these weights. Files of flax hold none, so those of an
+            architecture that has some are read only where this says them.
     """
 
     architecture: str
@@ -81,6 +115,8 @@ class Registered:
     licence: str = UNKNOWN
     revision: str = ""
     sha256: str = ""
+    trained_on: str = UNKNOWN
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         digests = self.sha256.split("+") if self.sha256 else []
@@ -95,7 +131,11 @@ class Registered:
 
 
 DEMO = Registered(
-    "small_fc", "demo", note="built in, made by hand, for trying things out", licence="apache-2.0"
+    "small_fc",
+    "demo",
+    note="built in, made by hand, for trying things out",
+    licence="apache-2.0",
+    trained_on="nothing: its numbers were set by hand",
 )
 
 _ARCHITECTURES: dict[str, Architecture] = {}
@@ -140,6 +180,16 @@ def architecture_named(name: str) -> Architecture:
     if name not in _ARCHITECTURES:
         raise WeightsError(f"architecture {name!r}: wanted one of {known_architectures()}")
     return _ARCHITECTURES[name]
+
+
+def flax_kinds() -> dict[str, tuple[Architecture, Mapping[str, float]]]:
+    """What files of flax can hold: architectures and their variants by name, and the constants."""
+    kinds: dict[str, tuple[Architecture, Mapping[str, float]]] = {}
+    for known in _ARCHITECTURES.values():
+        if known.flax is not None:
+            kinds[known.name] = (known, known.constants)
+            kinds |= {name: (known, constants) for name, constants in known.variants.items()}
+    return kinds
 
 
 def known_architectures() -> str:

@@ -1,4 +1,4 @@
-"""Small files of text and JSON that others wrote, read within bounds; reads only."""
+"""Small files that others wrote, bytes, text and JSON, read within bounds; reads only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from typing import Any, NoReturn
 LARGEST = 1 << 20  # bytes
 
 
-def read_text(path: Path, most: int = LARGEST) -> str:
-    """A regular file's text. A pipe or a device, whose end may never come, is not waited for.
+def read_bytes(path: Path, most: int) -> bytes:
+    """A regular file's bytes. A pipe or a device, whose end may never come, is not waited for.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is no regular file, larger than `most` bytes, or no UTF-8.
+        ValueError: it is no regular file, or larger than `most` bytes.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is no regular file")
-        content = file.read(most + 1)
+        # room is made for all that is asked for
+        content = file.read(min(status.st_size, most) + 1)
     if len(content) > most:
         raise ValueError(f"{path} has more than {most} bytes")
-    return content.decode()
+    return content
+
+
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """A file's text. Raises OSError and ValueError as `read_bytes`, and ValueError for no UTF-8."""
+    return read_bytes(path, most).decode()
 
 
 def parse_json(text: str) -> Any:

@@ -59,16 +59,21 @@ def small_fc_weights(file: Arrays) -> dict[str, Tensor]:
     return weights
 
 
-def velo_weights(size: str) -> dict[str, Tensor]:
-    """VeLO's meta-parameters ("small" or "release") under PyLO's names; stored as int8 times a
-    power of two.
+def velo_meta(size: str) -> Arrays:
+    """VeLO's meta-parameters ("small" or "release") by the reference's names; stored as int8 times
+    a power of two.
     """
     file = load(f"velo_{size}_meta_int8")
+    names = [key.removeprefix("q:") for key in file if key.startswith("q:")]
+    return {
+        name: file[f"q:{name}"].astype(np.float32) * np.float32(file[f"scale:{name}"])
+        for name in names
+    }
 
-    def get(name: str) -> np.ndarray:
-        return file[f"q:{name}"].astype(np.float32) * np.float32(file[f"scale:{name}"])
 
-    return lstm_weights(get)
+def velo_weights(size: str) -> dict[str, Tensor]:
+    """The same under PyLO's names."""
+    return lstm_weights(velo_meta(size).__getitem__)
 
 
 def celo_weights(file: Arrays) -> dict[str, Tensor]:

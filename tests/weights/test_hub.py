@@ -20,11 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pylo_dist.optim.adafac import ARCHITECTURE as SMALL_FC
+from pylo_dist.optim.celo import ARCHITECTURE as CELO
 from pylo_dist.optim.celo2 import ARCHITECTURE as CELO2
 from pylo_dist.optim.velo import ARCHITECTURE as VELO
-from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, hub, load_weights
+from pylo_dist.weights import CARD_KEY, Architecture, WeightsError, hub, load_flax, load_weights
 from pylo_dist.weights.client import Guard, Refused
 from support import hub_cases
+from support.flax_files import FOLDER as FLAX
 from support.hub_cases import Call
 from support.hub_server import TOKEN, Hub, serving, sha256
 from support.permissions import permission_bits_hold
@@ -267,6 +269,59 @@ def test_settings_that_are_not_computed_are_refused(server: Hub, node: Node) -> 
         node.load("some/celo2", architecture="celo2")["digest"]
         == load_weights(tensors(CELO2), CELO2).digest
     )
+
+
+def test_a_theta_state_is_read_where_there_are_no_safetensors(server: Hub, node: Node) -> None:
+    """Once per commit, from the cache after that; by the architecture that was asked for."""
+    state = (FLAX / "celo.state").read_bytes()
+    wanted = load_flax(FLAX / "celo.state", "celo").digest
+    name = "amoudgl/celo"
+    commit = server.commit(name, {"theta.state": state, "README.md": b"x"})
+    for environment in (None, OFFLINE):
+        found = node.load(name, architecture="celo", environment=environment)
+        assert (found["error"], found["digest"], found["source"]) == (
+            "",
+            wanted,
+            f"{name}@{commit}",
+        )
+    assert server.count("^GET .*/theta.state") == 1
+    server.commit("some/copy", {"theta.state": state})
+    assert "these are tensors of celo" in node.load("some/copy", architecture="velo")["error"]
+
+    # a factor that is registered, and one that is not
+    small = (FLAX / "velo_s.state").read_bytes()
+    server.commit("amoudgl/velo-s", {"theta.state": small})
+    server.commit("some/velo", {"theta.state": small})
+    assert node.load("amoudgl/velo-s", architecture="velo")["digest"] == (
+        load_flax(FLAX / "velo_s.state", "velo_s").digest
+    )
+    unsaid = node.load("some/velo", architecture="velo")["error"]
+    assert "theta.state does not say the factor that velo computes with; convert it" in unsaid
+
+    # safetensors come first, also where an earlier commit had none
+    server.commit(name, {"theta.state": state, "model.safetensors": save(tensors(CELO))})
+    assert (
+        node.load(name, architecture="celo")["digest"] == load_weights(tensors(CELO), CELO).digest
+    )
+
+
+def test_a_theta_state_is_looked_at_as_all_files_are(server: Hub, node: Node) -> None:
+    state = (FLAX / "celo.state").read_bytes()
+    name, most = "amoudgl/celo", hub.LARGEST["theta.state"]
+    server.commit(name, {"theta.state": state})
+    for header, value, words in (
+        ("X-Repo-Commit", "main", "comes with the commit 'main'; wanted 40 or 64 hex digits"),
+        ("ETag", '"../x"', "comes with the entity tag '../x'; wanted 40 or 64"),
+        ("Content-Length", str(most + 1), f"said to have {most + 1} bytes; wanted a known size"),
+    ):
+        server.said = {header: value}
+        found = node.load(name, architecture="celo")
+        assert words in found["error"], found["error"]
+        assert found["left"] == []
+    server.said = {}
+    server.commit(name, {"theta.pickle": b"\x80\x04"})
+    found = node.load(name, architecture="celo")
+    assert "holds only pickled files (theta.pickle), which are refused" in found["error"]
 
 
 # ------------------------------------------------------------------------------------------ damage

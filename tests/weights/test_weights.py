@@ -530,8 +530,11 @@ def test_numbers_that_float32_does_not_reach_are_refused(tmp_path: Path, value: 
 def test_what_the_registry_says() -> None:
     entries = pylo_dist.registered_weights()
     assert {name: entry.architecture for name, entry in entries.items()} == {
+        "amoudgl/adafac-mlp-lopt": "small_fc",
         "amoudgl/celo": "celo",
         "amoudgl/celo-adam": "celo_adam",
+        "amoudgl/velo-4000": "velo",
+        "amoudgl/velo-s": "velo",
         "btherien/mulo": "small_fc",
         "DiamondXL/elo": "elo",
         "DiamondXL/celo2": "celo2",
@@ -540,10 +543,21 @@ def test_what_the_registry_says() -> None:
     }
     assert {name: entry.horizon for name, entry in entries.items() if entry.horizon} == {
         "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP": 150_000,
+        "amoudgl/adafac-mlp-lopt": 2000,
         "amoudgl/celo": 2000,
         "amoudgl/celo-adam": 2000,
+        "amoudgl/velo-4000": 150_000,
+        "amoudgl/velo-s": 2000,
     }
-    assert {entry.licence.split()[0] for entry in entries.values()} == {"apache-2.0", "mit"}
+    licences = {name: entry.licence.split()[0] for name, entry in entries.items()}
+    assert set(licences.values()) == {"apache-2.0", "mit", "unknown"}
+    assert licences["amoudgl/velo-4000"] == "unknown"  # a copy of Google's
+    assert {name: dict(entry.constants) for name, entry in entries.items() if entry.constants} == {
+        "amoudgl/velo-4000": {"factor": 100.0},
+        "amoudgl/velo-s": {"factor": 1.0},
+    }
+    assert entries["btherien/mulo"].trained_on == "unknown"
+    assert "4 tasks" in entries["amoudgl/celo"].trained_on
     assert entries["btherien/mulo"].decays == SMALL_FC.decays
     at_v2 = registered_entry("btherien/mulo@v2")
     assert at_v2 is not None

@@ -64,7 +64,8 @@ def test_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["NAME", "demo", *pylo_dist.registered_weights()]
     assert "unknown" in lines[2]
-    assert "150,000 steps" in lines[-1]
+    assert "150,000 steps" in next(line for line in lines if line.startswith("Pauljanson002"))
+    assert "2,000 steps" in next(line for line in lines if line.startswith("amoudgl/velo-s"))
 
 
 def test_show_prints_what_belongs_to_the_weights(
@@ -93,6 +94,8 @@ def test_show_asks_no_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "show", "Pauljanson002/VeLO_RNN+Pauljanson002/VeLO_MLP"]) == 0
     out = capsys.readouterr().out
     assert "architecture: velo\nhorizon: 150,000 steps\nlicence: apache-2.0" in out
+    assert "\nmeta-trained on: a mixture of tasks" in out
+    assert "\nfactor: 100.0\n" in out
     assert "digest: not known here: weights" in out
     assert "no network was asked for" in out
     assert "  lstm.linear.weight (4H, 2H)" in out
