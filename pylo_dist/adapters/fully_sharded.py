@@ -22,6 +22,7 @@ from .attributes import attributes_of, hand_on
 Wrap = Union[None, type[nn.Module], Sequence[type[nn.Module]], Callable[[nn.Module], bool]]
 
 
+@comm.during("pylo_dist.shard")
 def shard(
     model: nn.Module,
     optimizer_class: Callable[..., torch.optim.Optimizer],

@@ -45,6 +45,7 @@ _EXISTS = "{} exists already; a checkpoint is written once, choose another name"
 STRANGER_S = 86400  # seconds after which a lock of another machine is one that was left
 
 
+@comm.during("the saving of a checkpoint")
 def save(
     folder: Folder,
     state: Mapping[str, Any],
@@ -136,6 +137,7 @@ def save(
             aside.close()
 
 
+@comm.during("the loading of a checkpoint")
 def load(
     folder: Folder,
     state: Mapping[str, Any],
@@ -250,6 +252,7 @@ def load(
     )
 
 
+@comm.during("the verification of a checkpoint")
 def verify(folder: Folder, *, process_group: Any = None) -> dict[str, Any]:
     """Check every file of a checkpoint against the manifest, without torch reading any of them;
     return its `meta`.

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Union
 
@@ -278,6 +279,19 @@ def _all_to_all(t: Transfer, what: str, timeout: float | None) -> Pending:
         return _call(start, what, t.group, [t.receive, t.send], timeout)
 
 
+_DURING: ContextVar[str] = ContextVar("during", default="")
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Inside, errors of collectives say that they were part of `what`; also a decorator."""
+    token = _DURING.set(f" ({what})")
+    try:
+        yield
+    finally:
+        _DURING.reset(token)
+
+
 @contextmanager
 def _or_lost(what: str, group: Any) -> Iterator[None]:
     """Around a collective: an error of it as a CommunicationError that names who is lost."""
@@ -285,7 +299,7 @@ def _or_lost(what: str, group: Any) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         # a group that has lost a rank refuses further work, too
-        raise lost(what, ranks_of(group), error) from error
+        raise lost(what + _DURING.get(), ranks_of(group), error) from error
 
 
 def _call(

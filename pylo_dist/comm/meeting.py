@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from .store import Store, StoreError
 
-GRACE = 3.0  # seconds in which ranks that lost a peer find out which one it was
+GRACE = 2.5  # seconds in which ranks that lost a peer find out which one it was
 PATIENCE = 0.5  # seconds that ranks wait for another before they tell it
 
 _SHOWN = 16  # ranks that an error lists; of more of them the first ones, and how many there are

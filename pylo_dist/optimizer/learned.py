@@ -340,6 +340,11 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             loading.marks_of(self.rule, self.weights),
             loading.earlier_marks_of(self.weights),
         )
+        for i, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            try:
+                self._check_group({**own, **group})
+            except ValueError as error:
+                raise ValueError(f"group {i} of the state: {error}") from None
 
     def state_template(self, param: Tensor) -> State:
         """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,22 @@ def test_a_rank_that_waits_among_thousands_asks_seldom(monkeypatch: pytest.Monke
     rank, ranks, entries = json.loads(store.store.get("pylo_dist/awaited/4095"))
     assert (rank, len(ranks), entries) == (0, 4096, ["entry"])
     assert not store.store.check(["pylo_dist/awaited/4094"])
+
+
+def test_errors_say_what_the_collective_was_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "broadcast", breaks)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(collectives, "ranks_of", lambda group: [0])
+    for context, said in (
+        (comm.during("the saving of a checkpoint"), r"in a broadcast \(the saving of a check"),
+        (nullcontext(), "in a broadcast: Connection closed"),
+    ):
+        with context, pytest.raises(comm.CommunicationError, match=said):
+            comm.broadcast(torch.ones(1), 0, "group")
 
 
 def test_errors_do_not_list_thousands_of_ranks() -> None:

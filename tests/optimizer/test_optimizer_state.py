@@ -145,6 +145,14 @@ def _no_lr(state: dict[str, Any]) -> None:
     del state["param_groups"][0]["lr"]
 
 
+def _lr_text(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["lr"] = "x"
+
+
+def _negative_decay(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["weight_decay"] = -1.0
+
+
 def _no_groups(state: dict[str, Any]) -> None:
     del state["param_groups"]
 
@@ -162,6 +170,8 @@ def _no_groups(state: dict[str, Any]) -> None:
         (_steps, r"group 0 of the state has step=tensor\(.*wanted real numbers of shape \(\)"),
         (_step_text, "group 0 of the state has step='x'"),
         (_no_lr, "group 0 of the state has no 'lr'"),
+        (_lr_text, "group 0 of the state: lr='x': wanted a finite number"),
+        (_negative_decay, "group 0 of the state: weight_decay=-1.0: wanted"),
         (_no_groups, "'param_groups'"),
     ],
 )

@@ -285,6 +285,7 @@ def check_covered(pieces: list[tuple[int, Tensor]], start: int, numel: int, fqn:
         )
 
 
+@comm.during("the loading of a checkpoint")
 def load_checkpoint(
     engine: Any,
     load_dir: str | Path,

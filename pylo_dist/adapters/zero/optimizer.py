@@ -108,6 +108,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     profile_hook_step = staticmethod(with_hooks)  # by which torch gives a class its `step`
 
+    @comm.during("the construction of ZeroOptimizer")
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
