@@ -11,8 +11,6 @@ build / the other: of medians over all turns.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,9 +21,8 @@ from typing import Any
 import record
 import torch
 import torch.distributed as dist
-from record import markdown
+import turns
 from torch import nn
-from turns import both_builds, commit_of, in_turns
 
 CASES = (  # optimizer, layout, tensors
     ("AdafacLO", "plain", "many"),
@@ -110,15 +107,15 @@ def worker(name: str, layout: str, tensors: str) -> None:
 # --------------------------------------------------------------------------------- of both builds
 
 
-def measured(case: tuple[str, str, str], other: Path, turns: int, steps: int) -> dict[str, Any]:
+def measured(case: tuple[str, str, str], other: Path, count: int, steps: int) -> dict[str, Any]:
     """One row: milliseconds of both, and their ratio."""
     name, layout, tensors = case
     ranks = 1 if layout == "plain" else RANKS
     spent: list[list[float]] = [[], []]
-    with both_builds(other, Path(__file__), case, ranks) as builds:
+    with turns.both_builds(other, Path(__file__), case, ranks) as builds:
         for build in builds:
             build.ask("2")
-        for i in in_turns(turns):
+        for i in turns.in_turns(count):
             spent[i].append(1e3 * sum(map(float, builds[i].ask(str(steps)))) / steps)
     mine, theirs = map(median, spent)
     return {
@@ -133,39 +130,25 @@ def measured(case: tuple[str, str, str], other: Path, turns: int, steps: int) ->
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Steps of this checkout beside another's.")
-    parser.add_argument("--other", type=Path, help="the other checkout, its compiled passes built")
-    parser.add_argument("--turns", type=int, default=20)
+    parser = turns.command_line(
+        "Steps of this checkout beside another's.", 20, record.RESULTS / "builds.json"
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps a turn")
-    parser.add_argument("--cases", help="only those whose name holds this, as in zero1")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "builds.json")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        worker(*args.worker)
+    args = turns.parsed(parser, argv, worker)
+    if args is None:
         return {}
-    if args.other is None or not (args.other / "pylo_dist").is_dir():
-        parser.error(f"--other must be a checkout of pylo_dist, not {args.other}")
-    result = {
-        "what": "CPU milliseconds of a step, all ranks together: this checkout and another one, in "
-        "turns within one run, medians",
-        **record.environment(),
-        "other_commit": commit_of(args.other),
-        "settings": {"turns": args.turns, "steps": args.steps, "ranks": RANKS},
-        "rows": [
-            measured(case, args.other.resolve(), args.turns, args.steps)
+    return turns.write(
+        "CPU milliseconds of a step, all ranks together: this checkout and another one, in turns "
+        "within one run, medians",
+        args,
+        {"turns": args.turns, "steps": args.steps, "ranks": RANKS},
+        lambda: [
+            measured(case, args.other, args.turns, args.steps)
             for case in CASES
-            if not args.cases or args.cases in " ".join(case)
+            if turns.is_chosen(case, args)
         ],
-    }
-    record.write(result, args.out)
-    columns = ("optimizer", "layout", "tensors", "this_ms", "other_ms", "ratio", "ratio_of_minima")
-    lines = [
-        [f"{row[c]:.3f}" if isinstance(row[c], float) else row[c] for c in columns]
-        for row in json.loads(json.dumps(result["rows"]))
-    ]
-    print(markdown([columns, *lines]))
-    return result
+        ".3f",
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ collectives; ratios are this build / the other, of medians over the turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import threading
@@ -26,9 +25,8 @@ from typing import Any
 import record
 import torch
 import torch.distributed as dist
-from record import markdown
+import turns
 from torch import Tensor, nn
-from turns import both_builds, commit_of, in_turns
 
 Figures = dict[str, float]
 # kind, and what it is of
@@ -42,7 +40,6 @@ CASES = (
     ("deepspeed", "AdafacLO", "2000"),
     ("meet", "late", "4096"),
 )
-FORGETS = ("construct_ms", "plans_mb")  # asked once
 
 
 # ------------------------------------------------------------------------------------ in a process
@@ -273,13 +270,13 @@ def worker(kind: str, name: str, count: str) -> None:
 # --------------------------------------------------------------------------------- of both builds
 
 
-def measured(case: Sequence[str], other: Path, turns: int) -> list[dict[str, Any]]:
+def measured(case: Sequence[str], other: Path, count: int) -> list[dict[str, Any]]:
     """A row per figure: of both builds, and their ratio."""
     found: list[list[Figures]] = [[], []]
-    with both_builds(other, Path(__file__), case) as builds:
-        for i in in_turns(1 if case[0] == "meet" else turns):
+    with turns.both_builds(other, Path(__file__), case) as builds:
+        for i in turns.in_turns(1 if case[0] == "meet" else count):
             found[i].append(json.loads(builds[i].ask("turn")[0]))
-    kind, name, count = case
+    kind, name, size = case
     rows = []
     for figure in found[0][0]:
         mine, theirs = (median(turn[figure] for turn in some) for some in found)
@@ -287,7 +284,7 @@ def measured(case: Sequence[str], other: Path, turns: int) -> list[dict[str, Any
             {
                 "case": kind,
                 "of": name,
-                "ranks_or_tensors": int(count),
+                "ranks_or_tensors": int(size),
                 "figure": figure,
                 "this": mine,
                 "other": theirs,
@@ -298,38 +295,26 @@ def measured(case: Sequence[str], other: Path, turns: int) -> list[dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Host costs of this checkout beside another's.")
-    parser.add_argument("--other", type=Path, help="the other checkout, its compiled passes built")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--cases", help='only those whose words hold this, as in "zero AdafacLO"')
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "host.json")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        worker(*args.worker)
+    parser = turns.command_line(
+        "Host costs of this checkout beside another's.", 9, record.RESULTS / "host.json"
+    )
+    args = turns.parsed(parser, argv, worker)
+    if args is None:
         return {}
-    if args.other is None or not (args.other / "pylo_dist").is_dir():
-        parser.error(f"--other must be a checkout of pylo_dist, not {args.other}")
-    chosen = [case for case in CASES if not args.cases or args.cases in " ".join(case)]
-    result = {
-        "what": "host costs of ZeroOptimizer on a fake process group (collectives left out), of "
-        "plain optimizers and of DeepSpeed's adapter: CPU time of this checkout and another one, "
-        "in turns within one run, medians; calls of the store by a rank that waits",
-        **record.environment(),
-        "other_commit": commit_of(args.other),
-        "settings": {"turns": args.turns},
-        "rows": [
-            row for case in chosen for row in measured(case, args.other.resolve(), args.turns)
+    return turns.write(
+        "host costs of ZeroOptimizer on a fake process group (collectives left out), of plain "
+        "optimizers and of DeepSpeed's adapter: CPU time of this checkout and another one, in "
+        "turns within one run, medians; calls of the store by a rank that waits",
+        args,
+        {"turns": args.turns},
+        lambda: [
+            row
+            for case in CASES
+            if turns.is_chosen(case, args)
+            for row in measured(case, args.other, args.turns)
         ],
-    }
-    record.write(result, args.out)
-    columns = ("case", "of", "ranks_or_tensors", "figure", "this", "other", "ratio")
-    lines = [
-        [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
-        for row in result["rows"]
-    ]
-    print(markdown([columns, *lines]))
-    return result
+        ".3g",
+    )
 
 
 if __name__ == "__main__":

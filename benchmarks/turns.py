@@ -4,14 +4,17 @@ machine slows both alike. Starts processes.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from record import ROOT
+import record
+from record import ROOT, markdown
 
 
 class Build:
@@ -99,3 +102,62 @@ def commit_of(root: Path) -> str:
     return subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def command_line(description: str, turns: int, out: Path) -> argparse.ArgumentParser:
+    """What every benchmark of two builds is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--other", type=Path, help="the other checkout, its compiled passes built")
+    parser.add_argument("--turns", type=int, default=turns)
+    parser.add_argument("--cases", help='only those whose words hold this, as in "zero1"')
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def parsed(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    worker: Callable[[str, str, str], None],
+) -> argparse.Namespace | None:
+    """The arguments; None for a process of a case, which has done its work then."""
+    args = parser.parse_args(argv)
+    if args.worker:
+        worker(*args.worker)
+        return None
+    if args.other is None or not (args.other / "pylo_dist").is_dir():
+        parser.error(f"--other must be a checkout of pylo_dist, not {args.other}")
+    args.other = args.other.resolve()
+    return args
+
+
+def is_chosen(case: Sequence[str], args: argparse.Namespace) -> bool:
+    return not args.cases or args.cases in " ".join(case)
+
+
+def write(
+    what: str,
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    rows: Callable[[], list[dict[str, Any]]],
+    shown: str,
+) -> dict[str, Any]:
+    """Take the rows, write the JSON and print a table of them, its numbers formatted as `shown`."""
+    result = {
+        "what": what,
+        **record.environment(),
+        "other_commit": commit_of(args.other),
+        "settings": settings,
+        "rows": rows(),
+    }
+    record.write(result, args.out)
+    columns = list(result["rows"][0])
+    lines = [
+        [format(row[c], shown) if isinstance(row[c], float) else str(row[c]) for c in columns]
+        for row in result["rows"]
+    ]
+    print(markdown([columns, *lines]))
+    return result

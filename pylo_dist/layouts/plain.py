@@ -154,7 +154,7 @@ def collect(
     Args:
         summed: takes the place of a `.grad` that is a DTensor of summands.
         before: the result of the step before, which is taken over (modified in place) where the
-            parameter is as it was, or of which the view is where it still is one.
+            parameter is as it was.
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
@@ -162,20 +162,56 @@ def collect(
             was built.
     """
     shard = binding.shard
-    if before is not None and summed is None and _renewed(binding, param, before):
-        return before
-    grad = param.grad if summed is None else summed
+    grad = _gradient_of(param) if summed is None else summed
     if grad is not None and grad.layout != torch.strided:
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its "
             "embedding with sparse=False"
         )
+    as_before = before is not None and _is_as_before(binding, param, before.value)
+    if not as_before:
+        _check_as_built(binding, param, state or {})
+    if grad is None:
+        return absent(binding, param)
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    sharded = before if before is not None and as_before else without_gradient(binding, param)
+    local = local_tensor(grad)
+    if local.dim() != 1 or local.requires_grad or not local.is_contiguous():
+        local = local.detach().reshape(-1).contiguous()
+    sharded.grad, sharded.present = local, binding.present
+    return sharded
+
+
+def _gradient_of(param: Tensor) -> Tensor | None:
+    return raw_grad(param) if type(param) is PieceParameter else param.grad
+
+
+def _is_as_before(binding: ShardBinding, param: Tensor, value: Tensor) -> bool:
+    """Whether `value`, that of the step before, is all of a parameter of which nothing but its
+    numbers is another now. Asked for every parameter in every step.
+    """
+    kind = type(param)
+    return (
+        (kind in _PLAIN or kind is PieceParameter)
+        and param.data_ptr() == value.data_ptr()
+        and param.is_contiguous()
+        and param.dtype is value.dtype
+        and param.shape == (value.shape if kind is PieceParameter else binding.shard.shape)
+    )
+
+
+def _check_as_built(binding: ShardBinding, param: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a parameter of another shape, or of another precision or device than
+    its state.
+    """
+    shard = binding.shard
     if tuple(param.shape) != (shard.shape if bound_shard(param) is None else (shard.numel,)):
         raise ValueError(
             f"{shard.fqn!r} has shape {tuple(param.shape)} now, another than when the optimizer "
             "was built: build it after that"
         )
-    for tensor in (state or {}).values():
+    for tensor in state.values():
         if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
             raise ValueError(
                 f"{shard.fqn!r} is {param.dtype} now, and its state {tensor.dtype}: call "
@@ -188,51 +224,6 @@ def collect(
                 "the model before building the optimizer, or build another one"
             )
         break
-    if grad is None:
-        return absent(binding, param)
-    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    if before is not None and _is_view_of(before.value, param):
-        sharded = _of(binding, before.value)
-    else:
-        sharded = without_gradient(binding, param)
-    local = local_tensor(grad)
-    if local.dim() != 1 or local.requires_grad or not local.is_contiguous():
-        local = local.detach().reshape(-1).contiguous()
-    sharded.grad, sharded.present = local, binding.present
-    return sharded
-
-
-def _renewed(binding: ShardBinding, param: Tensor, before: ShardedParam) -> bool:
-    """Whether nothing but the gradient is another than in the step before, and that one can be
-    viewed; then `before` has it (modified in place). Asked for every parameter in every step.
-    """
-    grad, value, kind = raw_grad(param), before.value, type(param)
-    if not (
-        type(grad) is Tensor
-        and grad.layout is torch.strided
-        and grad.is_contiguous()
-        and not grad.requires_grad
-        and (kind in _PLAIN or kind is PieceParameter)
-        and param.data_ptr() == value.data_ptr()
-        and param.is_contiguous()
-        and param.dtype is value.dtype is grad.dtype
-        and param.shape == grad.shape
-        and param.shape == (value.shape if kind is PieceParameter else binding.shard.shape)
-    ):
-        return False
-    before.grad, before.present = grad if grad.dim() == 1 else grad.view(-1), binding.present
-    return True
-
-
-def _is_view_of(value: Tensor, param: Tensor) -> bool:
-    """Whether `value` is all of a plain parameter as it lies in memory."""
-    return (
-        type(param) in _PLAIN
-        and value.data_ptr() == param.data_ptr() != 0
-        and param.is_contiguous()
-        and (value.numel(), value.dtype, value.device) == (param.numel(), param.dtype, param.device)
-    )
 
 
 def absent(binding: ShardBinding, param: Tensor) -> ShardedParam:

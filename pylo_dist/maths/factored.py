@@ -197,10 +197,12 @@ class FactoredRule(LearnedRule):
     def _limits_of(self, batch: Batch) -> tuple[tuple[float, float], ...]:
         """`limits` of all items; worked out anew where a group began or ceased to be clipped."""
         clipped = tuple(group.get("max_grad_norm") is not None for group in batch.groups)
-        if batch.cache.get("limits", ((), ()))[0] != clipped:
-            batch.cache["limits"] = clipped, tuple(self.limits(item) for item in batch.items)
-        limits: tuple[tuple[float, float], ...] = batch.cache["limits"][1]
-        return limits
+        kept = batch.cache.get("limits")
+        if kept is None or kept[0] != clipped:
+            limits = tuple(self.limits(item) for item in batch.items)
+            kept = batch.cache["limits"] = clipped, limits
+        found: tuple[tuple[float, float], ...] = kept[1]
+        return found
 
     def limits(self, item: Item) -> tuple[float, float]:
         """The largest |g| that counts as finite (larger squares do not fit the state), and the

@@ -18,7 +18,7 @@ from ..core.rule import Batch, Item, LearnedRule
 from ..layouts import flat, gradients, plain
 from ..layouts.gathered import releases_of
 from .engine import Clip, Engine, Nonfinite
-from .parameters import Groups, Parameters, ids_of
+from .parameters import Groups, Parameters
 
 
 @dataclass(slots=True, eq=False)
@@ -64,11 +64,10 @@ class Lineup:
         self._parameters, self._clip, self._nonfinite = parameters, clip, nonfinite
         self._by_id: dict[int, Member] = {}
         self._groups: Groups = []
-        self._bindings: dict[Tensor, ShardBinding] = {}
         self._releases: list[Callable[[], None]] = []
         self._pieces: list[flat.FlatPiece] = []
         self._brought: list[Member] = []  # whose item has been made anew for this step
-        # what the engine is built on: all parameters, those of them that take no part, the state
+        # what the engine is built on: `Parameters.ids`, those of them that take no part, the state
         # tensors there were (so that no other tensor gets the id of one), by id, and their memory
         self._ids: list[int] = []
         self._outside: list[Tensor] = []
@@ -115,10 +114,9 @@ class Lineup:
                 self._by_id[id(param)] = Member(described[param], param, item, batch, place)
         self.members = [self._by_id[id(param)] for param in params]
         self.bound = [(member.binding, member.param) for member in self.members]
-        self._groups, self._bindings = list(groups), described
+        self._groups, self._ids = list(groups), self._parameters.ids
         self._releases = releases_of(params)
         self._pieces = [param for param in params if isinstance(param, flat.FlatPiece)]
-        self._ids = ids_of(groups)
         mine = {id(param) for param in params}
         self._outside = [p for group in groups for p in group["params"] if id(p) not in mine]
         self._held = [tensor for its in state.values() for tensor in its.values()]
@@ -133,9 +131,8 @@ class Lineup:
         callers may have replaced. Asked in every step, and so in lists rather than one by one.
         """
         return (
-            self._bindings is self._parameters.bindings
+            self._ids is self._parameters.ids
             and [*map(id, self._groups)] == [*map(id, groups)]
-            and ids_of(groups) == self._ids
             and _states(state, self._held) == (self._states, self._memory)
             and not any(self._parameters.takes_part(p, state, enter) for p in self._outside)
         )
@@ -144,7 +141,7 @@ class Lineup:
         """Give up the engine, and with it the memory that only it holds."""
         retired, self.engine = self.engine, None
         self.members, self.batches, self.bound, self._brought = [], [], [], []
-        self._by_id, self._groups, self._bindings, self._held = {}, [], {}, []
+        self._by_id, self._groups, self._held, self._outside, self._pieces = {}, [], [], [], []
         if retired is not None:
             retired.retire()  # last: its warning may be made an error
 

@@ -34,11 +34,6 @@ def names_of(groups: Groups, group: dict[str, Any]) -> list[str]:
     return given or [f"group{i}.{j}" for j in range(len(group["params"]))]
 
 
-def ids_of(groups: Groups) -> list[int]:
-    """All parameters of these groups, by id."""
-    return [*map(id, chain.from_iterable(group["params"] for group in groups))]
-
-
 def named_in(groups: Groups) -> list[tuple[str, Tensor]]:
     """All parameters of these groups with their full names."""
     return [
@@ -90,16 +85,21 @@ class Parameters:
         bindings: where the elements of each parameter lie; another dict whenever they were
             described anew.
         fields: the state of each parameter.
+        ids: the parameters of all groups, by id, as they were followed last; another list whenever
+            they or the bindings, which keep them alive, are others.
     """
 
     def __init__(self, rule: LearnedRule, kind: str) -> None:
         self.kind = kind
         self.bindings: dict[Tensor, ShardBinding] = {}
         self.fields: dict[Tensor, dict[str, StateField]] = {}
+        self.ids: list[int] = []
         self._rule = rule
         self._given: list[list[tuple[str, Shape]]] = []  # names and global shapes, by group
-        # parameters, by id, that were found among these bindings, which keep them alive
-        self._followed: tuple[list[int], dict[Tensor, ShardBinding]] = ([], {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # of another process, or of a version that had none
+        self.__dict__.update({**state, "ids": []})
 
     # ------------------------------------------------------------------------------ which there are
 
@@ -122,7 +122,7 @@ class Parameters:
         fields = self._fields_of(group, bindings)
         shards = [bindings[param].shard for param in group["params"]]
         self._given.append([(shard.fqn, shard.shape) for shard in shards])
-        self.bindings, self.fields = bindings, {**self.fields, **fields}
+        self.bindings, self.fields, self.ids = bindings, {**self.fields, **fields}, []
 
     def follow(
         self,
@@ -138,17 +138,17 @@ class Parameters:
             ValueError: one has another global shape than that in whose place it is, or steps were
                 taken, and the state belongs to the parameters that are gone.
         """
-        ids = ids_of(groups)
-        if ids == self._followed[0] and self.bindings is self._followed[1]:
+        ids = [*map(id, chain.from_iterable(group["params"] for group in groups))]
+        if ids == self.ids:
             return
         if all(param in self.bindings for group in groups for param in group["params"]):
-            self._followed = ids, self.bindings
+            self.ids = ids
             return
         for i, group in enumerate(groups):
             self._check_exchanged(i, group)
         bindings = self.describe(groups, settings())
         fields = {p: f for group in groups for p, f in self._fields_of(group, bindings).items()}
-        self.bindings, self.fields = bindings, fields
+        self.bindings, self.fields, self.ids = bindings, fields, ids
         for param in [param for param in state if param not in self.bindings]:
             del state[param]
 

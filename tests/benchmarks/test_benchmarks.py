@@ -21,6 +21,7 @@ from typing import Any
 
 import bench_builds
 import bench_checkpoint
+import bench_host
 import bench_memory
 import bench_train
 import plots
@@ -31,6 +32,7 @@ import seed_figures
 import sharded_step
 import step_model
 import torch
+import torch.distributed as dist
 from bench_step import transformer
 from trainees import TINY
 
@@ -429,6 +431,20 @@ def test_run_all_names_flags_that_exist() -> None:
         )
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_what_the_host_pays_is_counted() -> None:
+    """In this process; that two builds take turns the next test shows."""
+    figures = bench_host.plain("AdafacLO", 10)()
+    assert figures.keys() == {"step_us", "state_dict_us", "load_us", "construct_us"}
+    assert min(figures.values()) > 0
+    turn = bench_host.zero("AdafacLO", 8)
+    try:
+        figures = turn()
+    finally:
+        dist.destroy_process_group()
+    assert 0 < figures["step_ms"] < figures["step_ms"] + figures["construct_ms"]
+    assert 0 < figures["plans_mb"] < 20
 
 
 def test_two_builds_are_measured_in_turns(tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def _more_groups(state: dict[str, Any]) -> None:
     state["param_groups"].append({**state["param_groups"][0], "params": []})
 
 
+def test_a_copy_looks_at_its_parameters_anew() -> None:
+    """What it knew of them by id is of another process, or of a version that knew none."""
+    optimizer = adafac(make_params())
+    optimizer._params.__dict__.pop("ids")
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again._params.ids == []
+    for param in again.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    again.step()
+    assert again._params.ids == [id(param) for param in again.param_groups[0]["params"]]
+
+
 def _no_step(state: dict[str, Any]) -> None:
     del state["param_groups"][0]["step"]
 

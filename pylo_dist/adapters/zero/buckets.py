@@ -99,7 +99,7 @@ class Bucket:
         """Make `grad` (shard_numel,) the gradient of the pieces; None: drop it."""
         self.grad = grad
         for member in self.members:
-            member.piece.grad = None if grad is None else grad[member.first : member.stop]
+            member.piece.grad = None if grad is None else self.piece_of(member, grad)
 
     def refresh_master(self) -> None:
         """Where somebody else wrote a parameter (loading a model, say), its master follows;

@@ -242,10 +242,10 @@ class GradientReducer:
     def _unreduced(self, member: BucketParam) -> ValueError | None:
         """What happened to a parameter's gradient after it had been reduced, and would be lost."""
         param = member.param
-        there = param.grad
-        grad = None if type(there) is FreedGradient else there
+        grad = gradient_of(param)
         left, version, _ = self._left.get(id(param), _NEVER_LEFT)
-        cleared = there is None and (left is not None or id(param) in self._standing)
+        gone = grad is None and param.grad is None
+        cleared = gone and (left is not None or id(param) in self._standing)
         if not cleared and (grad is None or (grad is left and grad._version == version)):
             return None
         return changed_after_it_left(member.fqn, param)
@@ -285,6 +285,22 @@ class GradientReducer:
         full = bucket.flat.new_empty(
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
+        self._pack(bucket, full)
+        ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
+        full[:, bucket.shard_numel] = (ends * 0.0).sum()
+        self._next += 1  # only now: an error above leaves the round as it was
+        if self._sharing.group is None:
+            self._flights.append(_Flight(bucket, full[0], comm.Pending(None, "", None, (), None)))
+            return
+        mine = full.new_empty(bucket.shard_numel + ALIGNMENT)
+        what = f"the reduce-scatter of gradients, bucket {b}"
+        pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
+        self._flights.append(_Flight(bucket, mine, pending))
+
+    def _pack(self, bucket: Bucket, full: Tensor) -> None:
+        """Write the gradients of a bucket to their places in `full` (ranks, ...), zeros elsewhere;
+        each is noted as having left.
+        """
         full[:, bucket.shard_numel :].zero_()
         grads = [gradient_of(member.param) for member in bucket.members]
         dense = [
@@ -314,16 +330,6 @@ class GradientReducer:
             place.zero_()
         if targets:
             torch._foreach_copy_(targets, sources)
-        ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
-        full[:, bucket.shard_numel] = (ends * 0.0).sum()
-        self._next += 1  # only now: an error above leaves the round as it was
-        if self._sharing.group is None:
-            self._flights.append(_Flight(bucket, full[0], comm.Pending(None, "", None, (), None)))
-            return
-        mine = full.new_empty(bucket.shard_numel + ALIGNMENT)
-        what = f"the reduce-scatter of gradients, bucket {b}"
-        pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
-        self._flights.append(_Flight(bucket, mine, pending))
 
     def _take(self, member: BucketParam, grad: Tensor | None, mark: Tensor | None) -> None:
         """Note that a parameter's gradient leaves, or that there is none.
