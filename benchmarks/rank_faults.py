@@ -37,13 +37,14 @@ from torch import nn
 
 import pylo_dist
 import pylo_dist.checkpoint
+from support.permissions import permission_bits_hold
 
 TIMEOUT_S = 4.0  # of the process group
 ALLOWED_S = 3.0  # beyond it, in which ranks find out who is lost
 SLACK_S = 5.0  # beyond that, since several runs share the machine
 PHASES = ("construction", "step", "save", "load", "async save")
 SIGNALS = {name: getattr(signal, f"SIG{name}") for name in ("KILL", "STOP", "TERM", "INT")}
-DISKS = ("disk full", "few descriptors", "folder removed")
+DISKS = ("disk full", "few descriptors", "folder removed", "folder read-only")
 CALLBACKS = ("closure", "hook")
 # what a run does, in order; each save has a name of its own
 SCRIPT = (
@@ -87,7 +88,7 @@ def draw(rng: random.Random) -> Fault:
     if what in CALLBACKS:
         phases: tuple[str, ...] = ("step",)
     elif what in DISKS:
-        phases = ("save", "load") if what == "folder removed" else ("save", "load", "construction")
+        phases = ("save", "load") if "folder" in what else ("save", "load", "construction")
     else:
         phases = PHASES
     phase = rng.choice(phases)
@@ -101,7 +102,9 @@ def draw(rng: random.Random) -> Fault:
 
 @contextlib.contextmanager
 def _limited(fault: Fault | None, folder: Path) -> Iterator[None]:
-    """The victim's phase: signals and removals come while it runs, limits hold until it ends."""
+    """The victim's phase: signals, removals and permission bits come while it runs, bits and limits
+    hold until it ends.
+    """
     if fault is None or fault.what in CALLBACKS:
         yield
         return
@@ -115,6 +118,15 @@ def _limited(fault: Fault | None, folder: Path) -> Iterator[None]:
         yield
         remover.join()
         return
+    if fault.what == "folder read-only":
+        locker = threading.Timer(fault.delay_s, _set_bits, (folder, 0o555))
+        locker.start()
+        try:
+            yield
+        finally:
+            locker.join()
+            _set_bits(folder, 0o755)
+        return
     kind, limit = resource.RLIMIT_FSIZE, fault.amount
     if fault.what == "few descriptors":
         kind = resource.RLIMIT_NOFILE
@@ -125,6 +137,13 @@ def _limited(fault: Fault | None, folder: Path) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(kind, before)
+
+
+def _set_bits(folder: Path, bits: int) -> None:
+    """Of a folder and those in it."""
+    for path in (folder, *folder.glob("*"), *folder.glob(".*")):
+        with contextlib.suppress(FileNotFoundError):
+            path.chmod(bits)
 
 
 class _Run:
@@ -189,6 +208,9 @@ def _rank(rank: int, port: int, folder: Path, fault: Fault, report: Any) -> None
     os.dup2(out, 2)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    held = contextlib.ExitStack()  # for as long as this process lives
+    if fault.what == "folder read-only":
+        held.enter_context(permission_bits_hold())
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
     )
@@ -212,6 +234,8 @@ def _rank(rank: int, port: int, folder: Path, fault: Fault, report: Any) -> None
                 same = all(map(torch.equal, before, run.values()))
                 report.send(("error", phase, type(error).__name__, str(error)[:300], same))
                 folder.mkdir(exist_ok=True)
+                if fault.what == "folder read-only":
+                    dist.barrier()  # the victim has given the bits back
                 run.fails = ""
                 if fault.what != "folder removed":
                     fault = Fault(-1, "", -1, 0, 0)  # once more, without it
