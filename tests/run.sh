@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # by the very lines that build the image
 bash -ec "$(sed -n 's/^RUN //p' docker/Dockerfile)" || {
-  extras=launch,dev,deepspeed,hf,companions,convert
+  extras=launch,dev,deepspeed,hf,companions,convert,docs
   if command -v mpirun >/dev/null; then extras=$extras,mpi; else echo "no mpirun: its tests will be skipped" >&2; fi
   launch/setup.sh "$extras"
 }

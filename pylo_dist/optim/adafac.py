@@ -194,8 +194,8 @@ class AdafacLO(FactoredOptimizer):
     :math:`p \leftarrow p - lr \cdot step\_mult \cdot o_0 \exp(exp\_mult \cdot o_1)`, then
     :math:`p \leftarrow p - lr \cdot weight\_decay \cdot p`.
 
-    State of a parameter: `momentum` (3, *shape), `rms` (*shape), and `row` (3, shape without d0),
-    `col` (3, shape without d1), or `diag` (3, *shape) below two dims.
+    State of a parameter: `momentum` `(3, *shape)`, `rms` `(*shape)`, and `row` (3, shape without
+    d0), `col` (3, shape without d1), or `diag` `(3, *shape)` below two dims.
 
     Args:
         params: parameters, groups, or `named_parameters()`. A group may override lr, weight_decay,

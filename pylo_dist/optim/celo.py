@@ -260,8 +260,8 @@ class CeloAdam(SingleRunOptimizer):
     :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot \hat m / (\sqrt{\hat v + 10^{-10}} +
     eps)`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot p`.
 
-    State of a parameter: `exp_avg`, `exp_avg_sq` (*shape) and `adam_step` (), the steps this tensor
-    has taken. Of the run: as `Celo`.
+    State of a parameter: `exp_avg`, `exp_avg_sq` `(*shape)` and `adam_step` (), the steps this
+    tensor has taken. Of the run: as `Celo`.
 
     Args:
         betas, eps: Adam's.

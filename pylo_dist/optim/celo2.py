@@ -508,11 +508,11 @@ class CELO2(FactoredOptimizer):
 
     Matrices (the last two dims of tensors with two or more): :math:`s = o_0 \exp(exp\_mult \cdot
     o_1)`, made orthogonal by Newton-Schulz, scaled to rms 1, and :math:`p \leftarrow p - lr
-    (rmsmult \cdot s + weight\_decay \cdot p)`. Embeddings and tensors below two dims: AdamW with lr
-    * adam_lr_mult and moments of its own.
+    (rmsmult \cdot s + weight\_decay \cdot p)`. Embeddings and tensors below two dims: AdamW with
+    `lr * adam_lr_mult` and moments of its own.
 
-    State of a matrix: `momentum` (3, *shape), `rms` (*shape), `row`, `col` as `AdafacLO`; of others
-    `exp_avg`, `exp_avg_sq` (*shape) and `adam_step` (), the steps this tensor has taken.
+    State of a matrix: `momentum` `(3, *shape)`, `rms` `(*shape)`, `row`, `col` as `AdafacLO`; of
+    others `exp_avg`, `exp_avg_sq` `(*shape)` and `adam_step` (), the steps this tensor has taken.
 
     Args:
         lr: factor on every update.
