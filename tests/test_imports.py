@@ -66,7 +66,8 @@ NAMES_OF_ACC4D19 = {
     "shard",
     "testing",
 }
-OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py")
+# the last as slow to import as all of torch
+OPTIONAL = ("huggingface_hub", "deepspeed", "mpi4py", "torch._dynamo")
 
 
 def name_of(path: Path) -> str:

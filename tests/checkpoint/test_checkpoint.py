@@ -61,7 +61,7 @@ LAYOUTS = [
     for known in all_layouts()
     if known.name not in ("fsdp2", "hsdp") or (known.name, known.ranks) in DTENSORS
 ]
-SAMPLES = 4
+SAMPLES = 2
 LONG = 50
 
 

@@ -23,7 +23,7 @@ pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parents[2]
 JSONS = ROOT / "launch" / "deepspeed"
-STEPS, HALF = 20, 10
+STEPS, HALF = 10, 5
 COMMON = [
     "--preset",
     "nano",
@@ -79,7 +79,7 @@ def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(
 ) -> None:
     zero, three = tmp_path / "zero", tmp_path / "ds3"
     zero_2 = ["--parallel", "zero2"]
-    launch(torchrun(2), [*RUN, *zero_2, "--out", str(zero)])
+    assert gpt2.main([*RUN, *zero_2, "--out", str(zero)]) == 0  # in one process
     stage_3 = ["--deepspeed", str(JSONS / "zero3.json")]
     printed = launch(torchrun(2), [*RUN, *stage_3, "--save-every", str(HALF), "--out", str(three)])
     assert "2 rank(s)" in printed
@@ -89,19 +89,14 @@ def test_the_curve_is_that_of_zero_and_goes_on_elsewhere(
     # The same samples; sums over ranks round in another order. 1e-4 of a loss is what a reader
     # cannot see.
     apart = {"stage 3 on 2 ranks": worst(three, zero)}
-    assert losses(zero)[-1] < losses(zero)[0] - 0.5  # a curve of learning
+    assert losses(zero)[-1] < losses(zero)[0] - 0.2  # a curve of learning
     half = ["--resume", str(three / "checkpoints" / f"step-{HALF:08d}")]
-    for name, num_ranks, words in (
-        ("stage 2 on 1 rank", 1, ["--deepspeed", str(JSONS / "zero2.json")]),
-        ("stage 3 on 3 ranks", 3, stage_3),
-        ("ZeroOptimizer, stage 2, on 2 ranks", 2, zero_2),
-    ):
-        out = tmp_path / re.sub(r"\W+", "_", name)
-        launch(
-            [sys.executable] if num_ranks == 1 else torchrun(num_ranks),
-            [*RUN, *words, *half, "--out", str(out)],
-        )
-        apart[name] = worst(out, zero)
+    one, ours = tmp_path / "ds2", tmp_path / "again"
+    stage_2 = ["--deepspeed", str(JSONS / "zero2.json")]
+    launch([sys.executable], [*RUN, *stage_2, *half, "--out", str(one)])
+    apart["stage 2 on 1 rank"] = worst(one, zero)
+    assert gpt2.main([*RUN, *zero_2, *half, "--out", str(ours)]) == 0
+    apart["ZeroOptimizer, stage 2, on 1 rank"] = worst(ours, zero)
     assert max(apart.values()) <= 1e-4, apart
     figures += [
         f"DeepSpeed launch | {name} | {STEPS} steps: {value:.1e} nats from --parallel zero2"

@@ -4,14 +4,20 @@ what is registered.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import gpt2
+import options
 import pytest
+
+from support.registry import restored
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--preset", "nano", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
@@ -27,6 +33,7 @@ class Eager(pylo_dist.ELO):
 
 pylo_dist.register_optimizer(pylo_dist.Registration("eager", Eager, ARCHITECTURE))
 """
+NUMBERS = itertools.count()
 READ = """
 import sys, options
 found = options.read(sys.argv[1:])
@@ -34,8 +41,6 @@ assert "torch" not in sys.modules
 assert "pylo_dist" not in sys.modules
 print(found.optimizer, found.plugin)
 """
-HELP = "import sys, options; options.parse(sys.argv[1:])"
-TRAIN = "import sys, gpt2; sys.exit(gpt2.main(sys.argv[1:]))"
 
 
 def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -52,10 +57,14 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    path = tmp_path / "eager.py"
+def plugin(tmp_path: Path) -> Iterator[Path]:
+    """A file, of whose optimizer nothing is left after the test; a process runs one of a name
+    once.
+    """
+    path = tmp_path / f"eager{next(NUMBERS)}.py"
     path.write_text(EAGER)
-    return path
+    with restored():
+        yield path
 
 
 def test_reading_a_command_needs_no_pytorch() -> None:
@@ -64,14 +73,14 @@ def test_reading_a_command_needs_no_pytorch() -> None:
     assert done.stdout == "anything nowhere.py\n", done.stderr
 
 
-def help_of(*words: str) -> str:
-    """What --help says, in one line."""
-    done = python(HELP, "--help", *words)
-    assert done.returncode == 0, done.stderr
-    return " ".join(re.sub(r"-\n +", "-", done.stdout).split())
+def test_help_says_what_is_registered(plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def help_of(*words: str) -> str:
+        """What --help says, in one line."""
+        with pytest.raises(SystemExit) as end:
+            options.parse(["--help", *words])
+        assert end.value.code == 0
+        return " ".join(re.sub(r"-\n +", "-", capsys.readouterr().out).split())
 
-
-def test_help_says_what_is_registered(plugin: Path) -> None:
     built_in, with_plugin = help_of(), help_of("--plugin", str(plugin))
     for said in (
         "adafaclo, celo, celo-adam, celo2, elo-celo2, elo, mulo, velo or adamw; default: adafaclo",
@@ -96,8 +105,7 @@ def test_a_plugin_brings_its_optimizer(
     out = tmp_path / "out"
     words = ["--plugin", str(plugin), "--optimizer", "eager", "--out", str(out)]
     words += ["--weights", str(learned_weights["elo"]), "--steps", "2"]
-    done = python(TRAIN, *SMALL, *words)
-    assert done.returncode == 0, done.stderr
+    assert gpt2.main([*SMALL, *words]) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["optimizer"], config["lr"], config["num_steps"]) == ("eager", 0.25, 2)
     assert (out / "optimizer.txt").read_text().startswith("Eager, weights ")
@@ -122,9 +130,11 @@ def test_a_plugin_brings_its_optimizer(
         (["--plugin", "gone.py"], "plugin gone.py cannot be imported (FileNotFoundError"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], said: str, plugin: Path) -> None:
+def test_mistakes_are_one_line(
+    words: list[str], said: str, plugin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plugin.write_text(EAGER.replace("zeal=2", "zeal"))
-    done = python(TRAIN, *SMALL, "--plugin", str(plugin), *words)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert gpt2.main([*SMALL, "--plugin", str(plugin), *words]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1

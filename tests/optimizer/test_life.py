@@ -25,7 +25,7 @@ LAYOUTS = {
     "fsdp1": FEW,
     "hsdp": FEW[:2],
     "tp": FEW,
-    "zero1": ALL,
+    "zero1": FEW,
     "zero2": ALL,
     **DEEPSPEED,
 }

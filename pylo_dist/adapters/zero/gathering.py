@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
@@ -31,8 +32,9 @@ class PendingParameter(nn.Parameter):
     """
 
     @classmethod
-    # compiled code that meets one asks for it outside of its graph
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # compiled code that meets one asks for it outside of its graph; torch.compiler.disable would
+    # import dynamo with this package
+    @_disable_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS_NOTHING:
             with torch._C.DisableTorchFunctionSubclass():
