@@ -24,7 +24,13 @@ from support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "csrc" / "README.md", *DOCS]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md", "examples/README.md")
+    ),
+    *DOCS,
+]
 BLOCK = re.compile(r"(?ms)^```(\w+)\n(.*?)^```")
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)\s]+)\)")
 FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -86,7 +92,9 @@ def test_commands_name_what_there_is(page: Path) -> None:
     for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         ours = [
-            word for word in words if word.startswith(("launch/", "./", "benchmarks/", "tests/"))
+            word
+            for word in words
+            if word.startswith(("launch/", "./", "benchmarks/", "tests/", "examples/"))
         ]
         for word in ours:
             assert (ROOT / word).exists(), line
