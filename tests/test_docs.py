@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import pylo_dist
@@ -63,6 +64,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in slugs(target)):
             dead.append(link)
     assert dead == []
+
+
+def test_all_files_tell_one_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    (newest, *_) = re.findall(r"(?m)^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text())
+    assert cited == newest == pylo_dist.__version__
 
 
 def test_every_page_is_listed_and_every_public_name_has_a_reference() -> None:
