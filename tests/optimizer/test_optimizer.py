@@ -189,6 +189,37 @@ def test_clipping_may_be_switched_off() -> None:
     assert not same(values(named), values(still_named))
 
 
+def test_what_counts_as_finite_follows_the_bound_of_now() -> None:
+    """A square beyond float32 fits no state, and a clipped gradient has none."""
+    named = make_params()
+    optimizer = adafac(named)
+    group = optimizer.param_groups[0]
+    train(optimizer, named, 0, 1)
+    for bound in (None, 1.0, None):
+        group["max_grad_norm"] = bound
+        set_gradients(named, 1)
+        named[0][1].grad.view(-1)[0] = 1e25  # type: ignore[union-attr]
+        before = values(named)
+        if bound is None:
+            with pytest.raises(pylo_dist.NonFiniteGradientError, match=named[0][0]):
+                optimizer.step()
+            assert same(values(named), before)
+        else:
+            optimizer.step()
+            assert not same(values(named), before)
+
+
+def test_values_put_elsewhere_between_steps_are_moved_there() -> None:
+    named, twins = make_params(), make_params()
+    optimizer, twin = adafac(named), adafac(twins)
+    for step in range(3):
+        train(optimizer, named, step, step + 1)
+        train(twin, twins, step, step + 1)
+        for _, param in named:
+            param.data = param.data.clone()
+    assert same(values(named), values(twins))
+
+
 # -------------------------------------------------------------------------------------------- views
 
 
