@@ -123,6 +123,15 @@ def is_first_here(variables: Mapping[str, str] = os.environ) -> bool:
     return next((variables[name] for name in named if name in variables), "0") == "0"
 
 
+def attempt(variables: Mapping[str, str] = os.environ) -> str:
+    """Which start of its ranks by one agent of torchrun this is: it hands all of them the store of
+    the first ones, with the addresses of those in it. "" elsewhere, and of several agents, of which
+    each counts its own failures.
+    """
+    alone = variables.get("GROUP_WORLD_SIZE") == "1"
+    return variables.get("TORCHELASTIC_RESTART_COUNT", "") if alone else ""
+
+
 def free_port() -> int:
     """A TCP port that nobody listens at. Raises OSError where none of a hundred is free."""
     for port in random.SystemRandom().sample(PORTS, 100):

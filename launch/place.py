@@ -63,7 +63,13 @@ class Place:
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             limit = timedelta(seconds=timeout_s)
-            within(timeout_s + GRACE, lambda: dist.init_process_group(backend, timeout=limit))
+            within(timeout_s + GRACE, lambda: self._meet(backend, limit))
+
+    def _meet(self, backend: str, limit: timedelta) -> None:
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        store, *_ = next(dist.rendezvous("env://", **ranks, timeout=limit))
+        store = dist.PrefixStore(f"attempt {environment.attempt()}", store)
+        dist.init_process_group(backend, store=store, timeout=limit, **ranks)
 
     def leave(self) -> None:
         """Part from the other ranks, once nothing of the run is held by name any more."""

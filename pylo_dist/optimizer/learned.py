@@ -373,7 +373,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             self._lineup = Lineup(self._params, self.rule, self._clip, self._nonfinite)
             self.early = EarlyPass(self._lineup)
             self._first_steps = FirstSteps(looks=0)
-        self._loss = self._problem = None
+            self._loss = None
+        self._problem = None  # a loaded state leaves the loss given for the coming step
         self._habits = Habits()
         self._closures = Closures()
         self._numbers = GroupNumbers(type(self), self.defaults, self.group_keys, self._check_group)

@@ -636,30 +636,56 @@ def test_rows_of_a_killed_run(tmp_path: Path) -> None:
     assert rows_until(tmp_path / "gone", 9) == []
 
 
-def test_torchrun_passes_sigterm_on(folder: Path) -> None:
-    """As a scheduler ends a job: torchrun gets the signal, and its ranks have half a minute to
-    save.
+def test_torchrun_starts_ranks_again_and_passes_sigterm_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank is killed: torchrun starts all of them again, from the newest checkpoint on. Then as a
+    scheduler ends a job: torchrun gets SIGTERM, and its ranks have half a minute to save. What they
+    saved goes on on one, and all of it is the curve of one that nothing disturbed.
     """
-    out = folder / "torchrun"
-    words = Setup(folder, "adamw", 2, steps=100_000, save_every=100_000).command(out)
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "launch" / "gpt2.py"),
-    ]
+    out, whole = folder / "torchrun", folder / "undisturbed"
+    words = Setup(folder, "adafaclo", 2, steps=100_000, extra=("--eval-every", "0")).command(out)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *launch, *words], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        (folder / "torchrun.log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, *launch, str(ROOT / "launch" / "gpt2.py"), *words],
+            env=environment,
+            stderr=log,
+        ) as process,
+    ):
         try:
-            wait_for_rows(out, 2)
+            wait_for_rows(out, 7)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+            begin = wait_for_resumption(out)
+            wait_for_rows(out, begin + 2)
             process.terminate()
-            _, err = process.communicate(timeout=60)
+            process.wait(60)
         finally:
             process.kill()
     assert process.returncode == 1  # torchrun's own; a rank's is 143
-    (step,) = published_in(out)
-    assert f"SIGTERM: stopped after step {step}, saved in" in err
+    step = max(published_in(out))
+    assert begin >= 3
+    assert begin % 3 == 0  # a save of the run itself, none of what was left of its ranks
+    assert f"SIGTERM: stopped after step {step}, saved in" in Path(log.name).read_text()
     assert rows_of(out)[-1]["step"] == step
+    stop_at(step + 2, monkeypatch)
+    assert gpt2.main(words) == STOPPED
+    assert "--world-size 1 (was 2)" in capsys.readouterr().err
+    assert gpt2.main([str(whole) if word == str(out) else word for word in words]) == STOPPED
+    a, b = rows_of(whole), rows_of(out)
+    assert [row["step"] for row in b] == list(range(1, step + 4))
+    assert max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)) <= 1e-4
+
+
+def wait_for_resumption(out: Path) -> int:
+    """The step that a run went on from, as soon as it did."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            return int(json.loads((out / "config.json").read_text())["resumed_from"]["step"])
+        except (KeyError, ValueError):  # not yet, or half-written
+            time.sleep(0.005)
+    raise TimeoutError(f"{out} was not gone on with after 60 s")

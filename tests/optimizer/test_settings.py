@@ -431,6 +431,11 @@ GIVEN: dict[str, Any] = {
     "step(loss.item())": lambda optimizer, loss: optimizer.step(loss.item()),
     "step(loss=float)": lambda optimizer, loss: optimizer.step(loss=loss.item()),
     "set_loss(float)": lambda optimizer, loss: (optimizer.set_loss(loss.item()), optimizer.step()),
+    "set_loss before a state is loaded": lambda optimizer, loss: (
+        optimizer.set_loss(loss.item()),
+        optimizer.load_state_dict(optimizer.state_dict()),  # as torchft's manager heals a replica
+        optimizer.step(),
+    ),
     "closure": lambda optimizer, loss: optimizer.step(loss.item),
     "NumPy": lambda optimizer, loss: optimizer.step(loss.numpy()),
 }
