@@ -151,7 +151,8 @@ def _part(flat: Tensor, begin: int, shape: tuple[int, ...]) -> Tensor:
 
 def follow(pieces: Iterable[FlatPiece]) -> None:
     """Make pieces views of their flat parameters again, where those have other memory now (lazy
-    initialisation, `model.to`). Raises ValueError inside of `summon_full_params`.
+    initialisation, `model.to`), for a step. Raises ValueError inside of `summon_full_params`, and
+    where the gradient is not reduced.
     """
     places: dict[int, tuple[Tensor, int]] = {}
     for piece in pieces:
@@ -159,6 +160,9 @@ def follow(pieces: Iterable[FlatPiece]) -> None:
         if id(flat) not in places:
             fsdp1.check_in_shards(piece)
             local = fsdp1.local_of(flat).detach()
+            if flat.grad is not None:
+                unit, place = fsdp1.place_of(piece)
+                fsdp1.check_reduced(fsdp1.names_in(unit)[place], flat.grad, local.numel())
             places[id(flat)] = local, local.data_ptr()
         local, address = places[id(flat)]
         where = address + piece._begin * local.element_size()

@@ -215,6 +215,18 @@ def reduced_of(flat: Tensor) -> Tensor | None:
     return grad if grad is not None and grad.shape == _of_torch(flat, "size") else None
 
 
+def check_reduced(fqn: str, grad: Tensor, numel: int) -> None:
+    """Raise ValueError for a gradient that is not of the `numel` elements which this rank holds:
+    one of whole parameters, as passes under no_sync leave it.
+    """
+    if grad.numel() != numel:
+        raise ValueError(
+            f"the gradient of {fqn!r} has {grad.numel()} elements, wanted the {numel} that this "
+            "rank holds: no_sync leaves each rank the gradient of its own batches, so run the last "
+            "backward pass before a step outside of it"
+        )
+
+
 def exchange(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put what `make` makes of a static function of FullyShardedDataParallel in its place, once.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.pieces import PieceParameter, ShardBinding, ShardedParam, bound_shard, raw_grad
 from ..core.shards import TensorShard
-from .fsdp1 import is_flat
+from .fsdp1 import check_reduced, is_flat
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -158,8 +158,8 @@ def collect(
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
-        ValueError: a sparse gradient; another shape, precision or device than when the optimizer
-            was built.
+        ValueError: a sparse gradient; one that FSDP1 has not reduced; another shape, precision or
+            device than when the optimizer was built.
     """
     shard = binding.shard
     grad = _gradient_of(param) if summed is None else summed
@@ -179,6 +179,7 @@ def collect(
     local = local_tensor(grad)
     if local.dim() != 1 or local.requires_grad or not local.is_contiguous():
         local = local.detach().reshape(-1).contiguous()
+    check_reduced(shard.fqn, local, shard.numel)
     sharded.grad, sharded.present = local, binding.present
     return sharded
 

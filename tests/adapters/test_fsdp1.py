@@ -487,6 +487,16 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         with FSDP.summon_full_params(model):
             optimizer.step()
 
+    def without_sync(orig: bool = True) -> None:
+        model = small(use_orig_params=orig)
+        optimizer = adafac(model.parameters())
+        with model.no_sync():
+            model(batch(rank)).backward()
+        optimizer.step()
+
+    def without_sync_flat() -> None:
+        without_sync(orig=False)
+
     def beside_fsdp2() -> None:
         model, other = small(), nn.Linear(4, 4)
         fully_shard(other)
@@ -508,7 +518,8 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
     for action in (
         built_before, torch_clips, copied_flat, wrong_gradient, channels_last, channels_last_flat,
         other_model, another_shape, unknown_to_torch, zero_flat, zero, shard, one_fails, unlike,
-        gone, summoned, stepped_in_summoned, beside_fsdp2, copied, other_torch,
+        gone, summoned, stepped_in_summoned, without_sync, without_sync_flat, beside_fsdp2, copied,
+        other_torch,
     ):  # fmt: skip
         begin = time.monotonic()
         try:
@@ -538,6 +549,8 @@ REFUSALS = {
     "gone": r"ValueError: .*FullyShardedDataParallel module that is gone",
     "summoned": r"ValueError: .*summon_full_params",
     "stepped_in_summoned": r"ValueError: '.*' is inside of summon_full_params",
+    "without_sync": r"ValueError: .*gradient of '.*' has \d+ elements.*outside of it",
+    "without_sync_flat": r"ValueError: .*gradient of '.*' has \d+ elements.*outside of it",
     "beside_fsdp2": r"ValueError: '.*first.weight' belongs to .*FSDP1.*, 'weight' is a DTensor",
     "copied": r"TypeError: '.*first.weight' lies on several ranks: .*cannot be copied or pickled",
     "other_torch": r"ValueError: torch .* has no '_no_such_name'",

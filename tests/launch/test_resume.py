@@ -645,7 +645,13 @@ def test_torchrun_starts_ranks_again_and_passes_sigterm_on(
     """
     out, whole = folder / "torchrun", folder / "undisturbed"
     words = Setup(folder, "adafaclo", 2, steps=100_000, extra=("--eval-every", "0")).command(out)
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (
         (folder / "torchrun.log").open("w") as log,
