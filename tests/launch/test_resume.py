@@ -666,7 +666,7 @@ def test_torchrun_starts_ranks_again_and_passes_sigterm_on(
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
             begin = wait_for_resumption(out)
-            wait_for_rows(out, begin + 2)
+            wait_for_rows(out, (out / "metrics.jsonl").read_text().count("\n") + 2)
             process.terminate()
             process.wait(60)
         finally:
