@@ -275,7 +275,7 @@ def _of_torch(thing: Any, name: str) -> Any:
     except AttributeError:
         raise ValueError(
             f"torch {torch.__version__} has no {_NAMES[name]!r} where FullyShardedDataParallel "
-            "has it in 2.10 to 2.13 and 2.15, so its layout cannot be read: use "
+            "has it in 2.10 to 2.15, so its layout cannot be read: use "
             "torch.distributed.fsdp.fully_shard (see pylo_dist.shard), or another torch"
         ) from None
 
