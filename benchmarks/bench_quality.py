@@ -285,24 +285,29 @@ class Run:
         return f"{self.task}, {self.name}, seed {self.seed}"
 
     def asked(self) -> dict[str, Any]:
-        """All that its result depends on, for JSON."""
-        return {**self.task.flags, **self.flags, "steps": self.task.steps, "seed": self.seed}
+        """Flags of launch/gpt2.py, for JSON: all that the result depends on, with weights by the
+        name of their file and their digest, and "muon", which is no optimizer there.
+        """
+        steps = self.task.steps
+        return {
+            **self.task.flags,
+            **self.flags,
+            "warmup": steps // 20 if "schedule" in self.flags else 0,
+            "steps": steps,
+            "eval_every": max(1, steps // EVALUATIONS),
+            "eval_batches": 16,
+            "seed": self.seed,
+        }
 
     def options(self, weights: Path | None) -> Options:
         """Of launch/gpt2.py; `weights`: the folder of files."""
-        flags = self.asked()
+        flags = {**self.asked(), "device": "cpu", "threads": 1}
         flags.pop("digest", None)
-        flags["optimizer"] = flags["optimizer"].replace("muon", "adamw")
-        if flags.get("weights", "demo") != "demo" and weights is not None:
+        if flags["optimizer"] == "muon":
+            flags["optimizer"] = "adamw"
+        if weights is not None and flags.get("weights", "demo") != "demo":
             flags["weights"] = weights / flags["weights"]
-        return options_of(
-            **flags,
-            warmup=self.task.steps // 20 if "schedule" in flags else 0,
-            eval_every=max(1, self.task.steps // EVALUATIONS),
-            eval_batches=16,
-            device="cpu",
-            threads=1,
-        )
+        return options_of(**flags)
 
 
 class Curve:
@@ -319,12 +324,12 @@ class Curve:
         self.cpu_s: dict[str, float] = {}
 
     def add(self, row: Row) -> None:
+        if row.val_loss is not None and not math.isfinite(row.val_loss):
+            raise Diverged(f"the held-out loss is {row.val_loss} at step {row.step}")
         self.steps = row.step
         self._losses.append(row.loss)
         if row.val_loss is None:
             return
-        if not math.isfinite(row.val_loss):
-            raise Diverged(f"the held-out loss is {row.val_loss} at step {row.step}")
         self.val_loss[str(row.step)] = round(row.val_loss, 4)
         self.train_loss[str(row.step)] = round(mean(self._losses), 4)
         self._losses.clear()
@@ -446,7 +451,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = records(out).get(str(run))
             if known is not None and known["asked"] == run.asked():
                 continue
-            new = {**measure(run, args.weights), "commit": found["commit"], **found["versions"]}
+            where = {
+                "commit": found["commit"],
+                "cpu": found["hardware"]["cpu"],
+                "torch": found["versions"]["torch"],
+            }
+            new = {**measure(run, args.weights), "measured": where}
             save(out, found, tasks, seeds, new)
             print(
                 f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
