@@ -1,4 +1,4 @@
-"""Draw the plots of the documents from the JSON of the benchmarks; writes SVG files, measures nothing.
+"""Draw the plots of the documents from the JSON of the benchmarks; writes SVG, measures nothing.
 
     python benchmarks/plots.py --results benchmarks/results --out docs
 
