@@ -144,7 +144,7 @@ TASKS = (
     bytes_task("bytes", MICRO, 1000, preset="micro", batch_size=4),
     bytes_task(
         "wide bytes",
-        "the same with 256 channels in place of 128, 3.3M parameters",
+        "GPT-2 as in the other bytes, with 256 channels in place of 128, 3.3M parameters",
         1000,
         preset="micro",
         batch_size=4,
