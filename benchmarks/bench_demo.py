@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from learner import Learner, import_package, try_out
 from loop import Diverged, train
-from options import parse
+from options import Options, parse
 from place import Place
 from presets import PRESETS
 from record import environment, markdown, write
@@ -75,17 +75,22 @@ class Run:
         return self.val_loss[max(self.val_loss)]
 
 
-def run_once(**flags: Any) -> Run:
-    """Train and validate as `launch/gpt2.py --flag value ...` does, in this process; a diverged run
-    has the loss inf.
-    """
-    options = parse(
+def options_of(**flags: Any) -> Options:
+    """The options of `launch/gpt2.py --flag value ...`."""
+    return parse(
         [
             word
             for name, value in flags.items()
             for word in (f"--{name.replace('_', '-')}", str(value))
         ]
     )
+
+
+def run_once(**flags: Any) -> Run:
+    """Train and validate as `launch/gpt2.py --flag value ...` does, in this process; a diverged run
+    has the loss inf.
+    """
+    options = options_of(**flags)
     torch.set_num_threads(options.threads or 1)
     place, plan = Place.find(options), options.plan(1)
     rows = Rows()

@@ -1,4 +1,4 @@
-"""Draw the plots of the README from the JSON of the benchmarks; writes SVG files, measures nothing.
+"""Draw the plots of the documents from the JSON of the benchmarks; writes SVG, measures nothing.
 
     python benchmarks/plots.py --results benchmarks/results --out docs
 
@@ -23,9 +23,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from quality import outcomes
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"AdafacLO": "#1b6ca8", "VeLO": "#c8553d", "AdamW": "#8a8a8a", "Muon": "#6a994e"}
+COLOURS |= {"CELO2": "#7b4fa3", "Celo": "#e09f3e"}
 LIGHT = {"AdafacLO": "#a9cbe3", "VeLO": "#eebfb4", "AdamW": "#d4d4d4", "Muon": "#c5d8b9"}
 Result = dict[str, Any]
 
@@ -311,12 +313,39 @@ def memory(result: Result) -> Figure:
     return figure
 
 
+def quality(result: Result) -> Figure:
+    """Held-out loss by step and by CPU second, a row of panels for each task that has runs."""
+    by_task: dict[str, list[Result]] = {}
+    for run in result["runs"]:
+        by_task.setdefault(run["task"], []).append(run)
+    figure, panels = plt.subplots(
+        len(by_task), 2, figsize=(11, 3.4 * len(by_task)), squeeze=False, sharey="row"
+    )
+    for (by_step, by_second), (task, runs) in zip(panels, by_task.items(), strict=True):
+        for name, found in outcomes(runs).items():
+            if not found.is_best_rate or not found.losses:
+                continue
+            seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
+            left = f", {found.diverged} diverged" if found.diverged else ""
+            style: dict[str, Any] = {"color": colour_of(name), "lw": 1.2, "ms": 3}
+            style["ls"] = "--" if name.endswith("constant") else "-"
+            by_step.plot(
+                found.steps, found.losses, marker="o", label=f"{name} ({seeds}{left})", **style
+            )
+            by_second.plot(found.cpu_s, found.losses, marker="o", **style)
+        by_step.set(xlabel="step", ylabel="held-out loss, nats", title=task)
+        by_step.legend(fontsize=7)
+        by_second.set(xlabel="CPU seconds in forward, backward and step", title=f"{task}, by cost")
+    return figure
+
+
 # By file name: which results they are drawn from, the first that is there, and what draws them.
 PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Result], Figure]]] = {
     "seed_figures.svg": (("seed_figures_cuda.json", "seed_figures_cpu.json"), seed_figures),
     "training.svg": (("train.json",), training),
     "scaling.svg": (("scaling.json",), scaling),
     "memory.svg": (("memory.json",), memory),
+    "quality.svg": (("quality.json",), quality),
 }
 
 
@@ -356,7 +385,7 @@ def draw(results: Path, out: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Draw the plots of the README from the JSON of the benchmarks."
+        description="Draw the plots of the documents from the JSON of the benchmarks."
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")

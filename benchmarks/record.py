@@ -60,12 +60,14 @@ def environment() -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """Write a JSON; it must say what it is and where it was measured."""
+    """Write a JSON, whole or not at all; it must say what it is and where it was measured."""
     missing = [key for key in REQUIRED if key not in result]
     if missing:
         raise ValueError(f"{out}: a result needs {', '.join(missing)}; see benchmarks/record.py")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    aside = out.with_name(f"{out.name}.part")
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(aside, out)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@
 #                   stay where they are
 #   --plots FOLDER  where the plots go; default: docs, or --out where that is given
 #   --pylo FOLDER   PyLO's source, --dion FOLDER: that of microsoft/dion; without them their rows say that they are absent
+#   --weights FOLDER  of bench_quality.py: real meta-trained weights, which are not in the repository
 #   --python FILE   default: .venv/bin/python
 #   --patience N    multiplies the time limits, for a machine that is busy; default: 1
 #
@@ -17,12 +18,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 
 usage() {
-  sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 quick=0 out="" plots="" patience=1 python="$root/.venv/bin/python"
 folders=()
 pylo=()
+weights=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick)
@@ -36,7 +38,7 @@ while [ $# -gt 0 ]; do
       ;;
   esac
   [ $# -ge 2 ] || {
-    echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, --patience, all but the first with a value; see --help" >&2
+    echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --weights, --python, --patience, all but the first with a value; see --help" >&2
     exit 2
   }
   case "$1" in
@@ -47,6 +49,7 @@ while [ $# -gt 0 ]; do
       folders+=(--pylo "$2")
       ;;
     --dion) folders+=(--dion "$2") ;;
+    --weights) weights=(--weights "$2") ;;
     --python) python=$2 ;;
     --patience)
       [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || {
@@ -56,7 +59,7 @@ while [ $# -gt 0 ]; do
       patience=$2
       ;;
     *)
-      echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --python, --patience; see --help" >&2
+      echo "$1: wanted one of --quick, --out, --plots, --pylo, --dion, --weights, --python, --patience; see --help" >&2
       exit 2
       ;;
   esac
@@ -101,6 +104,7 @@ if [ "$quick" -eq 1 ]; then
   run step 120 bench_step.py --device "$device" --quick --out "$out/step_$device.json" ${pylo[@]+"${pylo[@]}"}
   run zero 120 bench_zero.py --ranks 2 --rounds 2 --no-profiles --out "$out/zero.json"
   run demo_vs_adamw 120 bench_demo.py --seeds 0 --steps 20 --out "$out/demo_vs_adamw.json"
+  run quality 120 bench_quality.py --quick --out "$out/quality.json"
   run faults 120 faults.py --trials 2 --out "$out/faults.json"
   run campaign 300 campaign.py --share 0.005 --out "$out/campaign.json"
   run checkpoint 120 bench_checkpoint.py --quick --out "$out/checkpoint.json"
@@ -113,6 +117,7 @@ else
   run step 3600 bench_step.py --device "$device" --out "$out/step_$device.json" ${pylo[@]+"${pylo[@]}"}
   run zero 3600 bench_zero.py --out "$out/zero.json"
   run demo_vs_adamw 7200 bench_demo.py --out "$out/demo_vs_adamw.json"
+  run quality 43200 bench_quality.py ${weights[@]+"${weights[@]}"} --out "$out/quality.json"
   run faults 7200 faults.py --out "$out/faults.json"
   run campaign 7200 campaign.py --out "$out/campaign.json"
   run checkpoint 3600 bench_checkpoint.py --out "$out/checkpoint.json"

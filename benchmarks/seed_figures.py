@@ -104,17 +104,26 @@ LOOKS = {
 
 
 class ViT(nn.Module):
-    """A vision transformer, 16 x 16 patches of 224 x 224 images, 1000 classes: images (B, 3, 224,
-    224) to logits (B, 1000).
+    """A vision transformer: images (B, channels, size, size) to logits (B, classes).
 
     With the defaults it is ViT-B/16, 86,567,656 parameters.
     """
 
-    def __init__(self, width: int = 768, blocks: int = 12, heads: int = 12) -> None:
+    def __init__(
+        self,
+        width: int = 768,
+        blocks: int = 12,
+        heads: int = 12,
+        *,
+        size: int = 224,
+        patch: int = 16,
+        channels: int = 3,
+        classes: int = 1000,
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, kernel_size=16, stride=16)
+        self.patches = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 197, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width,
@@ -128,7 +137,7 @@ class ViT(nn.Module):
             for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1000)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2)

@@ -303,6 +303,17 @@ class BatchPlan:
         ]
 
 
+def drawn(size: int, seed: int, stream: int, step: int, count: int) -> npt.NDArray[np.int64]:
+    """`count` numbers below `size`, (count,): the samples of a step out of a pool.
+
+    A counter-based generator: a function of the arguments alone, whatever was drawn before and on
+    however many ranks. Raw words, because numpy keeps those the same in every version. `stream`
+    parts training from validation.
+    """
+    generator = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, step])
+    return (generator.random_raw(count) % np.uint64(size)).astype(np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Token arrays as one pool of windows of `block_size` + 1 tokens; no window crosses two files.
@@ -370,16 +381,9 @@ class Tokens:
         self, seed: int, stream: int, step: int, global_batch: int
     ) -> npt.NDArray[np.int64]:
         """First tokens of the `global_batch` windows of a step, (global_batch,), as places in the
-        pool.
-
-        A counter-based generator: a function of the arguments alone, whatever was drawn before and
-        on however many ranks. Raw words, because numpy keeps those the same in every version.
-        `stream` parts training from validation.
+        pool; see `drawn`.
         """
-        generator = np.random.Philox(
-            key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, step]
-        )
-        return (generator.random_raw(global_batch) % np.uint64(self._ends()[-1])).astype(np.int64)
+        return drawn(int(self._ends()[-1]), seed, stream, step, global_batch)
 
     def in_order(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """First tokens of `count` windows from number `first` on, (count,), as places in the pool.

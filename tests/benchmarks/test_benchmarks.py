@@ -23,10 +23,12 @@ import bench_builds
 import bench_checkpoint
 import bench_host
 import bench_memory
+import bench_quality
 import bench_train
 import plots
 import pytest
 import record
+import run as launch_run
 import scaling
 import seed_figures
 import sharded_step
@@ -34,8 +36,10 @@ import step_model
 import torch
 import torch.distributed as dist
 from bench_step import transformer
+from safetensors.torch import save_file
 from trainees import TINY
 
+from pylo_dist import random_weights
 from pylo_dist.adapters.zero.buckets import ALIGNMENT
 from pylo_dist.adapters.zero.gathering import PendingParameter
 from pylo_dist.checkpoint.files import DIGESTS
@@ -93,7 +97,10 @@ def _run(main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, *words: str) 
 
 
 def test_benchmarks_write_what_plots_draw(
-    measured: dict[int, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: dict[int, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def serve(name: str) -> Callable[..., Iterator[tuple[int, list[Any]]]]:
         def on_ranks(worlds: list[int], *_: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -119,7 +126,10 @@ def test_benchmarks_write_what_plots_draw(
 
     out = {
         name: tmp_path / name
-        for name in ("train.json", "scaling.json", "seed_figures_cpu.json", "memory.json")
+        for name in (
+            *("train.json", "scaling.json", "seed_figures_cpu.json", "memory.json"),
+            "quality.json",
+        )
     }
     _run(
         bench_train.main,
@@ -186,6 +196,19 @@ def test_benchmarks_write_what_plots_draw(
         "--out",
         str(out["memory.json"]),
     )
+    for name in ("celo", "celo2"):
+        save_file(dict(random_weights(name).tensors), tmp_path / f"{name}.safetensors")
+    # the built-in text takes seconds to collect
+    monkeypatch.setattr(launch_run, "builtin_text", lambda: (bytes(range(256)),) * 2)
+    _run(
+        bench_quality.main,
+        monkeypatch,
+        "--quick",
+        "--weights",
+        str(tmp_path),
+        "--out",
+        str(out["quality.json"]),
+    )
 
     results = {name: json.loads(path.read_text()) for name, path in out.items()}
     for name, result in results.items():
@@ -210,6 +233,13 @@ def test_benchmarks_write_what_plots_draw(
     assert "absent" in jax or jax["largest_difference_from_ours"] <= 1e-3 * jax["largest_update"], (
         jax
     )
+
+    runs = results["quality.json"]["runs"]
+    assert [run["name"] for run in runs] == 2 * list(bench_quality.CONTENDERS)
+    assert all(math.isfinite(loss) for run in runs for loss in run["val_loss"].values())
+    for task in results["quality.json"]["tasks"]:  # one model, one first batch
+        assert len({run["train_loss"]["1"] for run in runs if run["task"] == task}) == 1
+    assert "skipped" not in capsys.readouterr().err
 
     assert plots.draw(tmp_path, tmp_path / "plots") == []
     drawn = {path.name: path.read_text() for path in (tmp_path / "plots").iterdir()}

@@ -1,0 +1,139 @@
+"""bench_quality.py trains what it says, goes on where it was interrupted, and its tables are those
+of the JSON. That it runs and is drawn: test_benchmarks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import bench_quality
+import pytest
+import quality
+from bench_quality import CONTENDERS, QUICK, TASKS, MuonAndAdamW, Pupil, Run
+from safetensors.torch import save_file
+
+import pylo_dist
+
+ROOT = Path(__file__).parents[2]
+IMAGES = QUICK[1]
+
+
+def weights_in(folder: Path, seed: int) -> Path:
+    """Random weights under the names of the real ones."""
+    for name in ("celo", "celo2"):
+        tensors = pylo_dist.random_weights(name, seed).tensors
+        save_file(dict(tensors), folder / f"{name}.safetensors")
+    return folder
+
+
+def test_interrupted_runs_go_on_and_others_are_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, done, until = tmp_path / "quality.json", [], 3
+
+    def measure(run: Run, weights: Path | None) -> dict[str, Any]:
+        if len(done) == until:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        return {
+            "task": str(run.task),
+            "name": run.name,
+            "seed": run.seed,
+            "asked": run.asked(),
+            "val_loss": {"4": 2.0},
+            "cpu_s": {"4": 1.0},
+            "optimizer_share": 0.5,
+            "diverged_at": None,
+        }
+
+    def start(*words: str) -> list[str]:
+        done.clear()
+        bench_quality.main(["--quick", "--out", str(out), "--only", "glyphs", *words])
+        return done.copy()
+
+    monkeypatch.setattr(bench_quality, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    learned, others = list(CONTENDERS)[:3], list(CONTENDERS)[3:]
+    assert "Celo: skipped, no celo.safetensors given: --weights FOLDER" in capsys.readouterr().err
+    assert done == others[:3]
+    assert [run["name"] for run in json.loads(out.read_text())["runs"]] == done
+    assert list(tmp_path.iterdir()) == [out]
+    until = 99
+    assert start("--table") == []
+    assert start(others[5]) == [others[5]]  # --only
+    assert start() == [others[3], others[4], *others[6:]]
+    given = ("--weights", str(weights_in(tmp_path, 0)))
+    assert start(*given) == learned
+    assert start(*given) == []
+    weights_in(tmp_path, 1)
+    assert start(*given) == learned
+    assert len(json.loads(out.read_text())["runs"]) == len(CONTENDERS)
+
+
+def test_a_run_that_diverges_is_recorded_as_one() -> None:
+    run = Run(IMAGES, "AdamW 1e30", {"optimizer": "adamw", "lr": 1e30}, 0)
+    record = bench_quality.measure(run, None)
+    assert record["diverged_at"] == 1
+    assert record["val_loss"] == {}
+    others = [
+        {**record, "seed": 1, "diverged_at": None, "val_loss": {"4": 2.0}, "cpu_s": {"4": 1.0}}
+    ]
+    row = quality.outcomes([record, *others])["AdamW 1e30"]
+    assert math.isnan(row.loss[0])
+    assert "diverged in 1 of 2" in quality.table({"AdamW 1e30": row})
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
+    for task in (TASKS[0], IMAGES):
+        run = Run(task, "Muon 0.001", CONTENDERS["Muon 0.001"], 0)
+        pupil = Pupil(task, run.options(None), muon=True)
+        names = {p: name for name, p in pupil.model.named_parameters()}
+        assert isinstance(pupil.optimizer, MuonAndAdamW)
+        muon, *rest = pupil.optimizer.param_groups
+        taken = [names[p] for p in muon["params"]]
+        assert {name.split(".")[0] for name in taken} == {"blocks"}
+        assert all(p.ndim == 2 for p in muon["params"])
+        assert sorted(taken + [names[p] for g in rest for p in g["params"]]) == sorted(
+            names.values()
+        )
+        assert sum(p.numel() for p in muon["params"]) > 0.4 * sum(p.numel() for p in names)
+
+
+def test_means_by_hand() -> None:
+    def record(name: str, seed: int, cpu_s: float, *losses: float) -> dict[str, Any]:
+        steps = [str(10 * (i + 1)) for i in range(len(losses))]
+        return {
+            "task": "t",
+            "name": name,
+            "seed": seed,
+            "val_loss": dict(zip(steps, losses, strict=True)),
+            "cpu_s": {step: cpu_s * (i + 1) for i, step in enumerate(steps)},
+            "optimizer_share": 0.25,
+            "diverged_at": None,
+        }
+
+    found = quality.outcomes(
+        [
+            record("AdamW 0.001", 0, 1.0, 5.0, 4.0),
+            record("AdamW 0.001", 1, 1.0, 5.0, 5.0),
+            record("AdamW 0.01", 0, 1.0, 3.0, 1.0),  # better, of fewer seeds
+            record("Celo", 0, 3.0, 4.0, 2.0),
+            record("Celo", 1, 1.5, 4.0, 2.0),
+        ]
+    )
+    assert [name for name, row in found.items() if row.is_best_rate] == ["AdamW 0.001", "Celo"]
+    celo = found["Celo"]
+    assert celo.loss == (2.0, 0.0)
+    assert celo.apart == (-2.5, pytest.approx(math.sqrt(0.5)))
+    # after 2 s: seed 0 has no validation before 3 s, seed 1 is a third of the way from 4 to 2
+    assert celo.loss_at == pytest.approx((4.0 + 10 / 3) / 2)
+    assert (celo.steps, celo.losses, celo.cpu_s) == ((10, 20), (4.0, 2.0), (2.25, 4.5))
+
+
+def test_the_page_shows_what_the_json_holds() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    assert quality.report(result) in (ROOT / "docs" / "quality.md").read_text()
