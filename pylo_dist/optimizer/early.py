@@ -4,7 +4,7 @@ rule has a use for that. Writes no parameter and no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ class EarlyPass:
 
     Args:
         lineup: the parameters that gradients may be of.
+        ready: makes it, where there is none yet.
     """
 
-    def __init__(self, lineup: Lineup) -> None:
-        self._lineup = lineup
+    def __init__(self, lineup: Lineup, ready: Callable[[], object]) -> None:
+        self._lineup, self._ready = lineup, ready
         # id(parameter) -> the gradient that was read, and its version then
         self._read: dict[int, tuple[Tensor, int]] = {}
 
@@ -38,6 +39,11 @@ class EarlyPass:
         rule = self._lineup.rule
         if type(rule).gradient_pass is LearnedRule.gradient_pass:
             return  # all is left to the step
+        if self._lineup.engine is None:
+            try:
+                self._ready()
+            except ValueError:  # the step will say it
+                return
         arrived: dict[int, dict[int, Member]] = {}
         found: dict[int, tuple[Tensor, int]] = {}
         for param in params:

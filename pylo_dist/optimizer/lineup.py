@@ -4,7 +4,14 @@ parameters their new values where those could not be written in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Collective
-from ..core.pieces import ShardBinding
+from ..core.pieces import ShardBinding, raw_grad
 from ..core.rule import Batch, Item, LearnedRule
 from ..layouts import flat, gradients, plain
 from ..layouts.gathered import releases_of
@@ -66,6 +73,8 @@ class Lineup:
         self._groups: Groups = []
         self._releases: list[Callable[[], None]] = []
         self._pieces: list[flat.FlatPiece] = []
+        self._params: list[Tensor] = []  # the members', and the shapes they had
+        self._shapes: list[torch.Size] = []
         self._brought: list[Member] = []  # whose item has been made anew for this step
         # what the engine is built on: `Parameters.ids`, those of them that take no part, the state
         # tensors there were (so that no other tensor gets the id of one), by id, and their memory
@@ -74,6 +83,21 @@ class Lineup:
         self._held: list[Tensor] = []
         self._states: list[int] = []
         self._memory: list[int] = []
+
+    def admit(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:
+        """Take in a group that is new among these: its state is made now, the engine when it is
+        asked for, and not once per group. Raises as `ready`.
+        """
+        self.retire()
+        self._parameters.enter(groups, state)
+        self._check_devices({param.device: None for param, its in state.items() if its})
+
+    def _check_devices(self, devices: Collection[torch.device]) -> None:
+        if self.rule.needs_loss and len(devices) > 1:
+            raise ValueError(
+                f"{self._parameters.kind} couples all tensors; they are on "
+                f"{[str(d) for d in devices]}, wanted one device"
+            )
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
         """The engine over the parameters there are now; their state is made where there is none.
@@ -86,6 +110,8 @@ class Lineup:
         """
         if self.engine is not None and self._stands(groups, state, enter):
             return self.engine
+        if enter:
+            self._parameters.enter(groups, state)
         taking_part = self._parameters.taking_part(groups, state, enter)
         params = [param for param, _ in taking_part]
         described = self._parameters.bindings
@@ -93,8 +119,6 @@ class Lineup:
         by_device: dict[torch.device, list[tuple[Tensor, Item]]] = {}
         for param, group in taking_part:
             binding, fields = described[param], self._parameters.fields[param]
-            if not state[param]:
-                state[param] = self._parameters.new_state(param)
             local = {
                 name: fields[name].flat(plain.local_tensor(tensor))
                 for name, tensor in state[param].items()
@@ -102,11 +126,7 @@ class Lineup:
             dims = self.rule.dims(binding.shard.shape)
             item = Item(plain.without_gradient(binding, param), local, group, dims)
             by_device.setdefault(param.device, []).append((param, item))
-        if self.rule.needs_loss and len(by_device) > 1:
-            raise ValueError(
-                f"{self._parameters.kind} couples all tensors; they are on "
-                f"{[str(d) for d in by_device]}, wanted one device"
-            )
+        self._check_devices(by_device)
         for device, entries in by_device.items():
             batch = Batch.of([item for _, item in entries], groups, device)
             self.batches.append(batch)
@@ -116,6 +136,7 @@ class Lineup:
         self.bound = [(member.binding, member.param) for member in self.members]
         self._groups, self._ids = list(groups), self._parameters.ids
         self._releases = releases_of(params)
+        self._params, self._shapes = params, [plain.shape_of(*bound) for bound in self.bound]
         self._pieces = [param for param in params if isinstance(param, flat.FlatPiece)]
         mine = {id(param) for param in params}
         self._outside = [p for group in groups for p in group["params"] if id(p) not in mine]
@@ -142,6 +163,7 @@ class Lineup:
         retired, self.engine = self.engine, None
         self.members, self.batches, self.bound, self._brought = [], [], [], []
         self._by_id, self._groups, self._held, self._outside, self._pieces = {}, [], [], [], []
+        self._params, self._shapes = [], []
         if retired is not None:
             retired.retire()  # last: its warning may be made an error
 
@@ -168,10 +190,19 @@ class Lineup:
             problem = problem or error
         settled = yield from gradients.settle(self.bound)
         sums, means, self._brought = settled.sums, settled.means, []
-        for member in self.members:
+        params, values = self._params, [member.item.param.value for member in self.members]
+        steady = not sums and plain.are_as_before(params, values, self._shapes)
+        grads = [*map(raw_grad, params)] if steady else [None] * len(params)
+        steady = steady and plain.are_local(grads)
+        for member, grad in zip(self.members, grads, strict=True):
             binding, param, item = member.binding, member.param, member.item
             before, key = item.param, id(param)
             if key in early:
+                before.present = binding.present
+                continue
+            if steady and grad is not None and member.sound:  # what follows, of most in most steps
+                grad = means.get(key, grad)
+                before.grad = grad if grad.dim() == 1 else grad.view(-1)
                 before.present = binding.present
                 continue
             try:
