@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import (
     Callable,
-    Collection,
     Container,
     Generator,
+    Iterable,
     MutableMapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -35,6 +35,7 @@ class Member:
     Attributes:
         sound: whether the last step could use it; what that step saw of it is looked at anew
             otherwise.
+        shape: the parameter's, as long as it is as it was.
     """
 
     binding: ShardBinding
@@ -43,6 +44,29 @@ class Member:
     batch: Batch
     place: int
     sound: bool = True
+    shape: torch.Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shape = plain.shape_of(self.binding, self.param)
+
+    def take(self, grad: Tensor) -> None:
+        """Bring the item a gradient that `steady_gradients` gave."""
+        sharded = self.item.param
+        sharded.grad = grad if grad.dim() == 1 else grad.view(-1)
+        sharded.present = self.binding.present
+
+
+def steady_gradients(members: Sequence[Member]) -> list[Tensor | None] | None:
+    """The gradients of these members as they lie, where parameters and gradients are what they are
+    in most steps; None where one is not, and each is to be collected by itself. Asked in every
+    step, and so in lists.
+    """
+    params = [member.param for member in members]
+    values = [member.item.param.value for member in members]
+    if not plain.are_as_before(params, values, [member.shape for member in members]):
+        return None
+    grads = [*map(raw_grad, params)]
+    return grads if plain.are_local(grads) and all(m.sound for m in members) else None
 
 
 class Lineup:
@@ -73,8 +97,6 @@ class Lineup:
         self._groups: Groups = []
         self._releases: list[Callable[[], None]] = []
         self._pieces: list[flat.FlatPiece] = []
-        self._params: list[Tensor] = []  # the members', and the shapes they had
-        self._shapes: list[torch.Size] = []
         self._brought: list[Member] = []  # whose item has been made anew for this step
         # what the engine is built on: `Parameters.ids`, those of them that take no part, the state
         # tensors there were (so that no other tensor gets the id of one), by id, and their memory
@@ -90,13 +112,16 @@ class Lineup:
         """
         self.retire()
         self._parameters.enter(groups, state)
-        self._check_devices({param.device: None for param, its in state.items() if its})
+        self._check_devices(param for param, its in state.items() if its)
 
-    def _check_devices(self, devices: Collection[torch.device]) -> None:
-        if self.rule.needs_loss and len(devices) > 1:
+    def _check_devices(self, params: Iterable[Tensor]) -> None:
+        if not self.rule.needs_loss:
+            return
+        devices = dict.fromkeys(str(param.device) for param in params)
+        if len(devices) > 1:
             raise ValueError(
-                f"{self._parameters.kind} couples all tensors; they are on "
-                f"{[str(d) for d in devices]}, wanted one device"
+                f"{self._parameters.kind} couples all tensors; they are on {[*devices]}, wanted "
+                "one device"
             )
 
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
@@ -126,7 +151,7 @@ class Lineup:
             dims = self.rule.dims(binding.shard.shape)
             item = Item(plain.without_gradient(binding, param), local, group, dims)
             by_device.setdefault(param.device, []).append((param, item))
-        self._check_devices(by_device)
+        self._check_devices(params)
         for device, entries in by_device.items():
             batch = Batch.of([item for _, item in entries], groups, device)
             self.batches.append(batch)
@@ -136,7 +161,6 @@ class Lineup:
         self.bound = [(member.binding, member.param) for member in self.members]
         self._groups, self._ids = list(groups), self._parameters.ids
         self._releases = releases_of(params)
-        self._params, self._shapes = params, [plain.shape_of(*bound) for bound in self.bound]
         self._pieces = [param for param in params if isinstance(param, flat.FlatPiece)]
         mine = {id(param) for param in params}
         self._outside = [p for group in groups for p in group["params"] if id(p) not in mine]
@@ -163,7 +187,6 @@ class Lineup:
         retired, self.engine = self.engine, None
         self.members, self.batches, self.bound, self._brought = [], [], [], []
         self._by_id, self._groups, self._held, self._outside, self._pieces = {}, [], [], [], []
-        self._params, self._shapes = [], []
         if retired is not None:
             retired.retire()  # last: its warning may be made an error
 
@@ -190,21 +213,19 @@ class Lineup:
             problem = problem or error
         settled = yield from gradients.settle(self.bound)
         sums, means, self._brought = settled.sums, settled.means, []
-        params, values = self._params, [member.item.param.value for member in self.members]
-        steady = not sums and plain.are_as_before(params, values, self._shapes)
-        grads = [*map(raw_grad, params)] if steady else [None] * len(params)
-        steady = steady and plain.are_local(grads)
-        for member, grad in zip(self.members, grads, strict=True):
+        waiting = []
+        for member in self.members:
+            if id(member.param) in early:
+                member.item.param.present = member.binding.present
+            else:
+                waiting.append(member)
+        steady = None if sums or means else steady_gradients(waiting)
+        for i, member in enumerate(waiting):
+            if steady is not None and (grad := steady[i]) is not None:
+                member.take(grad)
+                continue
             binding, param, item = member.binding, member.param, member.item
             before, key = item.param, id(param)
-            if key in early:
-                before.present = binding.present
-                continue
-            if steady and grad is not None and member.sound:  # what follows, of most in most steps
-                grad = means.get(key, grad)
-                before.grad = grad if grad.dim() == 1 else grad.view(-1)
-                before.present = binding.present
-                continue
             try:
                 known = before if member.sound else None
                 brought = plain.collect(binding, param, sums.get(key), known, item.state)
