@@ -75,3 +75,10 @@ def allocate_states(
             if field.initial is not None:
                 state[name].copy_(field.initial)
         yield state
+
+
+def allocate_state(
+    fields: dict[str, StateField], shard: TensorShard, param: Tensor
+) -> dict[str, Tensor]:
+    """As `allocate_states`, for one parameter."""
+    return next(allocate_states([(fields, shard, param)]))

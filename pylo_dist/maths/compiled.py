@@ -201,20 +201,28 @@ class Kernels:
         items, boxes = orders["items"].new_table(), orders["boxes"].new_table()
         self.served = len(batch.items) > 0
         factors = squares = 0
+        geometry: dict[Any, tuple[tables.Row, list[tables.Row]]] = {}  # alike for many items
         for i, (item, a_at, b_at) in enumerate(
             zip(batch.items, _places(a), _places(b), strict=True)
         ):
-            shard, row = item.param.shard, tables.item_row(item, features)
-            dims = item.dims if row["factored"] else None
-            lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
-            first = boxes.num_rows
-            for box in shard.boxes():
-                box_row = tables.box_row(i, box, shard.shape, dims, lead_dims)
-                if box_row is None:
+            shard, first = item.param.shard, boxes.num_rows
+            kind = (
+                *(shard.shape, shard.start, shard.numel, shard.run, shard.pitch, item.dims),
+                *("row" in item.state, "momentum" in item.state),
+            )
+            if kind not in geometry:
+                row = tables.item_row(item, features)
+                dims = item.dims if row["factored"] else None
+                lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
+                rows = [tables.box_row(i, b, shard.shape, dims, lead_dims) for b in shard.boxes()]
+                if None in rows:
                     self.served = False
                     return
-                boxes.add(box_row)
-            row |= {
+                geometry[kind] = row, [box for box in rows if box is not None]
+            row, box_rows = geometry[kind]
+            for box_row in box_rows:
+                boxes.add({**box_row, "item": i})
+            row = row | {
                 "factors_at": factors,
                 "squares_at": squares,
                 "a_buffer": a_at.buffer,
@@ -237,7 +245,7 @@ class Kernels:
         self.squares = torch.empty(squares, dtype=torch.float64, device=device)
         nothing = [torch.empty(0, device=device) for _ in range(3)]
         states = [item.state for item in batch.items]
-        # what a CPU's operators keep of earlier calls, see `_elements`
+        # what a CPU's operators keep of earlier calls, see `_tensors`
         self._values: list[Tensor] = []
         self._places: list[int] = []  # of the values, in memory
         self._known: set[int] = set()

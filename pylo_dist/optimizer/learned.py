@@ -309,7 +309,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         own: dict[Tensor, State] = {}
 
         def take(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            loaded = self._checked(loaded)
+            loaded = self.check_state_dict(loaded)
             own.update(loading.own_state(loaded, self.param_groups, self._params))
             # torch's way with state casts and shares memory
             return loading.without_state(loaded, self.param_groups)
@@ -322,12 +322,12 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self.early.forget()
         self._lineup.retire()
 
-    def check_state_dict(self, loaded: dict[str, Any]) -> None:
-        """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
-        self._checked(loaded)
+    def check_state_dict(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """Raise the ValueError that `load_state_dict` would raise; changes nothing.
 
-    def _checked(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        """As `check_state_dict`. Returns the state dict as `loading.matched`."""
+        Returns:
+            The same state dict with the parameters of this optimizer, see `loading.matched`.
+        """
         loading.check_parts(loaded, type(self).__name__)
         loaded = loading.matched(loaded, self.param_groups, self.state)
         self.check_groups(loaded["param_groups"])
