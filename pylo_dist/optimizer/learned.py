@@ -131,7 +131,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self._params.admit(self.param_groups, bindings)
         fsdp1_states.serve(group["params"], LearnedOptimizer)
         self._lineup.admit(self.param_groups, self.state)
-        if any(binding.holders is not None for binding in bindings.values()):
+        if _groups_of(self):
             self._ready(enter=True)  # with it a step that is refused tells the other ranks
         self._habits.look(type(self), self.param_groups)
 
