@@ -257,7 +257,8 @@ class Kernels:
         self.a = [packed.buffer for packed in a.buffers]
         self.b = [packed.buffer for packed in b.buffers]
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
-        self._keeps = device.type == "cpu"
+        # one alone, as on a CPU, is where the operators keep what they have seen, see `_tensors`
+        self._keeps = len(sizes) == 1
         self.workspace = [
             torch.zeros(
                 size,
