@@ -107,9 +107,9 @@ struct TensorLists {
   const Tensors_* grads = nullptr;  // one per entry of `active`
 };
 
-inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active,
-                                        const TensorLists& lists) {
-  std::vector<Tensors> all(tables.num_items, Tensors{});
+// Fills in those of the items in `active`.
+inline void fill_pointers(const Tables& tables, const Ints& active, const TensorLists& lists,
+                          Tensors* all) {
   for (const Tensors_* list :
        {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
     if (list) check_list(*list, tables.num_items, "a list with one tensor per item");
@@ -143,6 +143,12 @@ inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active
       t.direction = floats((*lists.directions)[a], item.numel, "a direction");
     }
   }
+}
+
+inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active,
+                                        const TensorLists& lists) {
+  std::vector<Tensors> all(tables.num_items, Tensors{});
+  fill_pointers(tables, active, lists, all.data());
   return all;
 }
 

@@ -33,9 +33,9 @@ struct PassArgs {
   const float* factors;
   const float* normalisers;  // (leads, INPUTS) per item, from normalisers_at[item]
   const int64_t* normalisers_at;
-  const float* networks;
-  int64_t network_size;
-  const int64_t* network_of;
+  const char* networks;  // as `pack` makes them
+  int64_t network_bytes;
+  const int64_t* network_of;  // per item, which of them
   const Step* steps;
 };
 
@@ -57,6 +57,9 @@ struct Kernels {
   // (num_partials, leads.size) sums of squares of the element features; then, where an item has
   // moments, all of them but p^2
   void (*features)(const PassArgs&, const Job&, bool extended, IndexRange leads, double* out);
+  // bytes of a network as `updates` reads it, and it from a packed one (mlp.h); aligned to a line
+  int64_t (*network_bytes)(int hidden);
+  void (*pack)(const float* packed, bool vector_is_row, int hidden, void* to);
   // pass C; gives the sum of (p_new - p)^2
   double (*updates)(const PassArgs&, const Job&, int hidden);
 };

@@ -18,7 +18,7 @@ struct Updater {
   const Step step;
   const float scale;
   const float* normalisers;
-  const Network<Extended, H> net;
+  const Network<Extended, H>& net;
   RawWide squares{};
   Buffers buffers;
   const float* folded_for = nullptr;
@@ -35,7 +35,8 @@ struct Updater {
         step(args.steps[box.item]),
         scale(static_cast<float>(args.scale[box.item])),
         normalisers(args.normalisers + args.normalisers_at[box.item]),
-        net(args.networks + args.network_of[box.item] * args.network_size, item.vector_is_row) {}
+        net(*reinterpret_cast<const Network<Extended, H>*>(
+            args.networks + args.network_of[box.item] * args.network_bytes)) {}
 
   // The normaliser of a side's feature.
   PYLO_HD float side_normaliser(const float* norm, bool vector, int s) const {
@@ -262,6 +263,30 @@ struct Updater {
     return total(squares);
   }
 };
+
+static int64_t network_bytes(int hidden) {
+  switch (hidden) {
+    case 32:
+      return sizeof(Network<false, 32>);
+    case 8:
+      return sizeof(Network<true, 8>);
+    default:
+      return sizeof(Network<true, 4>);
+  }
+}
+
+static void pack(const float* packed, bool vector_is_row, int hidden, void* to) {
+  switch (hidden) {
+    case 32:
+      *static_cast<Network<false, 32>*>(to) = Network<false, 32>(packed, vector_is_row);
+      break;
+    case 8:
+      *static_cast<Network<true, 8>*>(to) = Network<true, 8>(packed, vector_is_row);
+      break;
+    default:
+      *static_cast<Network<true, 4>*>(to) = Network<true, 4>(packed, vector_is_row);
+  }
+}
 
 static double updates(const PassArgs& args, const Job& job, int hidden) {
   switch (hidden) {

@@ -123,6 +123,33 @@ IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DI
   return IndexRange{first, last - first + 1};
 }
 
+// ---------------------------------------------------------------------------------------- pointers
+
+// The pointers of every item, kept in the workspace from call to call: a list of tensors costs more
+// than all of the work on small ones. Lists that are empty stand for those that came before; what
+// comes is checked.
+Tensors* kept_pointers(const Tables& tables, const Ints& active, TensorLists lists,
+                       const Tensors_& workspace) {
+  STD_TORCH_CHECK(!workspace.empty(), "the workspace is missing");
+  const int64_t bytes = tables.num_items * static_cast<int64_t>(sizeof(Tensors));
+  Tensors* all =
+      static_cast<Tensors*>(memory(workspace[0], bytes, ScalarType::Byte, "the workspace"));
+  tables.check_active(active);
+  for (int64_t i : active) all[i].direction = nullptr;
+  for (const Tensors_** list : {&lists.values, &lists.momentum, &lists.rms, &lists.row_or_diag,
+                                &lists.col, &lists.grads}) {
+    if (*list && (*list)->empty()) *list = nullptr;
+  }
+  fill_pointers(tables, active, lists, all);
+  for (int64_t i : active) {
+    const Tensors& t = all[i];
+    const bool factors = tables.items[i].factored ? t.row && t.col : t.diag != nullptr;
+    STD_TORCH_CHECK(!tables.items[i].numel || (t.value && t.grad && t.momentum && t.rms && factors),
+                    "item ", i, " has tensors that were never given");
+  }
+  return all;
+}
+
 // ------------------------------------------------------------------------------------------ pass A
 
 void gradient_pass(Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tensor limits,
@@ -303,7 +330,7 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
                   Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   const Tables tables(items, boxes);
   TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
-  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  const Tensors* tensors = kept_pointers(tables, active, lists, workspace);
   const std::vector<double*> a_buffers = buffers_of_a(tables, sums_a, active);
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
@@ -313,7 +340,7 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;
-  args.tensors = tensors.data();
+  args.tensors = tensors;
   args.rule = rule_of(rule);
   args.scale = doubles(scale, tables.num_items, "scale");
   args.factors = factors_;
@@ -385,7 +412,7 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
                  Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
-  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  Tensors* tensors = kept_pointers(tables, active, lists, workspace);
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
@@ -393,20 +420,18 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
   const int64_t* network_of_ =
       static_cast<int64_t*>(memory(network_of, tables.num_items, ScalarType::Long, "network_of"));
   PassArgs args{};
-  args.network_size = network_size(extended, hidden);
-  const int64_t num_networks = networks.numel() / args.network_size;
+  const int64_t size = network_size(extended, hidden), num_networks = networks.numel() / size;
   for (int64_t i : active) {
     STD_TORCH_CHECK(0 <= network_of_[i] && network_of_[i] < num_networks, "item ", i,
                     " has no network ", network_of_[i]);
   }
   args.items = tables.items;
   args.boxes = tables.boxes;
-  args.tensors = tensors.data();
+  args.tensors = tensors;
   args.rule = rule_of(rule);
   args.scale = doubles(scale, tables.num_items, "scale");
   args.factors = floats(factors, sizes.factors, "factors");
-  args.networks = floats(networks, 0, "networks");
-  args.network_of = network_of_;
+  const float* packed = floats(networks, 0, "networks");
   args.steps = reinterpret_cast<const Step*>(floats(steps, 4 * tables.num_items, "steps"));
   double* param_squares_ = doubles(param_squares, tables.num_items, "param_squares");
   double* update_squares_ = doubles(update_squares, tables.num_items, "update_squares");
@@ -424,6 +449,27 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
     normalisers_at[i] = total;
     total += item.leads * num_inputs(extended);
   }
+  // networks in the order in which the kernel reads them, one for all items that are alike
+  const Kernels& k = kernels();
+  Ints place_of(tables.num_items, 0), place(2 * num_networks, -1), used;
+  for (int64_t i : moving) {
+    const int64_t n = 2 * network_of_[i] + (tables.items[i].vector_is_row ? 1 : 0);
+    if (place[n] < 0) {
+      place[n] = static_cast<int64_t>(used.size());
+      used.push_back(n);
+    }
+    place_of[i] = place[n];
+  }
+  args.network_bytes = k.network_bytes(static_cast<int>(hidden));
+  constexpr size_t line = 64;
+  std::vector<char> room(used.size() * args.network_bytes + line);
+  char* const ready = room.data() + (line - reinterpret_cast<uintptr_t>(room.data()) % line);
+  for_each(static_cast<int64_t>(used.size()), [&](int64_t u) {
+    k.pack(packed + used[u] / 2 * size, used[u] % 2, static_cast<int>(hidden),
+           ready + u * args.network_bytes);
+  });
+  args.networks = ready;
+  args.network_of = place_of.data();
   std::vector<float> normalisers(total);
   args.normalisers = normalisers.data();
   args.normalisers_at = normalisers_at.data();
@@ -435,7 +481,6 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
   });
   const Jobs jobs = deal(tables, moving);
   std::vector<double> changes(jobs.jobs.size(), 0.0);
-  const Kernels& k = kernels();
   for_each(static_cast<int64_t>(jobs.jobs.size()), [&](int64_t j) {
     changes[j] = k.updates(args, jobs.jobs[j], static_cast<int>(hidden));
   });
@@ -443,9 +488,13 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
     for (int64_t j = jobs.first[a]; j < jobs.first[a + 1]; ++j)
       update_squares_[moving[a]] += changes[j];
   }
+  for (int64_t i : active) tensors[i].grad = nullptr;  // it may be gone before the next call
 }
 
-Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) { return Ints(); }
+Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) {
+  const Tables tables(items, boxes);
+  return Ints{tables.num_items * static_cast<int64_t>(sizeof(Tensors))};
+}
 
 // Chooses the instruction set for all later calls ("auto": the best one there is), and gives its
 // name.

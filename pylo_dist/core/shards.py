@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
+@lru_cache(maxsize=4096)
 def factored_dims(shape: Shape, tie_break: str = "as_given") -> tuple[int, int] | None:
     """The two factored dimensions (d1, d0) of a GLOBAL shape: d0 the largest, d1 the second
     largest; None below two dims.
@@ -219,7 +221,7 @@ class TensorShard:
 
     @property
     def is_whole(self) -> bool:
-        return self.numel == self.global_numel
+        return self.numel == math.prod(self.shape)
 
     def boxes(self) -> tuple[Box, ...]:
         """The rectangular blocks that tile this shard; an interval of an n-D tensor needs at most 2

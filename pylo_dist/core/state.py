@@ -6,7 +6,9 @@ Legend: N local elements of a parameter.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +54,31 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def allocate_states(
+    entries: Iterable[tuple[dict[str, StateField], TensorShard, Tensor]],
+) -> Iterator[dict[str, Tensor]]:
+    """New state for each of these parameters with their fields and shards, on its device, in
+    `state_dtype`; every tensor has memory of its own.
+    """
+    first: dict[Any, dict[str, Tensor]] = {}  # of each kind: more of it are cheaper like it
+    for fields, shard, param in entries:
+        dtype, device = state_dtype(param.dtype), param.device
+        kind = id(fields), shard.shape, shard.numel, dtype, device
+        if kind in first:
+            state = {name: torch.zeros_like(like) for name, like in first[kind].items()}
+        else:
+            state = first[kind] = {
+                name: torch.zeros(field.local_shape(shard), dtype=dtype, device=device)
+                for name, field in fields.items()
+            }
+        for name, field in fields.items():
+            if field.initial is not None:
+                state[name].copy_(field.initial)
+        yield state
+
+
 def allocate_state(
     fields: dict[str, StateField], shard: TensorShard, param: Tensor
 ) -> dict[str, Tensor]:
-    """New state for one parameter, on its device, in `state_dtype`."""
-    state = {}
-    for name, f in fields.items():
-        state[name] = torch.zeros(
-            f.local_shape(shard), dtype=state_dtype(param.dtype), device=param.device
-        )
-        if f.initial is not None:
-            state[name].copy_(f.initial)
-    return state
+    """As `allocate_states`, for one parameter."""
+    return next(allocate_states([(fields, shard, param)]))

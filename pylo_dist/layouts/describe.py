@@ -23,10 +23,13 @@ def describe_all(
     Raises:
         ValueError: a layout that cannot be served, or ranks that disagree; on all of them, by name.
     """
-    _check_one_kind(named)
-    if any(plain.is_dtensor(param) for _, param in named):
+    params = [param for _, param in named]
+    sharded, flattened = any(map(plain.is_dtensor, params)), any(map(fsdp1.is_flattened, params))
+    if sharded and flattened:
+        _check_one_kind(named)
+    if sharded:
         return dtensor.describe(named, settings)
-    if any(fsdp1.is_flattened(param) for _, param in named):
+    if flattened:
         return fsdp1.describe(named, settings)
     return [plain.describe(fqn, param) for fqn, param in named]
 

@@ -21,6 +21,7 @@ from ..comm import Collective, Reduction
 from ..core.pieces import ShardBinding, raw_grad
 from .plain import is_dtensor, local_tensor
 
+_PLAIN = frozenset((Tensor, type(None)))
 Bound = Sequence[tuple[ShardBinding, Tensor]]
 
 
@@ -47,11 +48,14 @@ def settle(bound: Bound) -> Generator[list[Collective], None, Settled]:
     changes nothing. None counts as zeros, and so does a gradient that cannot be used.
     """
     whole = [(binding, param) for binding, param in bound if binding.unreduced]
-    partial: dict[int, Any] = {
-        id(p): grad
-        for _, p in bound
-        if (grad := raw_grad(p)) is not None and is_dtensor(grad) and _axis_to_add(grad) is not None
-    }
+    grads = [raw_grad(param) for _, param in bound]
+    partial: dict[int, Any] = {}
+    if not _PLAIN.issuperset(map(type, grads)):
+        partial = {
+            id(param): grad
+            for (_, param), grad in zip(bound, grads, strict=True)
+            if grad is not None and is_dtensor(grad) and _axis_to_add(grad) is not None
+        }
     packed = _pack_means(whole)
     more: list[Reduction] = [] if packed is None else [(whole[0][0].holders, packed)]
     while True:

@@ -17,6 +17,7 @@ from ..core.shards import TensorShard
 from .fsdp1 import check_reduced, is_flat
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ARE_PLAIN = frozenset(_PLAIN)
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -28,6 +29,10 @@ def is_dtensor(tensor: object) -> bool:
         and hasattr(tensor, "placements")
         and hasattr(tensor, "device_mesh")
     )
+
+
+# classes of parameters whose numbers are their own memory
+_HELD = frozenset((*_PLAIN, PieceParameter))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def memory_of(tensors: Sequence[Tensor]) -> list[int]:
     """The address of what this rank holds of each."""
-    if any(map(is_dtensor, tensors)):
+    if not _ARE_PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors)):
         tensors = [*map(local_tensor, tensors)]
     return [*map(Tensor.data_ptr, tensors)]
 
@@ -63,7 +68,7 @@ def part_of(tensor: Tensor) -> tuple[int, ...] | None:
     """The shape of the tensor of which this one is a part, where its attributes say so as in
     `torch.distributed.checkpoint.CheckpointableTensor`; None where they do not.
     """
-    if not all(hasattr(tensor, name) for name in _PART_OF):
+    if not (hasattr(tensor, _PART_OF[0]) and all(hasattr(tensor, name) for name in _PART_OF)):
         return None
     return tuple(tensor.global_shape)  # type: ignore[attr-defined]
 
@@ -199,6 +204,37 @@ def _is_as_before(binding: ShardBinding, param: Tensor, value: Tensor) -> bool:
         and param.is_contiguous()
         and param.dtype is value.dtype
         and param.shape == (value.shape if kind is PieceParameter else binding.shard.shape)
+    )
+
+
+def are_as_before(
+    params: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[torch.Size]
+) -> bool:
+    """As `_is_as_before` of all parameters, whose `shapes` those of `shape_of` are: in lists, since
+    it is asked in every step.
+    """
+    return (
+        _HELD.issuperset(map(type, params))
+        and [*map(Tensor.data_ptr, params)] == [*map(Tensor.data_ptr, values)]
+        and all(map(Tensor.is_contiguous, params))
+        and [param.dtype for param in params] == [value.dtype for value in values]
+        and [param.shape for param in params] == shapes
+    )
+
+
+def shape_of(binding: ShardBinding, param: Tensor) -> torch.Size:
+    """The shape that a parameter has had since the optimizer was built."""
+    shard = binding.shard
+    return torch.Size((shard.numel,) if type(param) is PieceParameter else shard.shape)
+
+
+def are_local(grads: Sequence[Tensor | None]) -> bool:
+    """Whether all gradients, of those that there are, are this rank's elements as they lie."""
+    there = [grad for grad in grads if grad is not None]
+    return (
+        _ARE_PLAIN.issuperset(map(type, there))
+        and all(grad.layout is torch.strided and not grad.requires_grad for grad in there)
+        and all(map(Tensor.is_contiguous, there))
     )
 
 

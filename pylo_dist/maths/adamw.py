@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class AdamW:
     clamp: float | None = None
     group_counter: bool = False
 
+    @cache  # noqa: B019  (few of them, and frozen)
     def state_fields(self) -> dict[str, StateField]:
         moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
         return (

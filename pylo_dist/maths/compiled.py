@@ -201,20 +201,28 @@ class Kernels:
         items, boxes = orders["items"].new_table(), orders["boxes"].new_table()
         self.served = len(batch.items) > 0
         factors = squares = 0
+        geometry: dict[Any, tuple[tables.Row, list[tables.Row]]] = {}  # alike for many items
         for i, (item, a_at, b_at) in enumerate(
             zip(batch.items, _places(a), _places(b), strict=True)
         ):
-            shard, row = item.param.shard, tables.item_row(item, features)
-            dims = item.dims if row["factored"] else None
-            lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
-            first = boxes.num_rows
-            for box in shard.boxes():
-                box_row = tables.box_row(i, box, shard.shape, dims, lead_dims)
-                if box_row is None:
+            shard, first = item.param.shard, boxes.num_rows
+            kind = (
+                *(shard.shape, shard.start, shard.numel, shard.run, shard.pitch, item.dims),
+                *("row" in item.state, "momentum" in item.state),
+            )
+            if kind not in geometry:
+                row = tables.item_row(item, features)
+                dims = item.dims if row["factored"] else None
+                lead_dims = len(features.lead(shard.shape)) if "momentum" in item.state else 0
+                rows = [tables.box_row(i, b, shard.shape, dims, lead_dims) for b in shard.boxes()]
+                if None in rows:
                     self.served = False
                     return
-                boxes.add(box_row)
-            row |= {
+                geometry[kind] = row, [box for box in rows if box is not None]
+            row, box_rows = geometry[kind]
+            for box_row in box_rows:
+                boxes.add({**box_row, "item": i})
+            row = row | {
                 "factors_at": factors,
                 "squares_at": squares,
                 "a_buffer": a_at.buffer,
@@ -237,6 +245,11 @@ class Kernels:
         self.squares = torch.empty(squares, dtype=torch.float64, device=device)
         nothing = [torch.empty(0, device=device) for _ in range(3)]
         states = [item.state for item in batch.items]
+        # what a CPU's operators keep of earlier calls, see `_tensors`
+        self._values: list[Tensor] = []
+        self._places: list[int] = []  # of the values, in memory
+        self._known: set[int] = set()
+        self._grads: list[Tensor | None] = []
         self.momentum = [state.get("momentum", nothing[0]) for state in states]
         self.rms = [state.get("rms", nothing[1]) for state in states]
         self.row_or_diag = [state.get("row", state.get("diag", nothing[2])) for state in states]
@@ -244,6 +257,8 @@ class Kernels:
         self.a = [packed.buffer for packed in a.buffers]
         self.b = [packed.buffer for packed in b.buffers]
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
+        # one alone, as on a CPU, is where the operators keep what they have seen, see `_tensors`
+        self._keeps = len(sizes) == 1
         self.workspace = [
             torch.zeros(
                 size,
@@ -300,12 +315,14 @@ class Kernels:
         """Row and column factors of some items, then pass B, with the moments where they were asked
         for.
         """
+        *elements, row_or_diag, col = self._tensors(batch, indices)
+        self._grads = elements[1] if self._omits() else []
         torch.ops.pylo_dist.feature_pass(
             *(self.items, self.boxes, list(indices), self.rule, self.features.extended),
-            *self._elements(batch, indices),
+            *elements,
             *(
-                self.row_or_diag,
-                self.col,
+                row_or_diag,
+                col,
                 self.a,
                 batch.moves,
                 batch.scale,
@@ -315,6 +332,7 @@ class Kernels:
                 self.workspace,
             ),
         )
+        self._note(indices)
 
     @trace.phased("kernels: update_pass")
     def update_pass(
@@ -328,6 +346,10 @@ class Kernels:
         """Pass C of some items; into `directions`, one per index, where they are given, instead of
         the values.
         """
+        values, grads, momentum, rms, row_or_diag, col = self._tensors(batch, indices)
+        held, self._grads = self._grads, []
+        if self._omits() and [*map(id, grads)] == [*map(id, held)]:  # alive since the pass before
+            grads = []
         torch.ops.pylo_dist.update_pass(
             *(
                 self.items,
@@ -338,10 +360,10 @@ class Kernels:
                 self.hidden,
                 PRECISION[precision],
             ),
-            *self._elements(batch, indices),
+            *(values, grads, momentum, rms),
             *(
-                self.row_or_diag,
-                self.col,
+                row_or_diag,
+                col,
                 self.factors,
                 self.squares,
                 self.b,
@@ -357,15 +379,34 @@ class Kernels:
             ),
             *(list(directions), self.workspace),
         )
+        self._note(indices)
 
-    def _elements(
-        self, batch: Batch, indices: Sequence[int]
-    ) -> tuple[list[Tensor], Any, list[Tensor], list[Tensor]]:
-        values, grads = (
-            [item.param.value for item in batch.items],
-            [batch.items[i].param.grad for i in indices],
-        )
-        return values, grads, self.momentum, self.rms
+    def _omits(self) -> bool:
+        """Whether the operators keep where tensors lie that they have seen: those of a CPU. Under a
+        mode that may hand them other tensors (fake ones, copies) they are given all.
+        """
+        return self._keeps and not torch._C._len_torch_dispatch_stack()
+
+    def _note(self, indices: Sequence[int]) -> None:
+        """The operators have seen the tensors of these items, or others in their place."""
+        if self._omits():
+            self._known.update(indices)
+        else:
+            self._known.clear()
+
+    def _tensors(self, batch: Batch, indices: Sequence[int]) -> tuple[list[Any], ...]:
+        """Values, gradients of `indices`, momentum, rms, row or diag, and col. Lists of what a
+        CPU's operators have seen of all of these items are empty (`_omits`).
+        """
+        values = [item.param.value for item in batch.items]
+        grads = [batch.items[i].param.grad for i in indices]
+        if self._omits():
+            places = [*map(Tensor.data_ptr, values)]
+            if places != self._places or [*map(id, values)] != [*map(id, self._values)]:
+                self._values, self._places, self._known = values, places, set()
+            if self._known.issuperset(indices):
+                return [], grads, [], [], [], []
+        return values, grads, self.momentum, self.rms, self.row_or_diag, self.col
 
 
 def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:

@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +55,20 @@ class Rates:
         return iter((self.step_size, self.exp_mult, self.decay_before, self.decay_after))
 
 
+@lru_cache(maxsize=4096)
+def _fields(shape: Shape, dims: tuple[int, int] | None) -> dict[str, StateField]:
+    """The state of a tensor, one dict for all of its shape."""
+    fields = {"momentum": StateField((3,)), "rms": StateField()}
+    if dims is None:
+        return {**fields, "diag": StateField((3,))}
+    d1, d0 = dims
+    row, col = (
+        StateField((3,), replicated=drop_dim(shape, d0)),
+        StateField((3,), replicated=drop_dim(shape, d1)),
+    )
+    return {**fields, "row": row, "col": col}
+
+
 class FactoredRule(LearnedRule):
     """Three momenta, a mean square, and Adafactor's row and column means for three decays; an MLP
     per element.
@@ -86,17 +101,7 @@ class FactoredRule(LearnedRule):
         return factored_dims(shape)
 
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
-        shape = shard.shape
-        fields = {"momentum": StateField((3,)), "rms": StateField()}
-        dims = self.dims(shape)
-        if dims is None:
-            return {**fields, "diag": StateField((3,))}
-        d1, d0 = dims
-        row, col = (
-            StateField((3,), replicated=drop_dim(shape, d0)),
-            StateField((3,), replicated=drop_dim(shape, d1)),
-        )
-        return {**fields, "row": row, "col": col}
+        return _fields(shard.shape, self.dims(shard.shape))
 
     # ------------------------------------------------------------------------------------- requests
 
@@ -169,6 +174,8 @@ class FactoredRule(LearnedRule):
         kernels = self.kernels(batch)
         if kernels is not None and indices:
             kernels.gradient_pass(batch, indices, limits, replace)
+        if kernels is not None and not replace:
+            return
         for i in indices:
             item = batch.items[i]
             param, (limit, clamp) = item.param, limits[i]
@@ -284,6 +291,8 @@ class ThreePassRule(FactoredRule):
     def steps(self, batch: Batch) -> Tensor:
         """The numbers of `Update` as the compiled passes read them, float64 (items, 4)."""
         steps = batch.numbers("steps", lambda hyper: list(self.rates(hyper)))
+        if type(self).width_mult is ThreePassRule.width_mult:
+            return steps
         widths = tuple(self.width_mult(item) for item in batch.items)
         if any(width != 1.0 for width in widths):
             steps[:, 0::3] /= batch.on_device("widths", widths, torch.float64)[:, None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class LSTM:
         self._tensors, self._heads = tensors, tuple(heads)
         self._joined: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
 
-    @property
+    @cached_property
     def initial(self) -> tuple[Tensor, Tensor]:
         """Hidden units and cell before the first step, each float32 (H,)."""
         hidden, cell = (self._tensors[f"lstm_init_state.{i}"][0] for i in (0, 1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.rule import Batch
-from ..core.shards import TensorShard
+from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
 from ..maths import lstm, mixed, reference
 from ..maths.lstm import LSTM
@@ -126,19 +126,23 @@ class VeLORule(MixedRule):
         self.weights = weights
         self.lstm = LSTM(weights.tensors, HEADS)
         self.factor = weights.constants.get("factor", FACTOR)
+        self._fields: dict[Shape, dict[str, StateField]] = {}  # of `state_fields`
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"factor": FACTOR, **state})
+        self.__dict__.update({"factor": FACTOR, "_fields": {}, **state})
         if "lstm" not in state:  # a pickle of an earlier version
             decays = (self.momentum_decays, (self.rms_decay,), self.factor_decays)
             VeLORule.__init__(self, self.weights, *decays, self.tie_break)
 
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
-        rows = {
-            name: StateField(replicated=tuple(initial.shape), initial=initial)
-            for name, initial in zip(("lstm_hidden", "lstm_cell"), self.lstm.initial, strict=True)
-        }
-        return {**super().state_fields(shard, hyper), **rows}
+        if shard.shape not in self._fields:
+            names = ("lstm_hidden", "lstm_cell")
+            rows = {
+                name: StateField(replicated=tuple(initial.shape), initial=initial)
+                for name, initial in zip(names, self.lstm.initial, strict=True)
+            }
+            self._fields[shard.shape] = {**super().state_fields(shard, hyper), **rows}
+        return self._fields[shard.shape]
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None

@@ -4,7 +4,7 @@ rule has a use for that. Writes no parameter and no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.pieces import raw_grad
 from ..core.rule import LearnedRule
 from ..layouts import plain
-from .lineup import Lineup, Member
+from .lineup import Lineup, Member, steady_gradients
 
 
 class EarlyPass:
@@ -23,12 +23,13 @@ class EarlyPass:
 
     Args:
         lineup: the parameters that gradients may be of.
+        ready: makes it, where there is none yet.
     """
 
-    def __init__(self, lineup: Lineup) -> None:
-        self._lineup = lineup
-        # id(parameter) -> the gradient that was read, and its version then
-        self._read: dict[int, tuple[Tensor, int]] = {}
+    def __init__(self, lineup: Lineup, ready: Callable[[], object]) -> None:
+        self._lineup, self._ready = lineup, ready
+        # id(parameter) -> its member, the gradient that was read, and the version of that then
+        self._read: dict[int, tuple[Member, Tensor, int]] = {}
 
     @torch.no_grad()
     def arrived(self, params: Iterable[Tensor]) -> None:
@@ -38,24 +39,26 @@ class EarlyPass:
         rule = self._lineup.rule
         if type(rule).gradient_pass is LearnedRule.gradient_pass:
             return  # all is left to the step
-        arrived: dict[int, dict[int, Member]] = {}
-        found: dict[int, tuple[Tensor, int]] = {}
-        for param in params:
-            member = self._lineup.member(id(param))
-            if member is None:
-                continue
+        if self._lineup.engine is None:
+            try:
+                self._ready()
+            except ValueError:  # the step will say it
+                return
+        known = map(self._lineup.member, map(id, params))
+        members = [*dict.fromkeys(member for member in known if member is not None)]
+        for member in members:
             if member.place in member.batch.summed:
                 rule.forget_gradient(member.batch, member.place)
-            grad = _bring(member)
-            if grad is not None:
-                arrived.setdefault(id(member.batch), {})[member.place] = member
-                found[id(param)] = grad, grad._version
-        for members in arrived.values():
-            batch = next(iter(members.values())).batch
-            rule.gradient_pass(batch, list(members))
-            for place, member in members.items():
-                if place in batch.summed:
-                    self._read[id(member.param)] = found[id(member.param)]
+        for batch in self._lineup.batches:
+            mine = [member for member in members if member.batch is batch]
+            found = [*zip(mine, _brought(mine), strict=True)]
+            arrived = [(member, grad) for member, grad in found if grad is not None]
+            if not arrived:
+                continue
+            rule.gradient_pass(batch, [member.place for member, _ in arrived])
+            for member, grad in arrived:
+                if member.place in batch.summed:
+                    self._read[id(member.param)] = member, grad, grad._version
                 else:  # the rule leaves it to the step
                     member.item.param.grad = None
 
@@ -64,13 +67,19 @@ class EarlyPass:
         gradient or memory is another one by now are forgotten. Asked once a step.
         """
         read, self._read = self._read, {}
+        read = {
+            key: entry
+            for key, entry in read.items()
+            if entry[0].place in entry[0].batch.summed and self._lineup.member(key) is entry[0]
+        }  # the others are of another engine
+        # a copy of the parameter, in place of a view, may be out of date by now
+        places = plain.memory_of([member.param for member, _, _ in read.values()])
+        views = [member.item.param.value.data_ptr() for member, _, _ in read.values()]
         taken = set()
-        for key, (grad, version) in read.items():
-            member = self._lineup.member(key)
-            if member is None or member.place not in member.batch.summed:  # of another engine
-                continue
-            unchanged = raw_grad(member.param) is grad and grad._version == version
-            if unchanged and _is_view(member):
+        for (key, (member, grad, version)), place, view in zip(
+            read.items(), places, views, strict=True
+        ):
+            if raw_grad(member.param) is grad and grad._version == version and place == view:
                 taken.add(key)
             else:
                 self._lineup.rule.forget_gradient(member.batch, member.place)
@@ -85,6 +94,21 @@ class EarlyPass:
             batch.summed.clear()
             for item in batch.items:
                 item.param.grad = None  # it would be in memory until the next step
+
+
+def _brought(members: Sequence[Member]) -> Sequence[Tensor | None]:
+    """Give the items of these members the gradients of their parameters.
+
+    Returns:
+        Those gradients, None where the step must look again.
+    """
+    steady = steady_gradients(members)
+    if steady is None or any(member.binding.unreduced for member in members):
+        return [*map(_bring, members)]
+    for member, grad in zip(members, steady, strict=True):
+        if grad is not None:
+            member.take(grad)
+    return steady
 
 
 def _bring(member: Member) -> Tensor | None:
@@ -103,10 +127,3 @@ def _bring(member: Member) -> Tensor | None:
     except ValueError:  # the step will say it
         return None
     return grad
-
-
-def _is_view(member: Member) -> bool:
-    """Whether the item's values lie in the parameter's memory: a copy may be out of date by the
-    step.
-    """
-    return member.item.param.value.data_ptr() == plain.local_tensor(member.param).data_ptr()

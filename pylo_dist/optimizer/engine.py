@@ -282,9 +282,13 @@ class Engine:
             audit: float64 (items, slots), reduced.
             bad: per batch, bool (items,), which gradients are no numbers.
         """
-        limits = [item.hyper.get("max_grad_norm") for item in batch.items]
-        clipped, batch.clips = batch.clips, any(limit is not None for limit in limits)
+        groups, _ = batch.hypers()
+        clipped, batch.clips = (
+            batch.clips,
+            any(group.get("max_grad_norm") is not None for group in groups),
+        )
         if batch.clips:
+            limits = [item.hyper.get("max_grad_norm") for item in batch.items]
             bounds = tuple(float("inf") if limit is None else limit for limit in limits)
             bound = batch.on_device("engine: bounds", bounds, torch.float64)
             norm = (
@@ -310,7 +314,8 @@ class Engine:
         With such a step torch.distributed.checkpoint makes optimizers create their state; it must
         change nothing.
         """
-        rates = [item.hyper.get("lr", 1.0) for _, batch in self.work for item in batch.items]
+        groups = [group for _, batch in self.work for group in batch.hypers()[0]]
+        rates = [group.get("lr", 1.0) for group in groups]
         if not all(isinstance(rate, Tensor) or rate == 0.0 for rate in rates):
             return self._false
         probe = self.grad_norm == 0.0

@@ -90,7 +90,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self._clip, self._nonfinite = clip, nonfinite
         self._params = Parameters(rule, type(self).__name__)
         self._lineup = Lineup(self._params, rule, clip, nonfinite)
-        self.early = EarlyPass(self._lineup)
+        self.early = EarlyPass(self._lineup, self._ready)
         self._first_steps = FirstSteps()
         self._loss: Tensor | None = None
         self._problem: Exception | None = None
@@ -128,9 +128,11 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             group.get("step", 0), dtype=torch.int64, device=device
         ).clone()
         group.update(loading.marks_of(self.rule, self.weights))
-        self._params.admit(group, bindings)
+        self._params.admit(self.param_groups, bindings)
         fsdp1_states.serve(group["params"], LearnedOptimizer)
-        self._ready(enter=True)
+        self._lineup.admit(self.param_groups, self.state)
+        if _groups_of(self):
+            self._ready(enter=True)  # with it a step that is refused tells the other ranks
         self._habits.look(type(self), self.param_groups)
 
     def settings(self) -> list[str]:
@@ -259,7 +261,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
     def layouts(self) -> list[tuple[ShardBinding, Tensor]]:
         """Every parameter with where its elements lie."""
-        self._ready()
+        self._params.follow(self.param_groups, self.state, self.settings)
         return self._params.bound(self.param_groups)
 
     def state_fields(self, param: Tensor) -> dict[str, StateField]:
@@ -307,8 +309,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         own: dict[Tensor, State] = {}
 
         def take(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self.check_state_dict(loaded)
-            loaded = loading.matched(loaded, self.param_groups, self.state)
+            loaded = self.check_state_dict(loaded)
             own.update(loading.own_state(loaded, self.param_groups, self._params))
             # torch's way with state casts and shares memory
             return loading.without_state(loaded, self.param_groups)
@@ -321,13 +322,18 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         self.early.forget()
         self._lineup.retire()
 
-    def check_state_dict(self, loaded: dict[str, Any]) -> None:
-        """Raise the ValueError that `load_state_dict` would raise; changes nothing."""
+    def check_state_dict(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """Raise the ValueError that `load_state_dict` would raise; changes nothing.
+
+        Returns:
+            The same state dict with the parameters of this optimizer, see `loading.matched`.
+        """
         loading.check_parts(loaded, type(self).__name__)
         loaded = loading.matched(loaded, self.param_groups, self.state)
         self.check_groups(loaded["param_groups"])
         loading.check_group_state(loaded["param_groups"], self.rule)
         loading.check_states(loaded, self.param_groups, self.state, self._params)
+        return loaded
 
     def check_groups(self, groups: Groups) -> None:
         """As `check_state_dict`, of the parameter groups alone."""
@@ -348,7 +354,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
     def state_template(self, param: Tensor) -> State:
         """New state tensors of a parameter as `state_dict` has them, zeros, to be loaded into."""
-        return self._params.canonical(param, self._params.new_state(param))
+        (state,) = self._params.new_states([param])
+        return self._params.canonical(param, state)
 
     def __getstate__(self) -> dict[str, Any]:
         for binding in self._params.bindings.values():
@@ -371,7 +378,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             self.__dict__.setdefault("process_group", None)
             self.timeout = None
             self._lineup = Lineup(self._params, self.rule, self._clip, self._nonfinite)
-            self.early = EarlyPass(self._lineup)
+            self.early = EarlyPass(self._lineup, self._ready)
             self._first_steps = FirstSteps(looks=0)
             self._loss = None
         self._problem = None  # a loaded state leaves the loss given for the coming step

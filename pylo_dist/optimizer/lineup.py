@@ -4,8 +4,15 @@ parameters their new values where those could not be written in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    MutableMapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -13,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Collective
-from ..core.pieces import ShardBinding
+from ..core.pieces import ShardBinding, raw_grad
 from ..core.rule import Batch, Item, LearnedRule
 from ..layouts import flat, gradients, plain
 from ..layouts.gathered import releases_of
@@ -28,6 +35,7 @@ class Member:
     Attributes:
         sound: whether the last step could use it; what that step saw of it is looked at anew
             otherwise.
+        shape: the parameter's, as long as it is as it was.
     """
 
     binding: ShardBinding
@@ -36,6 +44,29 @@ class Member:
     batch: Batch
     place: int
     sound: bool = True
+    shape: torch.Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shape = plain.shape_of(self.binding, self.param)
+
+    def take(self, grad: Tensor) -> None:
+        """Bring the item a gradient that `steady_gradients` gave."""
+        sharded = self.item.param
+        sharded.grad = grad if grad.dim() == 1 else grad.view(-1)
+        sharded.present = self.binding.present
+
+
+def steady_gradients(members: Sequence[Member]) -> list[Tensor | None] | None:
+    """The gradients of these members as they lie, where parameters and gradients are what they are
+    in most steps; None where one is not, and each is to be collected by itself. Asked in every
+    step, and so in lists.
+    """
+    params = [member.param for member in members]
+    values = [member.item.param.value for member in members]
+    if not plain.are_as_before(params, values, [member.shape for member in members]):
+        return None
+    grads = [*map(raw_grad, params)]
+    return grads if plain.are_local(grads) and all(m.sound for m in members) else None
 
 
 class Lineup:
@@ -75,6 +106,24 @@ class Lineup:
         self._states: list[int] = []
         self._memory: list[int] = []
 
+    def admit(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:
+        """Take in a group that is new among these: its state is made now, the engine when it is
+        asked for, and not once per group. Raises as `ready`.
+        """
+        self.retire()
+        self._parameters.enter(groups, state)
+        self._check_devices(param for param, its in state.items() if its)
+
+    def _check_devices(self, params: Iterable[Tensor]) -> None:
+        if not self.rule.needs_loss:
+            return
+        devices = dict.fromkeys(str(param.device) for param in params)
+        if len(devices) > 1:
+            raise ValueError(
+                f"{self._parameters.kind} couples all tensors; they are on {[*devices]}, wanted "
+                "one device"
+            )
+
     def ready(self, groups: Groups, state: MutableMapping[Tensor, Any], enter: bool) -> Engine:
         """The engine over the parameters there are now; their state is made where there is none.
 
@@ -86,6 +135,8 @@ class Lineup:
         """
         if self.engine is not None and self._stands(groups, state, enter):
             return self.engine
+        if enter:
+            self._parameters.enter(groups, state)
         taking_part = self._parameters.taking_part(groups, state, enter)
         params = [param for param, _ in taking_part]
         described = self._parameters.bindings
@@ -93,8 +144,6 @@ class Lineup:
         by_device: dict[torch.device, list[tuple[Tensor, Item]]] = {}
         for param, group in taking_part:
             binding, fields = described[param], self._parameters.fields[param]
-            if not state[param]:
-                state[param] = self._parameters.new_state(param)
             local = {
                 name: fields[name].flat(plain.local_tensor(tensor))
                 for name, tensor in state[param].items()
@@ -102,11 +151,7 @@ class Lineup:
             dims = self.rule.dims(binding.shard.shape)
             item = Item(plain.without_gradient(binding, param), local, group, dims)
             by_device.setdefault(param.device, []).append((param, item))
-        if self.rule.needs_loss and len(by_device) > 1:
-            raise ValueError(
-                f"{self._parameters.kind} couples all tensors; they are on "
-                f"{[str(d) for d in by_device]}, wanted one device"
-            )
+        self._check_devices(params)
         for device, entries in by_device.items():
             batch = Batch.of([item for _, item in entries], groups, device)
             self.batches.append(batch)
@@ -168,12 +213,19 @@ class Lineup:
             problem = problem or error
         settled = yield from gradients.settle(self.bound)
         sums, means, self._brought = settled.sums, settled.means, []
+        waiting = []
         for member in self.members:
+            if id(member.param) in early:
+                member.item.param.present = member.binding.present
+            else:
+                waiting.append(member)
+        steady = None if sums or means else steady_gradients(waiting)
+        for i, member in enumerate(waiting):
+            if steady is not None and (grad := steady[i]) is not None:
+                member.take(grad)
+                continue
             binding, param, item = member.binding, member.param, member.item
             before, key = item.param, id(param)
-            if key in early:
-                before.present = binding.present
-                continue
             try:
                 known = before if member.sound else None
                 brought = plain.collect(binding, param, sums.get(key), known, item.state)

@@ -58,16 +58,19 @@ def unsharded(saved: dict[str, Any], groups: Groups, parameters: Parameters) -> 
     """A state dict of torch's making in the keys, shapes and dtypes of the unsharded optimizer;
     `saved` (modified in place).
     """
+    state, whole = saved["state"], parameters.whole()
     for i, param in _params_by_key(saved["param_groups"], groups).items():
-        if i in saved["state"]:
-            saved["state"][i] = parameters.canonical(param, saved["state"][i])
+        if i in state:
+            entries = state[i]
+            state[i] = {**entries} if id(param) in whole else parameters.canonical(param, entries)
         elif param.requires_grad and not parameters.bindings[param].shard.global_numel:
-            saved["state"][i] = {}  # torch's set_optimizer_state_dict misses it otherwise
+            state[i] = {}  # torch's set_optimizer_state_dict misses it otherwise
     for saved_group, group in zip(saved["param_groups"], groups, strict=True):
         saved_group["param_names"] = list(names_of(groups, group))
     return saved
 
 
+@torch.no_grad()
 def own_state(
     loaded: dict[str, Any], groups: Groups, parameters: Parameters
 ) -> dict[Tensor, State]:
@@ -166,18 +169,15 @@ def _differing(
     keys = saved["params"]
     if not isinstance(saved_names, list) or len(saved_names) != len(keys):
         return {}, {}
-    if any(map(_is_generated, (*saved_names, *own_names))):
+    if saved_names == own_names or any(map(_is_generated, (*saved_names, *own_names))):
         return {}, {}
-    theirs, ours = _bare(saved_names), _bare(own_names)
-    if len({*theirs}) != len(theirs) or len({*ours}) != len(ours):
+    theirs = dict(zip(_bare(saved_names), keys, strict=True))
+    ours = dict(zip(_bare(own_names), group["params"], strict=True))
+    if len(theirs) != len(saved_names) or len(ours) != len(own_names):
         return {}, {}
     return (
-        {name: key for name, key in zip(theirs, keys, strict=True) if name not in {*ours}},
-        {
-            name: param
-            for name, param in zip(ours, group["params"], strict=True)
-            if name not in {*theirs}
-        },
+        {name: key for name, key in theirs.items() if name not in ours},
+        {name: param for name, param in ours.items() if name not in theirs},
     )
 
 
@@ -278,7 +278,10 @@ def check_names(saved: Groups, groups: Groups) -> None:
     """
     for i, (group, own_group) in enumerate(zip(saved, groups, strict=False)):
         names = names_of(groups, own_group)
-        for name, own in zip(group.get("param_names") or names, names, strict=False):
+        found = group.get("param_names") or names
+        if found == names:
+            continue
+        for name, own in zip(found, names, strict=False):
             if not same_name(name, own):
                 raise ValueError(
                     f"group {i} of the state has {name!r} in the place of {own!r}: it belongs to "
@@ -303,11 +306,24 @@ def check_states(
             "left out by torch's set_optimizer_state_dict: call that while the parameter is "
             "trainable and freeze it after it, or load with load_state_dict or pylo_dist.checkpoint"
         )
+    wanted: dict[Any, list[tuple[str, StateField, torch.Size]]] = {}  # alike for many parameters
     for saved, param in by_key.items():
         entries = loaded["state"].get(saved, {})
-        if entries or state.get(param):
-            for name, field in parameters.fields[param].items():
-                _check_tensor(name, entries.get(name), field, parameters.bindings[param], param)
+        if not (entries or state.get(param)):
+            continue
+        fields, binding = parameters.fields[param], parameters.bindings[param]
+        shape, dtype = binding.shard.shape, state_dtype(param.dtype)
+        kind = id(fields), shape
+        if kind not in wanted:
+            wanted[kind] = [
+                (name, field, torch.Size(field.canonical_shape(shape)))
+                for name, field in fields.items()
+            ]
+        for name, field, size in wanted[kind]:
+            got = entries.get(name)
+            # a tensor that is no part of another is whole: every rank's elements are in it
+            if type(got) is not Tensor or got.dtype != dtype or got.shape != size:
+                _check_tensor(name, got, field, binding, param)
 
 
 def _passed_over(

@@ -9,7 +9,7 @@ state says that it is in: state is made as it enters, saved, loaded and copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
 from ..core.shards import Shape
-from ..core.state import StateField, allocate_state
+from ..core.state import StateField, allocate_states
 from ..layouts import construction, dtensor, plain
 from ..layouts.describe import describe_all
 from .sharded_state import canonical
@@ -74,6 +74,10 @@ def share_names(group: dict[str, Any], groups: Groups) -> None:
             other.setdefault("param_names", [])
 
 
+def _ids_of(groups: Groups) -> list[int]:
+    return [*map(id, chain.from_iterable(group["params"] for group in groups))]
+
+
 class Parameters:
     """The one place that is asked about the parameters of an optimizer.
 
@@ -95,11 +99,12 @@ class Parameters:
         self.fields: dict[Tensor, dict[str, StateField]] = {}
         self.ids: list[int] = []
         self._rule = rule
+        self._whole: tuple[dict[Tensor, ShardBinding], set[int]] | None = None
         self._given: list[list[tuple[str, Shape]]] = []  # names and global shapes, by group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # of another process, or of a version that had none
-        self.__dict__.update({**state, "ids": []})
+        self.__dict__.update({**state, "ids": [], "_whole": None})
 
     # ------------------------------------------------------------------------------ which there are
 
@@ -115,14 +120,15 @@ class Parameters:
         bindings = describe_all(named, settings)
         return {param: binding for (_, param), binding in zip(named, bindings, strict=True)}
 
-    def admit(self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]) -> None:
-        """Take over a new group; the bindings are those of all groups, of which some may have
-        changed: a copy of a parameter may lie on ranks that the new group brings in.
+    def admit(self, groups: Groups, bindings: dict[Tensor, ShardBinding]) -> None:
+        """Take over the last of these groups, which is new; the bindings are those of all, of which
+        some may have changed: a copy of a parameter may lie on ranks that the new group brings in.
         """
-        fields = self._fields_of(group, bindings)
-        shards = [bindings[param].shard for param in group["params"]]
+        fields = self._fields_of(groups[-1], bindings)
+        shards = [bindings[param].shard for param in groups[-1]["params"]]
         self._given.append([(shard.fqn, shard.shape) for shard in shards])
-        self.bindings, self.fields, self.ids = bindings, {**self.fields, **fields}, []
+        self.bindings, self.fields = bindings, {**self.fields, **fields}
+        self.ids = _ids_of(groups)
 
     def follow(
         self,
@@ -138,7 +144,7 @@ class Parameters:
             ValueError: one has another global shape than that in whose place it is, or steps were
                 taken, and the state belongs to the parameters that are gone.
         """
-        ids = [*map(id, chain.from_iterable(group["params"] for group in groups))]
+        ids = _ids_of(groups)
         if ids == self.ids:
             return
         if all(param in self.bindings for group in groups for param in group["params"]):
@@ -195,6 +201,19 @@ class Parameters:
             for param in group["params"]
         }
 
+    def whole(self) -> set[int]:
+        """The parameters, by id, of which this rank alone has all: their state is canonical as it
+        is.
+        """
+        if self._whole is None or self._whole[0] is not self.bindings:
+            found = {
+                id(param)
+                for param, binding in self.bindings.items()
+                if binding.group is None and binding.shard.is_whole
+            }
+            self._whole = self.bindings, found
+        return self._whole[1]
+
     def bound(self, groups: Groups) -> list[tuple[ShardBinding, Tensor]]:
         """Every parameter with where its elements lie."""
         return [(self.bindings[param], param) for group in groups for param in group["params"]]
@@ -219,14 +238,17 @@ class Parameters:
 
     def takes_part(self, param: Tensor, state: MutableMapping[Tensor, Any], enter: bool) -> bool:
         """See `taking_part`."""
-        return bool(state.get(param) or (enter and self._may_enter(param))) and (
-            self.bindings[param].shard.global_numel > 0
-        )
+        there = state.get(param) or (enter and self._may_enter(param))
+        return bool(there) and self._has_elements(param)
+
+    def _has_elements(self, param: Tensor) -> bool:
+        return self.bindings[param].shard.global_numel > 0
 
     def _may_enter(self, param: Tensor) -> bool:
         # whether there is a gradient may differ between ranks, and the line-up must not
-        alone = param.grad is not None and self.bindings[param].holders is None
-        return param.requires_grad or alone
+        return param.requires_grad or (
+            param.grad is not None and self.bindings[param].holders is None
+        )
 
     def left_out(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> ValueError | None:
         """What is wrong with the coming step: a gradient that it would pass over."""
@@ -247,11 +269,21 @@ class Parameters:
 
     # ---------------------------------------------------------------------------------- their state
 
-    def new_state(self, param: Tensor) -> State:
-        """What the state of a parameter begins with, as `optimizer.state` shows it."""
-        return self.shown(
-            param, allocate_state(self.fields[param], self.bindings[param].shard, param)
-        )
+    def new_states(self, params: Sequence[Tensor]) -> Iterator[State]:
+        """What the state of each of these parameters begins with, as `optimizer.state` shows it."""
+        fields, bindings = self.fields, self.bindings
+        entries = ((fields[param], bindings[param].shard, param) for param in params)
+        return map(self.shown, params, allocate_states(entries))
+
+    def enter(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:
+        """Make the state of those that may come in now (see `taking_part`) and have none."""
+        new = [
+            param
+            for group in groups
+            for param in group["params"]
+            if not state.get(param) and self._may_enter(param) and self._has_elements(param)
+        ]
+        state.update(zip(new, self.new_states(new), strict=True))
 
     def shown(self, param: Tensor, local: State) -> State:
         """The local state of a parameter as `optimizer.state` shows it: what is sharded as a

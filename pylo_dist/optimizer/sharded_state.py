@@ -26,6 +26,7 @@ from ..core.state import StateField
 from ..layouts.plain import is_dtensor, local_tensor
 
 aten = torch.ops.aten
+_GIVEN: set[int] = set()  # tensors, by id, see `given`
 
 
 class ShardedState(Tensor):
@@ -211,6 +212,9 @@ def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tens
     shape = field.local_shape(shard)
     if (kept := _given(source, field, shard)) is not None and kept.device == like.device:
         return kept.view(shape)
+    here = field.replicated is not None or shard.is_whole
+    if here and type(source) is Tensor and (source.shape, source.device) == (shape, like.device):
+        return source.detach().clone(memory_format=torch.contiguous_format)
     local = torch.empty(shape, dtype=source.dtype, device=like.device)
     if field.replicated is not None:
         whole = TensorShard.whole(shard.fqn, field.canonical_shape(shard.shape))
@@ -225,19 +229,18 @@ def given(sources: Sequence[Tensor]) -> Iterator[None]:
     """Around loading: whoever loads a tensor of these keeps its memory, which nobody else has; the
     first one alone.
     """
-    for source in sources:
-        source._pylo_given = True  # type: ignore[attr-defined]
+    _GIVEN.update(map(id, sources))
     try:
         yield
     finally:
-        for source in sources:
-            source.__dict__.pop("_pylo_given", None)
+        _GIVEN.difference_update(map(id, sources))
 
 
 def _given(source: Tensor, field: StateField, shard: TensorShard) -> Tensor | None:
-    """The memory of a tensor that was given away (its mark goes) and has these elements alone."""
-    if not source.__dict__.pop("_pylo_given", False):
+    """The memory of a tensor that was given away (it is no more) and has these elements alone."""
+    if id(source) not in _GIVEN:
         return None
+    _GIVEN.discard(id(source))
     if isinstance(source, ShardedState):
         fits = (source.copies, source.shard) == (field.copies, shard)
         return source.local if fits and source.local.is_contiguous() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -513,10 +514,10 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
                 f"{tuple(architecture.shapes[key])}{f' with {known}' if known else ''}"
                 f"{_whose(tensors)}"
             )
-        if not bool(tensor.isfinite().all()):
-            raise WeightsError(f"weights {name!r}: {key!r} holds inf or NaN")
         frozen[key] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if not bool(frozen[key].isfinite().all()):
+        if tensor.numel() and not all(map(math.isfinite, frozen[key].aminmax())):
+            if not bool(tensor.isfinite().all()):
+                raise WeightsError(f"weights {name!r}: {key!r} holds inf or NaN")
             raise WeightsError(
                 f"weights {name!r}: {key!r} holds numbers that float32, in which rules compute, "
                 "does not reach"

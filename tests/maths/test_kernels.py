@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,48 @@ def test_one_call_per_pass_for_any_number_of_tensors() -> None:
     assert len(few.calls) == len(many.calls) == 3
     # views of parameters and gradients, and unbind
     assert (many.others - few.others) / 50 <= 14, (few.others, many.others)
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
+def test_what_operators_keep_of_a_call_follows_tensors_that_move(name: str) -> None:
+    """Beside an optimizer whose operators are given all tensors in every call."""
+    runs = []
+    for given_all in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(shape, generator=generator))
+            for shape in ((3, 4), (5,), (2, 40), (7,))
+        ]
+        optimizer = SETTINGS[name].build([(f"p{i}", p) for i, p in enumerate(params)])
+        for step in range(6):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=generator)
+                if i == step:  # the first one comes in late
+                    p.grad = None
+            if step == 2:
+                params[1].data = params[1].data.clone()
+            if step == 3:
+                optimizer.load_state_dict(optimizer.state_dict())
+            if step == 4:
+                params[2].data = params[2].data.t().clone().t()  # no longer contiguous
+            with Recorder() if given_all else nullcontext():
+                optimizer.step(torch.tensor(1.0))
+        runs.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_operators_refuse_tensors_that_were_never_given() -> None:
+    func, args = next((f, a) for f, a in stepped(4).calls if "feature_pass" in str(f))
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=True))
+    given["workspace"] = [torch.zeros_like(room) for room in given["workspace"]]
+    func(*given.values())  # keeps them
+    nothing: dict[str, Any] = {k: [] for k in ("values", "momentum", "rms", "row_or_diag", "col")}
+    func(*{**given, **nothing}.values())
+    for room in given["workspace"]:
+        room.zero_()
+    with pytest.raises(RuntimeError, match="never given"):
+        func(*{**given, **nothing}.values())
 
 
 def test_operators_refuse_what_they_cannot_read() -> None:

@@ -234,8 +234,8 @@ def test_a_gradient_is_stepped_whatever_requires_grad_says() -> None:
 def test_switching_builds_no_other_engine() -> None:
     model = Net()
     optimizer = adafac(model.named_parameters())
-    engine = optimizer._lineup.engine
-    engine._captured = True  # type: ignore[union-attr]
+    engine = optimizer._ready()
+    engine._captured = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(4):
