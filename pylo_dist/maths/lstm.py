@@ -5,20 +5,22 @@ Source: HyperV2 in google/learned_optimization (research/general_lopt/hyper_v2.p
 features and LSTM Celo (amoudgl/celo) has too.
 
 Legend: H hidden units, I inputs, O outputs of the linear heads, R rows: one per tensor, or one for
-the run.
+the run; K of them computed or kept on this rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..core.rule import Batch
+from ..core.cuts import holding
+from ..core.rule import Batch, Item
 from . import reference
 
 # of the run, where its tanh features switch
@@ -166,21 +168,25 @@ class LSTM:
         hidden, cell = (self._tensors[f"lstm_init_state.{i}"][0] for i in (0, 1))
         return hidden, cell
 
-    def step(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden, cell) after `inputs` (R, I), each (R, H); the rows know of each other by the
-        largest of what each says to all.
+    def mixed(self, inputs: Tensor) -> Tensor:
+        """What the cell reads of `inputs` (R, I), (R, H); here alone rows know of each other, by
+        the largest of what each says to all.
         """
         w = self._weights(inputs.dtype, inputs.device)
-        # x <- x W2 + b2 + max over rows of relu(x W1 + b1)
+        # x W2 + b2 + max over rows of relu(x W1 + b1)
         mix, x = linear(inputs, w["mix.weight"], w["mix.bias"]).chunk(2, dim=1)
-        x = x + torch.relu(mix).amax(0)
-        gates = linear(torch.cat([x, hidden], dim=1), w["lstm.weight"], w["lstm.bias"])
+        return x + torch.relu(mix).amax(0)
+
+    def step(self, mixed: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden, cell) of some rows after what `mixed` says of them; all are (K, H)."""
+        w = self._weights(mixed.dtype, mixed.device)
+        gates = linear(torch.cat([mixed, hidden], dim=1), w["lstm.weight"], w["lstm.bias"])
         i, g, f, o = gates.chunk(4, dim=1)
         cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """What the heads make of `hidden` (R, H), side by side: (R, O)."""
+        """What the heads make of `hidden` (K, H), side by side: (K, O)."""
         w = self._weights(hidden.dtype, hidden.device)
         return linear(hidden, w["heads.weight"], w["heads.bias"])
 
@@ -200,6 +206,104 @@ class LSTM:
                 for kind in ("weight", "bias")
             }
         return self._joined[dtype, device]
+
+
+TEAMS = 8
+
+
+class TensorRows:
+    """VeLO's: one row per tensor of a batch, `lstm_hidden` and `lstm_cell` of its state, computed
+    where it is kept.
+
+    Rows that the same ranks keep are computed together, in the order of their items: a matrix
+    product of fewer rows may round otherwise, and so a row has the same bits on all of its ranks.
+    Every such product reads the cell's weights anew, which costs what some four rows do; hence
+    more than TEAMS ranks count as so many teams of neighbours, and a team's ranks compute together
+    what any of them keeps.
+
+    Args:
+        lstm: of all rows.
+        batch: whose items have them.
+
+    Attributes:
+        kept: the items whose rows are here, in the order of `advance`.
+        places: of every item its place in `kept`; 0 of those that are not there.
+        all: whether these are all items, in order.
+    """
+
+    def __init__(self, lstm: LSTM, batch: Batch) -> None:
+        self.lstm = lstm
+        kept = {i for i, item in enumerate(batch.items) if item.state["lstm_hidden"].numel()}
+        together: dict[object, list[int]] = {}
+        for i, item in enumerate(batch.items):
+            together.setdefault(_keepers(item), []).append(i)
+        self._sets = [
+            _Together.of(items, kept, batch)
+            for items in together.values()
+            if not kept.isdisjoint(items)
+        ]
+        self.kept = tuple(i for items in together.values() for i in items if i in kept)
+        places = {i: place for place, i in enumerate(self.kept)}
+        self.places = tuple(places.get(i, 0) for i in range(len(batch.items)))
+        self.all = self.kept == tuple(range(len(batch.items)))
+
+    def advance(self, batch: Batch, mixed: Tensor) -> Tensor:
+        """Go on by a step (the state is modified in place, if `batch.taken`); what the heads say of
+        the rows of `kept`, (K, O).
+
+        Args:
+            mixed: of all tensors, (R, H), see `LSTM.mixed`.
+        """
+        said = [self._advance(batch, rows, mixed) for rows in self._sets]
+        return torch.cat(said) if said else self.lstm.outputs(mixed[:0])
+
+    def _advance(self, batch: Batch, rows: _Together, mixed: Tensor) -> Tensor:
+        here = mixed if self.all else mixed.index_select(0, rows.items)
+        old = [torch.stack([row.to(mixed.dtype) for row in part]) for part in rows.state]
+        now = self.lstm.step(here, *old)
+        said = self.lstm.outputs(now[0])
+        for part, before, after in zip(rows.state, old, now, strict=True):
+            new = torch.where(batch.taken, after, before).unbind()
+            torch._foreach_copy_([part[k] for k in rows.kept], [new[k] for k in rows.kept])
+        return said if len(rows.kept) == len(said) else said.index_select(0, rows.kept_here)
+
+
+@dataclass(slots=True)
+class _Together:
+    """Rows that are computed together.
+
+    Attributes:
+        items: whose they are, int64 (K,).
+        kept: the places among them of those that this rank keeps; `kept_here` on the device.
+        state: hidden units and cells, each (H,); zeros in the place of what others keep.
+    """
+
+    items: Tensor
+    kept: list[int]
+    kept_here: Tensor
+    state: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, items: Sequence[int], kept: Container[int], batch: Batch) -> _Together:
+        here = [k for k, i in enumerate(items) if i in kept]
+        parts = [
+            [batch.items[i].state[name] for i in items] for name in ("lstm_hidden", "lstm_cell")
+        ]
+        state = [
+            [row if row.numel() else torch.zeros_like(part[here[0]]) for row in part]
+            for part in parts
+        ]
+        on_device = (torch.tensor(numbers).to(batch.device) for numbers in (items, here))
+        return cls(next(on_device), here, next(on_device), state)
+
+
+def _keepers(item: Item) -> object:
+    """Equal for tensors whose rows the same ranks keep, or the same teams; alike on all ranks."""
+    param = item.param
+    if param.group is None or not item.fields["lstm_hidden"].beside_elements:
+        return None
+    team = -(-len(param.peers) // TEAMS)
+    return id(param.holders), *(rank // team for rank in holding(param.peers))
 
 
 class RunLSTM:
@@ -225,6 +329,7 @@ class RunLSTM:
         loss, run = read_loss(batch), batch.groups[0]
         share = fractions(progress(run), fractions_at(batch)).to(torch.float64)
         inputs = torch.cat([share, loss])[None]
-        hidden, cell = self.lstm.step(inputs, run["lstm_hidden"][None], run["lstm_cell"][None])
+        before = run["lstm_hidden"][None], run["lstm_cell"][None]
+        hidden, cell = self.lstm.step(self.lstm.mixed(inputs), *before)
         write_run(batch, {"lstm_hidden": hidden[0], "lstm_cell": cell[0]})
         return self.lstm.outputs(hidden)[0]

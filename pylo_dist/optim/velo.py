@@ -19,7 +19,7 @@ from ..core.rule import Batch
 from ..core.shards import TensorShard
 from ..core.state import StateField
 from ..maths import lstm, mixed, reference
-from ..maths.lstm import LSTM
+from ..maths.lstm import LSTM, TensorRows
 from ..maths.mixed import MixedRule
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
@@ -135,7 +135,7 @@ class VeLORule(MixedRule):
 
     def state_fields(self, shard: TensorShard, hyper: dict[str, Any]) -> dict[str, StateField]:
         rows = {
-            name: StateField(replicated=tuple(initial.shape), initial=initial)
+            name: StateField(replicated=tuple(initial.shape), initial=initial, beside_elements=True)
             for name, initial in zip(("lstm_hidden", "lstm_cell"), self.lstm.initial, strict=True)
         }
         return {**super().state_fields(shard, hyper), **rows}
@@ -149,17 +149,12 @@ class VeLORule(MixedRule):
         )
         inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(dtype))
         if "lstm" not in batch.cache:
-            batch.cache["lstm"] = [
-                [x.state[name].view(-1) for x in batch.items]
-                for name in ("lstm_hidden", "lstm_cell")
-            ]
-        rows = batch.cache["lstm"]
-        hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
-        hidden, cell = self.lstm.step(inputs, hidden, cell)
-        for part, before, now in zip(rows, old, (hidden, cell), strict=True):
-            torch._foreach_copy_(part, list(torch.where(batch.taken, now, before).unbind()))
-        controls, lr_mult = self.lstm.outputs(hidden).tensor_split([-1], dim=1)
-        self.mix(batch, controls, self.factor, lr_mult[:, 0], tensor_sums[:, P_SQUARES])
+            batch.cache["lstm"] = TensorRows(self.lstm, batch)
+        rows: TensorRows = batch.cache["lstm"]
+        said = rows.advance(batch, self.lstm.mixed(inputs))
+        controls, lr_mult = said.tensor_split([-1], dim=1)
+        squares = tensor_sums[:, P_SQUARES]
+        self.mix(batch, controls, self.factor, lr_mult[:, 0], squares, rows)
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the
