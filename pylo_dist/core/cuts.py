@@ -58,22 +58,10 @@ class EvenCuts(Cuts):
     def __len__(self) -> int:
         return self.ranks
 
-    def holding(self) -> tuple[int, int]:
-        """See `holding`."""
-        return self.offset // self.part, (self.offset + math.prod(self.shape) - 1) // self.part
-
     def _at(self, rank: int) -> TensorShard:
         numel, low = math.prod(self.shape), rank * self.part - self.offset
         start, stop = min(max(low, 0), numel), min(max(low + self.part, 0), numel)
         return TensorShard.interval(self.fqn, self.shape, start, stop)
-
-
-def holding(peers: Sequence[TensorShard]) -> tuple[int, int]:
-    """The first and the last rank with elements of a tensor that has some."""
-    if isinstance(peers, EvenCuts):
-        return peers.holding()
-    ranks = [rank for rank, shard in enumerate(peers) if shard.numel]
-    return ranks[0], ranks[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +34,12 @@ class Item:
         hyper: the parameter group (lr, weight_decay, ..., `step` = steps taken before this one,
             int64 0-d).
         dims: the factored dimensions (d1, d0) of the global shape, or None.
-        fields: what the state consists of.
     """
 
     param: ShardedParam
     state: dict[str, Tensor]
     hyper: dict[str, Any]
     dims: tuple[int, int] | None
-    fields: Mapping[str, StateField]
 
 
 @dataclass(slots=True)

@@ -11,16 +11,14 @@ the run; K of them computed or kept on this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..core.cuts import holding
-from ..core.rule import Batch, Item
+from ..core.rule import Batch
 from . import reference
 
 # of the run, where its tanh features switch
@@ -208,44 +206,70 @@ class LSTM:
         return self._joined[dtype, device]
 
 
-TEAMS = 8
-
-
 class TensorRows:
     """VeLO's: one row per tensor of a batch, `lstm_hidden` and `lstm_cell` of its state, computed
     where it is kept.
 
-    Rows that the same ranks keep are computed together, in the order of their items: a matrix
-    product of fewer rows may round otherwise, and so a row has the same bits on all of its ranks.
-    Every such product reads the cell's weights anew, which costs what some four rows do; hence
-    more than TEAMS ranks count as so many teams of neighbours, and a team's ranks compute together
-    what any of them keeps.
+    Ranks that keep the same row compute it among others, and a matrix product may round otherwise
+    over fewer rows. So it is tried once whether the rows of this rank by themselves have the bits
+    that they have among all; where not, they are computed in their places among all, which hold
+    zeros where others keep them. So a row has the same bits in every layout.
 
     Args:
         lstm: of all rows.
         batch: whose items have them.
+        dtype: to compute in.
 
     Attributes:
-        kept: the items whose rows are here, in the order of `advance`.
+        kept: the items whose rows are here, in order.
         places: of every item its place in `kept`; 0 of those that are not there.
-        all: whether these are all items, in order.
+        all: whether these are all items.
     """
 
-    def __init__(self, lstm: LSTM, batch: Batch) -> None:
+    def __init__(self, lstm: LSTM, batch: Batch, dtype: torch.dtype) -> None:
         self.lstm = lstm
-        kept = {i for i, item in enumerate(batch.items) if item.state["lstm_hidden"].numel()}
-        together: dict[object, list[int]] = {}
-        for i, item in enumerate(batch.items):
-            together.setdefault(_keepers(item), []).append(i)
-        self._sets = [
-            _Together.of(items, kept, batch)
-            for items in together.values()
-            if not kept.isdisjoint(items)
-        ]
-        self.kept = tuple(i for items in together.values() for i in items if i in kept)
+        states = [item.state for item in batch.items]
+        self.kept = tuple(i for i, s in enumerate(states) if s["lstm_hidden"].numel())
         places = {i: place for place, i in enumerate(self.kept)}
-        self.places = tuple(places.get(i, 0) for i in range(len(batch.items)))
-        self.all = self.kept == tuple(range(len(batch.items)))
+        self.places = tuple(places.get(i, 0) for i in range(len(states)))
+        self.all = len(self.kept) == len(states)
+        # which tensors are computed, the first as often as it takes
+        fill = self.kept[:1] * (FEW - len(self.kept))
+        chosen: tuple[int, ...] = tuple(range(len(states)))
+        for items in (self.kept, self.kept + fill):
+            if len(items) < len(chosen) and self._rounds_alike(items, len(states), dtype, batch):
+                chosen = items
+        self._items = torch.tensor(chosen).to(batch.device)
+        place_of = dict(zip(reversed(chosen), reversed(range(len(chosen))), strict=True))
+        self._at = [place_of[i] for i in self.kept]
+        self._kept = torch.tensor(self._at).to(batch.device)
+        nothing = torch.zeros_like(self.lstm.initial[0], dtype=dtype, device=batch.device)
+        mine = {*self._at}
+        self._state = [
+            [states[i][name] if at in mine else nothing for at, i in enumerate(chosen)]
+            for name in ("lstm_hidden", "lstm_cell")
+        ]
+
+    def _rounds_alike(
+        self, items: Sequence[int], rows: int, dtype: torch.dtype, batch: Batch
+    ) -> bool:
+        """Whether these of so many rows have the same bits by themselves, of random numbers."""
+        if not items or batch.device.type == "meta":
+            return True
+        generator = torch.Generator(batch.device).manual_seed(0)
+        size = (3, rows, len(self.lstm.initial[0]))
+        drawn = torch.randn(size, generator=generator, dtype=dtype, device=batch.device)
+        chosen = torch.tensor(items).to(batch.device)
+        whole, alone = self._said(*drawn), self._said(*drawn.index_select(1, chosen))
+        return all(
+            torch.equal(part, together.index_select(0, chosen))
+            for part, together in zip(alone, whole, strict=True)
+        )
+
+    def _said(self, mixed: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden units and cell of the next step, and what the heads say."""
+        hidden, cell = self.lstm.step(mixed, hidden, cell)
+        return hidden, cell, self.lstm.outputs(hidden)
 
     def advance(self, batch: Batch, mixed: Tensor) -> Tensor:
         """Go on by a step (the state is modified in place, if `batch.taken`); what the heads say of
@@ -254,56 +278,18 @@ class TensorRows:
         Args:
             mixed: of all tensors, (R, H), see `LSTM.mixed`.
         """
-        said = [self._advance(batch, rows, mixed) for rows in self._sets]
-        return torch.cat(said) if said else self.lstm.outputs(mixed[:0])
-
-    def _advance(self, batch: Batch, rows: _Together, mixed: Tensor) -> Tensor:
-        here = mixed if self.all else mixed.index_select(0, rows.items)
-        old = [torch.stack([row.to(mixed.dtype) for row in part]) for part in rows.state]
-        now = self.lstm.step(here, *old)
-        said = self.lstm.outputs(now[0])
-        for part, before, after in zip(rows.state, old, now, strict=True):
+        if not self.kept:
+            return self.lstm.outputs(mixed[:0])
+        here = mixed if len(self._items) == len(mixed) else mixed.index_select(0, self._items)
+        old = [torch.stack([row.to(mixed.dtype) for row in part]) for part in self._state]
+        *now, said = self._said(here, *old)
+        for part, before, after in zip(self._state, old, now, strict=True):
             new = torch.where(batch.taken, after, before).unbind()
-            torch._foreach_copy_([part[k] for k in rows.kept], [new[k] for k in rows.kept])
-        return said if len(rows.kept) == len(said) else said.index_select(0, rows.kept_here)
+            torch._foreach_copy_([part[at] for at in self._at], [new[at] for at in self._at])
+        return said if len(self._at) == len(said) else said.index_select(0, self._kept)
 
 
-@dataclass(slots=True)
-class _Together:
-    """Rows that are computed together.
-
-    Attributes:
-        items: whose they are, int64 (K,).
-        kept: the places among them of those that this rank keeps; `kept_here` on the device.
-        state: hidden units and cells, each (H,); zeros in the place of what others keep.
-    """
-
-    items: Tensor
-    kept: list[int]
-    kept_here: Tensor
-    state: list[list[Tensor]]
-
-    @classmethod
-    def of(cls, items: Sequence[int], kept: Container[int], batch: Batch) -> _Together:
-        here = [k for k, i in enumerate(items) if i in kept]
-        parts = [
-            [batch.items[i].state[name] for i in items] for name in ("lstm_hidden", "lstm_cell")
-        ]
-        state = [
-            [row if row.numel() else torch.zeros_like(part[here[0]]) for row in part]
-            for part in parts
-        ]
-        on_device = (torch.tensor(numbers).to(batch.device) for numbers in (items, here))
-        return cls(next(on_device), here, next(on_device), state)
-
-
-def _keepers(item: Item) -> object:
-    """Equal for tensors whose rows the same ranks keep, or the same teams; alike on all ranks."""
-    param = item.param
-    if param.group is None or not item.fields["lstm_hidden"].beside_elements:
-        return None
-    team = -(-len(param.peers) // TEAMS)
-    return id(param.holders), *(rank // team for rank in holding(param.peers))
+FEW = 8  # rows over which matrix products begin to be computed as those over many
 
 
 class RunLSTM:

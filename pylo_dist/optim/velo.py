@@ -149,7 +149,7 @@ class VeLORule(MixedRule):
         )
         inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(dtype))
         if "lstm" not in batch.cache:
-            batch.cache["lstm"] = TensorRows(self.lstm, batch)
+            batch.cache["lstm"] = TensorRows(self.lstm, batch, dtype)
         rows: TensorRows = batch.cache["lstm"]
         said = rows.advance(batch, self.lstm.mixed(inputs))
         controls, lr_mult = said.tensor_split([-1], dim=1)

@@ -100,7 +100,7 @@ class Lineup:
                 for name, tensor in state[param].items()
             }
             dims = self.rule.dims(binding.shard.shape)
-            item = Item(plain.without_gradient(binding, param), local, group, dims, fields)
+            item = Item(plain.without_gradient(binding, param), local, group, dims)
             by_device.setdefault(param.device, []).append((param, item))
         if self.rule.needs_loss and len(by_device) > 1:
             raise ValueError(

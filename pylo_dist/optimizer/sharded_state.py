@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..core.cuts import holding
 from ..core.pieces import ShardBinding, bound_shard
 from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
@@ -282,8 +281,8 @@ def whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Te
     result = state.local.new_empty(state.shape) if wanted else None
     peers: Iterable[tuple[int, TensorShard]] = enumerate(binding.peers or (binding.shard,))
     if state.beside_elements:  # the first that keeps it
-        shard = TensorShard.whole(state.shard.fqn, state.shard.shape)
-        peers = [(holding(binding.peers)[0] if binding.peers else 0, shard)]
+        whole = TensorShard.whole(state.shard.fqn, state.shard.shape)
+        peers = [next((source, whole) for source, peer in peers if peer.numel)]
     for source, peer in peers:
         if peer.numel:
             piece = (
