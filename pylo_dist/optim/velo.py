@@ -207,8 +207,10 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
     \sqrt{\langle p^2 \rangle + 10^{-9}}`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot
     p`.
 
-    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,).
-    Of the run, in every parameter group: `num_steps`, `loss_means` and `loss_minima` (10,).
+    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,),
+    which ranks without elements of it neither compute nor keep (FSDP2: all do); `stats()` has its
+    `lr_mult`, l, NaN there. Of the run, in every parameter group: `num_steps`, `loss_means` and
+    `loss_minima` (10,).
 
     Args:
         num_steps: length of the run in steps; the rule knows how far along it is. See `extend`.
