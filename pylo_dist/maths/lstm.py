@@ -206,6 +206,9 @@ class LSTM:
         return self._joined[dtype, device]
 
 
+FEW = 8  # rows from which on a matrix product tends to be computed like one over many
+
+
 class TensorRows:
     """VeLO's: one row per tensor of a batch, `lstm_hidden` and `lstm_cell` of its state, computed
     where it is kept.
@@ -218,47 +221,47 @@ class TensorRows:
     Args:
         lstm: of all rows.
         batch: whose items have them.
-        dtype: to compute in.
 
     Attributes:
+        dtype: that of the widest state, in which all is computed: one float64 tensor makes the run
+            a float64 one.
         kept: the items whose rows are here, in order.
         places: of every item its place in `kept`; 0 of those that are not there.
         all: whether these are all items.
     """
 
-    def __init__(self, lstm: LSTM, batch: Batch, dtype: torch.dtype) -> None:
+    def __init__(self, lstm: LSTM, batch: Batch) -> None:
         self.lstm = lstm
         states = [item.state for item in batch.items]
+        self.dtype = max((s["lstm_hidden"].dtype for s in states), key=lambda d: d.itemsize)
         self.kept = tuple(i for i, s in enumerate(states) if s["lstm_hidden"].numel())
         places = {i: place for place, i in enumerate(self.kept)}
         self.places = tuple(places.get(i, 0) for i in range(len(states)))
         self.all = len(self.kept) == len(states)
-        # which tensors are computed, the first as often as it takes
-        fill = self.kept[:1] * (FEW - len(self.kept))
-        chosen: tuple[int, ...] = tuple(range(len(states)))
-        for items in (self.kept, self.kept + fill):
-            if len(items) < len(chosen) and self._rounds_alike(items, len(states), dtype, batch):
-                chosen = items
+        # whose rows are computed: these, or with the first as often as it takes, or all
+        filled = self.kept + self.kept[:1] * (FEW - len(self.kept))
+        everything = tuple(range(len(states)))
+        tried = [items for items in dict.fromkeys((self.kept, filled)) if len(items) < len(states)]
+        alike = (items for items in tried if self._rounds_alike(items, len(states), batch))
+        chosen = next(alike, everything)
         self._items = torch.tensor(chosen).to(batch.device)
         place_of = dict(zip(reversed(chosen), reversed(range(len(chosen))), strict=True))
         self._at = [place_of[i] for i in self.kept]
         self._kept = torch.tensor(self._at).to(batch.device)
-        nothing = torch.zeros_like(self.lstm.initial[0], dtype=dtype, device=batch.device)
+        nothing = torch.zeros_like(self.lstm.initial[0], dtype=self.dtype, device=batch.device)
         mine = {*self._at}
         self._state = [
             [states[i][name] if at in mine else nothing for at, i in enumerate(chosen)]
             for name in ("lstm_hidden", "lstm_cell")
         ]
 
-    def _rounds_alike(
-        self, items: Sequence[int], rows: int, dtype: torch.dtype, batch: Batch
-    ) -> bool:
+    def _rounds_alike(self, items: Sequence[int], rows: int, batch: Batch) -> bool:
         """Whether these of so many rows have the same bits by themselves, of random numbers."""
         if not items or batch.device.type == "meta":
             return True
-        generator = torch.Generator(batch.device).manual_seed(0)
         size = (3, rows, len(self.lstm.initial[0]))
-        drawn = torch.randn(size, generator=generator, dtype=dtype, device=batch.device)
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        drawn = drawn.to(batch.device)
         chosen = torch.tensor(items).to(batch.device)
         whole, alone = self._said(*drawn), self._said(*drawn.index_select(1, chosen))
         return all(
@@ -281,15 +284,12 @@ class TensorRows:
         if not self.kept:
             return self.lstm.outputs(mixed[:0])
         here = mixed if len(self._items) == len(mixed) else mixed.index_select(0, self._items)
-        old = [torch.stack([row.to(mixed.dtype) for row in part]) for part in self._state]
+        old = [torch.stack(part).to(self.dtype) for part in self._state]
         *now, said = self._said(here, *old)
         for part, before, after in zip(self._state, old, now, strict=True):
             new = torch.where(batch.taken, after, before).unbind()
             torch._foreach_copy_([part[at] for at in self._at], [new[at] for at in self._at])
         return said if len(self._at) == len(said) else said.index_select(0, self._kept)
-
-
-FEW = 8  # rows over which matrix products begin to be computed as those over many
 
 
 class RunLSTM:

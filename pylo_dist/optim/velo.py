@@ -142,15 +142,10 @@ class VeLORule(MixedRule):
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
-        # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the
-        # run a float64 one
-        dtype = max(
-            (item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize
-        )
-        inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(dtype))
         if "lstm" not in batch.cache:
-            batch.cache["lstm"] = TensorRows(self.lstm, batch, dtype)
+            batch.cache["lstm"] = TensorRows(self.lstm, batch)
         rows: TensorRows = batch.cache["lstm"]
+        inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(rows.dtype))
         said = rows.advance(batch, self.lstm.mixed(inputs))
         controls, lr_mult = said.tensor_split([-1], dim=1)
         squares = tensor_sums[:, P_SQUARES]
