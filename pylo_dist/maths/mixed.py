@@ -81,7 +81,7 @@ class MixedRule(ThreePassRule):
         self._tensors = tensors
         self._sets: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._mixed = torch.empty(0)  # (tensors, numbers of an MLP), as `compiled.packed` has it
-        self._own: tuple[int, ...] = ()  # of every item, which of them
+        self._own = torch.empty(0, dtype=torch.int64)  # of every item, which of them
         self._step_sizes = torch.empty(0)
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
@@ -112,7 +112,8 @@ class MixedRule(ThreePassRule):
         items = len(batch.items)
         sets = self._all_sets(shares.dtype, shares.device)
         self._mixed = shares @ sets * (factor / len(sets))
-        self._own = tuple(range(items)) if rows is None else rows.places
+        own = tuple(range(items)) if rows is None else rows.places
+        self._own = batch.on_device("network_of", own, torch.int64)
         if rows is not None and not rows.all:
             kept = batch.on_device("kept", rows.kept, torch.int64)
             lr_mult = lr_mult.new_full((items,), math.nan).index_copy(0, kept, lr_mult)
@@ -147,7 +148,7 @@ class MixedRule(ThreePassRule):
 
     def network_of(self, i: int, item: Item) -> Network:
         parts = (
-            self._mixed[self._own[i]]
+            self._mixed.index_select(0, self._own[i : i + 1])[0]
             .to(item.state["momentum"].dtype)
             .split([math.prod(shape) for shape in NETWORK.values()])
         )
@@ -163,5 +164,4 @@ class MixedRule(ThreePassRule):
     def updates(self, batch: Batch) -> Updates:
         steps = self.steps(batch)
         steps[:, 0].copy_(self._step_sizes)
-        own = batch.on_device("network_of", self._own, torch.int64)
-        return Updates(self._mixed.to(torch.float32), own, steps.to(torch.float32))
+        return Updates(self._mixed.to(torch.float32), self._own, steps.to(torch.float32))
