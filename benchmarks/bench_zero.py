@@ -56,7 +56,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "zero.json"
 # 1.6M parameters: gradients of several buckets, and a step that leaves time for many on two cores
 MINI = GPTConfig(vocab_size=256, block_size=128, n_layer=8, n_head=4, n_embd=128, init_std=0.05)
-CONFIGS = {"mini": MINI, **PRESETS}
+# 3.1M parameters in 148 tensors, those of sharded_step.py: the work per tensor shows
+MANY = GPTConfig(vocab_size=5504, block_size=64, n_layer=12, n_head=4, n_embd=128, init_std=0.05)
+CONFIGS = {"mini": MINI, "many": MANY, **PRESETS}
 PROFILED_STEPS = 3
 
 # ------------------------------------------------------------------------------------------- phases

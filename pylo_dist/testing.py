@@ -133,10 +133,11 @@ def run_virtual(
                     [f.flat(c) for c in copies], shards[fqn], f.copies, p.shape
                 )
                 continue
-            assert all(torch.equal(c, copies[0]) for c in copies), (
+            kept = [c for c, s in zip(copies, shards[fqn], strict=True) if f.is_kept(s)]
+            assert all(torch.equal(c, kept[0]) for c in kept), (
                 f"{name} of {fqn} differs between ranks"
             )
-            run.state[fqn][name] = copies[0].clone()
+            run.state[fqn][name] = kept[0].clone()
     return run
 
 

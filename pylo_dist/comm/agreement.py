@@ -106,20 +106,27 @@ def agree(what: str, entries: Callable[[], list[Any]], group: Any, device: torch
         raise problem
 
 
-def checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 (len,): a number per tensor that changes with any of its bits (and their places)."""
+def checksums(tensors: Sequence[Tensor | None]) -> Tensor:
+    """int64 (len,): a number >= 0 per tensor that changes with any of its bits (and their places);
+    -1 where there is none.
+    """
+    device = next((tensor.device for tensor in tensors if tensor is not None), None)
     sums = []
     for tensor in tensors:
+        if tensor is None:
+            sums.append(torch.full((), -1, device=device))
+            continue
         bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
         sums.append((bits * (torch.arange(len(bits), device=bits.device) % 8191 + 1)).sum())
     return torch.stack(sums)
 
 
 def differing(sums: Tensor, group: Any) -> list[int]:
-    """Places where the int64 `sums` are not the same on all ranks of `group`; waits for the
-    device.
+    """Places where the int64 `sums` are not the same on all ranks of `group` that have one (>= 0);
+    waits for the device.
     """
     everyone = sums.new_empty(size(group) * len(sums))
     all_gather(everyone, sums, group, "a comparison of replicated state").wait()
     table = everyone.view(-1, len(sums))
-    return [int(i) for i in (table != table[0]).any(0).nonzero()]
+    differ = (table != table.amax(0)) & (table >= 0)
+    return [int(i) for i in differ.any(0).nonzero()]

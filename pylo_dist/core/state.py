@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,21 +26,41 @@ class StateField:
         replicated: None for element state, which has the parameter's own shape and is sharded as it
             is; else the shape that follows `copies` of a tensor which every rank holds whole (the
             row and column factors).
+        beside_elements: of a replicated state, that ranks without elements of the parameter keep
+            none of it (VeLO's LSTM rows).
     """
 
     copies: Shape = ()
     replicated: Shape | None = None
     initial: Tensor | None = None
+    beside_elements: bool = False
 
     def canonical_shape(self, shape: Shape) -> Shape:
         """Shape of this state in the unsharded optimizer; `shape` is the parameter's global one."""
         return (*self.copies, *(shape if self.replicated is None else self.replicated))
 
+    def everywhere(self) -> StateField:
+        """The same where every rank keeps what is replicated."""
+        return replace(self, beside_elements=False) if self.beside_elements else self
+
+    def part(self, shard: TensorShard) -> TensorShard:
+        """Which elements of this state, under each copy, a rank keeps that holds these of the
+        parameter.
+        """
+        if self.replicated is None:
+            return shard
+        numel = math.prod(self.replicated) if self.is_kept(shard) else 0
+        return TensorShard.interval(shard.fqn, self.replicated, 0, numel)
+
+    def is_kept(self, shard: TensorShard) -> bool:
+        """Whether such a rank keeps anything of this state."""
+        return not self.beside_elements or shard.numel > 0 or shard.is_whole
+
     def local_shape(self, shard: TensorShard) -> Shape:
-        """Shape on a rank: canonical where it holds all elements, else (*copies, N)."""
-        if self.replicated is not None or shard.is_whole:
+        """Shape on a rank: canonical where it keeps all elements, else (*copies, N)."""
+        if shard.is_whole or (self.replicated is not None and self.is_kept(shard)):
             return self.canonical_shape(shard.shape)
-        return (*self.copies, shard.numel)
+        return (*self.copies, 0 if self.replicated is not None else shard.numel)
 
     def flat(self, tensor: Tensor) -> Tensor:
         """View of the local state as (*copies, elements)."""
@@ -72,7 +92,7 @@ def allocate_states(
                 for name, field in fields.items()
             }
         for name, field in fields.items():
-            if field.initial is not None:
+            if field.initial is not None and field.is_kept(shard):
                 state[name].copy_(field.initial)
         yield state
 

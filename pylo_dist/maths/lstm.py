@@ -5,7 +5,7 @@ Source: HyperV2 in google/learned_optimization (research/general_lopt/hyper_v2.p
 features and LSTM Celo (amoudgl/celo) has too.
 
 Legend: H hidden units, I inputs, O outputs of the linear heads, R rows: one per tensor, or one for
-the run.
+the run; K of them computed or kept on this rank.
 """
 
 from __future__ import annotations
@@ -167,21 +167,25 @@ class LSTM:
         hidden, cell = (self._tensors[f"lstm_init_state.{i}"][0] for i in (0, 1))
         return hidden, cell
 
-    def step(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden, cell) after `inputs` (R, I), each (R, H); the rows know of each other by the
-        largest of what each says to all.
+    def mixed(self, inputs: Tensor) -> Tensor:
+        """What the cell reads of `inputs` (R, I), (R, H); here alone rows know of each other, by
+        the largest of what each says to all.
         """
         w = self._weights(inputs.dtype, inputs.device)
-        # x <- x W2 + b2 + max over rows of relu(x W1 + b1)
+        # x W2 + b2 + max over rows of relu(x W1 + b1)
         mix, x = linear(inputs, w["mix.weight"], w["mix.bias"]).chunk(2, dim=1)
-        x = x + torch.relu(mix).amax(0)
-        gates = linear(torch.cat([x, hidden], dim=1), w["lstm.weight"], w["lstm.bias"])
+        return x + torch.relu(mix).amax(0)
+
+    def step(self, mixed: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden, cell) of some rows after what `mixed` says of them; all are (K, H)."""
+        w = self._weights(mixed.dtype, mixed.device)
+        gates = linear(torch.cat([mixed, hidden], dim=1), w["lstm.weight"], w["lstm.bias"])
         i, g, f, o = gates.chunk(4, dim=1)
         cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """What the heads make of `hidden` (R, H), side by side: (R, O)."""
+        """What the heads make of `hidden` (K, H), side by side: (K, O)."""
         w = self._weights(hidden.dtype, hidden.device)
         return linear(hidden, w["heads.weight"], w["heads.bias"])
 
@@ -201,6 +205,92 @@ class LSTM:
                 for kind in ("weight", "bias")
             }
         return self._joined[dtype, device]
+
+
+FEW = 8  # rows from which on a matrix product tends to be computed like one over many
+
+
+class TensorRows:
+    """VeLO's: one row per tensor of a batch, `lstm_hidden` and `lstm_cell` of its state, computed
+    where it is kept.
+
+    Ranks that keep the same row compute it among others, and a matrix product may round otherwise
+    over fewer rows. So it is tried once whether the rows of this rank by themselves have the bits
+    that they have among all; where not, they are computed in their places among all, which hold
+    zeros where others keep them. So a row has the same bits in every layout.
+
+    Args:
+        lstm: of all rows.
+        batch: whose items have them.
+
+    Attributes:
+        dtype: that of the widest state, in which all is computed: one float64 tensor makes the run
+            a float64 one.
+        kept: the items whose rows are here, in order.
+        places: of every item its place in `kept`; 0 of those that are not there.
+        all: whether these are all items.
+    """
+
+    def __init__(self, lstm: LSTM, batch: Batch) -> None:
+        self.lstm = lstm
+        states = [item.state for item in batch.items]
+        self.dtype = max((s["lstm_hidden"].dtype for s in states), key=lambda d: d.itemsize)
+        self.kept = tuple(i for i, s in enumerate(states) if s["lstm_hidden"].numel())
+        places = {i: place for place, i in enumerate(self.kept)}
+        self.places = tuple(places.get(i, 0) for i in range(len(states)))
+        self.all = len(self.kept) == len(states)
+        # whose rows are computed: these, or with the first as often as it takes, or all
+        filled = self.kept + self.kept[:1] * (FEW - len(self.kept))
+        everything = tuple(range(len(states)))
+        tried = [items for items in dict.fromkeys((self.kept, filled)) if len(items) < len(states)]
+        alike = (items for items in tried if self._rounds_alike(items, len(states), batch))
+        chosen = next(alike, everything)
+        self._items = torch.tensor(chosen).to(batch.device)
+        place_of = dict(zip(reversed(chosen), reversed(range(len(chosen))), strict=True))
+        self._at = [place_of[i] for i in self.kept]
+        self._kept = torch.tensor(self._at).to(batch.device)
+        nothing = torch.zeros_like(self.lstm.initial[0], dtype=self.dtype, device=batch.device)
+        mine = {*self._at}
+        self._state = [
+            [states[i][name] if at in mine else nothing for at, i in enumerate(chosen)]
+            for name in ("lstm_hidden", "lstm_cell")
+        ]
+
+    def _rounds_alike(self, items: Sequence[int], rows: int, batch: Batch) -> bool:
+        """Whether these of so many rows have the same bits by themselves, of random numbers."""
+        if not items or batch.device.type == "meta":
+            return True
+        size = (3, rows, len(self.lstm.initial[0]))
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        drawn = drawn.to(batch.device)
+        chosen = torch.tensor(items).to(batch.device)
+        whole, alone = self._said(*drawn), self._said(*drawn.index_select(1, chosen))
+        return all(
+            torch.equal(part, together.index_select(0, chosen))
+            for part, together in zip(alone, whole, strict=True)
+        )
+
+    def _said(self, mixed: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden units and cell of the next step, and what the heads say."""
+        hidden, cell = self.lstm.step(mixed, hidden, cell)
+        return hidden, cell, self.lstm.outputs(hidden)
+
+    def advance(self, batch: Batch, mixed: Tensor) -> Tensor:
+        """Go on by a step (the state is modified in place, if `batch.taken`); what the heads say of
+        the rows of `kept`, (K, O).
+
+        Args:
+            mixed: of all tensors, (R, H), see `LSTM.mixed`.
+        """
+        if not self.kept:
+            return self.lstm.outputs(mixed[:0])
+        here = mixed if len(self._items) == len(mixed) else mixed.index_select(0, self._items)
+        old = [torch.stack(part).to(self.dtype) for part in self._state]
+        *now, said = self._said(here, *old)
+        for part, before, after in zip(self._state, old, now, strict=True):
+            new = torch.where(batch.taken, after, before).unbind()
+            torch._foreach_copy_([part[at] for at in self._at], [new[at] for at in self._at])
+        return said if len(self._at) == len(said) else said.index_select(0, self._kept)
 
 
 class RunLSTM:
@@ -226,6 +316,7 @@ class RunLSTM:
         loss, run = read_loss(batch), batch.groups[0]
         share = fractions(progress(run), fractions_at(batch)).to(torch.float64)
         inputs = torch.cat([share, loss])[None]
-        hidden, cell = self.lstm.step(inputs, run["lstm_hidden"][None], run["lstm_cell"][None])
+        before = run["lstm_hidden"][None], run["lstm_cell"][None]
+        hidden, cell = self.lstm.step(self.lstm.mixed(inputs), *before)
         write_run(batch, {"lstm_hidden": hidden[0], "lstm_cell": cell[0]})
         return self.lstm.outputs(hidden)[0]

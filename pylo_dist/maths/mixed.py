@@ -18,6 +18,7 @@ from ..core.shards import Shape, factored_dims
 from . import lstm, reference
 from .compiled import Updates
 from .factored import Rates, ThreePassRule, Update
+from .lstm import TensorRows
 from .reference import Network, wide
 
 # the tensors of the P sets, as an `Architecture` has them; the third output is unused
@@ -80,6 +81,7 @@ class MixedRule(ThreePassRule):
         self._tensors = tensors
         self._sets: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._mixed = torch.empty(0)  # (tensors, numbers of an MLP), as `compiled.packed` has it
+        self._own = torch.empty(0, dtype=torch.int64)  # of every item, which of them
         self._step_sizes = torch.empty(0)
 
     def dims(self, shape: Shape) -> tuple[int, int] | None:
@@ -89,7 +91,13 @@ class MixedRule(ThreePassRule):
         return lstm.loss_state()
 
     def mix(
-        self, batch: Batch, shares: Tensor, factor: float, lr_mult: Tensor, squares: Tensor
+        self,
+        batch: Batch,
+        shares: Tensor,
+        factor: float,
+        lr_mult: Tensor,
+        squares: Tensor,
+        rows: TensorRows | None = None,
     ) -> None:
         """Make the networks of this step, `factor` times the mean of the P sets weighted by their
         shares, and how far each tensor goes.
@@ -98,10 +106,20 @@ class MixedRule(ThreePassRule):
             shares: of the sets in the network of every tensor, (items, P).
             lr_mult: l, (items,).
             squares: the sum of p^2 of every tensor, float64 (items,).
+            rows: whose `kept` shares and lr_mult are of; None: of all items. This rank has no
+                element of any other.
         """
-        batch.figures["lr_mult"] = lr_mult
+        items = len(batch.items)
         sets = self._all_sets(shares.dtype, shares.device)
         self._mixed = shares @ sets * (factor / len(sets))
+        own = tuple(range(items)) if rows is None else rows.places
+        self._own = batch.on_device("network_of", own, torch.int64)
+        if rows is not None and not rows.all:
+            kept = batch.on_device("kept", rows.kept, torch.int64)
+            lr_mult = lr_mult.new_full((items,), math.nan).index_copy(0, kept, lr_mult)
+            if not rows.kept:  # the kernels want a network
+                self._mixed = sets.new_zeros(1, sets.shape[1])
+        batch.figures["lr_mult"] = lr_mult
         rates = batch.numbers("rates", lambda group: [wide(group["lr"]) * group["step_mult"]])[:, 0]
         scale = (squares / self.numels(batch) + EPS_SCALE).sqrt()
         self._step_sizes = rates * lr_mult.to(torch.float64) * scale
@@ -130,7 +148,7 @@ class MixedRule(ThreePassRule):
 
     def network_of(self, i: int, item: Item) -> Network:
         parts = (
-            self._mixed[i]
+            self._mixed.index_select(0, self._own[i : i + 1])[0]
             .to(item.state["momentum"].dtype)
             .split([math.prod(shape) for shape in NETWORK.values()])
         )
@@ -146,5 +164,4 @@ class MixedRule(ThreePassRule):
     def updates(self, batch: Batch) -> Updates:
         steps = self.steps(batch)
         steps[:, 0].copy_(self._step_sizes)
-        own = batch.on_device("network_of", tuple(range(len(batch.items))), torch.int64)
-        return Updates(self._mixed.to(torch.float32), own, steps.to(torch.float32))
+        return Updates(self._mixed.to(torch.float32), self._own, steps.to(torch.float32))

@@ -19,7 +19,7 @@ from ..core.rule import Batch
 from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
 from ..maths import lstm, mixed, reference
-from ..maths.lstm import LSTM
+from ..maths.lstm import LSTM, TensorRows
 from ..maths.mixed import MixedRule
 from ..optimizer import Registration, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
@@ -138,7 +138,9 @@ class VeLORule(MixedRule):
         if shard.shape not in self._fields:
             names = ("lstm_hidden", "lstm_cell")
             rows = {
-                name: StateField(replicated=tuple(initial.shape), initial=initial)
+                name: StateField(
+                    replicated=tuple(initial.shape), initial=initial, beside_elements=True
+                )
                 for name, initial in zip(names, self.lstm.initial, strict=True)
             }
             self._fields[shard.shape] = {**super().state_fields(shard, hyper), **rows}
@@ -146,24 +148,14 @@ class VeLORule(MixedRule):
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
-        # the dtype of the LSTM is that of the widest state, so that one float64 tensor makes the
-        # run a float64 one
-        dtype = max(
-            (item.state["momentum"].dtype for item in batch.items), key=lambda d: d.itemsize
-        )
-        inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(dtype))
         if "lstm" not in batch.cache:
-            batch.cache["lstm"] = [
-                [x.state[name].view(-1) for x in batch.items]
-                for name in ("lstm_hidden", "lstm_cell")
-            ]
-        rows = batch.cache["lstm"]
-        hidden, cell = old = [torch.stack([row.to(dtype) for row in part]) for part in rows]
-        hidden, cell = self.lstm.step(inputs, hidden, cell)
-        for part, before, now in zip(rows, old, (hidden, cell), strict=True):
-            torch._foreach_copy_(part, list(torch.where(batch.taken, now, before).unbind()))
-        controls, lr_mult = self.lstm.outputs(hidden).tensor_split([-1], dim=1)
-        self.mix(batch, controls, self.factor, lr_mult[:, 0], tensor_sums[:, P_SQUARES])
+            batch.cache["lstm"] = TensorRows(self.lstm, batch)
+        rows: TensorRows = batch.cache["lstm"]
+        inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(rows.dtype))
+        said = rows.advance(batch, self.lstm.mixed(inputs))
+        controls, lr_mult = said.tensor_split([-1], dim=1)
+        squares = tensor_sums[:, P_SQUARES]
+        self.mix(batch, controls, self.factor, lr_mult[:, 0], squares, rows)
 
     def _inputs(self, batch: Batch, sums: Tensor, loss_features: Tensor) -> Tensor:
         """What the LSTM reads of every tensor, (tensors, 30), from state and parameter before the
@@ -216,8 +208,10 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
     \sqrt{\langle p^2 \rangle + 10^{-9}}`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot
     p`.
 
-    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,).
-    Of the run, in every parameter group: `num_steps`, `loss_means` and `loss_minima` (10,).
+    State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,),
+    which ranks without elements of it neither compute nor keep (FSDP2: all do); `stats()` has its
+    `lr_mult`, l, NaN there. Of the run, in every parameter group: `num_steps`, `loss_means` and
+    `loss_minima` (10,).
 
     Args:
         num_steps: length of the run in steps; the rule knows how far along it is. See `extend`.

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
-from ..core.shards import TensorShard
 from ..core.state import StateField, state_dtype
 from ..layouts.plain import local_tensor
 from ..weights import MetaNetwork
@@ -364,9 +363,7 @@ def _check_tensor(
     shard = binding.shard
     wanted, dtype = field.canonical_shape(shard.shape), state_dtype(param.dtype)
     if isinstance(got, Tensor) and (tuple(got.shape), got.dtype) == (wanted, dtype):
-        whole = field.replicated is not None
-        cut, copies = (TensorShard.whole(shard.fqn, wanted), ()) if whole else (shard, field.copies)
-        if gap := covering_gap(got, copies, cut):
+        if gap := covering_gap(got, field.copies, field.part(shard)):
             raise ValueError(
                 f"state {name!r} of {shard.fqn!r}: {gap} elements of this rank are on other "
                 "ranks; load it through torch.distributed.checkpoint, or give whole tensors "

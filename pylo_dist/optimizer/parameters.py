@@ -196,10 +196,13 @@ class Parameters:
     def _fields_of(
         self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]
     ) -> dict[Tensor, dict[str, StateField]]:
-        return {
-            param: self._rule.state_fields(bindings[param].shard, group)
-            for param in group["params"]
-        }
+        found = {}
+        for param in group["params"]:
+            fields = self._rule.state_fields(bindings[param].shard, group)
+            if plain.is_dtensor(param):  # whose state torch gathers, and knows no third kind
+                fields = {name: f.everywhere() for name, f in fields.items()}
+            found[param] = fields
+        return found
 
     def whole(self) -> set[int]:
         """The parameters, by id, of which this rank alone has all: their state is canonical as it

@@ -12,7 +12,7 @@ was loaded. These two are all that the rest of the package knows about formats o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +41,19 @@ class ShardedState(Tensor):
         local: (*copies, N), not copied: what is loaded into this object lands there.
         copies: leading dimensions that are whole on every rank.
         shard: which elements of the rest the N are.
+        beside_elements: whether they are all, on every rank with elements of the parameter, and
+            none elsewhere, see `StateField`.
     """
 
     local: Tensor
     copies: Shape
     shard: TensorShard
+    beside_elements: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, copies: Shape, shard: TensorShard) -> ShardedState:
+    def __new__(
+        cls, local: Tensor, copies: Shape, shard: TensorShard, beside_elements: bool = False
+    ) -> ShardedState:
         assert tuple(local.shape) == (*copies, shard.numel), (tuple(local.shape), copies, shard)
         shape = (*copies, *shard.shape)
         whole: ShardedState = Tensor._make_wrapper_subclass(
@@ -56,12 +61,15 @@ class ShardedState(Tensor):
         )
         return whole
 
-    def __init__(self, local: Tensor, copies: Shape, shard: TensorShard) -> None:
+    def __init__(
+        self, local: Tensor, copies: Shape, shard: TensorShard, beside_elements: bool = False
+    ) -> None:
         self.local, self.copies, self.shard = local, copies, shard
+        self.beside_elements = beside_elements
 
     def with_local(self, local: Tensor) -> ShardedState:
         """The same elements of another tensor."""
-        return ShardedState(local, self.copies, self.shard)
+        return ShardedState(local, self.copies, self.shard, self.beside_elements)
 
     def parts(self) -> Iterator[tuple[Shape, Tensor]]:
         """Offsets of each box in the canonical tensor, and its view of the local memory."""
@@ -189,13 +197,15 @@ _OPS: dict[Any, Callable[..., Any]] = {
 def canonical(local: Tensor, field: StateField, binding: ShardBinding) -> Tensor:
     """A parameter's state tensor as a checkpoint has it: canonical shape, the memory of `local`.
 
-    State that this rank holds whole, and replicated state, is a plain tensor: `local` itself. That
-    of a DTensor parameter is a DTensor already.
+    State that every rank holds whole is a plain tensor: `local` itself. That of a DTensor parameter
+    is a DTensor already.
     """
-    whole = binding.group is None and binding.shard.is_whole
-    if whole or is_dtensor(local) or field.replicated is not None or not binding.shard.global_numel:
+    shard = binding.shard
+    everywhere = field.replicated is not None and not field.beside_elements
+    whole = everywhere or (binding.group is None and shard.is_whole)
+    if whole or is_dtensor(local) or not shard.global_numel:
         return local
-    return ShardedState(field.flat(local), field.copies, binding.shard)
+    return ShardedState(field.flat(local), field.copies, field.part(shard), field.beside_elements)
 
 
 def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tensor) -> Tensor:
@@ -209,18 +219,17 @@ def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tens
     Raises:
         ValueError: elements that `source` does not have on this rank.
     """
-    shape = field.local_shape(shard)
-    if (kept := _given(source, field, shard)) is not None and kept.device == like.device:
+    shape, part = field.local_shape(shard), field.part(shard)
+    if (kept := _given(source, field, part)) is not None and kept.device == like.device:
         return kept.view(shape)
-    here = field.replicated is not None or shard.is_whole
-    if here and type(source) is Tensor and (source.shape, source.device) == (shape, like.device):
+    if (
+        part.is_whole
+        and type(source) is Tensor
+        and (source.shape, source.device) == (shape, like.device)
+    ):
         return source.detach().clone(memory_format=torch.contiguous_format)
     local = torch.empty(shape, dtype=source.dtype, device=like.device)
-    if field.replicated is not None:
-        whole = TensorShard.whole(shard.fqn, field.canonical_shape(shard.shape))
-        copy_elements(source, ShardedState(local.view(-1), (), whole))
-    else:
-        copy_elements(source, ShardedState(field.flat(local), field.copies, shard))
+    copy_elements(source, ShardedState(field.flat(local), field.copies, part))
     return local
 
 
@@ -236,16 +245,16 @@ def given(sources: Sequence[Tensor]) -> Iterator[None]:
         _GIVEN.difference_update(map(id, sources))
 
 
-def _given(source: Tensor, field: StateField, shard: TensorShard) -> Tensor | None:
+def _given(source: Tensor, field: StateField, part: TensorShard) -> Tensor | None:
     """The memory of a tensor that was given away (it is no more) and has these elements alone."""
     if id(source) not in _GIVEN:
         return None
     _GIVEN.discard(id(source))
     if isinstance(source, ShardedState):
-        fits = (source.copies, source.shard) == (field.copies, shard)
+        fits = (source.copies, source.shard) == (field.copies, part)
         return source.local if fits and source.local.is_contiguous() else None
-    whole = field.replicated is not None or shard.is_whole
-    fits = whole and tuple(source.shape) == field.local_shape(shard) and not is_dtensor(source)
+    whole = part.is_whole and tuple(source.shape) == (*field.copies, *part.shape)
+    fits = whole and not is_dtensor(source)
     own = source.untyped_storage().nbytes() == source.numel() * source.element_size()
     return source.detach() if fits and own and source.is_contiguous() else None
 
@@ -276,7 +285,11 @@ def whole_tensor(state: ShardedState, binding: ShardBinding, wanted: bool) -> Te
     is not wanted.
     """
     result = state.local.new_empty(state.shape) if wanted else None
-    for source, peer in enumerate(binding.peers or (binding.shard,)):
+    peers: Iterable[tuple[int, TensorShard]] = enumerate(binding.peers or (binding.shard,))
+    if state.beside_elements:  # the first that keeps it
+        whole = TensorShard.whole(state.shard.fqn, state.shard.shape)
+        peers = [next((source, whole) for source, peer in peers if peer.numel)]
+    for source, peer in peers:
         if peer.numel:
             piece = (
                 state.local

@@ -162,7 +162,11 @@ class DeepSpeedFiles:
         parts = self.parts[fqn]
         state: dict[str, Tensor] = {}
         for name, first in parts[0].state.items():
-            if isinstance(first, dict):
+            if isinstance(first, dict) and "shape" in first:  # of the first rank that keeps it
+                kept = (part.state[name]["local"] for part in parts)
+                whole = next(local for local in kept if local.numel())
+                state[name] = whole.view((*first["copies"], *first["shape"]))
+            elif isinstance(first, dict):
                 pieces = [(part.start, part.state[name]["local"]) for part in parts]
                 copies = tuple(first["copies"])
                 state[name] = ShardedState(

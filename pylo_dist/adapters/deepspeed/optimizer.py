@@ -370,16 +370,21 @@ DeepSpeedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined
 
 
 def _to_plain(value: Tensor) -> Any:
-    """State as torch.save can write it: of a piece its local elements."""
-    return (
-        {"local": value.local, "copies": list(value.copies)}
-        if isinstance(value, ShardedState)
-        else value
-    )
+    """State as torch.save can write it: of a piece its local elements, and of what ranks keep
+    beside elements the shape.
+    """
+    if not isinstance(value, ShardedState):
+        return value
+    shape = {"shape": list(value.shard.shape)} if value.beside_elements else {}
+    return {"local": value.local, "copies": list(value.copies), **shape}
 
 
 def _from_plain(value: Any, shard: TensorShard) -> Tensor:
-    if isinstance(value, dict):
-        return ShardedState(value["local"], tuple(value["copies"]), shard)
-    plain: Tensor = value
-    return plain
+    if not isinstance(value, dict):
+        plain: Tensor = value
+        return plain
+    local, copies, shape = value["local"], tuple(value["copies"]), value.get("shape")
+    if shape is None:
+        return ShardedState(local, copies, shard)
+    part = TensorShard.interval(shard.fqn, tuple(shape), 0, local.shape[-1])
+    return ShardedState(local, copies, part, beside_elements=True)

@@ -114,8 +114,10 @@ class Inner(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state without masters."""
 
-    def replicated_state(self) -> list[tuple[str, Tensor]]:
-        """What every rank must hold bit by bit alike, each with what it is called."""
+    def replicated_state(self) -> list[tuple[str, Tensor | None]]:
+        """What ranks must hold bit by bit alike, each with what it is called; None for what this
+        one does not keep.
+        """
 
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """See `LearnedOptimizer.stats`."""
@@ -191,13 +193,15 @@ class LearnedInner:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
 
-    def replicated_state(self) -> list[tuple[str, Tensor]]:
-        optimizer, found = self.optimizer, []
+    def replicated_state(self) -> list[tuple[str, Tensor | None]]:
+        optimizer = self.optimizer
+        found: list[tuple[str, Tensor | None]] = []
         for member in (member for bucket in self._buckets for member in bucket.members):
             state = optimizer.state.get(member.piece)
             for name, field in optimizer.state_fields(member.piece).items():
                 if field.replicated is not None and state:
-                    found.append((f"{name!r} of {member.fqn!r}", state[name]))
+                    kept = state[name] if field.is_kept(member.shard) else None
+                    found.append((f"{name!r} of {member.fqn!r}", kept))
         for i, group in enumerate(optimizer.param_groups):
             for key in ("step", *optimizer.rule.group_state()):
                 found.append((f"{key!r} of group {i}", group[key]))
@@ -297,7 +301,7 @@ class ElementwiseInner:
         local = elementwise_local_state(state_dict, self.optimizer.param_groups)
         self.optimizer.load_state_dict(local)
 
-    def replicated_state(self) -> list[tuple[str, Tensor]]:
+    def replicated_state(self) -> list[tuple[str, Tensor | None]]:
         return []
 
     def stats(self) -> dict[str, dict[str, Tensor]]:

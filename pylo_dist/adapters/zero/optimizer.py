@@ -338,8 +338,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._inner.forget_gradients()
 
     def check_replicas(self) -> None:
-        """Compare the replicated state (factors, LSTM rows, run-global values) of all ranks bit by
-        bit. Collective.
+        """Compare the replicated state (factors, LSTM rows, run-global values) of all ranks that
+        have it bit by bit. Collective.
 
         Raises:
             RuntimeError: on all ranks, naming what differs.

@@ -150,12 +150,12 @@ def check_same_settings(
 
 
 def check_same_state(
-    entries: Sequence[tuple[str, Tensor]], sharing: Sharing, num_steps: int
+    entries: Sequence[tuple[str, Tensor | None]], sharing: Sharing, num_steps: int
 ) -> None:
     """Compare replicated state bit by bit. Collective.
 
     Args:
-        entries: what each is called, and its tensor.
+        entries: what each is called, and its tensor; None where this rank keeps none.
         num_steps: how many steps were taken, for the error.
 
     Raises:
