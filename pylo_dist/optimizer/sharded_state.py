@@ -219,15 +219,13 @@ def local_part(source: Tensor, field: StateField, shard: TensorShard, like: Tens
     Raises:
         ValueError: elements that `source` does not have on this rank.
     """
-    shape, part = field.local_shape(shard), field.part(shard)
-    if (kept := _given(source, field, part)) is not None and kept.device == like.device:
+    shape = field.local_shape(shard)
+    if (kept := _given(source, field, shard)) is not None and kept.device == like.device:
         return kept.view(shape)
-    if (
-        part.is_whole
-        and type(source) is Tensor
-        and (source.shape, source.device) == (shape, like.device)
-    ):
+    # a plain tensor of the local shape is all that is kept: of what is not whole, that is flat
+    if type(source) is Tensor and (source.shape, source.device) == (shape, like.device):
         return source.detach().clone(memory_format=torch.contiguous_format)
+    part = field.part(shard)
     local = torch.empty(shape, dtype=source.dtype, device=like.device)
     copy_elements(source, ShardedState(field.flat(local), field.copies, part))
     return local
@@ -245,11 +243,12 @@ def given(sources: Sequence[Tensor]) -> Iterator[None]:
         _GIVEN.difference_update(map(id, sources))
 
 
-def _given(source: Tensor, field: StateField, part: TensorShard) -> Tensor | None:
+def _given(source: Tensor, field: StateField, shard: TensorShard) -> Tensor | None:
     """The memory of a tensor that was given away (it is no more) and has these elements alone."""
     if id(source) not in _GIVEN:
         return None
     _GIVEN.discard(id(source))
+    part = field.part(shard)
     if isinstance(source, ShardedState):
         fits = (source.copies, source.shard) == (field.copies, part)
         return source.local if fits and source.local.is_contiguous() else None
