@@ -321,6 +321,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             super().load_state_dict(state_dict)
         self.early.forget()
         self._lineup.retire()
+        if _groups_of(self):
+            self._ready()  # as in `add_param_group`
 
     def check_state_dict(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """Raise the ValueError that `load_state_dict` would raise; changes nothing.

@@ -98,6 +98,14 @@ def refusals(rank: int) -> dict[str, tuple[str, bool]]:
     backward(model)
     note("flattened on one rank", model, sharded)
     model = Net()
+    fully_shard(model)
+    sharded = cls(model.named_parameters(), **kwargs)
+    sharded.load_state_dict(sharded.state_dict())
+    if rank == 1:
+        sharded.param_groups[0]["params"][0] = nn.Parameter(torch.ones(40))
+    backward(model)
+    note("flattened on one rank after loading", model, sharded)
+    model = Net()
     _set(dict(model.named_parameters()), "late", False)
     fully_shard(model)
     sharded = cls(model.named_parameters(), **kwargs)
@@ -189,6 +197,10 @@ def results() -> list[dict[str, Any]]:
         ("unfrozen, named", "'late.weight' was frozen.*add_param_group"),
         ("unfrozen, list", r"'group0\.2' was frozen.*add_param_group"),
         ("flattened on one rank", "'first.weight' of shape .*exchanged.*pylo_dist.deepspeed"),
+        (
+            "flattened on one rank after loading",
+            "'first.weight' of shape .*exchanged.*pylo_dist.deepspeed",
+        ),
         ("gradient of a frozen one", "'late.weight' has a gradient, and has been frozen"),
         ("not averaged", "'late.weight' was frozen when DistributedDataParallel"),
     ],
