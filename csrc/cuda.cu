@@ -294,7 +294,8 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
   const auto features = moments    ? feature_kernel<true, true>
                         : extended ? feature_kernel<true, false>
                                    : feature_kernel<false, false>;
-  PYLO_LAUNCH(features, device.blocks(features, 256, jobs), 256, args);
+  const int threads = feature_threads(moments);
+  PYLO_LAUNCH(features, device.blocks(features, threads, jobs), threads, args);
 }
 
 void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,

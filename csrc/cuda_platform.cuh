@@ -45,6 +45,119 @@ __device__ __forceinline__ void store_float(void* to, int type, int64_t i, float
   }
 }
 
+constexpr int ANY_TYPE = -1;
+
+// Whole accesses, which must be aligned to their size. What they bring is not needed before long,
+// nor soon again.
+__device__ __forceinline__ void load_words(uint32_t (&to)[2], const void* from) {
+#if defined(PYLO_FIBERS)
+  fibers::copy_aligned(to, from, from, 8);
+#else
+  const uint2 x = __ldcs(static_cast<const uint2*>(from));
+  to[0] = x.x;
+  to[1] = x.y;
+#endif
+}
+__device__ __forceinline__ void load_words(uint32_t (&to)[4], const void* from) {
+#if defined(PYLO_FIBERS)
+  fibers::copy_aligned(to, from, from, 16);
+#else
+  const uint4 x = __ldcs(static_cast<const uint4*>(from));
+  to[0] = x.x;
+  to[1] = x.y;
+  to[2] = x.z;
+  to[3] = x.w;
+#endif
+}
+__device__ __forceinline__ void store_words(const uint32_t (&from)[2], void* to) {
+#if defined(PYLO_FIBERS)
+  fibers::copy_aligned(to, from, to, 8);
+#else
+  __stcs(static_cast<uint2*>(to), make_uint2(from[0], from[1]));
+#endif
+}
+__device__ __forceinline__ void store_words(const uint32_t (&from)[4], void* to) {
+#if defined(PYLO_FIBERS)
+  fibers::copy_aligned(to, from, to, 16);
+#else
+  __stcs(static_cast<uint4*>(to), make_uint4(from[0], from[1], from[2], from[3]));
+#endif
+}
+
+__device__ __forceinline__ constexpr int64_t size_of(int type) { return type == FLOAT32 ? 4 : 2; }
+
+// Four neighbours in memory as one access, of a type known here or (ANY_TYPE) only when it runs.
+// They become floats when they are used, so that further accesses can be on their way.
+template <int Type>
+struct Four {
+  uint32_t words[Type == BFLOAT16 || Type == FLOAT16 ? 2 : 4];
+
+  __device__ __forceinline__ static int type_of(int type) { return Type == ANY_TYPE ? type : Type; }
+  // from element `at` of a tensor on
+  __device__ __forceinline__ void load(const void* tensor, int type, int64_t at) {
+    const char* from = static_cast<const char*>(tensor) + at * size_of(type_of(type));
+    if constexpr (Type == ANY_TYPE) {
+      if (type == FLOAT32) {
+        load_words(words, from);
+      } else {
+        uint32_t two[2];
+        load_words(two, from);
+        words[0] = two[0];
+        words[1] = two[1];
+      }
+    } else {
+      load_words(words, from);
+    }
+  }
+  __device__ __forceinline__ void store(void* tensor, int type, int64_t at) const {
+    char* to = static_cast<char*>(tensor) + at * size_of(type_of(type));
+    if constexpr (Type == ANY_TYPE) {
+      if (type == FLOAT32) {
+        store_words(words, to);
+      } else {
+        const uint32_t two[2] = {words[0], words[1]};
+        store_words(two, to);
+      }
+    } else {
+      store_words(words, to);
+    }
+  }
+  __device__ __forceinline__ float get(int j, int type) const {
+    if (type_of(type) == FLOAT32) {
+      float x;
+      memcpy(&x, &words[j], 4);
+      return x;
+    }
+    const uint16_t bits = static_cast<uint16_t>(words[j >> 1] >> (j & 1) * 16);
+    return type_of(type) == BFLOAT16 ? from_bfloat(bits) : from_half(bits);
+  }
+  // one after the other, from the first on
+  __device__ __forceinline__ void set(int j, float x, int type) {
+    if (type_of(type) == FLOAT32) {
+      memcpy(&words[j], &x, 4);
+    } else {
+      const uint32_t bits = type_of(type) == BFLOAT16 ? to_bfloat(x) : to_half(x);
+      words[j >> 1] = j & 1 ? words[j >> 1] | bits << 16 : bits;
+    }
+  }
+};
+
+// Whether all of count elements from `from` on can be taken as fours.
+__device__ __forceinline__ bool in_fours(const void* from, int type, int64_t count) {
+  return reinterpret_cast<uintptr_t>(from) % (4 * size_of(type)) == 0 && count % 4 == 0;
+}
+
+// The larger; NaN if one is NaN.
+__device__ __forceinline__ float larger(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x != x || x > y ? x : y;
+#endif
+}
+
 // The sum over a warp, the same bits in every run; all lanes get it.
 __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll

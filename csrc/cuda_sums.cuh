@@ -2,7 +2,7 @@
 // added as in cuda_gradients.cuh.
 #pragma once
 
-#include "cuda_gradients.cuh"
+#include "cuda_runs.cuh"
 
 namespace pylo_dist {
 namespace gpu {
@@ -134,30 +134,37 @@ struct Place {
   int64_t local, row, col;
 };
 
-// New accumulators and element features of one element.
+struct FactorScales {
+  float row[K], col[K];
+};
+
+// New accumulators and element features of one element. Gives the scales they are made with.
 template <bool Extended, bool Diag>
-__device__ __forceinline__ void read_element(Element<float, Extended>& e, const Live& live,
-                                             const Item& item, const Factors& factors,
-                                             const Place& at, float scale,
-                                             const RuleConstants& rule) {
-  float m[K], x[K], y[K];
+__device__ __forceinline__ FactorScales read_element(Element<float, Extended>& e, const Live& live,
+                                                     const Item& item, const Factors& factors,
+                                                     const Place& at, float scale,
+                                                     const RuleConstants& rule) {
+  float m[K];
+  FactorScales scales;
 #pragma unroll
   for (int k = 0; k < K; ++k) m[k] = live.momentum[k * item.numel + at.local];
   const float g = used_gradient(load_as_float(live.grad, grad_type(live), at.local), scale, rule);
   const float p = load_as_float(live.value, value_type(live), at.local);
   common_features<Extended>(e, g, p, m, live.rms[at.local], rule);
   if constexpr (Diag) {
+    float d[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) x[k] = live.row_or_diag[k * item.numel + at.local];
-    diag_features<Extended>(e, x, rule);
+    for (int k = 0; k < K; ++k) d[k] = live.row_or_diag[k * item.numel + at.local];
+    diag_features<Extended>(e, d, rule);
   } else {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      x[k] = factors.row_scale[k * factors.rows + at.row];
-      y[k] = factors.col_scale[k * factors.cols + at.col];
+      scales.row[k] = factors.row_scale[k * factors.rows + at.row];
+      scales.col[k] = factors.col_scale[k * factors.cols + at.col];
     }
-    factored_features<Extended>(e, x, y);
+    factored_features<Extended>(e, scales.row, scales.col);
   }
+  return scales;
 }
 
 __device__ __forceinline__ Factors factors_on_device(const Item& item, const Live& live,
@@ -168,25 +175,54 @@ __device__ __forceinline__ Factors factors_on_device(const Item& item, const Liv
                  at + r + c,       at + 2 * r + c, item.rows, item.cols};
 }
 
-// sums[s] += squares of what pass B sums, in its order.
-template <bool Extended, bool Diag, int N>
-__device__ __forceinline__ void add_squares(double (&sums)[N], const Element<float, Extended>& e) {
+__device__ __forceinline__ double square(float x) {
+  return static_cast<double>(x) * static_cast<double>(x);
+}
+
+// sums[s] += the squares of what pass B sums, in its order, but for F(g) and F(m). Those of
+// products are products of squares, in double: fewer conversions. Gives the squares of g and of m.
+template <bool Extended, int N>
+__device__ __forceinline__ void add_squares(double (&sums)[N], const Element<float, Extended>& e,
+                                            double& g, double (&m)[K]) {
   using L = Layout<Extended>;
-  const auto add = [&](int s, float x) {
-    sums[s] += static_cast<double>(x) * static_cast<double>(x);
-  };
+  const double q = square(e.x[L::P + 8]);
+  g = square(e.x[0]);
+  sums[0] += g;
+  if constexpr (Extended) {
+    sums[1] += square(e.x[1]);
+    sums[L::FIRST_FACTOR - 1] += g * q;
+  }
+  sums[L::P] += square(e.x[L::P]);
+  sums[L::P + 4] += square(e.v);
+  sums[L::P + 8] += q;
 #pragma unroll
-  for (int f = 0; f < L::FIRST_FACTOR; ++f) add(f, e.x[f]);
-  if constexpr (Diag) {
+  for (int k = 0; k < K; ++k) {
+    m[k] = square(e.m[k]);
+    sums[L::P + 1 + k] += m[k];
+    sums[L::P + 5 + k] += m[k] * q;
+  }
+}
+
+// All of an element's, on its own.
+template <bool Extended, bool Diag, int N>
+__device__ __forceinline__ void add_element(double (&sums)[N], const Element<float, Extended>& e,
+                                            const FactorScales& scales) {
+  using L = Layout<Extended>;
+  double g, m[K];
+  add_squares<Extended>(sums, e, g, m);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      add(L::FIRST_FACTOR + k, e.d[k]);
-      add(L::FIRST_FACTOR + K + k, factor_rsqrt_of(e.d[k]));
+  for (int k = 0; k < K; ++k) {
+    if constexpr (Diag) {
+      sums[L::P + 9 + k] += square(e.x[L::P + 9 + k]);
+      sums[L::FIRST_FACTOR + k] += square(e.d[k]);
+      sums[L::FIRST_FACTOR + K + k] += square(factor_rsqrt_of(e.d[k]));
+      sums[L::FIRST_FACTOR + 2 * K + k] += square(e.x[L::FIRST_FACTOR + k]);
+    } else {
+      const double scale = square(scales.row[k]) * square(scales.col[k]);
+      sums[L::P + 9 + k] += scale * g;
+      sums[L::FIRST_FACTOR + k] += scale * m[k];
     }
   }
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-    add(L::FIRST_FACTOR + (Diag ? 2 * K : 0) + k, e.x[L::FIRST_FACTOR + k]);
 }
 
 // Element `index` of a job: its run and column, without a division where a run of the job has a
@@ -224,21 +260,26 @@ __device__ __forceinline__ constexpr int num_feature_sums() {
 
 // VeLO's sums of the old accumulators, from sums[first] on: m_k, m_k^2, v, v^2.
 template <int first, int N>
-__device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, const Item& item,
-                                        int64_t at) {
-  const double v = live.rms[at];
+__device__ __forceinline__ void add_old(double (&sums)[N], const float (&m)[K], float v) {
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const double m = live.momentum[k * item.numel + at];
-    sums[first + k] += m;
-    sums[first + K + k] += m * m;
+    sums[first + k] += m[k];
+    sums[first + K + k] += square(m[k]);
   }
   sums[first + 2 * K] += v;
-  sums[first + 2 * K + 1] += v * v;
+  sums[first + 2 * K + 1] += square(v);
 }
 
-// With `Moments` those too, behind the others.
-template <bool Extended, bool Diag, bool Moments, int N>
+template <int first, int N>
+__device__ __forceinline__ void add_old(double (&sums)[N], const Live& live, const Item& item,
+                                        int64_t at) {
+  float m[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) m[k] = live.momentum[k * item.numel + at];
+  add_old<first>(sums, m, live.rms[at]);
+}
+
+template <bool Extended, bool Diag, int N>
 __device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, const Box& box,
                                         const Item& item, const Live& live, double (&sums)[N]) {
   const Factors factors = factors_on_device(item, live, args.factors);
@@ -248,14 +289,78 @@ __device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, co
   for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) {
     const Place at = shape.place(box, i, nullptr);
     Element<float, Extended> e;
-    read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
-    add_squares<Extended, Diag>(sums, e);
-    if constexpr (Moments) add_old<num_feature_sums<Extended, Diag>()>(sums, live, item, at.local);
+    const FactorScales scales =
+        read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
+    add_element<Extended, Diag>(sums, e, scales);
   }
 }
 
-// The same of those sums alone. Vectors take a turn of their own for them, since the registers are
-// full without.
+// The same of a job with long runs, by warps; with `Moments` those too, behind the others.
+template <bool Extended, bool Moments, int Type, bool Fours, int N>
+__device__ __forceinline__ void sum_runs(const RuleConstants& rule, const Runs<4>& runs,
+                                         Kept& along, double (&sums)[N]) {
+  using L = Layout<Extended>;
+  const int left = runs.columns - lane_column<Fours>(0);
+  if (left <= 0) return;
+  along.vector() = -1;
+#pragma unroll 1
+  for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {
+    keep_in_shared();
+    if (runs.at[r].vector != along.vector()) {
+      const int64_t held = along.vector() = runs.at[r].vector;
+#pragma unroll
+      for (int i = 0; i < 4 * K; ++i)
+        along.at(i >> 2, i & 3) = square(runs.template along<Fours>(i >> 2, i & 3, held));
+    }
+    const int64_t at = runs.at[r].local + lane_column<Fours>(0);
+    const int g_type = runs.grad_type, p_type = runs.value_type;
+    double of_g[K] = {}, of_m[K] = {};
+    const auto add = [&](int j, float g, float p, const float (&m)[K], float v) {
+      Element<float, Extended> e;
+      common_features<Extended>(e, used_gradient(g, runs.scale, rule), p, m, v, rule);
+      double g2, m2[K];
+      add_squares<Extended>(sums, e, g2, m2);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        of_g[k] += along.at(k, j) * g2;
+        of_m[k] += along.at(k, j) * m2[k];
+      }
+      if constexpr (Moments) add_old<L::SUMS_FACTORED>(sums, m, v);
+    };
+    if constexpr (Fours) {
+      Four<Type> g, p;
+      Four<FLOAT32> v, m[K];
+      g.load(runs.grad, g_type, at);
+      p.load(runs.value, p_type, at);
+      v.load(runs.rms, FLOAT32, at);
+#pragma unroll
+      for (int k = 0; k < K; ++k) m[k].load(runs.momentum[k], FLOAT32, at);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float old[K] = {m[0].get(j, FLOAT32), m[1].get(j, FLOAT32), m[2].get(j, FLOAT32)};
+        add(j, g.get(j, g_type), p.get(j, p_type), old, v.get(j, FLOAT32));
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; 32 * j < left; ++j) {
+        const int64_t here = at + 32 * j;
+        const float old[K] = {runs.momentum[0][here], runs.momentum[1][here],
+                              runs.momentum[2][here]};
+        add(j, load_as_float(runs.grad, g_type, here), load_as_float(runs.value, p_type, here), old,
+            runs.rms[here]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const double across = square(runs.numbers[r][k]);
+      sums[L::P + 9 + k] += across * of_g[k];
+      sums[L::FIRST_FACTOR + k] += across * of_m[k];
+    }
+  }
+}
+
+// Those sums alone. All but long runs in fours take a turn of their own for them, since the
+// registers are full without.
 __device__ __forceinline__ void sum_old(const Job& job, const Box& box, const Item& item,
                                         const Live& live, double (&sums)[NUM_MOMENTS - 1]) {
   const JobShape shape(job);
@@ -268,15 +373,19 @@ __device__ __forceinline__ void sum_old(const Job& job, const Box& box, const It
 template <int N>
 __device__ __forceinline__ void store_sums(const double (&sums)[N], double (*warp_sums)[8],
                                            const Tables& tables, int64_t job, int first, int num) {
+  const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int s = 0; s < N; ++s) {
-    const double sum = warp_sum(sums[s]);
-    if ((threadIdx.x & 31) == 0) warp_sums[s][threadIdx.x >> 5] = sum;
+  for (int s = 0; s < N; s += 4) {
+    double four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = s + i < N ? sums[s + i] : 0.0;
+    const double sum = four_sums(four, lane);
+    if ((lane & 7) == 0 && s + lane / 8 < N) warp_sums[s + lane / 8][threadIdx.x >> 5] = sum;
   }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < num) {
     double sum = 0.0;
-    for (int w = 0; w < 8; ++w) sum += warp_sums[threadIdx.x][w];
+    for (unsigned w = 0; w < blockDim.x >> 5; ++w) sum += warp_sums[threadIdx.x][w];
     tables.partials[(first + threadIdx.x) * tables.num_jobs + job] = sum;
   }
   __syncthreads();
@@ -321,8 +430,8 @@ __device__ __forceinline__ void sum_groups(const PassArgs& args, const Item& ite
 template <bool Extended>
 __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
   const Tables& tables = args.tables;
-  for (int64_t j = blockIdx.x; j < tables.num_lead_jobs; j += gridDim.x) {
-    const LeadJob job = tables.lead_jobs[j];
+  for (int j = blockIdx.x; j < static_cast<int>(tables.num_lead_jobs); j += gridDim.x) {
+    const LeadJob& job = tables.lead_jobs[j];
     const Item& item = tables.items[job.item];
     const Live& live = tables.live[job.item];
     if (!is_active(live)) continue;
@@ -360,8 +469,9 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
             at.col += x * box.col[d];
           }
           Element<float, Extended> e;
-          read_element<Extended, false>(e, live, item, factors, at, scale, args.rule);
-          add_squares<Extended, false>(sums, e);
+          const FactorScales scales =
+              read_element<Extended, false>(e, live, item, factors, at, scale, args.rule);
+          add_element<Extended, false>(sums, e, scales);
         }
       }
 #pragma unroll
@@ -371,32 +481,57 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
   }
 }
 
+// As many as an SM holds without spilling.
+constexpr int feature_threads(bool moments) { return moments ? 128 : 256; }
+constexpr int feature_blocks(bool moments) { return moments ? 3 : 2; }
+
 template <bool Extended, bool Moments>
-__global__ void __launch_bounds__(256) feature_kernel(const PassArgs args) {
+__global__ void __launch_bounds__(feature_threads(Moments), feature_blocks(Moments))
+    feature_kernel(const PassArgs args) {
   constexpr int further = Moments ? NUM_MOMENTS - 1 : 0;
   constexpr int factored = num_feature_sums<Extended, false>(),
                 diag = num_feature_sums<Extended, true>();
   constexpr int most = factored + further > diag ? factored + further : diag;
   __shared__ double warp_sums[most][8];
+  __shared__ Runs<4> runs;
+  __shared__ Kept along[8];
   const Tables& tables = args.tables;
-  for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
-    const Job job = tables.jobs[j];
+  const int num_jobs = static_cast<int>(tables.num_jobs);
+  for (int j = blockIdx.x; j < num_jobs; j += gridDim.x) {
+    const Job& job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
     const Item& item = tables.items[box.item];
     const Live& live = tables.live[box.item];
     if (!is_active(live) || has_small_leads(item)) continue;
     double sums[most] = {};
     const int features = item.factored ? factored : diag, num = features + further;
+    const bool long_runs = has_long_runs(item, box),
+               together = long_runs && in_fours(live, item, box, job);
     if (item.factored) {
-      sum_job<Extended, false, Moments>(args, job, box, item, live, sums);
-      store_sums(sums, warp_sums, tables, j, 0, num);
+      if (!long_runs) {
+        sum_job<Extended, false>(args, job, box, item, live, sums);
+      } else {
+        runs.set(live, item, box, job, factors_on_device(item, live, args.factors),
+                 static_cast<float>(args.scale[box.item]), [&](int64_t at, float (&scales)[4]) {
+                   for (int k = 0; k < K; ++k) scales[k] = runs.constant[k][at];
+                 });
+        Kept& kept = along[threadIdx.x >> 5];
+        if (!together)
+          sum_runs<Extended, false, ANY_TYPE, false>(args.rule, runs, kept, sums);
+        else if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
+          sum_runs<Extended, Moments, ANY_TYPE, true>(args.rule, runs, kept, sums);
+        else
+          sum_runs<Extended, Moments, FLOAT32, true>(args.rule, runs, kept, sums);
+      }
     } else {
-      sum_job<Extended, true, false>(args, job, box, item, live, sums);
-      store_sums(sums, warp_sums, tables, j, 0, diag);
-      if constexpr (Moments) {
+      sum_job<Extended, true>(args, job, box, item, live, sums);
+    }
+    store_sums(sums, warp_sums, tables, j, 0, together ? num : features);
+    if constexpr (Moments) {
+      if (!together) {
         double old[further] = {};
         sum_old(job, box, item, live, old);
-        store_sums(old, warp_sums, tables, j, diag, further);
+        store_sums(old, warp_sums, tables, j, features, further);
       }
     }
     const ItemRange range = tables.ranges[box.item];

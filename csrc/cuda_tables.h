@@ -21,12 +21,14 @@ struct Job {
 };
 
 // Sums along the dim of a box that one of its factors lacks. An output is an index of the other
-// dims, in C order; `chunk` of `along` elements belong to a job.
+// dims, in C order; `chunk` of `along` elements belong to a job. Of BOTH sides at once, a tile: the
+// columns first .. last of a run, `chunk` of the dim that the other side lacks, `outer` of the dims
+// that are left.
 struct SideJob {
-  int64_t box, side, first_output, last_output, chunk;
+  int64_t box, side, first, last, chunk, outer;
 };
 
-enum Side : int64_t { ROW = 0, COLUMN = 1, NEITHER = 2 };
+enum Side : int64_t { ROW = 0, COLUMN = 1, NEITHER = 2, BOTH = 3 };
 
 // Entries first .. last of a factor of an item, or (NEITHER) its audit.
 struct EntryJob {
@@ -54,18 +56,22 @@ struct ItemRange {
 
 #if defined(PYLO_SMALL_JOBS)  // for tests: small tensors then have many jobs and sums of many parts
 constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700,
-                  SMALL_LEAD = 50;
+                  SMALL_LEAD = 50, TILE_ROWS = 20;
 #else
-constexpr int64_t JOB = 8192;          // elements
+constexpr int64_t JOB = 16384;         // elements
 constexpr int64_t COLUMNS = 128;       // of a job with more than one run
 constexpr int64_t ALONG = 128;         // elements of a sum in a job whose outputs lie side by side
 constexpr int64_t WARP_ALONG = 4096;   // elements of a sum in a job whose sums go along runs
 constexpr int64_t MOMENT_JOB = 32768;  // elements
 constexpr int64_t SMALL_LEAD = 1024;   // largest matrix that one thread sums
+constexpr int64_t TILE_ROWS = 128;     // elements of a column in a tile
 #endif
 constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
-constexpr int64_t TENSOR_CORE_RUN = 16;              // shortest run that is worth whole products
+constexpr int64_t LONG_RUN = 16;                     // shortest run that is worth whole products
+constexpr int MOST_RUNS = 256;                       // of a job whose runs are long
 constexpr int MOST_SUMS = 32;                        // of pass B, with moments
+constexpr int TILE_COLUMNS = 128;                    // four a lane
+constexpr int64_t LEAST_TILE_ROWS = 4, LEAST_TILE_COLUMNS = 32;
 
 // The dim of a box along which a side is summed; -1 where the box is one element long there.
 PYLO_HD int summed_dim(const Box& box, int64_t side) {
@@ -81,10 +87,24 @@ PYLO_HD int64_t box_numel(const Box& box) { return num_runs(box) * box.sizes[INN
 
 PYLO_HD int64_t along(const Box& box, int dim) { return dim < 0 ? 1 : box.sizes[dim]; }
 
-PYLO_HD int64_t chunk_length(int dim) { return dim == INNER ? WARP_ALONG : ALONG; }
+// Where one factor lacks the innermost dim and the other another one, both sides are summed in one
+// reading, tile by tile. Gives that other dim; -1 for a box that is not read so.
+PYLO_HD int tiled_dim(const Box& box) {
+  const int row = summed_dim(box, ROW), col = summed_dim(box, COLUMN),
+            other = row == INNER ? col : row;
+  const bool tiled = (row == INNER) != (col == INNER) && other >= 0 &&
+                     box.sizes[INNER] >= LEAST_TILE_COLUMNS && along(box, other) >= LEAST_TILE_ROWS;
+  return tiled ? other : -1;
+}
+
+PYLO_HD int64_t chunk_length(const Box& box, int dim) {
+  if (tiled_dim(box) >= 0) return dim == INNER ? TILE_COLUMNS : TILE_ROWS;
+  return dim == INNER ? WARP_ALONG : ALONG;
+}
 
 PYLO_HD int64_t num_chunks(const Box& box, int dim) {
-  return (along(box, dim) + chunk_length(dim) - 1) / chunk_length(dim);
+  const int64_t length = chunk_length(box, dim);
+  return (along(box, dim) + length - 1) / length;
 }
 
 // index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a
@@ -155,8 +175,8 @@ PYLO_HD int64_t output_of_entry(const Box& box, int64_t side, int dim, int64_t e
 
 // Whether a warp of the tensor-core path takes this box: long runs along which one factor changes
 // and the other does not.
-PYLO_HD bool fits_tensor_cores(const Item& item, const Box& box) {
-  return item.factored && box.sizes[INNER] >= TENSOR_CORE_RUN &&
+PYLO_HD bool has_long_runs(const Item& item, const Box& box) {
+  return item.factored && box.sizes[INNER] >= LONG_RUN &&
          (box.row[INNER] == 0) != (box.col[INNER] == 0) && box.lead[INNER] == 0;
 }
 
@@ -222,7 +242,7 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
       const int64_t runs = num_runs(box), inner = box.sizes[INNER];
       if (runs * inner == 0) continue;
       // jobs of at most JOB elements, of one lead each unless leads are summed by threads
-      const bool one_run = runs == 1 && !fits_tensor_cores(item, box);
+      const bool one_run = runs == 1 && !has_long_runs(item, box);
       int64_t most_columns = std::min(inner, one_run ? JOB : COLUMNS);
       int64_t together = runs;
       if (item.leads > 1 && !has_small_leads(item)) {
@@ -231,7 +251,9 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
         for (int d = INNER - 1; d >= 0 && (box.lead[d] == 0 || box.sizes[d] == 1); --d)
           together *= box.sizes[d];
       }
-      const int64_t most_runs = std::max<int64_t>(1, std::min(together, JOB / most_columns));
+      const int64_t room =
+          has_long_runs(item, box) ? std::min<int64_t>(together, MOST_RUNS) : together;
+      const int64_t most_runs = std::max<int64_t>(1, std::min(room, JOB / most_columns));
       for (int64_t begin = 0; begin < runs; begin += together) {
         const size_t group = w.jobs.size();
         for (int64_t run = begin; run < begin + together; run += most_runs) {
@@ -257,9 +279,19 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
           w.side_at[2 * b + side] = side_partials;
           side_partials += outputs * chunks;
         }
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (int64_t chunk = 0; chunk < chunks && tiled_dim(box) < 0; ++chunk) {
           for (int64_t o = 0; o < outputs; o += most) {
-            w.side_jobs.push_back(SideJob{b, side, o, std::min(outputs, o + most), chunk});
+            w.side_jobs.push_back(SideJob{b, side, o, std::min(outputs, o + most), chunk, 0});
+          }
+        }
+      }
+      const int tiled = item.factored ? tiled_dim(box) : -1;
+      const int64_t outers = tiled < 0 ? 0 : runs / box.sizes[tiled];
+      for (int64_t outer = 0; outer < outers; ++outer) {
+        for (int64_t chunk = 0; chunk < num_chunks(box, tiled); ++chunk) {
+          for (int64_t at = 0; at < inner; at += TILE_COLUMNS) {
+            const int64_t last = std::min<int64_t>(inner, at + TILE_COLUMNS);
+            w.side_jobs.push_back(SideJob{b, BOTH, at, last, chunk, outer});
           }
         }
       }

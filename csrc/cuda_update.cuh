@@ -474,7 +474,7 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
       const Box& box = tables.boxes[job.box];
       const Item& item = tables.items[box.item];
       const Live& live = tables.live[box.item];
-      if (!is_active(live) || !fits_tensor_cores(item, box)) continue;
+      if (!is_active(live) || !has_long_runs(item, box)) continue;
       double change = 0.0;
       if (args.pass.moves[box.item]) {
         const int64_t network = args.network_of[box.item];
@@ -491,8 +491,7 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
   for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
     const Job job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
-    if (!is_active(tables.live[box.item]) || fits_tensor_cores(tables.items[box.item], box))
-      continue;
+    if (!is_active(tables.live[box.item]) || has_long_runs(tables.items[box.item], box)) continue;
     scalar_job<false, 32>(args, j, job, shared, loaded, scratch);
   }
 }

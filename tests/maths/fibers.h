@@ -139,6 +139,12 @@ inline void launch(int blocks, int threads, const std::function<void()>& body) {
   }
 }
 
+// An access of a whole vector: a GPU stops at one that is not aligned to its size.
+inline void copy_aligned(void* to, const void* from, const void* memory, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(memory) % bytes != 0) std::abort();
+  std::memcpy(to, from, bytes);
+}
+
 // x of another lane of the warp
 template <class T>
 T exchange(T x, int lane) {
@@ -168,6 +174,16 @@ template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
   return fibers::exchange(x, lane);
 }
+
+inline unsigned __ballot_sync(unsigned, bool x) {
+  unsigned all = x ? 1u << threadIdx.x % 32 : 0;
+  for (int step = 16; step > 0; step >>= 1) all |= __shfl_xor_sync(0, all, step);
+  return all;
+}
+
+inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline unsigned atomicAdd(unsigned* at, unsigned by) {
   const unsigned old = *at;

@@ -1,0 +1,103 @@
+// How warps of passes B and C go over the runs of a job, four elements a lane, in boxes whose runs
+// are long and have one factor along them.
+#pragma once
+
+#include "cuda_gradients.cuh"
+
+namespace pylo_dist {
+namespace gpu {
+
+// What is in shared memory stays there: without this it is all loaded before a loop, and spilled.
+__device__ __forceinline__ void keep_in_shared() { asm volatile("" ::: "memory"); }
+
+// K numbers of the four columns of every lane of a warp, out of the registers' way: two neighbours
+// are one access.
+struct Kept {
+  alignas(16) double pairs[K][2][32][2];
+  int64_t vectors[32];  // what they are of
+
+  __device__ __forceinline__ int64_t& vector() { return vectors[threadIdx.x & 31]; }
+
+  __device__ __forceinline__ double& at(int k, int j) {
+    return pairs[k][j >> 1][threadIdx.x & 31][j & 1];
+  }
+};
+
+// A lane's column j of the 128 that a warp takes of a run: neighbours where it takes them together.
+template <bool Fours>
+__device__ __forceinline__ int lane_column(int j) {
+  const int lane = threadIdx.x & 31;
+  return Fours ? 4 * lane + j : lane + 32 * j;
+}
+
+// What the warps of a block read of a job with long runs, in shared memory: where the tensors and
+// the runs are, and N numbers of every run. More than registers would hold beside a pass's own.
+template <int N>
+struct Runs {
+  const void* grad;
+  void* value;
+  float *momentum[K], *rms;
+  const float *vector[K], *constant[K];  // scales of decay k, of the job's first column and of all
+  int64_t vector_step;
+  float scale;
+  int grad_type, value_type, columns, count;
+  struct {
+    int64_t local, vector;  // its first element of the job, and the factor that changes along it
+  } at[MOST_RUNS];
+  alignas(16) float numbers[MOST_RUNS][N];
+
+  // The scale of decay k in a lane's column j, of a run whose vector begins there.
+  template <bool Fours>
+  __device__ __forceinline__ float along(int k, int j, int64_t begin) const {
+    const int column = lane_column<Fours>(j);
+    return column < columns ? vector[k][begin + column * vector_step] : 0.0f;
+  }
+
+  // By a whole block. number(constant, numbers): those of a run, from where its constant factor is.
+  template <class Number>
+  __device__ __forceinline__ void set(const Live& live, const Item& item, const Box& box,
+                                      const Job& job, const Factors& factors, float of_item,
+                                      const Number& number) {
+    const bool row_varies = box.row[INNER] != 0;
+    __syncthreads();  // nobody reads the last job's
+    if (threadIdx.x == 0) {
+      grad = live.grad;
+      value = live.value;
+      rms = live.rms;
+      vector_step = row_varies ? box.row[INNER] : box.col[INNER];
+      scale = of_item;
+      grad_type = pylo_dist::gpu::grad_type(live);
+      value_type = pylo_dist::gpu::value_type(live);
+      columns = static_cast<int>(job.last - job.first);
+      count = static_cast<int>(job.last_run - job.first_run);
+      for (int k = 0; k < K; ++k) {
+        const float *row = factors.row_scale + k * factors.rows,
+                    *col = factors.col_scale + k * factors.cols;
+        momentum[k] = live.momentum + k * item.numel;
+        vector[k] = (row_varies ? row : col) + job.first * vector_step;
+        constant[k] = row_varies ? col : row;
+      }
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < count; r += blockDim.x) {
+      const Run run = find_run(box, job.first_run + r);
+      at[r].local = run.local + job.first;
+      at[r].vector = row_varies ? run.row : run.col;
+      number(row_varies ? run.col : run.row, numbers[r]);
+    }
+    __syncthreads();
+  }
+};
+
+// Whether all four-element accesses of a job are aligned, in state and, of their types, value and
+// gradient.
+__device__ __forceinline__ bool in_fours(const Live& live, const Item& item, const Box& box,
+                                         const Job& job) {
+  int64_t all = item.numel | (box.local_at + job.first) | (job.last - job.first);
+  for (int d = 0; d < INNER; ++d) all |= box.sizes[d] > 1 ? box.local[d] : 0;
+  return in_fours(live.value, value_type(live), all) && in_fours(live.grad, grad_type(live), all) &&
+         in_fours(live.momentum, FLOAT32, all) && in_fours(live.rms, FLOAT32, all);
+}
+
+}  // namespace gpu
+}  // namespace pylo_dist

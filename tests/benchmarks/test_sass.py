@@ -1,0 +1,81 @@
+"""The machine code of the CUDA passes is as it was measured: benchmarks/results/sass.json is of
+these sources, and within what the passes may take. No compiler is needed: who changes csrc measures
+anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sass
+
+RESULT = json.loads(sass.RESULT.read_text())
+# Warp instructions per 32 elements on sm_90.
+MOST = {
+    "A": 20.0,
+    "B small_fc": 80.0,
+    "B VeLO": 100.0,
+    "C VeLO": 675.0,
+    "C CELO2": 951.0,
+    "C high": 1157.0,
+    "C medium": 800.0,
+    "C highest": 3349.0,
+}
+
+
+def test_the_figures_are_of_these_sources() -> None:
+    again = "measure again: python benchmarks/sass.py --record"
+    assert RESULT["csrc"] == sass.digest(), again
+    assert RESULT["before"]["csrc"] != RESULT["csrc"]
+
+
+@pytest.mark.parametrize("name", sass.PASSES)
+def test_a_pass_takes_no_more_than_it_may(name: str) -> None:
+    for arch, table in RESULT["passes"].items():
+        row = table[name]
+        assert row["spilled"] == 0, arch
+        assert sum(row["by class"].values()) == pytest.approx(row["instructions"], abs=0.2), arch
+        if arch == "90":
+            assert row["instructions"] <= MOST[name]
+
+
+@pytest.mark.parametrize("name", ["A", "B small_fc", "B VeLO"])
+def test_elements_come_four_at_a_time(name: str) -> None:
+    for arch, table in RESULT["passes"].items():
+        loads = {k: v for k, v in table[name]["accesses"].items() if k.startswith("LDG")}
+        assert set(loads) == {"LDG.128"}, (arch, loads)
+
+
+LISTING = """
+.text._ZN9pylo_dist3gpu11some_kernelILi3EEEvv:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+	//## File "{file}", line 1
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+	//## File "{file}", line 2
+        /*0030*/                   DADD R8, R8, R4 ;
+.L_x_2:
+	//## File "{file}", line 3
+        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0050*/               @P1 BRA `(.L_x_3) ;
+	//## File "{file}", line 1
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("never", "opcodes"), [((), 6), (("rare",), 5)])
+def test_a_turn_stays_in_the_loop(never: tuple[str, ...], opcodes: int, tmp_path: Path) -> None:
+    """It falls through, but for where that leads out or to what is rare."""
+    source = tmp_path / "some.cu"
+    source.write_text("for (each)\nrare\nusual\n")
+    kernels = sass.parse(LISTING.format(file=source))
+    turn = sass.walk(kernels["some_kernel 3"], sass.Loop("", "for (each)", 1, never=never))
+    assert len(turn) == opcodes
+    assert sass.whole(turn) == 1
+    with pytest.raises(sass.Unwalkable, match="other"):
+        sass.walk(kernels["some_kernel 3"], sass.Loop("", "other", 1))
