@@ -82,12 +82,13 @@ RUNS = "for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {"
 # Of ROWS those in which something is beyond its limits, of RUNS those with another vector side.
 CARE = ("for (int i = 0; i < 4 && row + i < rows; ++i) {",)
 OTHER = ("const int64_t held = along.vector() =", "along.at(i >> 2, i & 3) = ")
+ELSEWHERE = ("const int64_t held = kept.vector() =", "runs.direction[at + j] =")
 PASSES = {
     "A": Pass((Loop("gradient_kernel", ROWS, 16, never=CARE),), 4),
     "B small_fc": Pass((Loop("feature_kernel 0 0", RUNS, 4, never=OTHER),), 24),
     "B VeLO": Pass((Loop("feature_kernel 1 1", RUNS, 4, never=OTHER),), 24),
-    "C VeLO": Pass((Loop("scalar_kernel 1 4", UPDATES, 1, COMMON, 4),), 44),
-    "C CELO2": Pass((Loop("scalar_kernel 1 8", UPDATES, 1, COMMON, 8),), 44),
+    "C VeLO": Pass((Loop("scalar_kernel 1 4", RUNS, 4, never=ELSEWHERE),), 44),
+    "C CELO2": Pass((Loop("scalar_kernel 1 8", RUNS, 4, never=ELSEWHERE),), 44),
     "C high": Pass((Loop("tensor_core_kernel 2", STRIPS, 1, COMMON),), 44),
     "C medium": Pass((Loop("tensor_core_kernel 1", STRIPS, 1, COMMON),), 44),
     "C highest": Pass((Loop("scalar_kernel 0 32", UPDATES, 1, COMMON, 32),), 44),

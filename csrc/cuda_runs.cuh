@@ -36,8 +36,10 @@ template <int N>
 struct Runs {
   const void* grad;
   void* value;
-  float *momentum[K], *rms;
-  const float *vector[K], *constant[K];  // scales of decay k, of the job's first column and of all
+  float *momentum[K], *rms, *direction;
+  // the factor that changes along a run, from the job's first column on, and the other: scales, and
+  // the features of a side
+  const float *vector[K], *constant[K], *vector_side[2 * K], *constant_side[2 * K];
   int64_t vector_step;
   float scale;
   int grad_type, value_type, columns, count;
@@ -64,6 +66,7 @@ struct Runs {
       grad = live.grad;
       value = live.value;
       rms = live.rms;
+      direction = live.direction;
       vector_step = row_varies ? box.row[INNER] : box.col[INNER];
       scale = of_item;
       grad_type = pylo_dist::gpu::grad_type(live);
@@ -71,11 +74,16 @@ struct Runs {
       columns = static_cast<int>(job.last - job.first);
       count = static_cast<int>(job.last_run - job.first_run);
       for (int k = 0; k < K; ++k) {
-        const float *row = factors.row_scale + k * factors.rows,
-                    *col = factors.col_scale + k * factors.cols;
+        const int64_t row = k * factors.rows, col = k * factors.cols;
+        const auto sides = [&](const float*& along, const float*& across, const float* of_row,
+                               const float* of_col) {
+          along = (row_varies ? of_row + row : of_col + col) + job.first * vector_step;
+          across = row_varies ? of_col + col : of_row + row;
+        };
         momentum[k] = live.momentum + k * item.numel;
-        vector[k] = (row_varies ? row : col) + job.first * vector_step;
-        constant[k] = row_varies ? col : row;
+        sides(vector[k], constant[k], factors.row_scale, factors.col_scale);
+        sides(vector_side[k], constant_side[k], factors.row, factors.col);
+        sides(vector_side[K + k], constant_side[K + k], factors.row_rsqrt, factors.col_rsqrt);
       }
     }
     __syncthreads();

@@ -68,7 +68,7 @@ constexpr int64_t TILE_ROWS = 128;     // elements of a column in a tile
 #endif
 constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
 constexpr int64_t LONG_RUN = 16;                     // shortest run that is worth whole products
-constexpr int MOST_RUNS = 256;                       // of a job whose runs are long
+constexpr int MOST_RUNS = 128;                       // of a job whose runs are long
 constexpr int MOST_SUMS = 32;                        // of pass B, with moments
 constexpr int TILE_COLUMNS = 128;                    // four a lane
 constexpr int64_t LEAST_TILE_ROWS = 4, LEAST_TILE_COLUMNS = 32;

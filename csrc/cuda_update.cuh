@@ -152,9 +152,12 @@ struct SharedNetwork {
   float output[H][2];
   float input_bias[H], hidden_bias[H], output_bias[2];
 
-  __device__ void load(const float* net) {
-    for (int i = threadIdx.x; i < H * P::INPUTS; i += blockDim.x)
-      input[i % P::INPUTS][i / P::INPUTS] = net[i];
+  // times: what the weights of an input are multiplied by, or null
+  __device__ void load(const float* net, const float* times) {
+    for (int i = threadIdx.x; i < H * P::INPUTS; i += blockDim.x) {
+      const int f = i % P::INPUTS;
+      input[f][i / P::INPUTS] = times ? net[i] * times[f] : net[i];
+    }
     for (int i = threadIdx.x; i < H * H; i += blockDim.x) hidden[i / H][i % H] = net[P::HIDDEN + i];
     for (int i = threadIdx.x; i < 2 * H; i += blockDim.x) output[i % H][i / H] = net[P::OUTPUT + i];
     for (int i = threadIdx.x; i < H; i += blockDim.x) {
@@ -240,15 +243,227 @@ __device__ __forceinline__ double update_element(const UpdateArgs& args,
   return move_element(live, at.local, e.x[L::P], o0, o1, step);
 }
 
+// What a lane keeps of its four columns, out of the registers' way: scales, and the share that the
+// factor along the run has in the first layer.
+template <int H>
+struct KeptColumns {
+  alignas(16) float of[K + H][32][4];
+  int64_t vectors[32];  // what they are of
+
+  __device__ __forceinline__ float* at(int i) { return of[i][threadIdx.x & 31]; }
+  __device__ __forceinline__ int64_t& vector() { return vectors[threadIdx.x & 31]; }
+};
+
+// C elements of a lane: what was read, then what is written.
+template <int C>
+struct Elements {
+  float g[C], p[C], v[C], m[K][C];
+};
+
+// From elements to their two outputs; x.m and x.v become new. numbers: of their run. The
+// normalisers are in the weights.
+template <int H, int C>
+__device__ __forceinline__ void outputs_of(Elements<C>& x, float (&o0)[C], float (&o1)[C],
+                                           const SharedNetwork<true, H>& net, const float* numbers,
+                                           KeptColumns<H>& kept, int column, float scale,
+                                           const RuleConstants& rule) {
+  using L = Layout<true>;
+  Element<float, true> e[C];
+  float acc[C][H];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    float m[K], row[K], col[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      m[k] = x.m[k][c];
+      row[k] = numbers[k];
+      col[k] = kept.at(k)[column + c];
+    }
+    common_features<true>(e[c], used_gradient(x.g[c], scale, rule), x.p[c], m, x.v[c], rule);
+    factored_features<true>(e[c], row, col);
+    x.v[c] = e[c].v;
+#pragma unroll
+    for (int k = 0; k < K; ++k) x.m[k][c] = e[c].m[k];
+#pragma unroll
+    for (int h = 0; h < H; ++h) acc[c][h] = kept.at(K + h)[column + c] + numbers[4 + h];
+  }
+#pragma unroll
+  for (int f = 0; f < L::ELEMENT; ++f) {
+#pragma unroll
+    for (int h = 0; h < H; ++h) {
+      const float weight = net.input[L::input_of(f)][h];
+#pragma unroll
+      for (int c = 0; c < C; ++c) acc[c][h] = fma_(e[c].x[f], weight, acc[c][h]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    o0[c] = net.output_bias[0];
+    o1[c] = net.output_bias[1];
+#pragma unroll
+    for (int h = 0; h < H; ++h) acc[c][h] = relu_(acc[c][h]);
+  }
+#pragma unroll
+  for (int h = 0; h < H; ++h) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float sum = net.hidden_bias[h];
+#pragma unroll
+      for (int i = 0; i < H; ++i) sum = fma_(acc[c][i], net.hidden[h][i], sum);
+      sum = relu_(sum);
+      o0[c] = fma_(sum, net.output[h][0], o0[c]);
+      o1[c] = fma_(sum, net.output[h][1], o1[c]);
+    }
+  }
+}
+
+// The elements of a job with long runs, by warps; gives the sum of the squares of the change.
+template <int H, int Type, bool Fours>
+__device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
+                                              const Runs<4 + H>& runs, KeptColumns<H>& kept,
+                                              bool row_varies, bool bias_along, const Step& step,
+                                              const RuleConstants& rule) {
+  const int left = runs.columns - lane_column<Fours>(0);
+  double change = 0.0;
+  if (left <= 0) return change;
+  const auto move = [&](float p, float o0, float o1) {
+    const float now = moved(p, direction_of(o0, o1, step.exp_mult), step);
+    const double by = now - p;
+    change += by * by;
+    return now;
+  };
+  kept.vector() = -1;
+#pragma unroll 1
+  for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {
+    keep_in_shared();
+    if (runs.at[r].vector != kept.vector()) {
+      const int64_t held = kept.vector() = runs.at[r].vector;
+#pragma unroll 1
+      for (int j = 0; j < 4; ++j) {
+        const int column = lane_column<Fours>(j);
+        const int64_t at = column < runs.columns ? held + column * runs.vector_step : held;
+#pragma unroll
+        for (int k = 0; k < K; ++k) kept.at(k)[j] = runs.vector[k][at];
+#pragma unroll
+        for (int h = 0; h < H; ++h) {
+          float sum = bias_along ? net.input_bias[h] : 0.0f;
+#pragma unroll
+          for (int s = 0; s < SIDE; ++s)
+            sum = fma_(runs.vector_side[s][at], net.input[side_input<true>(row_varies, s)][h], sum);
+          kept.at(K + h)[j] = sum;
+        }
+      }
+    }
+    const int64_t at = runs.at[r].local + lane_column<Fours>(0);
+    const int g_type = runs.grad_type, p_type = runs.value_type;
+    if constexpr (Fours) {
+      Four<Type> g, p;
+      Four<FLOAT32> v, m[K];
+      g.load(runs.grad, g_type, at);
+      p.load(runs.value, p_type, at);
+      v.load(runs.rms, FLOAT32, at);
+#pragma unroll
+      for (int k = 0; k < K; ++k) m[k].load(runs.momentum[k], FLOAT32, at);
+      Elements<4> x;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x.g[j] = g.get(j, g_type);
+        x.p[j] = p.get(j, p_type);
+        x.v[j] = v.get(j, FLOAT32);
+#pragma unroll
+        for (int k = 0; k < K; ++k) x.m[k][j] = m[k].get(j, FLOAT32);
+      }
+      float o0[4], o1[4];
+      outputs_of<H, 4>(x, o0, o1, net, runs.numbers[r], kept, 0, runs.scale, rule);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) m[k].set(j, x.m[k][j], FLOAT32);
+        m[k].store(runs.momentum[k], FLOAT32, at);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v.set(j, x.v[j], FLOAT32);
+      v.store(runs.rms, FLOAT32, at);
+      if (runs.direction) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          runs.direction[at + j] = direction_of(o0[j], o1[j], step.exp_mult) * step.step_size;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) p.set(j, move(x.p[j], o0[j], o1[j]), p_type);
+        p.store(runs.value, p_type, at);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; 32 * j < left; ++j) {
+        const int64_t here = at + 32 * j;
+        Elements<1> x{
+            {load_as_float(runs.grad, g_type, here)},
+            {load_as_float(runs.value, p_type, here)},
+            {runs.rms[here]},
+            {{runs.momentum[0][here]}, {runs.momentum[1][here]}, {runs.momentum[2][here]}}};
+        float o0[1], o1[1];
+        outputs_of<H, 1>(x, o0, o1, net, runs.numbers[r], kept, j, runs.scale, rule);
+#pragma unroll
+        for (int k = 0; k < K; ++k) runs.momentum[k][here] = x.m[k][0];
+        runs.rms[here] = x.v[0];
+        if (runs.direction)
+          runs.direction[here] = direction_of(o0[0], o1[0], step.exp_mult) * step.step_size;
+        else
+          store_float(runs.value, p_type, here, move(x.p[0], o0[0], o1[0]));
+      }
+    }
+  }
+  return change;
+}
+
 template <bool Extended, int H>
 struct ScalarShared {
   SharedNetwork<Extended, H> network;
   float norm[PackedNetwork<Extended, H>::INPUTS];
 };
 
+// What the small networks need beside, for long runs.
+template <int H>
+struct RunsShared {
+  Runs<4 + H> runs;
+  KeptColumns<H> kept[4];
+};
+template <>
+struct RunsShared<32> {};
+
+// A job of a rule with a small network: the normalisers are folded into its weights.
+template <int H>
+__device__ __forceinline__ double update_small(const UpdateArgs& args, const Job& job,
+                                               const Box& box, const Item& item, const Live& live,
+                                               const SharedNetwork<true, H>& net,
+                                               RunsShared<H>& shared) {
+  const bool row_varies = box.row[INNER] != 0, bias_along = row_varies == (item.vector_is_row != 0);
+  Runs<4 + H>& runs = shared.runs;
+  const Step step = args.steps[box.item];
+  runs.set(live, item, box, job, factors_on_device(item, live, args.pass.factors),
+           static_cast<float>(args.pass.scale[box.item]), [&](int64_t at, float (&numbers)[4 + H]) {
+             for (int k = 0; k < K; ++k) numbers[k] = runs.constant[k][at];
+             for (int h = 0; h < H; ++h) numbers[4 + h] = bias_along ? 0.0f : net.input_bias[h];
+             for (int s = 0; s < SIDE; ++s) {
+               const float x = runs.constant_side[s][at];
+               const float* weights = net.input[side_input<true>(!row_varies, s)];
+               for (int h = 0; h < H; ++h) numbers[4 + h] = fma_(x, weights[h], numbers[4 + h]);
+             }
+           });
+  KeptColumns<H>& kept = shared.kept[threadIdx.x >> 5];
+  const RuleConstants& rule = args.pass.rule;
+  if (!in_fours(live, item, box, job))
+    return update_runs<H, ANY_TYPE, false>(net, runs, kept, row_varies, bias_along, step, rule);
+  if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
+    return update_runs<H, ANY_TYPE, true>(net, runs, kept, row_varies, bias_along, step, rule);
+  return update_runs<H, FLOAT32, true>(net, runs, kept, row_varies, bias_along, step, rule);
+}
+
 template <bool Extended, int H>
 __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, const Job& job,
-                                           ScalarShared<Extended, H>& shared, int64_t& loaded,
+                                           ScalarShared<Extended, H>& shared,
+                                           RunsShared<H>& of_runs, int64_t& loaded,
                                            double* scratch) {
   constexpr int INPUTS = PackedNetwork<Extended, H>::INPUTS;
   const Tables& tables = args.pass.tables;
@@ -261,11 +476,23 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
   if (args.pass.moves[i]) {  // alike in all threads
     const int64_t network = args.network_of[i];
     __syncthreads();  // nobody reads the last job's
-    if (network != loaded)
-      shared.network.load(args.networks + network * PackedNetwork<Extended, H>::SIZE);
+    // in the weights of the small networks, of which one more reading costs nothing
+    const bool folded = Extended && !has_small_leads(item);
+    if (network != loaded || Extended) {
+      shared.network.load(args.networks + network * PackedNetwork<Extended, H>::SIZE,
+                          folded ? norms + job.lead * INPUTS : nullptr);
+    }
     loaded = network;
-    for (int f = threadIdx.x; f < INPUTS; f += blockDim.x) shared.norm[f] = norms[f];
+    for (int f = threadIdx.x; f < INPUTS; f += blockDim.x)
+      shared.norm[f] = folded ? 1.0f : norms[f];
     __syncthreads();
+    if constexpr (Extended) {
+      if (folded && has_long_runs(item, box)) {
+        change = update_small<H>(args, job, box, item, live, shared.network, of_runs);
+        finish_job(args, j, i, change, scratch);
+        return;
+      }
+    }
     const Factors factors = factors_on_device(item, live, args.pass.factors);
     const float scale = static_cast<float>(args.pass.scale[i]);
     const Step step = args.steps[i];
@@ -275,7 +502,7 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
     for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {
       int64_t lead = 0;
       const Place at = shape.place(box, e, item.leads > 1 ? &lead : nullptr);
-      const float* norm = item.leads > 1 ? norms + lead * INPUTS : shared.norm;
+      const float* norm = item.leads > 1 && !folded ? norms + lead * INPUTS : shared.norm;
       change += item.factored ? update_element<Extended, H, false>(args, shared.network, item, live,
                                                                    factors, at, norm, scale, step)
                               : update_element<Extended, H, true>(args, shared.network, item, live,
@@ -293,13 +520,14 @@ template <bool Extended, int H>
 __global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H))
     scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
+  __shared__ RunsShared<H> of_runs;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
   const Tables& tables = args.pass.tables;
   for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
-    const Job job = tables.jobs[j];
+    const Job& job = tables.jobs[j];
     if (!is_active(tables.live[tables.boxes[job.box].item])) continue;
-    scalar_job<Extended, H>(args, j, job, shared, loaded, scratch);
+    scalar_job<Extended, H>(args, j, job, shared, of_runs, loaded, scratch);
   }
 }
 
@@ -462,6 +690,7 @@ __device__ __forceinline__ double tensor_core_job(
 template <int kParts>
 __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<false, 32> shared;
+  __shared__ RunsShared<32> of_runs;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;
   const int lane = threadIdx.x & 31;
@@ -492,7 +721,7 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
     const Job job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
     if (!is_active(tables.live[box.item]) || has_long_runs(tables.items[box.item], box)) continue;
-    scalar_job<false, 32>(args, j, job, shared, loaded, scratch);
+    scalar_job<false, 32>(args, j, job, shared, of_runs, loaded, scratch);
   }
 }
 
