@@ -7,8 +7,9 @@
 namespace pylo_dist {
 namespace gpu {
 
-// What is in shared memory stays there: without this it is all loaded before a loop, and spilled.
-__device__ __forceinline__ void keep_in_shared() { asm volatile("" ::: "memory"); }
+// What is in memory stays there: without this all that a loop reads is loaded before it, and
+// spilled.
+__device__ __forceinline__ void keep_in_memory() { asm volatile("" ::: "memory"); }
 
 // K numbers of the four columns of every lane of a warp, out of the registers' way: two neighbours
 // are one access.

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(512, 1)
 
 // What an element's features are made of.
 struct Place {
-  int64_t local, row, col;
+  int64_t local, row, col, lead;
 };
 
 struct FactorScales {
@@ -240,12 +240,12 @@ struct JobShape {
     while ((1u << shift) < columns) ++shift;
     if ((1u << shift) != columns) shift = -1;
   }
-  __device__ __forceinline__ Place place(const Box& box, uint32_t index, int64_t* lead) const {
+  __device__ __forceinline__ Place place(const Box& box, uint32_t index) const {
     const uint32_t r = shift >= 0 ? index >> shift : index / columns;
     const int64_t c = first + (index - r * columns);
     const Run run = find_run(box, first_run + r);
-    if (lead) *lead = run.lead + c * box.lead[INNER];
-    return Place{run.local + c, run.row + c * box.row[INNER], run.col + c * box.col[INNER]};
+    return Place{run.local + c, run.row + c * box.row[INNER], run.col + c * box.col[INNER],
+                 run.lead + c * box.lead[INNER]};
   }
 };
 
@@ -287,7 +287,7 @@ __device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, co
   const JobShape shape(job);
   const uint32_t numel = job_numel(job);
   for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) {
-    const Place at = shape.place(box, i, nullptr);
+    const Place at = shape.place(box, i);
     Element<float, Extended> e;
     const FactorScales scales =
         read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
@@ -305,7 +305,7 @@ __device__ __forceinline__ void sum_runs(const RuleConstants& rule, const Runs<4
   along.vector() = -1;
 #pragma unroll 1
   for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {
-    keep_in_shared();
+    keep_in_memory();
     if (runs.at[r].vector != along.vector()) {
       const int64_t held = along.vector() = runs.at[r].vector;
 #pragma unroll
@@ -366,7 +366,7 @@ __device__ __forceinline__ void sum_old(const Job& job, const Box& box, const It
   const JobShape shape(job);
   const uint32_t numel = job_numel(job);
   for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x)
-    add_old<0>(sums, live, item, shape.place(box, i, nullptr).local);
+    add_old<0>(sums, live, item, shape.place(box, i).local);
 }
 
 // The sums of a block to rows first .. first + num of the partial sums of a job.
@@ -435,7 +435,6 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
     const Item& item = tables.items[job.item];
     const Live& live = tables.live[job.item];
     if (!is_active(live)) continue;
-    const Factors factors = factors_on_device(item, live, args.factors);
     const float scale = static_cast<float>(args.scale[job.item]);
     for (int64_t lead = job.first + threadIdx.x; lead < job.last; lead += blockDim.x) {
       double sums[num_feature_sums<Extended, false>()] = {};
@@ -443,7 +442,7 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
       for (int64_t b = item.first_box; b < item.first_box + item.num_boxes; ++b) {
         const Box& box = tables.boxes[b];
         int64_t rest = lead - box.lead_at, numel = box_numel(box);
-        Place begin{box.local_at, box.row_at, box.col_at};
+        Place begin{box.local_at, box.row_at, box.col_at, lead};
         bool here = rest >= 0 && numel > 0;
         for (int d = 0; d < MAX_DIMS && here; ++d) {
           if (box.lead[d] == 0 || box.sizes[d] == 1) continue;
@@ -468,9 +467,10 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
             at.row += x * box.row[d];
             at.col += x * box.col[d];
           }
+          keep_in_memory();
           Element<float, Extended> e;
-          const FactorScales scales =
-              read_element<Extended, false>(e, live, item, factors, at, scale, args.rule);
+          const FactorScales scales = read_element<Extended, false>(
+              e, live, item, factors_on_device(item, live, args.factors), at, scale, args.rule);
           add_element<Extended, false>(sums, e, scales);
         }
       }

@@ -1,9 +1,10 @@
 // Pass C on a GPU: normalise, run the network, write momentum, rms, diag and the value.
 //
 // small_fc has two paths in one kernel. Boxes with long runs go through tensor cores (lanes.h): a
-// warp keeps a strip of 32 columns for many runs, the weights and the strip's column features in
-// registers. All others, and "highest", are computed in float32 with the weights in shared memory,
-// an order of additions as mlp.h has it. VeLO and CELO2, whose networks are small, always are.
+// warp keeps a strip of 32 columns for many runs, the weights in registers. All others, and
+// "highest", are computed in float32 with the weights in shared memory, an order of additions as
+// mlp.h has it. VeLO and CELO2, whose networks are small, always are; of long runs four columns a
+// lane, what is constant along a column in shared memory.
 #pragma once
 
 #include "cuda_sums.cuh"
@@ -335,7 +336,7 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
   kept.vector() = -1;
 #pragma unroll 1
   for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {
-    keep_in_shared();
+    keep_in_memory();
     if (runs.at[r].vector != kept.vector()) {
       const int64_t held = kept.vector() = runs.at[r].vector;
 #pragma unroll 1
@@ -500,9 +501,8 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
     const uint32_t numel = job_numel(job);
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {
-      int64_t lead = 0;
-      const Place at = shape.place(box, e, item.leads > 1 ? &lead : nullptr);
-      const float* norm = item.leads > 1 && !folded ? norms + lead * INPUTS : shared.norm;
+      const Place at = shape.place(box, e);
+      const float* norm = item.leads > 1 && !folded ? norms + at.lead * INPUTS : shared.norm;
       change += item.factored ? update_element<Extended, H, false>(args, shared.network, item, live,
                                                                    factors, at, norm, scale, step)
                               : update_element<Extended, H, true>(args, shared.network, item, live,
@@ -533,154 +533,196 @@ __global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H))
 
 // ------------------------------------------------------------------------------------ tensor cores
 
-// What a lane reads of an element: its own stream (p in lane 0 of a quad, m_k in lane k), g and v.
-struct LaneElement {
-  float x, g, v;
-};
-
-// A row or column side for one element or, the constant one, for all of a run: normalised factor
-// and rsqrt in float16, and the scale.
+// A row or column side of one element: normalised factor and rsqrt in float16, and the scale.
 template <int kParts>
 struct LaneSide {
   uint32_t packed[kParts];
   float scale;
 };
 
+// What the constant side of decay k is for a run, as a lane with t == k + 1 takes it; nothing for
+// t == 0.
 template <int kParts>
-__device__ __forceinline__ void read_side(LaneSide<kParts>& to, const float* factor,
-                                          const float* rsqrt, const float* scale, int64_t at,
-                                          float factor_norm, float rsqrt_norm, bool here) {
-  lanes::split<kParts>(here ? factor[at] * factor_norm : 0.0f, here ? rsqrt[at] * rsqrt_norm : 0.0f,
-                       to.packed);
-  to.scale = here ? scale[at] : 0.0f;
-}
+struct RunSides {
+  LaneSide<kParts> of[4];
+};
 
+// A lane's sides of its four columns, out of the registers' way: words, and last the scale.
 template <int kParts>
-__device__ __forceinline__ double tensor_core_job(
-    const UpdateArgs& args, const Job& job, const Box& box, const Item& item, const Live& live,
+struct KeptSides {
+  alignas(16) uint32_t words[kParts + 1][32][4];
+  int64_t vectors[32];  // what they are of
+};
+
+// What is alike in all quads. Where the accumulators of the hidden layers begin is read as they are
+// laid out, so that no move is needed; then the normalisers of a lane's slots, and the step.
+struct KeptNumbers {
+  alignas(16) float of[2][lanes::kTiles][4][4];
+  alignas(16) float norm[4][4];
+  Step step;
+
+  template <int kParts>
+  __device__ __forceinline__ void set(const lanes::LaneWeights<kParts>& weights) {
+    if (threadIdx.x >= 4) return;
+#pragma unroll
+    for (int i = 0; i < lanes::kTiles; ++i) {
+#pragma unroll
+      for (int layer = 0; layer < 2; ++layer) {
+        const lanes::Accumulator x = lanes::bias_of<kParts>(weights, layer, i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) of[layer][i][threadIdx.x][j] = x.x[j];
+      }
+    }
+  }
+  __device__ __forceinline__ lanes::Accumulator get(int lane, int layer, int i) const {
+    const float* x = of[layer][i][lane & 3];
+    return lanes::Accumulator{{x[0], x[1], x[2], x[3]}};
+  }
+};
+
+// What a lane reads of four neighbours: its own stream (p in lane 0 of a quad, m_k in lane k), g
+// and v; and of the one that it moves, p.
+template <int Type>
+struct LaneElements {
+  Four<Type> x, g;
+  Four<FLOAT32> v;
+  float p;
+};
+
+// Quad q of a warp holds columns 4 q .. 4 q + 3 of a strip of 32: rows q and q + 8 of two products.
+// Lane t of it moves column 4 q + t.
+template <int kParts, int Type, bool Fours>
+__device__ __forceinline__ double tensor_core_runs(
+    const Runs<sizeof(RunSides<kParts>) / 4>& runs, KeptSides<kParts>& kept_sides,
+    const KeptNumbers& numbers, const float* norms, bool row_varies, const RuleConstants& rule,
     const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane >> 2, t = lane & 3,
             k = t > 0 ? t - 1 : 0;
-  const int columns = static_cast<int>(job.last - job.first), strips = (columns + 31) / 32,
-            warps = blockDim.x >> 5;
-  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, strip = warp % strips,
-            turn = warp / strips;
-  const RuleConstants& rule = args.pass.rule;
-  const float scale = static_cast<float>(args.pass.scale[box.item]);
-  const Step step = args.steps[box.item];
-  const float* norms = args.pass.tables.normalisers + args.pass.tables.normalisers_at[box.item];
-  const Factors factors = factors_on_device(item, live, args.pass.factors);
-  const bool row_varies = box.row[INNER] != 0;
-  const int64_t vector_step = row_varies ? box.row[INNER] : box.col[INNER];
-  const int64_t vector_size = row_varies ? factors.rows : factors.cols,
-                constant_size = row_varies ? factors.cols : factors.rows;
-  // the side that changes along the run, and the other, of decay k
-  const float* vector[3] = {(row_varies ? factors.row : factors.col) + k * vector_size,
-                            (row_varies ? factors.row_rsqrt : factors.col_rsqrt) + k * vector_size,
-                            (row_varies ? factors.row_scale : factors.col_scale) + k * vector_size};
-  const float* constant[3] = {
-      (row_varies ? factors.col : factors.row) + k * constant_size,
-      (row_varies ? factors.col_rsqrt : factors.row_rsqrt) + k * constant_size,
-      (row_varies ? factors.col_scale : factors.row_scale) + k * constant_size};
-  const float vector_norms[2] = {norms[side_input<false>(row_varies, k)],
-                                 norms[side_input<false>(row_varies, K + k)]};
-  const float constant_norms[2] = {norms[side_input<false>(!row_varies, k)],
-                                   norms[side_input<false>(!row_varies, K + k)]};
-  float norm[4];
-#pragma unroll
-  for (int slot = 0; slot < 4; ++slot) norm[slot] = norms[lanes::feature_of_slot(false, t, slot)];
+  const int strips = (runs.columns + 31) / 32, warps = blockDim.x >> 5;
+  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, turn = warp / strips;
+  const int column = 32 * (warp % strips) + 4 * q;
+  const int left = turn < warps_per_strip ? runs.columns - column : 0;
+  const void* own = t == 0 ? runs.value : runs.momentum[k];
+  float* const to = t == 0 ? runs.rms : runs.momentum[k];
+  const int own_type = t == 0 ? runs.value_type : static_cast<int>(FLOAT32);
   const float old = rule.momentum_old[k], now = rule.momentum_new[k];
-  const void* own = t == 0 ? live.value : live.momentum + k * item.numel;
-  const int own_type = t == 0 ? value_type(live) : static_cast<int>(FLOAT32),
-            g_type = grad_type(live);
-
-  // elements of a lane: quad q holds columns q, q + 8 (rows of the first product), q + 16 and
-  // q + 24 of the strip
-  const int64_t column = job.first + 32 * strip + q;  // of element 0
-  const int left = turn < warps_per_strip ? columns - 32 * strip - q : 0;
-  const auto here = [&](int i) { return 8 * i < left; };
-  const auto read = [&](LaneElement(&to)[4], int64_t local) {
+  const auto read = [&](LaneElements<Type>& e, int64_t at) {
+    const int g_type = runs.grad_type;
+    e = LaneElements<Type>{};
+    if constexpr (Fours) {
+      if (left > 0) {
+        e.x.load(own, own_type, at);
+        e.g.load(runs.grad, g_type, at);
+        e.v.load(runs.rms, FLOAT32, at);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[i].x = here(i) ? load_as_float(own, own_type, local + column + 8 * i) : 0.0f;
-      to[i].g = here(i) ? load_as_float(live.grad, g_type, local + column + 8 * i) : 0.0f;
-      to[i].v = here(i) ? live.rms[local + column + 8 * i] : 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        if (i >= left) continue;
+        e.x.set(i, load_as_float(own, own_type, at + i), own_type);
+        e.g.set(i, load_as_float(runs.grad, g_type, at + i), g_type);
+        e.v.set(i, runs.rms[at + i], FLOAT32);
+      }
     }
+    if (t < left) e.p = load_as_float(runs.value, Four<Type>::type_of(runs.value_type), at + t);
   };
 
   double change = 0.0;
-  LaneSide<kParts> along[4], across;
-  int64_t held = -1;
-  LaneElement next[4];
-  int64_t run = job.first_run + turn;
-  if (turn >= warps_per_strip) run = job.last_run;
-  if (run < job.last_run) {
-    read(next, find_run(box, run).local);
-    __syncwarp();  // lane 0 of a quad overwrites the rms that all four have read; later runs have a
-                   // product in between
-  }
+  kept_sides.vectors[lane] = -1;
+  LaneElements<Type> next;
+  int r = turn < warps_per_strip ? turn : runs.count;
+  if (r < runs.count) read(next, runs.at[r].local + column);
 #pragma unroll 1
-  for (; run < job.last_run; run += warps_per_strip) {
-    const Run at = find_run(box, run);
-    LaneElement e[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) e[i] = next[i];
-    if (run + warps_per_strip < job.last_run)
-      read(next, find_run(box, run + warps_per_strip).local);  // on its way meanwhile
-    const int64_t vector_at = row_varies ? at.row : at.col;
-    if (vector_at != held) {
-      held = vector_at;
-#pragma unroll
+  for (; r < runs.count; r += warps_per_strip) {
+    keep_in_memory();
+    const int64_t at = runs.at[r].local + column;
+    const LaneElements<Type> e = next;
+    if (r + warps_per_strip < runs.count)
+      read(next, runs.at[r + warps_per_strip].local + column);  // on its way meanwhile
+    __syncwarp();  // what a lane overwrites below, the others have read
+    if (runs.at[r].vector != kept_sides.vectors[lane]) {
+      const int64_t held = kept_sides.vectors[lane] = runs.at[r].vector;
+#pragma unroll 1
       for (int i = 0; i < 4; ++i) {
-        read_side<kParts>(along[i], vector[0], vector[1], vector[2],
-                          vector_at + (column + 8 * i) * vector_step, vector_norms[0],
-                          vector_norms[1], here(i) && t > 0);
+        const bool here = i < left && t > 0;
+        const int64_t of = held + (column + i) * runs.vector_step;
+        uint32_t words[kParts];
+        lanes::split<kParts>(
+            here ? runs.vector_side[k][of] * norms[side_input<false>(row_varies, k)] : 0.0f,
+            here ? runs.vector_side[K + k][of] * norms[side_input<false>(row_varies, K + k)] : 0.0f,
+            words);
+        for (int part = 0; part < kParts; ++part) kept_sides.words[part][lane][i] = words[part];
+        const float scale = here ? runs.vector[k][of] : 0.0f;
+        memcpy(&kept_sides.words[kParts][lane][i], &scale, 4);
       }
     }
-    read_side<kParts>(across, constant[0], constant[1], constant[2], row_varies ? at.col : at.row,
-                      constant_norms[0], constant_norms[1], t > 0);
+    LaneSide<kParts> along[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        along[i].packed[part] = kept_sides.words[part][lane][i];
+      memcpy(&along[i].scale, &kept_sides.words[kParts][lane][i], 4);
+    }
+    const LaneSide<kParts> across =
+        reinterpret_cast<const RunSides<kParts>&>(runs.numbers[r]).of[t];
+    lanes::DeviceWarp::Each<lanes::Accumulator> out[2];
+    Four<FLOAT32> kept;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
+      keep_in_memory();
+      const float* const norm = numbers.norm[t];
       float slots[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * tile + half;
-        const float g = used_gradient(e[i].g, scale, rule);
-        const float v = fma_(g * rule.rms_new, g, e[i].v * rule.rms_old);
+        const float g = used_gradient(e.g.get(i, runs.grad_type), runs.scale, rule);
+        const float v = fma_(g * rule.rms_new, g, e.v.get(i, FLOAT32) * rule.rms_old);
         const float rs = rsqrt_(v + rule.eps_rms);
-        const float m = t == 0 ? e[i].x : fma_(g, now, e[i].x * old);
+        const float x = e.x.get(i, own_type), m = t == 0 ? x : fma_(g, now, x * old);
         const float f = along[i].scale * across.scale;
         slots[half][0] = (t == 0 ? g : m) * norm[0];
         slots[half][1] = (t == 0 ? m : m * rs) * norm[1];
         slots[half][2] = (t == 0 ? v : f * g) * norm[2];
         slots[half][3] = (t == 0 ? rs : f * m) * norm[3];
-        if (here(i)) {
-          const int64_t local = at.local + column + 8 * i;
-          if (t == 0)
-            live.rms[local] = v;
-          else
-            live.momentum[k * item.numel + local] = m;
-        }
+        kept.set(i, t == 0 ? v : m, FLOAT32);
       }
       lanes::DeviceWarp::Each<lanes::LaneInputs<kParts>> in;
       lanes::pack_inputs<kParts>(in[lane], 0, slots[0], slots[1]);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        uint32_t (&r)[4] = in[lane].step[1][part].r;
-        r[0] = row_varies ? along[2 * tile].packed[part] : across.packed[part];
-        r[1] = row_varies ? along[2 * tile + 1].packed[part] : across.packed[part];
-        r[2] = row_varies ? across.packed[part] : along[2 * tile].packed[part];
-        r[3] = row_varies ? across.packed[part] : along[2 * tile + 1].packed[part];
+        uint32_t (&words)[4] = in[lane].step[1][part].r;
+        words[0] = along[2 * tile].packed[part];
+        words[1] = along[2 * tile + 1].packed[part];
+        words[2] = words[3] = across.packed[part];
       }
-      lanes::DeviceWarp::Each<lanes::Accumulator> out;
-      lanes::network<lanes::DeviceWarp, kParts>(weights, in, out);
+      lanes::network<lanes::DeviceWarp, kParts>(
+          weights, in, out[tile],
+          [&](int of_lane, int layer, int i) { return numbers.get(of_lane, layer, i); });
+    }
+    if constexpr (Fours) {
+      if (left > 0) kept.store(to, FLOAT32, at);
+    } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = 2 * tile + half;
-        if (t == 0 && here(i)) {
-          change += move_element(live, at.local + column + 8 * i, e[i].x, out[lane].x[2 * half],
-                                 out[lane].x[2 * half + 1], step);
-        }
+      for (int i = 0; i < 4; ++i)
+        if (i < left) to[at + i] = kept.get(i, FLOAT32);
+    }
+    float mine[2];  // value by value: a choice between accumulators would put them into memory
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      const float low = t & 1 ? out[0][lane].x[2 + o] : out[0][lane].x[o],
+                  high = t & 1 ? out[1][lane].x[2 + o] : out[1][lane].x[o];
+      mine[o] = t < 2 ? low : high;
+    }
+    if (t < left) {
+      const float direction = direction_of(mine[0], mine[1], numbers.step.exp_mult);
+      if (runs.direction) {
+        runs.direction[at + t] = direction * numbers.step.step_size;
+      } else {
+        const float moved_to = moved(e.p, direction, numbers.step);
+        store_float(runs.value, Four<Type>::type_of(runs.value_type), at + t, moved_to);
+        const double by = moved_to - e.p;
+        change += by * by;
       }
     }
   }
@@ -688,40 +730,80 @@ __device__ __forceinline__ double tensor_core_job(
 }
 
 template <int kParts>
+__device__ __forceinline__ double tensor_core_job(
+    const UpdateArgs& args, const Job& job, const Box& box, const Item& item, const Live& live,
+    Runs<sizeof(RunSides<kParts>) / 4>& runs, KeptSides<kParts>& kept, KeptNumbers& numbers,
+    const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
+  const bool row_varies = box.row[INNER] != 0;
+  const float* norms = args.pass.tables.normalisers + args.pass.tables.normalisers_at[box.item];
+  const RuleConstants& rule = args.pass.rule;
+  if (threadIdx.x < 16) {
+    const int t = threadIdx.x >> 2, slot = threadIdx.x & 3;
+    numbers.norm[t][slot] = norms[lanes::feature_of_slot(false, t, slot)];
+  }
+  if (threadIdx.x == 0) numbers.step = args.steps[box.item];
+  runs.set(live, item, box, job, factors_on_device(item, live, args.pass.factors),
+           static_cast<float>(args.pass.scale[box.item]),
+           [&](int64_t at, float (&of_run)[sizeof(RunSides<kParts>) / 4]) {
+             RunSides<kParts>& sides = reinterpret_cast<RunSides<kParts>&>(of_run);
+             sides.of[0] = LaneSide<kParts>{};
+             for (int k = 0; k < K; ++k) {
+               lanes::split<kParts>(
+                   runs.constant_side[k][at] * norms[side_input<false>(!row_varies, k)],
+                   runs.constant_side[K + k][at] * norms[side_input<false>(!row_varies, K + k)],
+                   sides.of[1 + k].packed);
+               sides.of[1 + k].scale = runs.constant[k][at];
+             }
+           });
+  if (!in_fours(live, item, box, job))
+    return tensor_core_runs<kParts, ANY_TYPE, false>(runs, kept, numbers, norms, row_varies, rule,
+                                                     weights);
+  if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
+    return tensor_core_runs<kParts, ANY_TYPE, true>(runs, kept, numbers, norms, row_varies, rule,
+                                                    weights);
+  return tensor_core_runs<kParts, FLOAT32, true>(runs, kept, numbers, norms, row_varies, rule,
+                                                 weights);
+}
+
+template <int kParts>
 __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<false, 32> shared;
-  __shared__ RunsShared<32> of_runs;
+  __shared__ RunsShared<32> none;
+  __shared__ Runs<sizeof(RunSides<kParts>) / 4> runs;
+  __shared__ KeptSides<kParts> kept[4];
+  __shared__ KeptNumbers numbers;
   __shared__ double scratch[MOST_WARPS];
   const Tables& tables = args.pass.tables;
-  const int lane = threadIdx.x & 31;
-  int64_t loaded = -1;
-  {
-    lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>> weights;
+  const int lane = threadIdx.x & 31, num_jobs = static_cast<int>(tables.num_jobs);
 #pragma unroll 1
-    for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
-      const Job job = tables.jobs[j];
-      const Box& box = tables.boxes[job.box];
-      const Item& item = tables.items[box.item];
-      const Live& live = tables.live[box.item];
-      if (!is_active(live) || !has_long_runs(item, box)) continue;
-      double change = 0.0;
-      if (args.pass.moves[box.item]) {
-        const int64_t network = args.network_of[box.item];
-        if (network != loaded)
-          unpack_weights<kParts>(weights[lane], tables.networks + network * NETWORK_WORDS, lane);
-        loaded = network;
-        change = tensor_core_job<kParts>(args, job, box, item, live, weights);
-      }
-      finish_job(args, j, box.item, change, scratch);
+  for (int j = blockIdx.x; j < num_jobs; j += gridDim.x) {
+    const Job& job = tables.jobs[j];
+    const Box& box = tables.boxes[job.box];
+    const Item& item = tables.items[box.item];
+    const Live& live = tables.live[box.item];
+    if (!is_active(live) || !has_long_runs(item, box)) continue;
+    double change = 0.0;
+    if (args.pass.moves[box.item]) {
+      // read anew for every job: next to its elements that costs nothing, and between jobs nothing
+      // is kept in registers
+      lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>> weights;
+      unpack_weights<kParts>(weights[lane],
+                             tables.networks + args.network_of[box.item] * NETWORK_WORDS, lane);
+      // the side that changes along a run comes first
+      if (box.row[INNER] == 0) lanes::swap_sides<kParts>(weights[lane]);
+      numbers.set<kParts>(weights[lane]);
+      change = tensor_core_job<kParts>(args, job, box, item, live, runs, kept[threadIdx.x >> 5],
+                                       numbers, weights);
     }
+    finish_job(args, j, box.item, change, scratch);
   }
-  loaded = -1;
+  int64_t loaded = -1;
 #pragma unroll 1
-  for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
-    const Job job = tables.jobs[j];
+  for (int j = blockIdx.x; j < num_jobs; j += gridDim.x) {
+    const Job& job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
     if (!is_active(tables.live[box.item]) || has_long_runs(tables.items[box.item], box)) continue;
-    scalar_job<false, 32>(args, j, job, shared, of_runs, loaded, scratch);
+    scalar_job<false, 32>(args, j, job, shared, none, loaded, scratch);
   }
 }
 

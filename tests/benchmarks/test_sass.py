@@ -17,11 +17,12 @@ MOST = {
     "A": 20.0,
     "B small_fc": 80.0,
     "B VeLO": 100.0,
+    "B CELO2": 100.0,
     "C VeLO": 230.0,
     "C CELO2": 450.0,
-    "C high": 1157.0,
-    "C medium": 800.0,
-    "C highest": 3349.0,
+    "C high": 760.0,
+    "C medium": 400.0,
+    "C highest": 3500.0,
 }
 
 
@@ -31,21 +32,27 @@ def test_the_figures_are_of_these_sources() -> None:
     assert RESULT["before"]["csrc"] != RESULT["csrc"]
 
 
+# What the extension is built for, and sm_89, which runs the code of sm_80.
+BUILT = ("80", "89", "90", "100")
+
+
 @pytest.mark.parametrize("name", sass.PASSES)
 def test_a_pass_takes_no_more_than_it_may(name: str) -> None:
-    for arch, table in RESULT["passes"].items():
-        row = table[name]
+    for arch in BUILT:
+        row = RESULT["passes"][arch][name]
         assert row["spilled"] == 0, arch
         assert sum(row["by class"].values()) == pytest.approx(row["instructions"], abs=0.2), arch
-        if arch == "90":
-            assert row["instructions"] <= MOST[name]
+    assert RESULT["passes"]["90"][name]["instructions"] <= MOST[name]
 
 
-@pytest.mark.parametrize("name", ["A", "B small_fc", "B VeLO", "C VeLO", "C CELO2"])
+@pytest.mark.parametrize("name", [name for name in sass.PASSES if name != "C highest"])
 def test_elements_come_four_at_a_time(name: str) -> None:
-    for arch, table in RESULT["passes"].items():
-        loads = {k: v for k, v in table[name]["accesses"].items() if k.startswith("LDG")}
-        assert set(loads) == {"LDG.128"}, (arch, loads)
+    """Tensor cores: beside them the element that a lane moves comes and goes alone."""
+    alone = {"LDG.32"} if name in ("C high", "C medium") else set()
+    for arch in BUILT:
+        accesses = RESULT["passes"][arch][name]["accesses"]
+        loads = {k for k in accesses if k.startswith("LDG")}
+        assert loads == {"LDG.128"} | alone, arch
 
 
 LISTING = """

@@ -28,7 +28,8 @@ void run(const NetworkPointers& net, int64_t n, int extended, const float* x, fl
         pack_inputs<kParts>(in[lane], s, slots[0], slots[1]);
       }
     });
-    network<Warp, kParts>(w, in, acc);
+    network<Warp, kParts>(
+        w, in, acc, [&](int lane, int layer, int i) { return bias_of<kParts>(w[lane], layer, i); });
     for (int lane = 0; lane < 32; lane += 4)
       for (int element = 0; element < 2; ++element)
         for (int o = 0; o < 2; ++o) {

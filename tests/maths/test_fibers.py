@@ -20,6 +20,7 @@ import torch
 
 from pylo_dist.maths import compiled
 from support import cuda_checks
+from support.kernels import Problem, run
 from support.virtual import COMPILED, SETTINGS
 
 HERE = Path(__file__).resolve().parent
@@ -133,6 +134,21 @@ def test_nan_and_extremes(precision: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_16_bits(dtype: torch.dtype) -> None:
     cuda_checks.check_dtype("high", "cpu", dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("VeLO", torch.float32), ("AdafacLO", torch.bfloat16)])
+def test_elements_in_fours_and_one_by_one_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    """A matrix whole, its accesses aligned, and cut where they are not; then with columns that do
+    not go into fours. One element is beyond the clamp, so that its rows are read with care.
+    """
+    torch.manual_seed(0)
+    params = {
+        f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate([(25, 136), (24, 70)])
+    }
+    grads = {fqn: torch.randn(p.shape).to(dtype) for fqn, p in params.items()}
+    grads["t0"][7, 9] = 2e3
+    problem: Problem = (params, [dict(grads)], [1.0])
+    cuda_checks.same_bits(run(name, problem), run(name, problem, 3))
 
 
 def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:

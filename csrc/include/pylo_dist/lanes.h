@@ -6,8 +6,8 @@
 // and q = rsqrt(v + eps), lane k knows m_k, m_k q, F_k(g), F_k(m_k) and the row and column features
 // of decay k. These are exactly the 2 x 4 slots that the lane has in the left operand, so that
 // features need no shuffle; and the accumulators of a layer are the left operand of the next one,
-// so that activations need none either. The two outputs of an element arrive in lane 0 of its quad,
-// which owns p.
+// so that activations need none either. The two outputs of an element arrive in all lanes of its
+// quad.
 //
 // Precision: kParts = 1 rounds operands to float16 ("medium"); kParts = 2 splits them into a
 // float16 and the float16 of the rest and adds the three larger products ("high"), but computes the
@@ -321,7 +321,7 @@ PYLO_LANE_FN void load_biases(typename Warp::template Each<LaneWeights<kParts>>&
     PYLO_LANE_UNROLL
     for (int o = 0; o < 2; ++o) {
       const float bias = (kParts == 1 ? Warp::of(scales.output, o) : 1.0f) * from.output_bias[o];
-      w.output_bias[o] = (lane & 3) == 0 ? bias : 0.0f;
+      w.output_bias[o] = kParts == 1 || (lane & 3) == 0 ? bias : 0.0f;
     }
   });
 }
@@ -368,7 +368,7 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
           }
         } else {
           output += (q & 1) * kHidden;
-          const float of_row = Warp::of(scales.output, q & 1), scale = q < 2 ? of_row : 0.0f;
+          const float scale = Warp::of(scales.output, q & 1);  // so all lanes get both outputs
           w.output.half[s].r[r] =
               pack(output[u0] * (scale / hidden0), output[u1] * (scale / hidden1));
         }
@@ -380,6 +380,28 @@ PYLO_LANE_FN void load_network(typename Warp::template Each<LaneWeights<kParts>>
     }
   });
   load_biases<Warp, kParts>(weights, scales, from);
+}
+
+// For inputs whose column side comes before their row side.
+template <int kParts>
+PYLO_LANE_FN void swap_sides(LaneWeights<kParts>& weights) {
+  PYLO_LANE_UNROLL
+  for (int i = 0; i < kTiles; ++i) {
+    PYLO_LANE_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t (&r)[2] = weights.input[1][i][part].r;
+      const uint32_t first = r[0];
+      r[0] = r[1];
+      r[1] = first;
+    }
+  }
+}
+
+// Where the accumulators of tile i of a hidden layer begin in a lane.
+template <int kParts>
+PYLO_LANE_FN Accumulator bias_of(const LaneWeights<kParts>& w, int layer, int i) {
+  const float (&x)[2] = layer == 0 ? w.input_bias[i] : w.hidden_bias[i];
+  return Accumulator{{x[0], x[1], x[0], x[1]}};
 }
 
 // Slots 4 s .. 4 s + 3 of elements 0 and 1 of a lane.
@@ -412,12 +434,13 @@ PYLO_LANE_FN void multiply(C&& acc, A&& left, B&& right) {
       [&](int lane) -> const Right& { return right(lane)[0]; });
 }
 
-// Both outputs of two elements per quad: out[lane] = o_0, o_1 of element 0, o_0, o_1 of element 1
-// in lanes with t == 0.
-template <class Warp, int kParts>
+// Both outputs of two elements per quad: out[lane] = o_0, o_1 of element 0, o_0, o_1 of element 1,
+// in all four lanes. bias(lane, layer, i): where the accumulators of tile i of a hidden layer
+// begin.
+template <class Warp, int kParts, class Bias>
 PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>>& w,
                           const typename Warp::template Each<LaneInputs<kParts>>& in,
-                          typename Warp::template Each<Accumulator>& out) {
+                          typename Warp::template Each<Accumulator>& out, Bias&& bias) {
   struct Layer {
     Accumulator tile[kTiles];
   };
@@ -430,11 +453,8 @@ PYLO_LANE_FN void network(const typename Warp::template Each<LaneWeights<kParts>
   Warp::lanes([&](int lane) {
     PYLO_LANE_UNROLL
     for (int i = 0; i < kTiles; ++i) {
-      PYLO_LANE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        h1[lane].tile[i].x[j] = w[lane].input_bias[i][j & 1];
-        h2[lane].tile[i].x[j] = w[lane].hidden_bias[i][j & 1];
-      }
+      h1[lane].tile[i] = bias(lane, 0, i);
+      h2[lane].tile[i] = bias(lane, 1, i);
     }
     PYLO_LANE_UNROLL
     for (int j = 0; j < 4; ++j) out[lane].x[j] = w[lane].output_bias[j & 1];
