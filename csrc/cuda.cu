@@ -24,6 +24,11 @@ namespace {
 
 using HostTables = pylo_dist::Tables;
 
+// All that a kernel is given; pass C is given most.
+constexpr size_t MOST_ARGUMENT_BYTES = 32764;
+static_assert(sizeof(Head) + sizeof(UpdateArgs) <= MOST_ARGUMENT_BYTES,
+              "UPLOAD_WORDS leaves too little room for a kernel's other arguments");
+
 #if defined(PYLO_FIBERS)
 #define PYLO_LAUNCH(kernel, blocks, threads, ...) \
   fibers::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); })
