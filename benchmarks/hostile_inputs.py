@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # by the first optimizer otherwise, in the middle of a case: it makes a folder
 from outcomes import BARE, GLOBAL, HALF, OUTSIDE, RIGHT, WRONG, Case, Outcome
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ the run; K of them computed or kept on this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -222,41 +222,48 @@ class TensorRows:
     Args:
         lstm: of all rows.
         batch: whose items have them.
+        networks: what is made of that which the heads say, (rows, O), by a matrix product too.
 
     Attributes:
         dtype: that of the widest state, in which all is computed: one float64 tensor makes the run
             a float64 one.
         kept: the items whose rows are here, in order.
-        places: of every item its place in `kept`; 0 of those that are not there.
-        all: whether these are all items.
+        at: their places among the rows that are computed.
+        places: of every item its place there; 0 of those that are not kept.
+        all: whether all items are kept, and `at` is their order.
     """
 
-    def __init__(self, lstm: LSTM, batch: Batch) -> None:
+    def __init__(self, lstm: LSTM, batch: Batch, networks: Callable[[Tensor], Tensor]) -> None:
         self.lstm = lstm
         states = [item.state for item in batch.items]
         self.dtype = max((s["lstm_hidden"].dtype for s in states), key=lambda d: d.itemsize)
         self.kept = tuple(i for i, s in enumerate(states) if s["lstm_hidden"].numel())
-        places = {i: place for place, i in enumerate(self.kept)}
-        self.places = tuple(places.get(i, 0) for i in range(len(states)))
         self.all = len(self.kept) == len(states)
         # whose rows are computed: these, or with the first as often as it takes, or all
         filled = self.kept + self.kept[:1] * (FEW - len(self.kept))
         everything = tuple(range(len(states)))
         tried = [items for items in dict.fromkeys((self.kept, filled)) if len(items) < len(states)]
-        alike = (items for items in tried if self._rounds_alike(items, len(states), batch))
+        alike = (i for i in tried if self._rounds_alike(i, len(states), batch, networks))
         chosen = next(alike, everything)
         self._items = torch.tensor(chosen).to(batch.device)
         place_of = dict(zip(reversed(chosen), reversed(range(len(chosen))), strict=True))
-        self._at = [place_of[i] for i in self.kept]
-        self._kept = torch.tensor(self._at).to(batch.device)
+        self.at = tuple(place_of[i] for i in self.kept)
+        places = dict(zip(self.kept, self.at, strict=True))
+        self.places = tuple(places.get(i, 0) for i in range(len(states)))
         nothing = torch.zeros_like(self.lstm.initial[0], dtype=self.dtype, device=batch.device)
-        mine = {*self._at}
+        mine = {*self.at}
         self._state = [
             [states[i][name] if at in mine else nothing for at, i in enumerate(chosen)]
             for name in ("lstm_hidden", "lstm_cell")
         ]
 
-    def _rounds_alike(self, items: Sequence[int], rows: int, batch: Batch) -> bool:
+    def _rounds_alike(
+        self,
+        items: Sequence[int],
+        rows: int,
+        batch: Batch,
+        networks: Callable[[Tensor], Tensor],
+    ) -> bool:
         """Whether these of so many rows have the same bits by themselves, of random numbers."""
         if not items or batch.device.type == "meta":
             return True
@@ -267,7 +274,10 @@ class TensorRows:
         whole, alone = self._said(*drawn), self._said(*drawn.index_select(1, chosen))
         return all(
             torch.equal(part, together.index_select(0, chosen))
-            for part, together in zip(alone, whole, strict=True)
+            for part, together in (
+                *zip(alone, whole, strict=True),
+                (networks(alone[-1]), networks(whole[-1])),
+            )
         )
 
     def _said(self, mixed: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +287,7 @@ class TensorRows:
 
     def advance(self, batch: Batch, mixed: Tensor) -> Tensor:
         """Go on by a step (the state is modified in place, if `batch.taken`); what the heads say of
-        the rows of `kept`, (K, O).
+        the rows that are computed, those of `kept` at `at`, (K, O).
 
         Args:
             mixed: of all tensors, (R, H), see `LSTM.mixed`.
@@ -289,8 +299,8 @@ class TensorRows:
         *now, said = self._said(here, *old)
         for part, before, after in zip(self._state, old, now, strict=True):
             new = torch.where(batch.taken, after, before).unbind()
-            torch._foreach_copy_([part[at] for at in self._at], [new[at] for at in self._at])
-        return said if len(self._at) == len(said) else said.index_select(0, self._kept)
+            torch._foreach_copy_([part[at] for at in self.at], [new[at] for at in self.at])
+        return said
 
 
 class RunLSTM:

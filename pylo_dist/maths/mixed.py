@@ -106,23 +106,31 @@ class MixedRule(ThreePassRule):
             shares: of the sets in the network of every tensor, (items, P).
             lr_mult: l, (items,).
             squares: the sum of p^2 of every tensor, float64 (items,).
-            rows: whose `kept` shares and lr_mult are of; None: of all items. This rank has no
-                element of any other.
+            rows: of which shares and lr_mult are those that it computes; None: of all items. This
+                rank has no element of any but its `kept` ones.
         """
         items = len(batch.items)
-        sets = self._all_sets(shares.dtype, shares.device)
-        self._mixed = shares @ sets * (factor / len(sets))
+        self._mixed = self.networks(shares, factor)
         own = tuple(range(items)) if rows is None else rows.places
         self._own = batch.on_device("network_of", own, torch.int64)
         if rows is not None and not rows.all:
             kept = batch.on_device("kept", rows.kept, torch.int64)
-            lr_mult = lr_mult.new_full((items,), math.nan).index_copy(0, kept, lr_mult)
+            at = batch.on_device("rows", rows.at, torch.int64)
+            own_mult = lr_mult.index_select(0, at)
+            lr_mult = lr_mult.new_full((items,), math.nan).index_copy(0, kept, own_mult)
             if not rows.kept:  # the kernels want a network
-                self._mixed = sets.new_zeros(1, sets.shape[1])
+                self._mixed = self._mixed.new_zeros(1, self._mixed.shape[1])
         batch.figures["lr_mult"] = lr_mult
         rates = batch.numbers("rates", lambda group: [wide(group["lr"]) * group["step_mult"]])[:, 0]
         scale = (squares / self.numels(batch) + EPS_SCALE).sqrt()
         self._step_sizes = rates * lr_mult.to(torch.float64) * scale
+
+    def networks(self, shares: Tensor, factor: float) -> Tensor:
+        """`factor` times the mean of the P sets weighted by `shares` (rows, P): (rows, numbers of
+        an MLP).
+        """
+        sets = self._all_sets(shares.dtype, shares.device)
+        return shares @ sets * (factor / len(sets))
 
     @staticmethod
     def numels(batch: Batch) -> Tensor:

@@ -149,7 +149,9 @@ class VeLORule(MixedRule):
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
         if "lstm" not in batch.cache:
-            batch.cache["lstm"] = TensorRows(self.lstm, batch)
+            batch.cache["lstm"] = TensorRows(
+                self.lstm, batch, lambda said: self.networks(said[:, :-1], self.factor)
+            )
         rows: TensorRows = batch.cache["lstm"]
         inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(rows.dtype))
         said = rows.advance(batch, self.lstm.mixed(inputs))
