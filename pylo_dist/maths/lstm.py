@@ -232,7 +232,7 @@ class TensorRows:
     """
 
     def __init__(self, lstm: LSTM, batch: Batch) -> None:
-        self.lstm = lstm
+        self.lstm, self._threads = lstm, torch.get_num_threads()
         states = [item.state for item in batch.items]
         self.dtype = max((s["lstm_hidden"].dtype for s in states), key=lambda d: d.itemsize)
         self.kept = tuple(i for i, s in enumerate(states) if s["lstm_hidden"].numel())
@@ -255,6 +255,10 @@ class TensorRows:
             [states[i][name] if at in mine else nothing for at, i in enumerate(chosen)]
             for name in ("lstm_hidden", "lstm_cell")
         ]
+
+    def stands(self) -> bool:
+        """Whether what was tried still holds: on a CPU, products round by the number of threads."""
+        return self._items.device.type != "cpu" or self._threads == torch.get_num_threads()
 
     def _rounds_alike(self, items: Sequence[int], rows: int, batch: Batch) -> bool:
         """Whether these of so many rows have the same bits by themselves, of random numbers."""

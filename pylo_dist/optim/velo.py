@@ -148,9 +148,9 @@ class VeLORule(MixedRule):
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
-        if "lstm" not in batch.cache:
-            batch.cache["lstm"] = TensorRows(self.lstm, batch)
-        rows: TensorRows = batch.cache["lstm"]
+        rows: TensorRows | None = batch.cache.get("lstm")
+        if rows is None or not rows.stands():
+            rows = batch.cache["lstm"] = TensorRows(self.lstm, batch)
         inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(rows.dtype))
         said = rows.advance(batch, self.lstm.mixed(inputs))
         controls, lr_mult = said.tensor_split([-1], dim=1)
