@@ -886,9 +886,9 @@ def command_lines(prepared: Path) -> Case:
         words += [rng.choice(("show", "fetch", "verify", "list", rng.choice(WORDS)))]
         words += [rng.choice(names) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
         if rng.random() < 0.5:
-            place = rng.choice(
-                (str(folder / "to"), str(folder), "/dev/null", str(folder / "a" / "b"))
-            )
+            (folder / "there").mkdir()
+            place = str(rng.choice((folder / "to", folder / "there", folder / "a" / "b")))
+            place = rng.choice((place, place, place, "/dev/null"))
             words += ["--to", place]
         if rng.random() < 0.3:
             words += ["--architecture", rng.choice(("small_fc", "velo", "elo", "x", ""))]

@@ -46,7 +46,9 @@ inline void* memory(const Tensor& x, int64_t numel, ScalarType type, const char*
   STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
   STD_TORCH_CHECK(x.is_contiguous(), name, " is not contiguous");
   STD_TORCH_CHECK(x.numel() >= numel, name, " has ", x.numel(), " elements, wanted ", numel);
-  return const_cast<void*>(x.data_ptr());
+  void* const data = const_cast<void*>(x.data_ptr());
+  STD_TORCH_CHECK(data || !x.numel(), name, " has no memory: its storage was freed");
+  return data;
 }
 
 inline float* floats(const Tensor& x, int64_t numel, const char* name) {

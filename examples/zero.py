@@ -25,7 +25,8 @@ run = {"model": model, "optimizer": optimizer}
 published = pylo_dist.checkpoint.published(folder)
 if published:
     _, meta = pylo_dist.checkpoint.load(published[-1], run)
-    print(f"goes on after step {meta['step']}")
+    if dist.get_rank() == 0:
+        print(f"goes on after step {meta['step']}")
 done = meta["step"] if published else 0
 for step, batch in enumerate(tiny.batches(steps=40, rank=dist.get_rank()), 1):
     if step <= done:

@@ -120,12 +120,14 @@ def run_virtual(
         )
     run.params = run.history[-1] if run.history else {fqn: p.clone() for fqn, p in params.items()}
     for fqn, p in params.items():
+        run.state[fqn] = {}
+        if not p.numel():  # takes part in no step
+            continue
         fields = run.optimizers[0].state_fields(locals_[0][fqn])
         states = [
             optimizer.state[pieces[fqn]]
             for optimizer, pieces in zip(run.optimizers, locals_, strict=True)
         ]
-        run.state[fqn] = {}
         for name, f in fields.items():
             copies = [state[name] for state in states]
             if f.replicated is None:

@@ -228,11 +228,16 @@ def shape_of(binding: ShardBinding, param: Tensor) -> torch.Size:
     return torch.Size((shard.numel,) if type(param) is PieceParameter else shard.shape)
 
 
-def are_local(grads: Sequence[Tensor | None]) -> bool:
-    """Whether all gradients, of those that there are, are this rank's elements as they lie."""
+def are_local(grads: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> bool:
+    """Whether all gradients, of those that there are, are this rank's elements as they lie.
+
+    Args:
+        shapes: of what this rank holds of their parameters.
+    """
     there = [grad for grad in grads if grad is not None]
     return (
         _ARE_PLAIN.issuperset(map(type, there))
+        and all(g is None or g.shape == shape for g, shape in zip(grads, shapes, strict=True))
         and all(grad.layout is torch.strided and not grad.requires_grad for grad in there)
         and all(map(Tensor.is_contiguous, there))
     )

@@ -148,11 +148,11 @@ class VeLORule(MixedRule):
 
     def prepare(self, batch: Batch, tensor_sums: Tensor | None) -> None:
         assert tensor_sums is not None
-        if "lstm" not in batch.cache:
-            batch.cache["lstm"] = TensorRows(
+        rows: TensorRows | None = batch.cache.get("lstm")
+        if rows is None or not rows.stands():
+            rows = batch.cache["lstm"] = TensorRows(
                 self.lstm, batch, lambda said: self.networks(said[:, :-1], self.factor)
             )
-        rows: TensorRows = batch.cache["lstm"]
         inputs = self._inputs(batch, tensor_sums, lstm.read_loss(batch).to(rows.dtype))
         said = rows.advance(batch, self.lstm.mixed(inputs))
         controls, lr_mult = said.tensor_split([-1], dim=1)

@@ -63,10 +63,11 @@ def steady_gradients(members: Sequence[Member]) -> list[Tensor | None] | None:
     """
     params = [member.param for member in members]
     values = [member.item.param.value for member in members]
-    if not plain.are_as_before(params, values, [member.shape for member in members]):
+    shapes = [member.shape for member in members]
+    if not plain.are_as_before(params, values, shapes):
         return None
     grads = [*map(raw_grad, params)]
-    return grads if plain.are_local(grads) and all(m.sound for m in members) else None
+    return grads if plain.are_local(grads, shapes) and all(m.sound for m in members) else None
 
 
 class Lineup:

@@ -81,3 +81,11 @@ def test_cuts_that_do_not_tile_are_refused() -> None:
         run_virtual(
             pylo_dist.AdafacLO, {"w": torch.zeros(4, 4)}, {"w": shards}, [], weights=SMALL_FC
         )
+
+
+def test_empty_tensors_have_no_state() -> None:
+    params = {"w": torch.ones(3, 4), "empty": torch.ones(0, 4)}
+    grads = [{fqn: torch.ones_like(p) for fqn, p in params.items()}]
+    run = run_virtual(pylo_dist.AdafacLO, params, 2, grads, weights=SMALL_FC)
+    assert run.state["w"]
+    assert not run.state["empty"]

@@ -485,12 +485,16 @@ def test_operators_refuse_tensors_that_were_never_given() -> None:
 def test_operators_refuse_what_they_cannot_read() -> None:
     func, args = next((f, a) for f, a in stepped(4).calls if "gradient_pass" in str(f))
     items, boxes, active, grads, *rest = args
+    freed = [g.clone() for g in grads]
+    for grad in freed:
+        grad.untyped_storage().resize_(0)
     for wrong, message in (
         ((items[:, 1:].contiguous(), boxes, active, grads), "not made for this library"),
         ((items, boxes, [*active[:-1], 99], grads), "no item 99"),
         ((items, boxes, active, [g.double() for g in grads]), "dtype"),
         ((items, boxes, active, [g[:1] for g in grads]), "elements"),
         ((items, boxes, active, grads[:-1]), "grads"),
+        ((items, boxes, active, freed), "was freed"),
     ):
         with pytest.raises(RuntimeError, match=message):
             func(*wrong, *rest)

@@ -140,6 +140,26 @@ def test_a_row_has_the_same_bits_on_all_of_its_ranks(dtype: torch.dtype) -> None
     assert {*keepers} >= {1, 2, 3}
 
 
+def test_rows_are_tried_anew_with_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a product that rounds alike on one thread and not on two, ranks would keep other bits."""
+    mixed, steps, tried = LSTM.mixed, [0], []
+
+    def counted(self: LSTM, inputs: Tensor) -> Tensor:
+        steps[0] += 1
+        return mixed(self, inputs)
+
+    def rounds_alike(*_: Any) -> bool:
+        tried.append(torch.get_num_threads())
+        return True
+
+    monkeypatch.setattr(LSTM, "mixed", counted)
+    monkeypatch.setattr(TensorRows, "_rounds_alike", rounds_alike)
+    # of two ranks, from the third step on
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 + steps[0] // 4)
+    run({fqn: list(c) for fqn, c in cuts(2).items()})
+    assert tried == [1, 1, 2, 2]
+
+
 def built(ranks: int, rank: int) -> pylo_dist.VeLO:
     group, named = VirtualGroup(ranks), []
     for fqn, c in cuts(ranks).items():

@@ -223,6 +223,22 @@ def test_values_put_elsewhere_between_steps_are_moved_there() -> None:
 # -------------------------------------------------------------------------------------------- views
 
 
+@pytest.mark.parametrize("size", [4, 81])
+def test_gradients_exchanged_for_others_are_refused(size: int) -> None:
+    """In steps like most, of which tensors are looked at in lists."""
+    params = [nn.Parameter(torch.ones(5, 6)), nn.Parameter(torch.ones(3))]
+    optimizer = pylo_dist.AdafacLO(params, weights="demo")
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    params[0].grad.data = torch.ones(size)  # type: ignore[union-attr]
+    before = params[1].detach().clone()
+    with pytest.raises(ValueError, match=f"gradient of 'group0.0' has {size} elements"):
+        optimizer.step()
+    assert torch.equal(params[1], before)
+
+
 def test_report() -> None:
     named = [*make_params(), ("frozen", nn.Parameter(torch.ones(3), requires_grad=False))]
     report = adafac(named).report()
