@@ -42,6 +42,7 @@ class Build:
                     ),
                     "OMP_NUM_THREADS": "1",
                     "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(ranks),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
