@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -32,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn.functional  # before the ranks are forked, as the others
+from environment import free_port
 from outcomes import BARE, DIED, GROWS, HALF, RIGHT, WAITS, Case, Outcome
 from torch import nn
 
@@ -266,15 +266,9 @@ def _rank(rank: int, port: int, folder: Path, fault: Fault, report: Any) -> None
 MEANT = ("CommunicationError", "PeerError", "CheckpointError", "ValueError", "TypeError")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def trial(fault: Fault, folder: Path) -> Outcome:
     """One run with a fault, and what it leaves behind."""
-    what, saves, port = f"{asdict(fault)} in {fault.phase}", folder / "saves", _free_port()
+    what, saves, port = f"{asdict(fault)} in {fault.phase}", folder / "saves", free_port()
     saves.mkdir()
     context = mp.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
@@ -444,7 +438,7 @@ def _soaked(rank: int, ranks: int, port: int, folder: Path, steps: int, report: 
 
 def soaked(ranks: int, folder: Path, steps: int = STEPS) -> Outcome:
     """A long run; the slopes of what must not grow."""
-    context, port = mp.get_context("fork"), _free_port()
+    context, port = mp.get_context("fork"), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(target=_soaked, args=(rank, ranks, port, folder, steps, pipes[rank][1]))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import environment
 import gpt2
 import pytest
 from options import DEFAULTS, command_for_more_ranks, parse
@@ -344,9 +344,8 @@ def start_ranks(arguments: list[str], world_size: int) -> list[tuple[int, str, s
     """(exit code, stdout, stderr) of each rank, started as torchrun would but without it
     between.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # of those that outgoing connections of other tests never take
+    port = environment.free_port()
     shared = os.environ | {
         "PYTHONPATH": str(ROOT),
         "WORLD_SIZE": str(world_size),
