@@ -540,7 +540,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
         horizon=horizon if type(horizon) is int and horizon > 0 else entry.horizon,
         licence=printable(card.get("licence") or entry.licence),
     )
-    _compare_digest(network, card.get("digest"))
+    _compare_digest(network, card)
     return network
 
 
@@ -593,10 +593,18 @@ def is_float32(value: object) -> bool:
     return number and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
 
 
-def _compare_digest(network: MetaNetwork, said: object) -> None:
-    """Raise WeightsChangedError where the digest in a card is another one. That of an earlier
-    version, over the tensors alone, is taken with a warning.
+def _compare_digest(network: MetaNetwork, card: Mapping[str, Any]) -> None:
+    """Raise WeightsChangedError where the digest in a card is another one, or missing in one that
+    `save_weights` wrote. That of an earlier version, over the tensors alone, is taken with a
+    warning.
     """
+    said = card.get("digest")
+    if said is None and "pylo_dist" in card:
+        raise WeightsChangedError(
+            f"weights {network.name!r}: the card in the file has no digest, and the version of "
+            "pylo_dist it names writes one; it was changed after it was saved: fetch them again, "
+            "or save them anew with pylo_dist.save_weights"
+        )
     if said is None or said == network.digest:
         return
     if said == network.tensors_digest:

@@ -152,6 +152,18 @@ def test_digest_follows_the_values_and_not_the_order() -> None:
     assert network.describe() == f"weights a mapping (sha256 {network.digest[:12]})"
 
 
+def test_a_card_of_ours_without_a_digest_was_changed(tmp_path: Path) -> None:
+    """One bit of the key would do, and whatever else was changed would go unseen."""
+    pylo_dist.save_weights(tmp_path / "w", load(tensors()))
+    file = tmp_path / "w" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"digest", b"dige3t", 1))
+    with pytest.raises(WeightsError, match="card in the file has no digest"):
+        load(tmp_path / "w")
+    file.write_bytes(whole)
+    assert load(tmp_path / "w").digest == load(tensors()).digest
+
+
 @pytest.mark.usefixtures("registry")
 def test_registered_names() -> None:
     entry = Registered("small_fc", "somewhere/else@v1", note="a note")
