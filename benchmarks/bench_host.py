@@ -24,6 +24,7 @@ from typing import Any
 
 import record
 import torch
+import torch._dynamo  # by the first optimizer otherwise, in the middle of its construction
 import torch.distributed as dist
 import turns
 from torch import Tensor, nn
