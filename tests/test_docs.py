@@ -107,7 +107,6 @@ def test_commands_name_what_there_is(page: Path) -> None:
             assert (ROOT / word).exists(), line
         scripts = [i for i, word in enumerate(words) if word in ours and word.endswith(".py")]
         if scripts:
-            # they may be set in sh as well, where the parser's own abbreviations are of no use
             flags = {word for word in words[scripts[0] :] if FLAG.fullmatch(word)}
             assert flags - known_flags() - {"--help"} == set(), line
 

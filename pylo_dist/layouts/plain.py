@@ -197,13 +197,12 @@ def _is_as_before(binding: ShardBinding, param: Tensor, value: Tensor) -> bool:
     """Whether `value`, that of the step before, is all of a parameter of which nothing but its
     numbers is another now. Asked for every parameter in every step.
     """
-    kind = type(param)
     return (
-        (kind in _PLAIN or kind is PieceParameter)
+        type(param) in _HELD
         and param.data_ptr() == value.data_ptr()
         and param.is_contiguous()
         and param.dtype is value.dtype
-        and param.shape == (value.shape if kind is PieceParameter else binding.shard.shape)
+        and param.shape == shape_of(binding, param)
     )
 
 

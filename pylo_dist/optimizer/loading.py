@@ -363,8 +363,7 @@ def _check_tensor(
     shard = binding.shard
     wanted, dtype = field.canonical_shape(shard.shape), state_dtype(param.dtype)
     if isinstance(got, Tensor) and (tuple(got.shape), got.dtype) == (wanted, dtype):
-        # a plain tensor has all of it
-        if type(got) is not Tensor and (gap := covering_gap(got, field.copies, field.part(shard))):
+        if gap := covering_gap(got, field.copies, field.part(shard)):
             raise ValueError(
                 f"state {name!r} of {shard.fqn!r}: {gap} elements of this rank are on other "
                 "ranks; load it through torch.distributed.checkpoint, or give whole tensors "
