@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,14 +207,23 @@ def _failures_told(groups: Callable[[], Groups]) -> Iterator[None]:
         return
     before = comm.meetings()
     try:
+        # wrapped models that nobody keeps are collected on one rank sooner than on another
+        held = fsdp1.units_of(filter(fsdp1.is_held, itertools.chain(*groups())))
         yield
+        del held
     except Exception as error:
         if not hasattr(error, _TOLD):
-            missed = _domains(groups())[comm.meetings() - before :]
-            for ranks in missed[:1]:
+            for ranks in _would_meet(groups)[comm.meetings() - before :][:1]:
                 comm.decline(ranks, error)
             setattr(error, _TOLD, True)
         raise
+
+
+def _would_meet(groups: Callable[[], Groups]) -> list[tuple[int, ...]]:
+    try:
+        return _domains(groups())
+    except ValueError:  # nobody can say who waits
+        return [tuple(range(comm.size(comm.default_group())))]
 
 
 def _domains(groups: Groups) -> list[tuple[int, ...]]:

@@ -55,4 +55,4 @@ def domain_of(params: Sequence[Any]) -> tuple[int, ...]:
     sharded = [("", param) for param in params if plain.is_dtensor(param)]
     if sharded:
         return dtensor.domain_of(sharded)
-    return fsdp1.domain_of(params) if any(map(fsdp1.is_flattened, params)) else ()
+    return fsdp1.domain_of(params) if any(map(fsdp1.is_held, params)) else ()

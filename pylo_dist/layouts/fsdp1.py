@@ -77,6 +77,11 @@ def is_flattened(param: object) -> bool:
     return marked and not is_flat(param)
 
 
+def is_held(param: object) -> bool:
+    """Whether this is the flat parameter of a unit or one in it."""
+    return is_flat(param) or is_flattened(param)
+
+
 def is_sharded(param: Tensor) -> bool:
     """Whether FSDP1 has cut this parameter into intervals. Raises ValueError as `unit_of`."""
     return is_flattened(param) and is_cut(unit_of(param))
@@ -301,11 +306,12 @@ def domain_of(params: Sequence[Tensor]) -> tuple[int, ...]:
     Raises:
         ValueError: units over different ranks, or copies (HYBRID_SHARD) on part of the ranks.
     """
-    flattened = [param for param in params if is_flattened(param)]
-    if len(flattened) == len(params) and not any(map(is_sharded, flattened)):
+    held = [param for param in params if is_held(param)]
+    units = units_of(held)
+    if len(held) == len(params) and not any(map(is_cut, units)):
         return ()
     ranks: tuple[int, ...] = ()
-    for unit in units_of(flattened):
+    for unit in units:
         group = _group(unit)
         own = tuple(sorted(comm.ranks_of(group)))
         between = getattr(unit, _NAMES["copies"], None)  # only with copies

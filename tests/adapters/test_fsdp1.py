@@ -5,6 +5,7 @@ checkpoints are those of other layouts, and what cannot be served is refused on 
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -417,10 +418,12 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
 
     def copied_flat() -> None:
-        copy.deepcopy(adafac(small(use_orig_params=False).parameters()).param_groups)
+        model = small(use_orig_params=False)
+        copy.deepcopy(adafac(model.parameters()).param_groups)
 
     def wrong_gradient() -> None:
-        optimizer = adafac(small(use_orig_params=False).parameters())
+        model = small(use_orig_params=False)
+        optimizer = adafac(model.parameters())
         optimizer.param_groups[0]["params"][0].grad = torch.zeros(3, 3, 3)
 
     def channels_last() -> None:
@@ -457,7 +460,8 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         pylo_dist.ZeroOptimizer(model.named_parameters(), pylo_dist.AdafacLO, weights=small_fc())
 
     def zero() -> None:
-        pylo_dist.ZeroOptimizer(small().named_parameters(), pylo_dist.AdafacLO, weights=small_fc())
+        model = small()
+        pylo_dist.ZeroOptimizer(model.named_parameters(), pylo_dist.AdafacLO, weights=small_fc())
 
     def shard() -> None:
         pylo_dist.shard(small(), pylo_dist.AdafacLO, weights=small_fc())
@@ -475,6 +479,31 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
         params = list(model.named_parameters())
         del model
         adafac(params)
+
+    def gone_on_one(**options: Any) -> None:
+        model = small(**options)
+        params = list(model.named_parameters())
+        del model
+        if rank:
+            gc.collect()
+        adafac(params)
+
+    def gone_on_one_flat() -> None:
+        gone_on_one(use_orig_params=False)
+
+    def collected_meanwhile() -> None:
+        describe = fsdp1.describe
+
+        def collecting(*args: Any) -> Any:
+            if rank:
+                gc.collect()
+            return describe(*args)
+
+        fsdp1.describe = collecting
+        try:
+            adafac(list(small().named_parameters()))  # nobody else keeps the model
+        finally:
+            fsdp1.describe = describe
 
     def summoned() -> None:
         model = small()
@@ -518,8 +547,8 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
     for action in (
         built_before, torch_clips, copied_flat, wrong_gradient, channels_last, channels_last_flat,
         other_model, another_shape, unknown_to_torch, zero_flat, zero, shard, one_fails, unlike,
-        gone, summoned, stepped_in_summoned, without_sync, without_sync_flat, beside_fsdp2, copied,
-        other_torch,
+        gone, gone_on_one, gone_on_one_flat, collected_meanwhile, summoned, stepped_in_summoned,
+        without_sync, without_sync_flat, beside_fsdp2, copied, other_torch,
     ):  # fmt: skip
         begin = time.monotonic()
         try:
@@ -547,6 +576,9 @@ REFUSALS = {
     "one_fails": r"/nowhere",
     "unlike": r"ValueError: the ranks disagree.*max_grad_norm",
     "gone": r"ValueError: .*FullyShardedDataParallel module that is gone",
+    "gone_on_one": r": .*FullyShardedDataParallel module that is gone",
+    "gone_on_one_flat": r": .*FullyShardedDataParallel module that is gone",
+    "collected_meanwhile": r"nothing was refused",
     "summoned": r"ValueError: .*summon_full_params",
     "stepped_in_summoned": r"ValueError: '.*' is inside of summon_full_params",
     "without_sync": r"ValueError: .*gradient of '.*' has \d+ elements.*outside of it",
