@@ -36,7 +36,8 @@ def get_optimizer_state_dict(
     ZeroOptimizer has sharded.
 
     Without `full_state_dict` torch's own does as well, and its set_optimizer_state_dict serves
-    every layout.
+    every layout. Before the first step both step an optimizer of torch with zero gradients, which
+    counts; `full_state_dict` does not, and learned optimizers have their state when they are built.
 
     Args:
         options: a StateDictOptions. With `full_state_dict` tensors are whole on every rank; with
