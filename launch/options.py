@@ -106,6 +106,7 @@ class Options:
     micro_batch_size: int | None
     eval_every: int
     eval_batches: int
+    beside: str | None
     seed: int
     data: Path | None
     val_data: Path | None
@@ -181,6 +182,13 @@ class Options:
             raise WrongInput(message) from None
         if self.val_data is not None and self.data is None:
             raise WrongInput("--val-data came without --data; pass the training tokens too.")
+        if self.beside not in (None, ADAMW):
+            raise WrongInput(f"--beside {self.beside}: wanted {ADAMW}, or none.")
+        if self.beside is not None and self.optimizer == self.beside:
+            raise WrongInput(
+                f"--beside {self.beside} is what --optimizer {self.beside} draws anyhow; drop it, "
+                "or take it back: --beside none."
+            )
         if self.keep is not None and not self.save_every:
             raise WrongInput(
                 f"--keep {self.keep} came without --save-every; pass it too, or drop --keep (a "
@@ -196,6 +204,11 @@ class Options:
                 raise WrongInput(
                     f"--parallel {self.parallel} came with --deepspeed, whose JSON says what ranks "
                     "share; drop one."
+                )
+            if self.beside is not None:
+                raise WrongInput(
+                    f"--beside {self.beside} does not go with --deepspeed, which would train it in "
+                    "another layout; drop one (--beside none)."
                 )
             if self.clip != "global" or self.grad_scale != 1:
                 name = "--clip" if self.clip != "global" else "--grad-scale"
@@ -320,6 +333,24 @@ class Options:
         may be a part; None for others.
         """
         return (self.num_steps or self.steps) if self.chosen().takes("num_steps") else None
+
+    def of_beside(self, folder: Path) -> Options:
+        """Those of the run beside this one, in `folder`: with the samples, the schedule and the
+        layout of this one, and its optimizer's own defaults.
+        """
+        assert self.beside is not None
+        its_own = dict.fromkeys((*OWN_FLAGS, "plugin", "weights", "lr", "recipe", "resume", "keep"))
+        return dataclasses.replace(
+            self,
+            **its_own,
+            optimizer=self.beside,
+            beside=None,
+            clip="global",
+            grad_scale=1.0,
+            out=folder,
+            save_every=0,
+            wandb=False,
+        )
 
     def learned_arguments(self) -> dict[str, Any]:
         """What the learned optimizer is given of the arguments that it takes: what the flags say,
@@ -566,6 +597,11 @@ def _parser(said: Mapping[str, str]) -> argparse.ArgumentParser:
         "--eval-every", type=int, default=50, help="steps between validations; 0: never"
     )
     run.add_argument("--eval-batches", type=int, default=8, help="global batches of a validation")
+    run.add_argument(
+        "--beside",
+        metavar=ADAMW,
+        help="then train adamw too, at the preset's lr, on the same samples, and draw both",
+    )
     run.add_argument("--seed", type=int, default=0, help="of initialisation and samples")
     run.add_argument("--threads", type=int, help="CPU threads per rank; default: PyTorch's")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -5,15 +5,17 @@ writes.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import platform
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import picture
 import recipe
 import torch
 from checkpoints import (
@@ -33,12 +35,14 @@ from data import BatchPlan, Tokens, builtin_text
 from ds import DeepSpeedLearner
 from environment import Environment
 from learner import Learner, Trainable
-from loop import train
+from loop import Diverged, train
 from model import GPT
 from options import Options, WrongInput, command_for_more_ranks
 from place import Place
 from watch import (
+    BESIDE,
     DONE,
+    Beside,
     Row,
     Watch,
     check_folder,
@@ -46,7 +50,6 @@ from watch import (
     is_leftover,
     open_folder,
     optional,
-    plot,
     rows_until,
     summary,
 )
@@ -123,24 +126,64 @@ def describe(
     }
 
 
-def finish(
-    model: GPT, options: Options, plan: BatchPlan, watch: Watch, config: dict[str, Any]
-) -> None:
-    """Write the plot and the sample of the whole `model`, print the summary. Rank 0 only."""
-    unit = options.unit()
-    title = f"GPT-2 {options.preset}, {options.optimizer}"
-    plot(watch.rows, watch.folder / "loss.png", unit=unit, title=title)
-    sample = None
-    if unit == "byte":
-        start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
-        drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
-        text = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
-        sample = escaped(text)
-        with optional(watch.folder / "sample.txt") as path:
-            path.write_text(sample, encoding="utf-8")
-    more_ranks = command_for_more_ranks(config["command"], plan)
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What is left of a run whose model and optimizer are gone.
+
+    Attributes:
+        watch: on rank 0.
+        sample: text of the model, on rank 0.
+        unsaved: what kept rank 0 from saying that the run is done.
+    """
+
+    folder: Path
+    data: tuple[Tokens, Tokens | None]
+    config: dict[str, Any]
+    watch: Watch | None
+    sample: str | None
+    unsaved: Unsaved | None
+
+
+def written_by(model: GPT, options: Options, folder: Path) -> str | None:
+    """Text of the whole `model`, also in sample.txt; None of one that knows no letters."""
+    if options.unit() != "byte":
+        return None
+    start = torch.full((1, 1), ord("\n"), device=next(model.parameters()).device)
+    drawn = model.generate(start, 240, seed=options.seed)[0, 1:]
+    text = bytes(token for token in drawn.tolist() if token < 256).decode(errors="replace")
+    sample = escaped(text)
+    with optional(folder / "sample.txt") as path:
+        path.write_text(sample, encoding="utf-8")
+    return sample
+
+
+def draw(done: Trained, options: Options, beside: Beside | None = None) -> None:
+    """loss.png. Rank 0 only."""
+    assert done.watch is not None
+    used = "" if done.config["weights"] is None else f", weights {done.config['weights']['name']}"
+    picture.draw(
+        done.watch.rows,
+        done.folder / "loss.png",
+        unit=options.unit(),
+        title=f"GPT-2 {options.preset}, {done.config['num_parameters'] / 1e6:.2f}M parameters, "
+        f"{options.optimizer}{used}",
+        name=options.optimizer,
+        beside=beside,
+    )
+
+
+def finish(done: Trained, options: Options, plan: BatchPlan, beside: Beside | None) -> None:
+    """Write the plot, print the summary. Rank 0 only."""
+    assert done.watch is not None
+    draw(done, options, beside)
     screen = summary(
-        watch.rows, watch.folder, config, unit=unit, more_ranks=more_ranks, sample=sample
+        done.watch.rows,
+        done.folder,
+        done.config,
+        unit=options.unit(),
+        more_ranks=command_for_more_ranks(done.config["command"], plan),
+        sample=done.sample,
+        beside=beside,
     )
     # of a terminal that has not every letter
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -171,7 +214,18 @@ def run(
                 f"--out {start.folder}: another run is there ({holder}); let it end, or choose "
                 "another folder."
             )
-        run_from(start, argv, options, place, plan, found)
+        done = run_from(start, argv, options, place, plan, found)
+        # of a run that was done, and whose metrics.jsonl is lost, there is nothing to draw
+        is_drawn = place.from_first(lambda: bool(done.watch and done.watch.rows))
+        beside = None
+        if options.beside is not None and is_drawn:
+            if done.watch is not None:
+                draw(done, options)  # since a run may be killed while the other one trains
+            beside = run_beside(done, argv, options, place, plan)
+        if done.watch is not None and is_drawn:
+            finish(done, options, plan, beside)
+        if done.unsaved is not None:
+            raise done.unsaved
 
 
 def run_from(
@@ -181,8 +235,8 @@ def run_from(
     place: Place,
     plan: BatchPlan,
     found: Environment,
-) -> None:
-    """As `run`, in a folder that no other run has."""
+) -> Trained:
+    """The run itself, in a folder that no other has."""
     is_first = place.rank == 0
     folder, resumes = start.folder, start.checkpoint is not None
     if not resumes:
@@ -226,10 +280,33 @@ def run_from(
             unsaved = Unsaved(
                 f"the run is done, and {folder / DONE} cannot be written ({error.strerror})"
             )
-    if watch is not None and watch.rows:  # none where a run was done whose metrics.jsonl is lost
-        finish(model, options, plan, watch, config)
-    if unsaved is not None:
-        raise unsaved
+    sample = written_by(model, options, folder) if is_first else None
+    return Trained(folder, data, config, watch, sample, unsaved)
+
+
+def run_beside(
+    done: Trained, argv: Sequence[str], options: Options, place: Place, plan: BatchPlan
+) -> Beside:
+    """Train the optimizer of --beside on the samples of a run that is done, in a folder within its
+    own. What goes wrong there is one line: the run stays done. Call it on all ranks.
+    """
+    gc.collect()  # a hook and its optimizer hold each other, and would be in memory with the next
+    own = options.of_beside(done.folder / BESIDE)
+    watch, folder, is_first = None, done.folder / BESIDE, place.rank == 0
+    try:
+        place.together(lambda: folder.mkdir(exist_ok=True) if is_first else None)
+        learner = Learner(own, place)
+        config = describe(learner, done.data, own, place, plan, argv)
+        said = [f"beside it, {own.optimizer} at lr {own.base_lr():g} on the same samples."]
+        watch = place.together(lambda: Watch(own, folder, config, (), said) if is_first else None)
+        train(learner, done.data, own, place, plan, watch)
+    except (WrongInput, Diverged) as error:  # alike on all ranks
+        if is_first:
+            tell(f"{own.optimizer} beside it: {error}")
+    finally:
+        if watch is not None:
+            watch.close()
+    return Beside(own.optimizer, own.base_lr(), watch.rows if watch is not None else ())
 
 
 def resume(

@@ -1,6 +1,4 @@
-"""What a person sees of a run: progress, metrics.jsonl, loss.png, loggers, the summary. Rank 0
-only.
-"""
+"""What a person sees of a run: progress, metrics.jsonl, loggers, the summary. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from tqdm import tqdm
 METRICS = "metrics.jsonl"
 DONE = "DONE"  # of a run that has all its steps; launch/resume_loop.sh stops where it is
 WRITTEN = ("config.json", METRICS, "optimizer.txt", "loss.png", "sample.txt", DONE)
+BESIDE = "beside"  # the folder, within that of a run, of what --beside has trained
 PLAIN_LINES = 20  # of a run whose stderr is no terminal
 Logger = Callable[[dict[str, float]], None]
 
@@ -77,7 +76,7 @@ def is_leftover(folder: Path) -> bool:
     """Whether all that lies in `folder` is what a run writes, as where one was killed before its
     first checkpoint.
     """
-    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, claim.NAME, "tensorboard", "wandb"}
+    ours = {*WRITTEN, f"{METRICS}.part", FOLDER, BESIDE, claim.NAME, "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
         folder.is_dir()
@@ -105,6 +104,7 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
         empty(folder)  # before the rest: no later run shall take one of them for its own
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
+            (folder / BESIDE / name).unlink(missing_ok=True)
     except OSError as error:
         raise WrongInput(
             f"--out {folder} cannot be written ({error.strerror}); choose another folder."
@@ -333,40 +333,25 @@ def escaped(text: str) -> str:
     )
 
 
-def plot(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
-    """Draw training and validation loss against steps. A picture that cannot be drawn is one line:
-    the run is done without it.
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What was trained on the samples of a run, to be shown beside it."""
+
+    name: str
+    lr: float
+    rows: Sequence[Row]
+
+
+def last_loss(rows: Sequence[Row]) -> tuple[str, float]:
+    """What a run has come to, and how that was measured: "validation", where it was, else
+    "training", the mean of the last ten steps.
     """
-    try:
-        with optional(path):
-            _draw(rows, path, unit=unit, title=title)
-    except ImportError as error:
-        tell(
-            f"{path} was not drawn, since matplotlib cannot be imported ({error}): pip install "
-            "'pylo-dist[launch]', or matplotlib"
-        )
-    except Exception as error:  # of its fonts, caches and settings, which differ by machine
-        tell(f"{path} was not drawn ({type(error).__name__}: {' '.join(str(error).split())})")
+    val = [row.val_loss for row in rows if row.val_loss is not None]
+    return ("validation", val[-1]) if val else ("training", _mean_of_tail(rows))
 
 
-def _draw(rows: list[Row], path: Path, *, unit: str, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display on servers
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(
-        [row.step for row in rows], [row.loss for row in rows], lw=1, alpha=0.7, label="train"
-    )
-    measured = [(row.step, row.val_loss) for row in rows if row.val_loss is not None]
-    if measured:
-        axes.plot(*zip(*measured, strict=True), "o-", ms=3, label="validation")
-    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _mean_of_tail(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row.loss for row in rows[-10:])
 
 
 def summary(
@@ -377,10 +362,10 @@ def summary(
     unit: str,
     more_ranks: str,
     sample: str | None,
+    beside: Beside | None = None,
 ) -> str:
     """The last screen of a run. `sample`: text of the model, `escaped`."""
     last = rows[-1]
-    tail = [row.loss for row in rows[-10:]]
     val = [row.val_loss for row in rows if row.val_loss is not None]
     # the median leaves the slow first steps out
     step_ms = statistics.median(row.step_ms for row in rows)
@@ -393,8 +378,8 @@ def summary(
         f"{config['preset']}, {config['num_parameters']:,} parameters, {last.step} steps, "
         f"{config['world_size']} rank(s)",
         f"  optimizer   {config['optimizer']}, lr {config['lr']:g}{used}",
-        f"  train loss  {sum(tail) / len(tail):.4f} nats per {unit} (mean of the last {len(tail)} "
-        "steps)",
+        f"  train loss  {_mean_of_tail(rows):.4f} nats per {unit} (mean of the last "
+        f"{min(10, len(rows))} steps)",
         "  validation  "
         f"{f'{val[-1]:.4f} nats per {unit}' if val else 'not measured (--eval-every 0)'}",
         f"  speed       {tokens:,.0f} tokens/s, {step_ms:.1f} ms per step (optimizer "
@@ -403,6 +388,11 @@ def summary(
         f"{', '.join(name for name in WRITTEN if (folder / name).exists())}",
         f"  more ranks  {more_ranks}",
     ]
+    if beside is not None and beside.rows:
+        measured, loss = last_loss(beside.rows)
+        lines.insert(
+            5, f"  beside it   {measured} {loss:.4f} of {beside.name}, lr {beside.lr:g}, untuned"
+        )
     if sample is not None:
         lines += ["  it writes", *("    | " + line[:100] for line in sample.split("\n")[:8])]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import environment
 import gpt2
 import pytest
+import run
 from options import DEFAULTS, command_for_more_ranks, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +130,42 @@ def curve(out: Path, tokens: Path, *extra: str) -> list[float]:
     return [*(row["loss"] for row in rows), rows[-1]["val_loss"]]
 
 
+def test_beside_it_adamw_sees_the_same_samples(
+    tokens_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+    monkeypatch.setattr(run.picture, "figure_of", lambda rows, **words: drawn.append(words))
+    alone = curve(tmp_path / "adamw", tokens_folder, "--schedule", "cosine")
+    learned = ["--optimizer", "adafaclo", "--weights", "demo", "--weight-decay", "1e-4"]
+    learned += ["--max-grad-norm", "9", "--clip", "per_tensor", "--schedule", "cosine"]
+    out, command = tmp_path / "both", [*learned, "--beside", "adamw", "--save-every", "12"]
+    both = curve(out, tokens_folder, *command)
+    rows = rows_of(out / "beside")
+    assert [*(row["loss"] for row in rows), rows[-1]["val_loss"]] == alone
+    assert both[0] == alone[0]  # one model, before either has learned
+    assert both[1] != alone[1]
+    assert json.loads((out / "beside" / "config.json").read_text())["optimizer"] == "adamw"
+    last = drawn[-1]["beside"]
+    assert (last.name, last.lr, len(last.rows)) == ("adamw", 1e-3, 12)
+    assert f"beside it   validation {alone[-1]:.4f} of adamw, lr 0.001" in capsys.readouterr().out
+
+    # Killed while AdamW trained: the run is done, and the other one is trained again.
+    (out / "beside" / "metrics.jsonl").write_text("")
+    assert curve(out, tokens_folder, *command, "--resume", "auto") == both
+    assert len(rows_of(out / "beside")) == 12
+
+    # What goes wrong with it leaves the run as it is.
+    monkeypatch.setitem(DEFAULTS, "nano", dataclasses.replace(DEFAULTS["nano"], adamw_lr=1e30))
+    assert curve(tmp_path / "high", tokens_folder, *learned, "--beside", "adamw") == both
+    assert "adamw beside it: the loss is" in capsys.readouterr().err
+    assert curve(out, tokens_folder, *learned, "--overwrite") == both
+    assert not (out / "beside" / "metrics.jsonl").exists()  # which would tell of another run
+    assert drawn[-1]["beside"] is None
+
+
 def test_accumulation_keeps_the_curve(tokens_folder: Path, tmp_path: Path) -> None:
     whole = curve(tmp_path / "1", tokens_folder)
     in_four = curve(tmp_path / "4", tokens_folder, "--micro-batch-size", "2")
@@ -200,6 +238,8 @@ def bad_inputs(
         ),
         "no number": ([*data, "--steps", "ten"], "--steps"),
         "unknown flag": ([*data, "--stepz", "3"], "--stepz"),
+        "beside itself": ([*data, "--beside", "adamw"], "drop it, or take it back: --beside none"),
+        "beside another": ([*data, "--beside", "sgd"], "--beside sgd: wanted adamw, or none"),
         "weights of adamw": ([*data, "--weights", "demo"], "adamw"),
         "demo of velo": (
             [*data, "--optimizer", "velo", "--weights", "demo"],

@@ -22,6 +22,7 @@ from loop import train
 from options import WrongInput, parse
 from place import Place
 from run import open_data
+from watch import BESIDE, rows_until
 
 from support.ranks import run_ranks
 
@@ -155,9 +156,14 @@ def test_velo_on_two_ranks(
         str(tokens_folder),
     ]
     command += ["--steps", "3", "--eval-every", "0"]
-    found = curves(command, 2, tmp_path)
+    found = curves([*command, "--beside", "adamw"], 2, tmp_path)
     assert len(found[1]) == 3
     assert max(abs(a - b) for a, b in zip(found[1], found[2], strict=True)) <= 1e-4
+    one, two = (
+        [row.loss for row in rows_until(tmp_path / ranks / BESIDE, 3)] for ranks in ("1", "2")
+    )
+    assert len(one) == 3
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-4
     ranks = run_ranks(2, lstm_after_a_run, command)
     whole, moved, mean = lstm_after_a_run(0, 1, command)
     assert moved > 0.01

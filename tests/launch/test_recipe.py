@@ -175,6 +175,7 @@ def test_a_missing_recipe_and_settings_that_do_not_go_together(tmp_path: Path) -
             ["--clip", "per_tensor", "--max-grad-norm", "1", "--deepspeed", "x.json"],
             "--clip does not go with --deepspeed",
         ),
+        (["--beside", "adamw", "--deepspeed", "x.json"], "--beside adamw does not go with --deep"),
     ):
         with pytest.raises(WrongInput, match=said):
             parse(words)

@@ -14,7 +14,8 @@ import pytest
 import torch
 import watch
 from model import GPT
-from watch import Remaining, Row, escaped
+from picture import figure_of
+from watch import Beside, Remaining, Row, escaped
 
 ESCAPES = (
     "a\tb \x1b[2J\x07\r\x85\u202ez\n"  # clears a screen, rings, overwrites, turns a line round
@@ -60,8 +61,10 @@ def test_a_first_run_without_matplotlib(
     assert lines[-1].endswith("  0:00 left")
 
 
-def row(step: int, *, step_ms: float = 500.0, val_loss: float | None = None) -> Row:
-    return Row(step, 2.0, val_loss, 1.0, step_ms, 1.0, 1.0)
+def row(
+    step: int, *, step_ms: float = 500.0, loss: float = 2.0, val_loss: float | None = None
+) -> Row:
+    return Row(step, loss, val_loss, 1.0, step_ms, 1.0, 1.0)
 
 
 def test_the_time_that_is_left() -> None:
@@ -108,6 +111,26 @@ def test_a_bar_says_of_which_step_a_validation_is(
         ["val 1.5000"],
         ["val 1.5000 at step 2"],
     ]
+
+
+def test_the_picture_names_its_curves() -> None:
+    rows = [row(step, loss=6.0 - step, val_loss=5.5 - step) for step in (1, 2, 3)]
+    near = [row(step, loss=6.01 - step, val_loss=5.51 - step) for step in (1, 2, 3)]
+
+    def texts(rows: list[Row], beside: Beside | None) -> dict[str, float]:
+        figure = figure_of(rows, unit="byte", title="", name="velo", beside=beside)
+        figure.draw_without_rendering()
+        return {text.get_text(): text.xy[1] for text in figure.axes[0].texts}
+
+    found = texts(rows, Beside("adamw", 1e-3, near))
+    assert list(found) == ["velo  2.500", "adamw, lr 0.001  2.510", "untrained  5.000"]
+    velo, adamw, untrained = found.values()
+    assert adamw - velo > 0.1  # or they would cover each other
+    assert (velo, untrained) == (2.5, 5.0)
+    assert list(texts(rows[1:], None)) == ["velo  2.500"]  # where the first row is lost
+    far = [row(step, loss=10.0**step, val_loss=None) for step in (1, 2, 3)]
+    assert texts(rows, Beside("adamw", 1.0, far))["adamw, lr 1  370.000"] < 6.0
+    assert texts([row(1)], None) == {"velo  2.000": 2.0, "untrained  2.000": pytest.approx(2.1)}
 
 
 def test_what_is_escaped() -> None:
