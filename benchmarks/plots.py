@@ -2,8 +2,9 @@
 
     python benchmarks/plots.py --results benchmarks/results --out docs
 
-A plot whose JSON is missing is left out and named. Each says below itself where its figures come
-from.
+A plot whose JSON is missing there is drawn from that of a quick run, in `quick`, and says so; where
+there is none either it is left out and named. Each says below itself where its figures come from.
+Backgrounds are transparent, and inks stand out from white and from black alike.
 """
 
 from __future__ import annotations
@@ -11,32 +12,57 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from quality import outcomes
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = {"AdafacLO": "#1b6ca8", "VeLO": "#c8553d", "AdamW": "#8a8a8a", "Muon": "#6a994e"}
-COLOURS |= {"CELO2": "#7b4fa3", "Celo": "#e09f3e"}
-LIGHT = {"AdafacLO": "#a9cbe3", "VeLO": "#eebfb4", "AdamW": "#d4d4d4", "Muon": "#c5d8b9"}
+INK, FAINT = "#7a7a7a", "#7a7a7a55"
+COLOURS = {"AdafacLO": "#2f81bd", "VeLO": "#d4603f", "AdamW": "#868686", "Muon": "#5c9a45"}
+COLOURS |= {"CELO2": "#9467c4", "Celo": "#b98018"}
+LIGHT = 0.45  # opacity of what is beside the point
+STYLE = {
+    "svg.hashsalt": "pylo_dist",
+    "svg.fonttype": "none",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
 Result = dict[str, Any]
 
 
-def colour_of(name: str, colours: dict[str, str] = COLOURS) -> str:
-    """By the optimizer that a name is of."""
-    aliases = {"small_fc": "AdafacLO", "velo": "VeLO"}
+def optimizer_in(name: str) -> str:
+    """The optimizer that a contender's name begins with."""
     word = name.replace(",", " ").split()[0]
-    return colours.get(aliases.get(word, word), "#444444")
+    return {"small_fc": "AdafacLO", "velo": "VeLO"}.get(word, word)
+
+
+def colour_of(name: str) -> str:
+    return COLOURS.get(optimizer_in(name), INK)
+
+
+def by_optimizer(rows: Result) -> Result:
+    """The rows of one optimizer together, in the order of their first ones."""
+    order = list(dict.fromkeys(map(optimizer_in, rows)))
+    return dict(sorted(rows.items(), key=lambda item: order.index(optimizer_in(item[0]))))
 
 
 def source_of(result: Result) -> str:
@@ -49,23 +75,40 @@ def source_of(result: Result) -> str:
     return "; ".join(notes)
 
 
-def bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
-    label: str,
-    title: str,
-    texts: Sequence[str],
-) -> None:
-    """Horizontal bars, the first on top, with a text behind each."""
+def millis(value: float) -> str:
+    """Milliseconds in two digits or more: 0.43 ms, 9.1 ms, 981 ms, 5.6 s."""
+    if value >= 1e4:
+        return f"{value / 1e3:.0f} s"
+    if value >= 1e3:
+        return f"{value / 1e3:.1f} s"
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.2g} ms"
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str]) -> None:
+    """Horizontal bars, the first on top, with a text behind each; no axis of values."""
     places = range(len(names))[::-1]
-    axes.barh(list(places), values, color=[colour_of(name) for name in names], height=0.7)
+    axes.barh(list(places), values, color=[colour_of(name) for name in names], height=0.66)
     for place, value, text in zip(places, values, texts, strict=True):
-        axes.text(value, place, f" {text}", va="center", fontsize=7)
-    axes.set_yticks(list(places), names, fontsize=7)
-    axes.set_xlim(0, 1.5 * max(values))  # room for the texts
-    axes.set_xlabel(label)
-    axes.set_title(title)
+        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", size=8)
+    axes.set_yticks(list(places), names)
+    axes.set_xlim(0, 1.45 * max(values))  # room for the texts
+    axes.tick_params(left=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.xaxis.set_visible(False)
+
+
+def at_the_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """A line's name, to the right of its last point."""
+    axes.annotate(
+        text,
+        (x, y),
+        (7, 0),
+        textcoords="offset points",
+        va="center",
+        size=8,
+        color=colour,
+        annotation_clip=False,
+    )
 
 
 # -------------------------------------------------------------------------------------------- plots
@@ -73,203 +116,211 @@ def bars(
 
 def seed_figures(result: Result) -> Figure:
     """ViT by batch size, one layer, GPT-2 sizes, the sharded step."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8))
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    panels = figure.subplots(2, 2)
     clock = "CPU time of one thread" if result["device"] == "cpu" else result["device"]
-    axes = panels[0][0]
-    rows = result["vit"]["ms_by_batch"]
-    batches, optimizers = list(rows), list(next(iter(rows.values())))
-    for part, style in (("forward", "o:"), ("backward", "s:")):
-        axes.plot(
-            batches,
-            [median(rows[b][n][part] for n in optimizers) for b in batches],
-            style,
-            color="#444444",
-            label=part,
-        )
-    for name in optimizers:
-        axes.plot(
-            batches,
-            [rows[b][name]["step"] for b in batches],
-            "^-",
-            color=COLOURS[name],
-            label=f"step of {name}",
-        )
-    axes.set(
-        xlabel="batch size, images",
-        ylabel="ms",
-        yscale="log",
-        title=f"{result['vit']['model']} ({clock})",
-    )
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=7)
+    _vit(panels[0][0], result["vit"], clock)
 
-    rows = result["layer"]["rows"]
-    texts = [f"{row['step_ms']:.1f} ms, {row['launches']} launches" for row in rows.values()]
-    bars(
-        panels[0][1],
-        list(rows),
-        [row["step_ms"] for row in rows.values()],
-        f"ms per step ({clock})",
-        "one 1000 x 1000 layer",
-        texts,
-    )
+    rows = by_optimizer(result["layer"]["rows"])
+    axes = panels[0][1]
+    texts = [
+        f"{millis(row['step_ms'])}, {row['launches']} launch{'es' * (row['launches'] > 1)}"
+        for row in rows.values()
+    ]
+    bars(axes, list(rows), [row["step_ms"] for row in rows.values()], texts)
+    axes.set_title(f"One step of one 1000 x 1000 layer\n{clock}")
 
     axes, sizes = panels[1][0], result["gpt2"]
     computed = any(
         row["whole_model_is_computed"] for size in sizes.values() for row in size["rows"].values()
     )
-    for name in optimizers:
-        axes.plot(
-            list(sizes),
-            [s["rows"][name]["whole_model_ms"] for s in sizes.values()],
-            "o-",
-            color=COLOURS[name],
-            label=name,
+    numbers = [size["parameters"] for size in sizes.values()]
+    for name in next(iter(sizes.values()))["rows"]:
+        rows = [size["rows"][name] for size in sizes.values()]
+        axes.plot(numbers, [row["whole_model_ms"] for row in rows], "o-", color=colour_of(name))
+        cost = median(row["ns_per_parameter"] for row in rows)
+        at_the_end(
+            axes,
+            numbers[-1],
+            rows[-1]["whole_model_ms"],
+            f"{name}\n{cost:.2g} ns a parameter",
+            colour_of(name),
         )
-    how = ", computed from blocks of it" if computed else ""
-    axes.set(
-        xlabel="GPT-2", ylabel="ms per step", yscale="log", title=f"the step by model size{how}"
-    )
-    axes.legend(fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="parameters of GPT-2", ylabel="ms per step")
+    axes.set_xticks(numbers, [f"{number / 1e6:.0f}M" for number in numbers])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    how = ", computed from blocks of the model" if computed else ""
+    axes.set_title(f"A step's cost grows as the parameters do\n{clock}{how}")
 
     # PyLO's have an eighth
     run = max(result["sharded"]["runs"], key=lambda run: (run["parameters"], run["ranks"]))
-    rows = run["contenders"]
+    rows = by_optimizer(run["contenders"])
     texts = [
-        f"{r['cpu_ms_busiest_rank']:.1f} ms, balance {r['elements_max_over_mean']:.2f}"
+        f"{millis(r['cpu_ms_busiest_rank'])}, balance {r['elements_max_over_mean']:.2f}"
         for r in rows.values()
     ]
-    label = "CPU ms of the busiest rank" if result["device"] == "cpu" else "ms of the busiest rank"
-    title = f"the step alone on {run['ranks']} ranks, {run['parameters'] / 1e6:.1f}M parameters"
-    bars(
-        panels[1][1],
-        list(rows),
-        [r["cpu_ms_busiest_rank"] for r in rows.values()],
-        label,
-        title,
-        texts,
+    names = [
+        name.replace("torch ZeroRedundancyOptimizer", "torch's ZeRO").replace("ours", "pylo_dist")
+        for name in rows
+    ]
+    bars(panels[1][1], names, [r["cpu_ms_busiest_rank"] for r in rows.values()], texts)
+    what = "CPU time" if result["device"] == "cpu" else "time"
+    panels[1][1].set_title(
+        f"The step alone, shared by {run['ranks']} ranks\n{what} of the busiest one, "
+        f"{run['parameters'] / 1e6:.1f}M parameters"
     )
     return figure
 
 
+def _vit(axes: Axes, found: Result, clock: str) -> None:
+    """Stacked bars of an iteration, by batch size and optimizer."""
+    place, marks, groups = 0.0, [], []
+    by_batch = found["ms_by_batch"]
+    highest = max(sum(row.values()) for rows in by_batch.values() for row in rows.values())
+    for batch, rows in by_batch.items():
+        first = place
+        for name, row in rows.items():
+            passes = row["forward"] + row["backward"]
+            axes.bar(place, row["forward"], color=INK, alpha=0.3, width=0.8)
+            axes.bar(place, row["backward"], bottom=row["forward"], color=INK, alpha=0.5, width=0.8)
+            axes.bar(place, row["step"], bottom=passes, color=colour_of(name), width=0.8)
+            share = f"{row['step'] / (passes + row['step']):.0%}"
+            axes.text(
+                place,
+                passes + row["step"] + 0.01 * highest,
+                share,
+                ha="center",
+                size=8,
+                color=colour_of(name),
+            )
+            marks.append((place, name))
+            place += 1
+        groups.append(((first + place - 1) / 2, f"batch {batch}"))
+        place += 0.7
+    axes.set_xticks(*map(list, zip(*marks, strict=True)), size=7)
+    axes.tick_params(bottom=False)
+    for middle, text in groups:
+        axes.annotate(
+            text, (middle, 0), (0, -22), "data", "offset points", ha="center", va="top", size=8
+        )
+    axes.set_ylabel("ms per iteration: forward, backward, step in colour")
+    axes.set_title(f"The step's share of an iteration of {found['model']}\n{clock}")
+
+
 def training(result: Result) -> Figure:
-    """Tokens per second beside AdamW by layout, and the goal."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1))
-    axes, run = panels[0], result["runs"][-1]
-    for name, row in run["contenders"].items():
-        cells = row["by_tokens_per_rank"]
-        style = {"zero1": "o-", "zero2": "s--", "fsdp2": "^-.", "deepspeed2": "v:"}.get(
-            name.split(", ")[1], "x-"
+    """Tokens per second beside AdamW by layout at the fewest and the most tokens, and the goal."""
+    run, goal = result["runs"][-1], result.get("goal")
+    rows = {name: row for name, row in run["contenders"].items() if name != run["baseline"]}
+    layouts = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "deepspeed2": "DeepSpeed 2"}
+
+    ranked = [*layouts, *(name.split(", ")[1] for name in rows)]
+    from_below = [*rows.items()][::-1]
+    rows = dict(sorted(from_below, key=lambda item: -ranked.index(item[0].split(", ")[1])))
+    figure = Figure(figsize=(9, 0.32 * len(rows) + 1.9), layout="constrained")
+    axes, names = figure.subplots(), list(rows)
+    for place, (name, row) in enumerate(rows.items()):
+        cells = list(row["by_tokens_per_rank"].values())
+        few, many = cells[0]["over_baseline"], cells[-1]["over_baseline"]
+        axes.plot([few, many], [place, place], "-", color=colour_of(name), lw=2, alpha=LIGHT)
+        axes.plot(few, place, "o", color=colour_of(name), mfc="none", ms=7)
+        axes.plot(many, place, "o", color=colour_of(name), ms=7)
+        at_the_end(axes, max(few, many), place, f"{many:.2f}", colour_of(name))
+    pairs = [name.split(", ") for name in names]
+    axes.set_yticks(
+        range(len(names)), [f"{layouts.get(where, where)}, {name}" for name, where in pairs]
+    )
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color(colour_of(name))
+    axes.axvline(1.0, color=INK, lw=1)
+    tokens = list(next(iter(rows.values()))["by_tokens_per_rank"])
+    baseline = run["baseline"].replace(", torch zero", " under torch's ZeroRedundancyOptimizer")
+    axes.set_xlabel(
+        f"tokens per second over those of {baseline} ({run['ranks']} ranks, {run['backend']})\n"
+        f"hollow: {tokens[0]} tokens per rank and step, filled: {tokens[-1]}"
+    )
+    title = "The more tokens a step has, the less optimizer and sharding cost"
+    if goal is not None:
+        how = "COMPUTED from parts" if goal["computed"] else "measured"
+        found = ", ".join(f"{name} {value:.3f}" for name, value in goal["ratio"].items())
+        title += (
+            f"\nGPT-2 124M, 16384 tokens per rank, 8 ranks: {found} of AdamW's\n({how}; goal "
+            f"{goal['wanted']})"
         )
-        axes.plot(
-            list(cells),
-            [c["over_baseline"] for c in cells.values()],
-            style,
-            color=colour_of(name),
-            label=name,
-            lw=1,
-            ms=4,
-        )
-    axes.axhline(1.0, color="#444444", lw=0.5)
-    what = f"tokens/s over {run['baseline']}"
-    axes.set(
-        xlabel="tokens per rank and step",
-        ylabel=what,
-        title=f"whole steps, {run['ranks']} ranks ({run['backend']})",
-    )
-    axes.legend(fontsize=6, ncol=2)
-    axes, goal = panels[1], result.get("goal")
-    if goal is None:
-        axes.set_axis_off()
-        return figure
-    axes.bar(
-        list(goal["ratio"]),
-        list(goal["ratio"].values()),
-        color=[colour_of(name) for name in goal["ratio"]],
-        width=0.6,
-    )
-    for place, value in enumerate(goal["ratio"].values()):
-        axes.text(place, value, f"{value:.3f}", ha="center", va="bottom", fontsize=8)
-    axes.axhline(goal["wanted"], color="#444444", ls="--", lw=1, label=f"goal {goal['wanted']}")
-    how = f"COMPUTED from parts,\n{goal['on']}" if goal["computed"] else "measured"
-    axes.set(
-        ylim=(0, 1.15),
-        ylabel="tokens/s over AdamW, ZeRO-1",
-        title=f"GPT-2 124M, 16384 tokens per rank,\n8 ranks; {how}",
-    )
-    axes.legend(fontsize=7, loc="lower right")
+    axes.set_title(title)
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
     return figure
 
 
 def scaling(result: Result) -> Figure:
-    """The model against measurement, and what is predicted of the exchange."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
-    axes, rows = panels[0], result["check"]["rows"]
-    for name in dict.fromkeys(row["optimizer"] for row in rows):
-        own = [row for row in rows if row["optimizer"] == name]
-        ranks = [str(row["ranks"]) for row in own]
-        axes.plot(
-            ranks,
-            [row["measured_ms"] for row in own],
-            "o-",
-            color=COLOURS[name],
-            label=f"{name}, measured",
-        )
-        axes.plot(
-            ranks,
-            [row["modelled_ms"]["exposed"] for row in own],
-            "x--",
-            color=COLOURS[name],
-            label=f"{name}, model",
-        )
-    error = result["check"]["largest_error"]
-    shown = "" if error is None else f"; largest error {error:.0%}"
-    axes.set(
-        xlabel="ranks",
-        ylabel="ms per step",
-        title=f"{result['check']['cores']} cores, gloo{shown}\n(calibrated on 1 rank)",
-    )
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
-    axes, rows = (
-        panels[1],
-        [row for row in result["predictions"]["exchange"] if row["optimizer"] == "AdafacLO"],
-    )
-    for network, style in zip(
-        dict.fromkeys(row["network"] for row in rows), ("-", "--"), strict=False
-    ):
-        for model, colour in zip(
-            dict.fromkeys(row["model"] for row in rows),
-            ("#1b6ca8", "#c8553d", "#6a994e"),
-            strict=False,
-        ):
-            own = [row for row in rows if (row["network"], row["model"]) == (network, model)]
-            ranks = [str(row["ranks"]) for row in own]
-            both = [row["reduce_scatter_ms"] + row["all_gather_ms"] for row in own]
-            axes.plot(
-                ranks,
-                both,
-                "o" + style,
+    """The model against measurement, and what is predicted of the exchange on one network."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes, beside = figure.subplots(1, 2)
+    rows, error = result["check"]["rows"], result["check"]["largest_error"]
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    ranks = list(dict.fromkeys(row["ranks"] for row in rows))
+    for row in rows:
+        place = ranks.index(row["ranks"]) + 0.27 * (optimizers.index(row["optimizer"]) - 1)
+        colour, measured = colour_of(row["optimizer"]), row["measured_ms"]
+        axes.bar(place, measured, width=0.24, color=colour, alpha=LIGHT)
+        modelled = row["modelled_ms"]["exposed"]
+        axes.plot([place - 0.12, place + 0.12], [modelled, modelled], color=colour, lw=3)
+        if row["ranks"] == ranks[-1]:
+            axes.text(
+                place,
+                1.02 * max(measured, modelled),
+                row["optimizer"],
+                ha="center",
+                va="bottom",
+                size=8,
                 color=colour,
-                label=f"{model}, {network.split()[0]}: gradients, parameters",
-                lw=1,
             )
-            axes.plot(
-                ranks,
-                [row["small_all_reduces_ms"] for row in own],
-                "." + style,
-                color=colour,
-                lw=0.5,
-            )
-    axes.set(xlabel="ranks", ylabel="ms per step, nothing hidden", yscale="log")
-    axes.set_title("PREDICTED exchange, AdafacLO, ZeRO\n(thin lines: its two small all-reduces)")
-    axes.legend(fontsize=6)
+    axes.set_xticks(range(len(ranks)), [f"{n} rank{'s' * (n > 1)}" for n in ranks])
+    axes.tick_params(bottom=False)
+    axes.set_ylabel("ms per step; bars: measured, lines: the model")
+    shown = "" if error is None else f" is off by {error:.0%} at most"
+    axes.set_title(
+        f"The model of a step{shown}\ncalibrated on 1 rank, {result['check']['cores']} cores, gloo"
+    )
+
+    rows = [row for row in result["predictions"]["exchange"] if row["optimizer"] == "AdafacLO"]
+    network = rows[0]["network"]
+    rows = [row for row in rows if row["network"] == network]
+    names = [f"GPT-2 {row['model']}, {row['ranks']} ranks" for row in rows]
+    for place, row in zip(range(len(rows))[::-1], rows, strict=True):
+        both, small = row["reduce_scatter_ms"] + row["all_gather_ms"], row["small_all_reduces_ms"]
+        beside.plot([small, both], [place, place], color=INK, lw=1, alpha=LIGHT)
+        beside.plot(both, place, "o", color=INK)
+        beside.plot(small, place, "o", color=COLOURS["AdafacLO"])
+        at_the_end(beside, both, place, millis(both), INK)
+        beside.annotate(
+            millis(small),
+            (small, place),
+            (-7, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=8,
+            color=COLOURS["AdafacLO"],
+        )
+    beside.set_yticks(range(len(rows))[::-1], names)
+    beside.set_xscale("log")
+    beside.set_xlim(0.2 * min(row["small_all_reduces_ms"] for row in rows))
+    beside.margins(x=0.2)
+    beside.set_xlabel(
+        "ms per step, nothing hidden; blue: the two small all-reduces of AdafacLO,\n"
+        "grey: gradients and parameters, as of any ZeRO"
+    )
+    beside.set_title(f"PREDICTED: what a learned step adds to ZeRO's exchange\n{network}")
+    beside.tick_params(left=False)
+    beside.spines["left"].set_visible(False)
     return figure
 
 
 def memory(result: Result) -> Figure:
     """Bytes per parameter and rank by layout, beside AdamW."""
-    figure, axes = plt.subplots(figsize=(11, 3.8))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots()
     rows, ranks = result["layouts"]["rows"], result["layouts"]["ranks"]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     for shift, name in ((-0.2, "AdafacLO"), (0.2, "AdamW")):
@@ -283,7 +334,8 @@ def memory(result: Result) -> Figure:
             places,
             peak,
             width=0.36,
-            color=LIGHT[name],
+            color=COLOURS[name],
+            alpha=LIGHT,
             label=f"{name}: peak of a step, transients included",
         )
         axes.bar(
@@ -298,7 +350,7 @@ def memory(result: Result) -> Figure:
             places,
             parameters,
             width=0.36,
-            color="#444444",
+            color="#3f9c93",
             label="parameters" if name == "AdamW" else None,
         )
         for place, value in zip(places, peak, strict=True):
@@ -306,7 +358,7 @@ def memory(result: Result) -> Figure:
     axes.set_xticks(range(len(layouts)), layouts)
     axes.set_ylabel("bytes per parameter on a rank")
     axes.set_title(
-        f"memory of a rank, {ranks} ranks, float32, {result['layouts']['parameters'] / 1e6:.1f}M "
+        f"Memory of a rank, {ranks} ranks, float32, {result['layouts']['parameters'] / 1e6:.1f}M "
         "parameters (gloo)"
     )
     axes.legend(fontsize=7)
@@ -318,9 +370,8 @@ def quality(result: Result) -> Figure:
     by_task: dict[str, list[Result]] = {}
     for run in result["runs"]:
         by_task.setdefault(run["task"], []).append(run)
-    figure, panels = plt.subplots(
-        len(by_task), 2, figsize=(11, 3.4 * len(by_task)), squeeze=False, sharey="row"
-    )
+    figure = Figure(figsize=(11, 3.4 * len(by_task)), layout="constrained")
+    panels = figure.subplots(len(by_task), 2, squeeze=False, sharey="row")
     for (by_step, by_second), (task, runs) in zip(panels, by_task.items(), strict=True):
         for name, found in outcomes(runs).items():
             if not found.is_best_rate or not found.losses:
@@ -349,37 +400,28 @@ PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Result], Figure]]] = {
 }
 
 
-def draw(results: Path, out: Path) -> list[str]:
-    """Draw what there is JSON for into `out`; the names of plots that lack theirs."""
-    matplotlib.rcParams.update(
-        {
-            "svg.hashsalt": "pylo_dist",
-            "svg.fonttype": "none",
-            "axes.titlesize": 9,
-            "axes.labelsize": 8,
-        }
-    )
-    matplotlib.rcParams.update(
-        {
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    missing = []
+def figures(results: Path) -> Iterator[tuple[str, Figure]]:
+    """By file name what there is JSON for, in `results`, or in `quick` there."""
     for name, (files, plot) in PLOTS.items():
-        source = next((results / file for file in files if (results / file).is_file()), None)
+        paths = (folder / file for folder in (results, results / "quick") for file in files)
+        source = next((path for path in paths if path.is_file()), None)
         if source is None:
-            missing.append(name)
             continue
         result = json.loads(source.read_text())
-        figure = plot(result)
-        figure.tight_layout(rect=(0, 0.03, 1, 1))
-        figure.text(0.01, 0.005, f"{source.name}: {source_of(result)}", fontsize=6, color="#666666")
+        with matplotlib.rc_context(STYLE):
+            figure = plot(result)
+            foot = f"{source.name}: {source_of(result)}"
+            figure.supxlabel(foot, x=0.01, ha="left", fontsize=7)
+            yield name, figure
+
+
+def draw(results: Path, out: Path) -> list[str]:
+    """Draw what there is JSON for into `out`; the names of plots that lack theirs."""
+    out.mkdir(parents=True, exist_ok=True)
+    missing = list(PLOTS)
+    for name, figure in figures(results):
         figure.savefig(out / name, metadata={"Date": None})
-        plt.close(figure)
+        missing.remove(name)
     return missing
 
 

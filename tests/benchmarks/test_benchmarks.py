@@ -10,6 +10,7 @@ and is handed to it), and the model's bytes are those that these runs gave their
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -36,6 +37,7 @@ import step_model
 import torch
 import torch.distributed as dist
 from bench_step import transformer
+from matplotlib.text import Text
 from safetensors.torch import save_file
 from trainees import TINY
 
@@ -255,6 +257,46 @@ def test_benchmarks_write_what_plots_draw(
     out["seed_figures_cpu.json"].write_text(json.dumps(results["seed_figures_cpu.json"]))
     plots.draw(tmp_path, tmp_path / "plots")
     assert (tmp_path / "plots" / "seed_figures.svg").read_text() == drawn["seed_figures.svg"]
+
+
+def luminance(colour: str) -> float:
+    """Of #rrggbb, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_pictures_of_the_documents_are_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On white and on a dark page; no text lies on another, or is cut."""
+    boxes: dict[Text, Any] = {}
+    draw = Text.draw
+
+    def recorded(text: Text, renderer: Any) -> None:
+        draw(text, renderer)
+        if text.get_visible() and text.get_text():
+            boxes[text] = text.get_window_extent(renderer).padded(-1)
+
+    monkeypatch.setattr(Text, "draw", recorded)
+    drawn = dict(plots.figures(record.RESULTS))
+    assert set(drawn) == set(plots.PLOTS)
+    for name, figure in drawn.items():
+        boxes.clear()
+        figure.savefig(tmp_path / name, dpi=figure.dpi)
+        pairs = itertools.combinations(boxes.items(), 2)
+        crossed = [(one, two) for (one, a), (two, b) in pairs if a.overlaps(b)]
+        assert crossed == [], name
+        width = figure.bbox.x1
+        assert [text for text, box in boxes.items() if box.x0 < 0 or box.x1 > width] == [], name
+        svg = (tmp_path / name).read_text()
+        assert "fill: #ffffff" not in svg, name  # a background
+        inks = set(re.findall(r"<text[^>]*fill: (#[0-9a-f]{6})", svg))
+        assert len(re.findall("<text", svg)) == len(re.findall("<text[^>]*fill: #", svg)), name
+        for ink in inks:
+            for page in ("#ffffff", "#0d1117"):
+                dark, light = sorted((luminance(ink), luminance(page)))
+                assert (light + 0.05) / (dark + 0.05) >= 3, (name, ink, page)
 
 
 def test_modelled_bytes_are_those_of_a_real_run(measured: dict[int, list[dict[str, Any]]]) -> None:
