@@ -74,7 +74,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             backward passes add up there. 2: they are freed as they are averaged, and add up in the
             shard.
         process_group: the ranks that share the parameters; None: the world, or a single rank where
-            torch.distributed is not initialised.
+            torch.distributed is not initialised and no launcher has started others; False: this
+            rank alone.
         replicate_group: ranks that hold the same part of other replicas, as in HSDP; gradients are
             averaged over them too.
         bucket_cap_mb: a bucket is closed when it reaches this size; a parameter is never split over

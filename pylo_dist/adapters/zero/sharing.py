@@ -7,6 +7,7 @@ rank, by name.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,14 @@ class Sharing:
         """From the arguments of `ZeroOptimizer`; collective where there are replicas.
 
         Raises:
-            ValueError: replicas of nothing, or groups that form no grid (see `comm.union`).
+            ValueError: replicas of nothing, groups that form no grid (see `comm.union`), or no
+                process group although a launcher has started other ranks.
         """
         comm.check_group("process_group", process_group)
         comm.check_group("replicate_group", replicate_group)
         group = comm.default_group() if process_group is None else (process_group or None)
+        if process_group is None and group is None:
+            _check_alone()
         # a single rank holds everything: nothing to communicate
         alone = group if comm.size(group) > 1 else None
         rank, ranks = comm.rank(group), comm.size(group)
@@ -66,6 +70,19 @@ class Sharing:
             return cls(alone, rank, ranks, None, alone)
         holders = comm.union(group, replicate_group)
         return cls(alone, rank, ranks, replicate_group, holders, replicas)
+
+
+def _check_alone() -> None:
+    """Raise ValueError where the environment says that this process is one of several: each would
+    train a model of its own.
+    """
+    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if rank.isdecimal() and ranks.isdecimal() and int(ranks) > 1:
+        raise ValueError(
+            f"this is rank {rank}, one of {ranks} by the environment (RANK, WORLD_SIZE), and they "
+            "have no process group: call torch.distributed.init_process_group() first, or pass "
+            "process_group=False for a model of this rank alone"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -548,6 +548,18 @@ def test_safetensors_hold_every_parameter(tmp_path: Path) -> None:
         assert param.untyped_storage().nbytes() == param.numel() * param.element_size()
 
 
+def test_ranks_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each would train a model of its own, without a word."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=r"one of 2 .* torch\.distributed\.init_process_group\(\)"):
+        pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc())
+    pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, process_group=False, weights=small_fc())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    pylo_dist.ZeroOptimizer(nn.Linear(3, 4), pylo_dist.AdafacLO, weights=small_fc())
+
+
 def test_refusals_name_the_remedy() -> None:
     model = nn.Linear(3, 4)
 
