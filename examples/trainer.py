@@ -3,9 +3,11 @@
 python examples/trainer.py
 torchrun --nproc_per_node=2 examples/trainer.py
 
-- TrainingArguments(learning_rate=3e-4, weight_decay=0.1, warmup_ratio=0.05)
-+ TrainingArguments(learning_rate=1.0)
+- TrainingArguments(learning_rate=3e-4, weight_decay=0.1)
++ TrainingArguments()
 + Trainer(optimizer_cls_and_kwargs=(pylo_dist.AdafacLO, {"weights": "demo"}))
+
+Of TrainingArguments the optimizer gets weight_decay, and not learning_rate: lr is its own, 1 here.
 """
 
 import sys
@@ -24,7 +26,6 @@ trainer = Trainer(
     model=tiny.GPT(),
     args=TrainingArguments(
         output_dir=sys.argv[1] if len(sys.argv) > 1 else "runs/trainer",
-        learning_rate=1.0,
         per_device_train_batch_size=16,
         max_steps=30,
         logging_steps=10,

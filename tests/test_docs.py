@@ -147,6 +147,10 @@ def run_blocks(rank: int, world: int, texts: list[str], folder: str) -> bool:
             import deepspeed
 
             around["deepspeed"] = deepspeed
+        if "transformers" in text:
+            import transformers
+
+            around["transformers"] = transformers
         if "lightning" in text:
             import lightning
 
