@@ -40,6 +40,7 @@ struct Tables {
   const SideJob* side_jobs;
   const int64_t* side_at;
   const EntryJob* entry_jobs;
+  const FactorJob* factor_jobs;
   const LeadJob* lead_jobs;
   const ItemRange* ranges;
   const int64_t* normalisers_at;

@@ -196,5 +196,34 @@ __device__ __forceinline__ bool is_last(unsigned* counter, unsigned count) {
   return answer;
 }
 
+// Which job this block does: the next that none has taken, of `count`, one for every block. A job
+// that waits for others comes after them; so whoever waits, the others have begun, on blocks that
+// wait for nobody, however many blocks the device holds at a time and in whatever order they begin.
+__device__ __forceinline__ int64_t take_turn(unsigned* queue, unsigned count) {
+  __shared__ unsigned turn;
+  if (threadIdx.x == 0) {
+    turn = atomicAdd(queue, 1u);
+    if (turn == count - 1) *queue = 0;
+  }
+  __syncthreads();
+  return turn;
+}
+
+// Waits until `count` jobs have arrived at a counter; what they wrote before is then visible.
+__device__ __forceinline__ void wait_for(unsigned* counter, unsigned count) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(counter, 0u) < count) __nanosleep(100);
+  }
+  __syncthreads();
+  __threadfence();
+}
+
+// One of `all` jobs is done; the last leaves the counter at 0.
+__device__ __forceinline__ void arrive(unsigned* counter, unsigned all) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(counter, 1u) + 1 == all) *counter = 0;
+}
+
 }  // namespace gpu
 }  // namespace pylo_dist

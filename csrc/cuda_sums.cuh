@@ -52,81 +52,131 @@ __device__ __forceinline__ double lead_square(const Item& item, const float* x, 
   return warp_sum(sum) * (static_cast<double>(item.lead_numel) / static_cast<double>(rows * cols));
 }
 
-// One block per item: the factors' new state, and everything the passes read of them.
-__global__ void __launch_bounds__(512, 1)
-    factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
-  __shared__ double scratch[MOST_WARPS];
-  const int64_t i = blockIdx.x;
-  keep_live(head, args.tables, i);
-  const Live live = live_at(head, args.tables, i);
-  const Item& item = args.tables.items[i];
-  if (!is_active(live) || !item.factored) return;
-  float *row = live.row_or_diag, *col = live.col;
-  float* row_scale = args.factors + item.factors_at;
-  float *col_scale = row_scale + K * item.rows, *row_rsqrt = col_scale + K * item.cols,
-        *col_rsqrt = row_rsqrt + K * item.rows;
-  const double *row_sums = live.a + item.a_at, *col_sums = row_sums + item.rows;
-  const double by = args.scale[i] * args.scale[i];
-  const double row_by = by / static_cast<double>(item.size_d0),
-               col_by = by / static_cast<double>(item.size_d1);
-  const bool moves = args.moves[i];
+// An item's factors, by side, and what the passes read of them.
+struct FactorPointers {
+  float *state[2], *rsqrt[2], *scale[2];
+  int64_t sizes[2];
+
+  __device__ __forceinline__ FactorPointers(const Item& item, const Live& live, float* factors)
+      : state{live.row_or_diag, live.col}, sizes{item.rows, item.cols} {
+    scale[ROW] = factors + item.factors_at;
+    scale[COLUMN] = scale[ROW] + K * item.rows;
+    rsqrt[ROW] = scale[COLUMN] + K * item.cols;
+    rsqrt[COLUMN] = rsqrt[ROW] + K * item.rows;
+  }
+};
+
+// New state of a factor's entries, a thread each. To `partials`: the sums of the new entries, of
+// their squares and of those of their rsqrt, for every decay.
+__device__ __forceinline__ void update_entries(const PassArgs& args, const EntryJob& job,
+                                               const Item& item, const Live& live, double* partials,
+                                               double* scratch) {
+  const FactorPointers of(item, live, args.factors);
+  const int64_t side = job.side, size = of.sizes[side];
+  const double* means = live.a + item.a_at + (side == ROW ? 0 : item.rows);
+  const double by = args.scale[job.item] * args.scale[job.item] /
+                    static_cast<double>(side == ROW ? item.size_d0 : item.size_d1);
+  const bool moves = args.moves[job.item];
+  double sums[FACTOR_SUMS] = {};
+  for (int64_t e = job.first + threadIdx.x; e < job.last; e += blockDim.x) {
+    const double mean = means[e] * by;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      float x = of.state[side][k * size + e];
+      if (moves) of.state[side][k * size + e] = x = update_factor(x, mean, k, args.rule);
+      const float rsqrt = factor_rsqrt_of(x);
+      of.rsqrt[side][k * size + e] = rsqrt;
+      if (side == COLUMN) of.scale[COLUMN][k * size + e] = col_scale_of(x);
+      sums[k] += x;
+      sums[K + k] += static_cast<double>(x) * x;
+      sums[2 * K + k] += static_cast<double>(rsqrt) * rsqrt;
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < FACTOR_SUMS; ++s) {
+    const double sum = block_sum(sums[s], scratch);
+    if (threadIdx.x == 0) partials[s] = sum;
+  }
+}
+
+// The sum number s over the entries of an item's side, by a block.
+__device__ __forceinline__ double sum_of_entries(const Tables& tables, const ItemRange& range,
+                                                 int64_t side, int s, double* scratch) {
+  double sum = 0.0;
+  for (int64_t j = range.first_entry_job + threadIdx.x; j < range.last_entry_job; j += blockDim.x) {
+    if (tables.entry_jobs[j].side == side) sum += tables.partials[FACTOR_SUMS * j + s];
+  }
+  return block_sum(sum, scratch);
+}
+
+__device__ __forceinline__ void finish_factors(const PassArgs& args, const FactorJob& job,
+                                               const Item& item, const Live& live,
+                                               double* scratch) {
+  const FactorPointers of(item, live, args.factors);
+  const ItemRange range = args.tables.ranges[job.item];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   double* squares = args.squares + item.squares_at;
 #pragma unroll 1
   for (int k = 0; k < K; ++k) {
-    float *row_k = row + k * item.rows, *col_k = col + k * item.cols;
-    double row_square = 0.0, row_rsqrt_square = 0.0, col_square = 0.0, col_rsqrt_square = 0.0;
-    for (int64_t r = threadIdx.x; r < item.rows; r += blockDim.x) {
-      float x = row_k[r];
-      if (moves) row_k[r] = x = update_factor(x, row_sums[r] * row_by, k, args.rule);
-      const float rsqrt = factor_rsqrt_of(x);
-      row_rsqrt[k * item.rows + r] = rsqrt;
-      row_square += static_cast<double>(x) * x;
-      row_rsqrt_square += static_cast<double>(rsqrt) * rsqrt;
-    }
-    for (int64_t c = threadIdx.x; c < item.cols; c += blockDim.x) {
-      float x = col_k[c];
-      if (moves) col_k[c] = x = update_factor(x, col_sums[c] * col_by, k, args.rule);
-      const float rsqrt = factor_rsqrt_of(x);
-      col_rsqrt[k * item.cols + c] = rsqrt;
-      col_scale[k * item.cols + c] = col_scale_of(x);
-      col_square += static_cast<double>(x) * x;
-      col_rsqrt_square += static_cast<double>(rsqrt) * rsqrt;
-    }
-    if (item.leads == 1) {
-      const double row_times =
-          static_cast<double>(item.lead_numel) / static_cast<double>(item.rows);
-      const double col_times =
-          static_cast<double>(item.lead_numel) / static_cast<double>(item.cols);
-      const double sums[4] = {block_sum(row_square, scratch) * row_times,
-                              block_sum(col_square, scratch) * col_times,
-                              block_sum(row_rsqrt_square, scratch) * row_times,
-                              block_sum(col_rsqrt_square, scratch) * col_times};
-      if (threadIdx.x == 0) {
-        for (int s = 0; s < 4; ++s) squares[s * K + k] = sums[s];
-      }
-    }
-    __syncthreads();  // the state is written
-    const int64_t groups = item.row_outer * item.row_inner;
-    if (groups < warps) {
-      for (int64_t g = 0; g < groups; ++g) {
-        scale_rows(item, row_k, row_scale + k * item.rows, g, threadIdx.x, blockDim.x, scratch);
+    const float* row = of.state[ROW] + k * item.rows;
+    float* row_scale = of.scale[ROW] + k * item.rows;
+    if (job.what == ENTRY_SCALES) {
+      const double sum = sum_of_entries(args.tables, range, ROW, k, scratch);
+      const float mean = static_cast<float>(sum / static_cast<double>(item.size_d1));
+      for (int64_t r = job.first + threadIdx.x; r < job.last; r += blockDim.x)
+        row_scale[r] = row_scale_of(row[r], mean);
+    } else if (job.what == GROUP_SCALES && job.last - job.first == 1) {
+      scale_rows(item, row, row_scale, job.first, threadIdx.x, blockDim.x, scratch);
+    } else if (job.what == GROUP_SCALES) {
+      for (int64_t g = job.first + warp; g < job.last; g += warps)
+        scale_rows(item, row, row_scale, g, lane, 32, nullptr);
+    } else if (item.leads == 1) {
+      for (int s = 0; s < 4; ++s) {
+        const int64_t side = s % 2;
+        const double sum = sum_of_entries(args.tables, range, side, (1 + s / 2) * K + k, scratch),
+                     times = static_cast<double>(item.lead_numel) /
+                             static_cast<double>(of.sizes[side]);
+        if (threadIdx.x == 0) squares[s * K + k] = sum * times;
       }
     } else {
-      for (int64_t g = warp; g < groups; g += warps)
-        scale_rows(item, row_k, row_scale + k * item.rows, g, lane, 32, nullptr);
-    }
-    if (item.leads > 1) {
-      for (int64_t l = warp; l < 4 * item.leads; l += warps) {
-        const int s = static_cast<int>(l / item.leads);
-        const bool is_row = s % 2 == 0;
-        const float* x = is_row ? (s == 0 ? row_k : row_rsqrt + k * item.rows)
-                                : (s == 1 ? col_k : col_rsqrt + k * item.cols);
-        const double sum = lead_square(item, x, is_row, l % item.leads, lane);
-        if (lane == 0) squares[(s * K + k) * item.leads + l % item.leads] = sum;
+      for (int64_t l = job.first + warp; l < job.last; l += warps) {
+        for (int s = 0; s < 4; ++s) {
+          const int64_t side = s % 2;
+          const float* x = (s < 2 ? of.state : of.rsqrt)[side] + k * of.sizes[side];
+          const double sum = lead_square(item, x, side == ROW, l, lane);
+          if (lane == 0) squares[(s * K + k) * item.leads + l] = sum;
+        }
       }
     }
   }
+}
+
+// The factors' new state, and everything the passes read of them. First the entries, over as many
+// blocks as it takes; then what needs all entries of an item, by blocks that wait for those. Sums
+// are of partial sums in the order of the tables, whoever made them.
+__global__ void __launch_bounds__(256)
+    factor_kernel(const __grid_constant__ Head head, const PassArgs args) {
+  __shared__ double scratch[MOST_WARPS];
+  const Tables& tables = args.tables;
+  unsigned* const done = tables.counters + 2 * tables.num_items;
+  const int64_t turn = take_turn(done + tables.num_items, gridDim.x),
+                second = turn - tables.num_entry_jobs;
+  const int64_t i = second < 0 ? tables.entry_jobs[turn].item : tables.factor_jobs[second].item;
+  const bool of_item = second < 0 && tables.entry_jobs[turn].side == NEITHER;
+  if (of_item) keep_live(head, tables, i);
+  const Live live = live_at(head, tables, i);
+  const Item& item = tables.items[i];
+  if (!is_active(live)) return;
+  const ItemRange range = tables.ranges[i];
+  const unsigned first = static_cast<unsigned>(range.last_entry_job - range.first_entry_job);
+  if (second >= 0) {
+    wait_for(&done[i], first);
+    finish_factors(args, tables.factor_jobs[second], item, live, scratch);
+  } else if (!of_item) {
+    update_entries(args, tables.entry_jobs[turn], item, live, tables.partials + FACTOR_SUMS * turn,
+                   scratch);
+  }
+  arrive(&done[i], first + static_cast<unsigned>(range.factor_jobs));
 }
 
 // What an element's features are made of.

@@ -164,6 +164,8 @@ T exchange(T x, int lane) {
 inline void __syncthreads() { fibers::wait(fibers::block->all); }
 inline void __syncwarp() { fibers::warp_wait(); }
 inline void __threadfence() {}
+// Blocks run one after the other: one that waits for another has got ahead of it.
+inline void __nanosleep(unsigned) { std::abort(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
