@@ -39,7 +39,7 @@ struct Device {
   void clear(void* at, int64_t bytes) const { std::memset(at, 0, bytes); }
   template <class Kernel>
   int blocks(Kernel, int, int64_t jobs) const {
-    return static_cast<int>(std::min<int64_t>(jobs, 3));
+    return static_cast<int>(std::min<int64_t>(jobs, fibers::most_blocks));
   }
 };
 #else

@@ -105,6 +105,7 @@ def test_passes_replay_in_a_graph(precision: str) -> None:
     """
     params, optimizer = trained(precision, 21, 1)
     rule, batch = optimizer._ready().work[0]
+    cuda_checks.hold_gradients(batch, params)
     kernels = rule.kernels(batch)  # type: ignore[attr-defined]
     indices = list(range(len(batch.items)))
     limits = [rule.limits(item) for item in batch.items]  # type: ignore[attr-defined]
@@ -161,8 +162,9 @@ def test_a_step_neither_allocates_nor_waits() -> None:
     """The passes themselves: no memory beyond what the first step made, no synchronisation with the
     host.
     """
-    _, optimizer = trained("high", 41, 2)
+    params, optimizer = trained("high", 41, 2)
     rule, batch = optimizer._ready().work[0]
+    cuda_checks.hold_gradients(batch, params)
     kernels, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
     limits, updates = [rule.limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
     torch.cuda.synchronize()
