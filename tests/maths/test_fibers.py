@@ -180,9 +180,7 @@ def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
 
 
 @contextmanager
-def machine(
-    library: ctypes.CDLL, most_blocks: int = 3, two_floats: bool = False
-) -> Iterator[None]:
+def machine(library: ctypes.CDLL, most_blocks: int = 3, two_floats: bool = False) -> Iterator[None]:
     """Blocks that it runs at a time; whether it is slow in double."""
     library.fibers_machine(most_blocks, two_floats)
     try:
@@ -220,9 +218,7 @@ TINY = Fraction(1, 1 << 149)
 
 @pytest.mark.parametrize("most", [-20.0, 0.0, 15.0])
 @pytest.mark.parametrize(("count", "settled"), [(16, 16), (128, 4), (4096, 1)])
-def test_a_sum_in_two_floats(
-    library: ctypes.CDLL, count: int, settled: int, most: float
-) -> None:
+def test_a_sum_in_two_floats(library: ctypes.CDLL, count: int, settled: int, most: float) -> None:
     """Its bound, as it stands beside `Sum`, in exact arithmetic."""
     library.fibers_sum.restype = ctypes.c_double
     terms = count * count if settled > 4 else 8 * count

@@ -14,6 +14,7 @@ they may be waiting for what another reducer, DDP or the user sends further on i
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ... import comm
 from ...core import trace
+from ...core.devices import stream_of
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
 from .freed import FreedGradient, gradient_of, make_room
@@ -32,7 +34,12 @@ from .others import LateAnswer, changed_after_it_left, maxima
 from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory. Several
-# reducers on GPUs may have more.
+# reducers on GPUs may have more. On a GPU backward's stream waits for the first of two where a
+# third is to leave. That costs little: where it does wait, the network is behind, has the second to
+# send meanwhile, and the pass takes as long as the network; without it, a copy of every gradient
+# would be in memory. Pass A of what has landed runs on that stream too: it reads 4 bytes per
+# element of this rank's part alone, and on a stream of its own every buffer would have to be kept
+# for two.
 MAX_IN_FLIGHT = 2
 
 
@@ -99,6 +106,9 @@ class GradientReducer:
         self._standing: set[int] = set()  # of these, those that should be on their parameter
         self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
+        # autograd has a thread for every device, and each calls the hooks of its parameters
+        self._lock = threading.RLock()
+        self._streams: dict[int, set[torch.Stream]] = {}  # on which a bucket's gradients arrived
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
         if overlap and sharing.group is not None:
@@ -139,6 +149,10 @@ class GradientReducer:
     # --------------------------------------------------------------------------------------- rounds
 
     def _arrive(self, b: int, i: int) -> None:
+        with self._lock:
+            self._take_note(b, i)
+
+    def _take_note(self, b: int, i: int) -> None:
         if not self.synchronizing:
             return
         if (b, i) in self._arrived:
@@ -155,6 +169,9 @@ class GradientReducer:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
         self._arrived.add((b, i))
         self._missing[b] -= 1
+        stream = stream_of(self.buckets[b].flat.device)
+        if stream is not None:
+            self._streams.setdefault(b, set()).add(stream)
         while (
             self._overlap
             and self._next < len(self.buckets)
@@ -279,6 +296,7 @@ class GradientReducer:
         b, bucket = self._next, self.buckets[self._next]
         if b == 0 and not self._frees:
             self._poison = None  # of gradients that this round replaces
+        self._follow(self._streams.pop(b, set()), bucket)
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
@@ -296,6 +314,22 @@ class GradientReducer:
         what = f"the reduce-scatter of gradients, bucket {b}"
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
+
+    @staticmethod
+    def _follow(streams: set[torch.Stream], bucket: Bucket) -> None:
+        """Have what is queued from here on come after the gradients of a bucket, wherever backward
+        made them: a forward pass may have gone over several streams.
+        """
+        now = stream_of(bucket.flat.device)
+        others = streams - {now}
+        if now is None or not others:
+            return
+        for stream in others:
+            now.wait_stream(stream)
+        for member in bucket.members:
+            grad = gradient_of(member.param)
+            if grad is not None:  # freed as it leaves, its memory would be another's at once
+                grad.record_stream(now)
 
     def _pack(self, bucket: Bucket, full: Tensor) -> None:
         """Write the gradients of a bucket to their places in `full` (ranks, ...), zeros elsewhere;
