@@ -1,5 +1,5 @@
-"""benchmarks/gpu_check.sh without a GPU: an interpreter and tools that do nothing stand in for what a
-machine with one has.
+"""benchmarks/gpu_check.sh without a GPU: an interpreter and tools that do nothing stand in for
+those of such a machine.
 """
 
 from __future__ import annotations

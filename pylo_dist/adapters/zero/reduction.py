@@ -76,6 +76,7 @@ class GradientReducer:
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
         problem: why this rank's gradients cannot be used, or None.
+        lock: held by the thread of autograd whose gradient is being noted.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class GradientReducer:
         self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
         # autograd has a thread for every device, and each calls the hooks of its parameters
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._streams: dict[int, set[torch.Stream]] = {}  # on which a bucket's gradients arrived
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
@@ -149,10 +150,6 @@ class GradientReducer:
     # --------------------------------------------------------------------------------------- rounds
 
     def _arrive(self, b: int, i: int) -> None:
-        with self._lock:
-            self._take_note(b, i)
-
-    def _take_note(self, b: int, i: int) -> None:
         if not self.synchronizing:
             return
         if (b, i) in self._arrived:
@@ -296,7 +293,7 @@ class GradientReducer:
         b, bucket = self._next, self.buckets[self._next]
         if b == 0 and not self._frees:
             self._poison = None  # of gradients that this round replaces
-        self._follow(self._streams.pop(b, set()), bucket)
+        _follow(self._streams.pop(b, set()), bucket)
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
@@ -304,6 +301,7 @@ class GradientReducer:
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
         self._pack(bucket, full)
+        # one more reading of the copy, 4 bytes per element; the maxima of `_pack` cannot tell -inf
         ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
         full[:, bucket.shard_numel] = (ends * 0.0).sum()
         self._next += 1  # only now: an error above leaves the round as it was
@@ -314,22 +312,6 @@ class GradientReducer:
         what = f"the reduce-scatter of gradients, bucket {b}"
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
         self._flights.append(_Flight(bucket, mine, pending))
-
-    @staticmethod
-    def _follow(streams: set[torch.Stream], bucket: Bucket) -> None:
-        """Have what is queued from here on come after the gradients of a bucket, wherever backward
-        made them: a forward pass may have gone over several streams.
-        """
-        now = stream_of(bucket.flat.device)
-        others = streams - {now}
-        if now is None or not others:
-            return
-        for stream in others:
-            now.wait_stream(stream)
-        for member in bucket.members:
-            grad = gradient_of(member.param)
-            if grad is not None:  # freed as it leaves, its memory would be another's at once
-                grad.record_stream(now)
 
     def _pack(self, bucket: Bucket, full: Tensor) -> None:
         """Write the gradients of a bucket to their places in `full` (ranks, ...), zeros elsewhere;
@@ -474,6 +456,22 @@ class GradientReducer:
         return True
 
 
+def _follow(streams: set[torch.Stream], bucket: Bucket) -> None:
+    """Have what is queued from here on come after the gradients of a bucket, wherever backward made
+    them: a forward pass may have gone over several streams.
+    """
+    now = stream_of(bucket.flat.device)
+    others = streams - {now}
+    if now is None or not others:
+        return
+    for stream in others:
+        now.wait_stream(stream)
+    for member in bucket.members:
+        grad = gradient_of(member.param)
+        if grad is not None:  # freed as it leaves, its memory would be another's at once
+            grad.record_stream(now)
+
+
 def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
     """Where the elements begin .. end of a bucket lie in `full` (ranks, part and more), views in
     their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
@@ -508,6 +506,7 @@ def _arrival_hook(
     def hook(_: Tensor) -> None:
         alive = reducer()
         if alive is not None:
-            alive._arrive(b, i)
+            with alive.lock:
+                alive._arrive(b, i)
 
     return hook

@@ -7,6 +7,7 @@ hooks are called from two threads, and streams are objects that write down who w
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,17 +47,20 @@ def test_two_threads_enter_one_after_the_other(
     """The second comes while the first notes its gradient, and gets in when that one has left."""
     _, own = reducer
     noted: list[str] = []
-    second = threading.Thread(target=lambda: own._arrive(0, 1))
+    first = reduction._arrival_hook(weakref.ref(own), 0, 0)
+    second = threading.Thread(
+        target=reduction._arrival_hook(weakref.ref(own), 0, 1), args=(torch.ones(()),)
+    )
 
-    def take_note(b: int, i: int) -> None:
+    def arrive(b: int, i: int) -> None:
         noted.append(f"{i} in")
         if i == 0:
             second.start()
             second.join(0.2)  # as long as the first is inside; without a lock it ends at once
         noted.append(f"{i} out")
 
-    monkeypatch.setattr(own, "_take_note", take_note)
-    own._arrive(0, 0)
+    monkeypatch.setattr(own, "_arrive", arrive)
+    first(torch.ones(()))
     second.join()
     assert noted == ["0 in", "0 out", "1 in", "1 out"]
 
@@ -78,14 +82,14 @@ def test_a_bucket_follows_the_streams_of_its_gradients(
 
     monkeypatch.setattr(reduction, "stream_of", lambda device: now)
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    arrive: Callable[[int, int], None] = own._take_note
+    arrive: Callable[[int, int], None] = own._arrive
 
     def on_its_stream(b: int, i: int) -> None:
         nonlocal now
         now = streams[next(arrivals)]
         arrive(b, i)
 
-    monkeypatch.setattr(own, "_take_note", on_its_stream)
+    monkeypatch.setattr(own, "_arrive", on_its_stream)
     model(torch.ones(2, 4)).sum().backward()
     assert streams[1].waited_for == [streams[0]]
     assert streams[0].waited_for == []
