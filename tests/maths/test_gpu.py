@@ -321,6 +321,22 @@ def test_a_bad_replay_is_heard_of(then: str) -> None:
     run.optimizer.state_dict()
 
 
+def test_a_graph_that_outlived_its_state_writes_no_memory_of_others() -> None:
+    run = Run("AdafacLO")
+    for step in range(2):
+        run.feed(step)
+        run.optimizer.step(run.loss)
+    graph = run.capture()
+    with pytest.warns(UserWarning, match="capture it again"):
+        run.optimizer.load_state_dict(run.optimizer.state_dict())
+    sizes = [16, 256, 4096, 1 << 16, 1 << 20]  # so that memory given back is taken
+    others = [torch.zeros(size, device="cuda") for size in sizes for _ in range(64)]
+    run.feed(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not any(bool(x.any()) for x in others)
+
+
 def test_what_a_graph_cannot_hold_is_refused() -> None:
     run = Run("VeLO")
     with pytest.raises(ValueError, match="before the first one"):

@@ -157,7 +157,8 @@ def _arrival(
     def arrive() -> None:
         with trace.phase("gather: wait"):
             pending.wait()
-        if home is not None and home != (here := stream_of(home.device)):
+        here = None if home is None else stream_of(home.device)
+        if home is not None and here is not None and here != home:
             home.wait_stream(here)
         for param in params:
             param.__class__ = nn.Parameter
