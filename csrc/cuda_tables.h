@@ -65,7 +65,7 @@ struct ItemRange {
 
 #if defined(PYLO_SMALL_JOBS)  // for tests: small tensors then have many jobs and sums of many parts
 constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700,
-                  SMALL_LEAD = 50, TILE_ROWS = 20, ENTRIES = 24, LARGE_GROUP = 30;
+                  SMALL_LEAD = 50, TILE_ROWS = 20, ENTRIES = 96, LARGE_GROUP = 30;
 #else
 constexpr int64_t JOB = 16384;         // elements
 constexpr int64_t COLUMNS = 128;       // of a job with more than one run

@@ -193,7 +193,7 @@ def machine(library: ctypes.CDLL, most_blocks: int = 3, two_floats: bool = False
 def test_bits_do_not_depend_on_the_number_of_blocks(library: ctypes.CDLL, name: str) -> None:
     """Factors of several jobs, with one mean and with several; leads; a tensor at rest."""
     torch.manual_seed(0)
-    shapes = [(60, 40), (3, 26, 20), (40, 3, 3), (9,)]
+    shapes = [(100, 20), (3, 26, 20), (40, 3, 3), (9,)]
     params = {f"t{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
     grads = {fqn: torch.randn(p.shape) for fqn, p in params.items()}
     problem: Problem = (params, [grads, {**grads, "t3": None}], [1.0, 1.0])
