@@ -25,8 +25,11 @@ CPU_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu_baseline", *(PER_FILE
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc")
 SAID = subprocess.run(["sh", "-c", '"$0" --dryrun -E -x cu /dev/null 2>&1', NVCC or ":"], capture_output=True, text=True).stdout
 CUDA_HOME, TOOLKIT = ("".join(re.findall(pattern, SAID)[:1]) for pattern in (r"TOP=(.+)", r"__CUDACC_VER_MAJOR__=(\d+)"))
-NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-for arch in os.environ.get("PYLO_DIST_CUDA_ARCH", "80;90;100").split(";"):  # A100, H200, B200
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", TARGET, "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=4"]
+# A100; A10 and L40S; H200; B200; B300; RTX 50: those that this nvcc knows
+KNOWN = subprocess.run(["sh", "-c", '"$0" --list-gpu-code', NVCC or ":"], capture_output=True, text=True).stdout.split()
+ARCHITECTURES = [arch for arch in ("80", "86", "90", "100", "103", "120") if f"sm_{arch}" in KNOWN]
+for arch in os.environ.get("PYLO_DIST_CUDA_ARCH", ";".join(ARCHITECTURES or ["80", "90"])).split(";"):
     NVCC_FLAGS.append(f"-gencode=arch=compute_{arch},code=[compute_{arch},sm_{arch}]")
 
 
@@ -58,7 +61,8 @@ def extensions() -> list[Extension]:
         import torch
     except ImportError:
         return [] if wanted != "1" else sys.exit("PYLO_DIST_CUDA=1, but no torch here: use pip install --no-build-isolation")
-    usable = TOOLKIT and (torch.version.cuda or TOOLKIT).split(".")[0] == TOOLKIT  # or two CUDA runtimes meet in one process
+    fits = not torch.version.hip and (torch.version.cuda or TOOLKIT).split(".")[0] == TOOLKIT
+    usable = TOOLKIT and fits  # or two CUDA runtimes meet in one process
     if wanted == "1" and not usable:
         found = f"nvcc is of CUDA {TOOLKIT}, torch of {torch.version.cuda}" if TOOLKIT else SAID.strip() or "there is no nvcc"
         sys.exit(f"PYLO_DIST_CUDA=1, but {found}: put a fitting one on the PATH, set CUDA_HOME, or leave PYLO_DIST_CUDA out")

@@ -39,7 +39,7 @@ struct Device {
   void clear(void* at, int64_t bytes) const { std::memset(at, 0, bytes); }
   template <class Kernel>
   int blocks(Kernel, int, int64_t jobs) const {
-    return static_cast<int>(std::min<int64_t>(jobs, 3));
+    return static_cast<int>(std::min<int64_t>(jobs, fibers::most_blocks));
   }
 };
 #else
@@ -144,7 +144,7 @@ struct Workspace {
     const auto bring = [&](const auto& table, int64_t at) {
       send(device, table.data(), static_cast<int64_t>(table.size() * sizeof(table[0])), base + at);
     };
-    device.clear(base + plan.counters, 2 * plan.num_items * 4);
+    device.clear(base + plan.counters, num_counters(plan.num_items) * 4);
     send(device, host.items, host.num_items * static_cast<int64_t>(sizeof(Item)),
          base + plan.items);
     send(device, host.boxes, host.num_boxes * static_cast<int64_t>(sizeof(Box)), base + plan.boxes);
@@ -152,6 +152,7 @@ struct Workspace {
     bring(work.side_jobs, plan.side_jobs);
     bring(work.side_at, plan.side_at);
     bring(work.entry_jobs, plan.entry_jobs);
+    bring(work.factor_jobs, plan.factor_jobs);
     bring(work.lead_jobs, plan.lead_jobs);
     bring(work.ranges, plan.ranges);
     bring(work.normalisers_at, plan.normalisers_at);
@@ -173,6 +174,7 @@ struct Workspace {
                   at<SideJob>(plan.side_jobs),
                   at<int64_t>(plan.side_at),
                   at<EntryJob>(plan.entry_jobs),
+                  at<FactorJob>(plan.factor_jobs),
                   at<LeadJob>(plan.lead_jobs),
                   at<ItemRange>(plan.ranges),
                   at<int64_t>(plan.normalisers_at),
@@ -290,7 +292,9 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
                       doubles(scale, host.num_items, "scale"),
                       floats(factors, sizes.factors, "factors"),
                       doubles(squares, sizes.squares, "squares")};
-  PYLO_LAUNCH(factor_kernel, static_cast<int>(host.num_items), 512, head, args);
+  PYLO_LAUNCH(factor_kernel,
+              static_cast<int>(space.plan.num_entry_jobs + space.plan.num_factor_jobs), 256, head,
+              args);
   const int64_t jobs = std::max(space.plan.num_jobs, space.plan.num_lead_jobs);
   // a rule's tensors are alike in this
   const bool moments = extended && host.items[active[0]].moments_at >= 0;

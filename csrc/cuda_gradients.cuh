@@ -3,8 +3,6 @@
 // atomics on floating point, the same bits in every run.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda_platform.cuh"
 #include "cuda_tables.h"
 
@@ -40,6 +38,7 @@ struct Tables {
   const SideJob* side_jobs;
   const int64_t* side_at;
   const EntryJob* entry_jobs;
+  const FactorJob* factor_jobs;
   const LeadJob* lead_jobs;
   const ItemRange* ranges;
   const int64_t* normalisers_at;
@@ -97,30 +96,35 @@ __device__ __forceinline__ double* side_partials(const Tables& tables, int64_t b
          (side == NEITHER ? 0 : tables.side_at[2 * box + side]);
 }
 
+template <bool Double>
 struct GradientSums {
-  double squares = 0.0, beyond = 0.0;
+  Sum<Double> squares;
+  double beyond = 0.0;
 };
 
 // What the audit makes of an item's elements. `usual`: up to here they are neither counted nor
-// replaced nor clamped.
+// replaced nor clamped, and their squares fit in the sums.
 struct Limits {
   float finite, usual;
   double clamp_square;
   bool replace;
 };
 
+template <bool Double>
 __device__ __forceinline__ Limits limits_of(const GradientArgs& args, int64_t item) {
   const float finite = static_cast<float>(args.limits[2 * item]);
   const double clamp = args.limits[2 * item + 1];
   const float most = args.replace ? min_(finite, 3.402823466e38f) : finite;
   float clamped = static_cast<float>(clamp);
   if (clamped > clamp) clamped *= 0.9999999f;
-  return Limits{finite, min_(most, clamped), clamp * clamp, args.replace};
+  const float usual = min_(most, clamped);
+  return Limits{finite, Double ? usual : min_(usual, LARGE), clamp * clamp, args.replace};
 }
 
-// g^2 as the factors see it; the audit counts what came.
+// g^2 as the factors see it; the audit counts what came. Of any g.
+template <bool Double>
 __device__ __forceinline__ double square_of(float g, const Limits& limits, int type,
-                                            GradientSums& sums) {
+                                            GradientSums<Double>& sums) {
   const float size = fabsf(g);
   sums.beyond += size <= limits.finite ? 0.0 : 1.0;
   if (limits.replace && !(size < INFINITY))
@@ -129,8 +133,22 @@ __device__ __forceinline__ double square_of(float g, const Limits& limits, int t
         : type == BFLOAT16 ? 3.389531390e38f
                            : 65504.0f;
   const double square = static_cast<double>(g) * static_cast<double>(g);
-  sums.squares += square;
+  sums.squares.add_large(square);
   return min_(square, limits.clamp_square);
+}
+
+// The same added to the sums that an element belongs to.
+template <bool Double, class... Sums>
+__device__ __forceinline__ void add_gradient(float g, const Limits& limits, int type,
+                                             GradientSums<Double>& sums, Sums&... to) {
+  if (!Double && fabsf(g) <= limits.usual) {
+    const auto square = Sum<Double>::square(g);
+    sums.squares.add(square);
+    (to.add(square), ...);
+  } else {
+    const double square = square_of(g, limits, type, sums);
+    (to.add_large(square), ...);
+  }
 }
 
 // Four sums over the warp, in a third of the instructions that they take one by one. Lane 8 i gets
@@ -155,17 +173,17 @@ constexpr int TILE_WARPS = 8;
 // in row r and column c is at + r * step + c of the gradient. A warp has four rows on their way, as
 // fours of neighbours unless their Type is ANY_TYPE. Rows in which something is beyond `usual` are
 // read again, with care.
-template <int Type>
+template <int Type, bool Double>
 __device__ __forceinline__ void sum_tile(const void* grad, int type, int64_t at, int64_t step,
                                          int rows, int columns, const Limits& limits,
                                          double* row_sums, int64_t row_step, double* column_sums,
-                                         double* scratch, GradientSums& sums) {
+                                         double* scratch, GradientSums<Double>& sums) {
   constexpr bool fours = Type != ANY_TYPE;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const auto column_of = [&](int j) { return fours ? 4 * lane + j : lane + 32 * j; };
   const char* from =
       static_cast<const char*>(grad) + (at + 4 * warp * step + column_of(0)) * size_of(type);
-  double column[4] = {};
+  Sum<Double> column[4];
 #pragma unroll 1
   for (int row = 4 * warp; row < rows; row += 4 * TILE_WARPS) {
     const char* const of_rows = from;
@@ -183,39 +201,41 @@ __device__ __forceinline__ void sum_tile(const void* grad, int type, int64_t at,
         for (int j = 0; j < 4; ++j) largest = larger(largest, fabsf(x[i].get(j, Type)));
       }
       if (__all_sync(ALL, largest <= limits.usual)) {
-        double of_row[4] = {};
+        double of_row[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          Sum<Double> of_four;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const double g = x[i].get(j, Type);
-            of_row[i] += g * g;
-            column[j] += g * g;
+            const auto square = Sum<Double>::square(x[i].get(j, Type));
+            of_four.add(square);
+            column[j].add(square);
           }
-          sums.squares += of_row[i];
+          of_row[i] = of_four.get();
         }
         const double sum = four_sums(of_row, lane);
-        if ((lane & 7) == 0 && row + lane / 8 < rows) row_sums[(row + lane / 8) * row_step] = sum;
+        if ((lane & 7) == 0 && row + lane / 8 < rows) {
+          row_sums[(row + lane / 8) * row_step] = sum;
+          sums.squares.add_large(sum);
+        }
         continue;
       }
     }
 #pragma unroll 1
     for (int i = 0; i < 4 && row + i < rows; ++i) {
-      double sum = 0.0;
+      Sum<Double> of_row;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (column_of(j) >= columns) continue;
         const float g = load_as_float(of_rows, type, i * step + column_of(j) - column_of(0));
-        const double square = square_of(g, limits, type, sums);
-        sum += square;
-        column[j] += square;
+        add_gradient(g, limits, type, sums, of_row, column[j]);
       }
-      sum = warp_sum(sum);
+      const double sum = warp_sum(of_row.get());
       if (lane == 0) row_sums[(row + i) * row_step] = sum;
     }
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) scratch[warp * TILE_COLUMNS + column_of(j)] = column[j];
+  for (int j = 0; j < 4; ++j) scratch[warp * TILE_COLUMNS + column_of(j)] = column[j].get();
   __syncthreads();
   for (int c = threadIdx.x; c < columns; c += blockDim.x) {
     double sum = 0.0;
@@ -226,9 +246,10 @@ __device__ __forceinline__ void sum_tile(const void* grad, int type, int64_t at,
 }
 
 // A job of both sides.
+template <bool Double>
 __device__ __forceinline__ void sum_both(const Tables& tables, const SideJob& job, const Box& box,
                                          const Live& live, const Limits& limits, double* scratch,
-                                         GradientSums& sums) {
+                                         GradientSums<Double>& sums) {
   const int dim = tiled_dim(box), type = grad_type(live);
   const int64_t inner_side = summed_dim(box, ROW) == INNER ? ROW : COLUMN;
   const int64_t first = job.chunk * TILE_ROWS, length = box.sizes[dim];
@@ -260,7 +281,7 @@ __device__ __forceinline__ void sum_both(const Tables& tables, const SideJob& jo
       in_fours(static_cast<const char*>(live.grad) + at * size_of(type), type, columns) &&
       step % 4 == 0;
   const auto sum = [&](auto of_type) {
-    sum_tile<decltype(of_type)::value>(live.grad, type, at, step, rows, columns, limits, row_sums,
+    sum_tile<decltype(of_type)::value, Double>(live.grad, type, at, step, rows, columns, limits, row_sums,
                                        row_step, column_sums, scratch, sums);
   };
   if (!fours)
@@ -274,9 +295,10 @@ __device__ __forceinline__ void sum_both(const Tables& tables, const SideJob& jo
 }
 
 // A job of one side, or of none.
+template <bool Double>
 __device__ __forceinline__ void sum_side(const Tables& tables, const SideJob& job, const Box& box,
                                          const Live& live, const Limits& limits,
-                                         GradientSums& sums) {
+                                         GradientSums<Double>& sums) {
   const int type = grad_type(live), dim = summed_dim(box, job.side);
   const int64_t length = along(box, dim), most = chunk_length(box, dim), first = job.chunk * most;
   const int64_t last = first + most < length ? first + most : length;
@@ -286,21 +308,21 @@ __device__ __forceinline__ void sum_side(const Tables& tables, const SideJob& jo
     const int lane = threadIdx.x & 31;
     for (int64_t o = job.first + (threadIdx.x >> 5); o < job.last; o += blockDim.x >> 5) {
       const int64_t at = find_run(box, o).local;
-      double sum = 0.0;
+      Sum<Double> of_lane;
 #pragma unroll 4
       for (int64_t i = first + lane; i < last; i += 32)
-        sum += square_of(load_as_float(live.grad, type, at + i), limits, type, sums);
-      sum = warp_sum(sum);
+        add_gradient(load_as_float(live.grad, type, at + i), limits, type, sums, of_lane);
+      const double sum = warp_sum(of_lane.get());
       if (lane == 0 && job.side != NEITHER) to[o] = sum;
     }
   } else {  // a thread per output
     for (int64_t o = job.first + threadIdx.x; o < job.last; o += blockDim.x) {
       const int64_t at = output_at(box, dim, o);
-      double sum = 0.0;
+      Sum<Double> sum;
 #pragma unroll 4
       for (int64_t i = first; i < last; ++i)
-        sum += square_of(load_as_float(live.grad, type, at + i * step), limits, type, sums);
-      to[o] = sum;
+        add_gradient(load_as_float(live.grad, type, at + i * step), limits, type, sums, sum);
+      to[o] = sum.get();
     }
   }
 }
@@ -315,20 +337,24 @@ __global__ void __launch_bounds__(256, 3)
     const Box& box = tables.boxes[job.box];
     const Live live = live_at(head, tables, box.item);
     if (!is_active(live)) continue;
-    const Limits limits = limits_of(args, box.item);
-    GradientSums sums;
-    if (job.side == BOTH)
-      sum_both(tables, job, box, live, limits, columns, sums);
-    else
-      sum_side(tables, job, box, live, limits, sums);
-    if (job.side != COLUMN) {  // the other sides go over every element once
-      const double beyond = block_sum(sums.beyond, scratch),
-                   squares = block_sum(sums.squares, scratch);
-      if (threadIdx.x == 0) {
-        tables.partials[2 * j] = beyond;
-        tables.partials[2 * j + 1] = squares;
+    make_sums([&](auto is_double) {
+      constexpr bool Double = decltype(is_double)::value;
+      const Limits limits = limits_of<Double>(args, box.item);
+      GradientSums<Double> sums;
+      if (job.side == BOTH)
+        sum_both<Double>(tables, job, box, live, limits, columns, sums);
+      else
+        sum_side<Double>(tables, job, box, live, limits, sums);
+      if (job.side != COLUMN) {  // the other sides go over every element once
+        const double beyond = block_sum(sums.beyond, scratch),
+                     squares = block_sum(sums.squares.get(), scratch);
+        if (threadIdx.x == 0) {
+          tables.partials[2 * j] = beyond;
+          tables.partials[2 * j + 1] = squares;
+        }
       }
-    }
+      return true;  // what is large is added in double
+    });
   }
 }
 
@@ -376,6 +402,18 @@ __global__ void __launch_bounds__(256) entry_kernel(const GradientArgs args) {
 
 // ------------------------------------------------- VeLO's moments, of items that pass B leaves out
 
+// Of the old accumulators, to sums[first] and on: m_k, m_k^2, v, v^2.
+template <int first, bool Double, int N>
+__device__ __forceinline__ void add_old(Sum<Double> (&sums)[N], const float (&m)[K], float v) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    sums[first + k].add(m[k]);
+    sums[first + K + k].add_square(m[k]);
+  }
+  sums[first + 2 * K].add(v);
+  sums[first + 2 * K + 1].add_square(v);
+}
+
 __global__ void __launch_bounds__(256)
     moment_kernel(const __grid_constant__ Head head, const Tables tables, const int64_t* first_job,
                   unsigned* counters, double* partials) {
@@ -394,24 +432,26 @@ __global__ void __launch_bounds__(256)
     if (!is_active(it)) continue;
     const int64_t numel = tables.items[low].numel, first = (j - first_job[low]) * MOMENT_JOB;
     const int64_t last = first + MOMENT_JOB < numel ? first + MOMENT_JOB : numel;
-    double sums[NUM_MOMENTS] = {};
-    for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-      const double p = load_as_float(it.value, value_type(it), i), v = it.rms[i];
-      sums[0] += p * p;
+    make_sums([&](auto is_double) {
+      constexpr bool Double = decltype(is_double)::value;
+      Sum<Double> sums[NUM_MOMENTS];
+      for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
+        float m[K];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const double m = it.momentum[k * numel + i];
-        sums[1 + k] += m;
-        sums[4 + k] += m * m;
+        for (int k = 0; k < K; ++k) m[k] = it.momentum[k * numel + i];
+        sums[0].add_square(load_as_float(it.value, value_type(it), i));
+        add_old<1>(sums, m, it.rms[i]);
+#pragma unroll
+        for (int s = 0; s < NUM_MOMENTS; ++s) sums[s].settle();
       }
-      sums[7] += v;
-      sums[8] += v * v;
-    }
+      if (!Double && __syncthreads_or(!are_good(sums))) return false;
 #pragma unroll
-    for (int s = 0; s < NUM_MOMENTS; ++s) {
-      const double sum = block_sum(sums[s], scratch);
-      if (threadIdx.x == 0) partials[NUM_MOMENTS * j + s] = sum;
-    }
+      for (int s = 0; s < NUM_MOMENTS; ++s) {
+        const double sum = block_sum(sums[s].get(), scratch);
+        if (threadIdx.x == 0) partials[NUM_MOMENTS * j + s] = sum;
+      }
+      return true;
+    });
     if (is_last(&counters[low], static_cast<unsigned>(first_job[low + 1] - first_job[low]))) {
       if (threadIdx.x < NUM_MOMENTS) {
         double sum = 0.0;

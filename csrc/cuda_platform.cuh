@@ -14,6 +14,8 @@
 #include "pylo_dist/lanes.h"
 #include "pylo_dist/mlp.h"
 
+#include <type_traits>
+
 namespace pylo_dist {
 namespace gpu {
 
@@ -142,6 +144,114 @@ struct Four {
   }
 };
 
+// A sum over elements, of a thread, as the card computes it: in double where that is at half the
+// rate of float (QUICK_DOUBLE), else in two floats, of which an addition is ten instructions and not
+// one that takes the time of sixty-four.
+template <bool Double>
+struct Sum;
+
+template <>
+struct Sum<true> {
+  double whole = 0.0;
+
+  __device__ __forceinline__ static double square(float x) {
+    return static_cast<double>(x) * static_cast<double>(x);
+  }
+  __device__ __forceinline__ void add(double x) { whole += x; }
+  __device__ __forceinline__ void add_square(float x) { whole += square(x); }
+  __device__ __forceinline__ void add_large(double x) { whole += x; }
+  __device__ __forceinline__ void settle() {}
+  __device__ __forceinline__ bool is_good() const { return true; }
+  __device__ __forceinline__ double get() const { return whole; }
+};
+
+// With u = 2^-24: a square is high + low to the last bit unless it is below 2^-102 (then to 2^-149),
+// and high + low of a sum lose nothing but in `low`, which is rounded: of n additions, settled after
+// every four at most, 8 n u^2 of the sum of all sizes (n^2 u^2 where it never is), 2^-38 for the 128
+// of a thread in pass B, 2^-40 for the 16 in a tile of A. What does not fit in a float leaves a sum
+// that is not good, which must be made again in double, or goes to `large`.
+template <>
+struct Sum<false> {
+  float high = 0.0f, low = 0.0f;
+  double large = 0.0;
+
+  struct Square {
+    float high, low;
+  };
+  __device__ __forceinline__ static Square square(float x) {
+    const float high = __fmul_rn(x, x);
+    return Square{high, __fmaf_rn(x, x, -high)};
+  }
+  // never contracted, or the errors were of other sums
+  __device__ __forceinline__ void add(Square x) {
+    const float sum = __fadd_rn(high, x.high), part = __fsub_rn(sum, high),
+                error = __fadd_rn(__fsub_rn(high, __fsub_rn(sum, part)), __fsub_rn(x.high, part));
+    high = sum;
+    low = __fadd_rn(low, __fadd_rn(error, x.low));
+  }
+  __device__ __forceinline__ void add(float x) { add(Square{x, 0.0f}); }
+  __device__ __forceinline__ void add_square(float x) { add(square(x)); }
+  __device__ __forceinline__ void add_large(double x) { large += x; }
+  __device__ __forceinline__ void settle() {
+    const float sum = __fadd_rn(high, low);
+    low = __fsub_rn(low, __fsub_rn(sum, high));
+    high = sum;
+  }
+  __device__ __forceinline__ bool is_good() const { return fabsf(high + low) <= 3.402823466e38f; }
+  __device__ __forceinline__ double get() const {
+    return large + (static_cast<double>(high) + static_cast<double>(low));
+  }
+};
+constexpr float LARGE = 3.6028797e16f;  // 2^55: so many squares of smaller ones fit in a float
+
+#if defined(__CUDA_ARCH__)
+constexpr bool QUICK_DOUBLE = __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000;
+#else
+constexpr bool QUICK_DOUBLE = true;
+#endif
+
+// attempt(Double) makes sums and says whether they are good; those in double are.
+template <class Attempt>
+__device__ __forceinline__ void make_sums(const Attempt& attempt) {
+#if defined(PYLO_FIBERS)
+  if (fibers::two_floats && attempt(std::false_type{})) return;
+#else
+  if constexpr (!QUICK_DOUBLE) {
+    if (attempt(std::false_type{})) return;
+  }
+#endif
+  attempt(std::true_type{});
+}
+
+// A thread's sum of squares that cannot be made again.
+struct LastingSum {
+  Sum<true> whole;
+  Sum<false> pair;
+
+  __device__ __forceinline__ void add_square(float x) {
+#if defined(PYLO_FIBERS)
+    const bool in_floats = fibers::two_floats;
+#else
+    constexpr bool in_floats = !QUICK_DOUBLE;
+#endif
+    if (in_floats && fabsf(x) <= LARGE) {
+      pair.add_square(x);
+      pair.settle();
+    } else {
+      whole.add_square(x);
+    }
+  }
+  __device__ __forceinline__ double get() const { return whole.get() + pair.get(); }
+};
+
+template <bool Double, int N>
+__device__ __forceinline__ bool are_good(const Sum<Double> (&sums)[N]) {
+  bool good = true;
+#pragma unroll
+  for (int s = 0; s < N; ++s) good = good && sums[s].is_good();
+  return good;
+}
+
 // Whether all of count elements from `from` on can be taken as fours.
 __device__ __forceinline__ bool in_fours(const void* from, int type, int64_t count) {
   return reinterpret_cast<uintptr_t>(from) % (4 * size_of(type)) == 0 && count % 4 == 0;
@@ -194,6 +304,35 @@ __device__ __forceinline__ bool is_last(unsigned* counter, unsigned count) {
   __syncthreads();
   if (answer) __threadfence();
   return answer;
+}
+
+// Which job this block does: the next that none has taken, of `count`, one for every block. A job
+// that waits for others comes after them; so whoever waits, the others have begun, on blocks that
+// wait for nobody, however many blocks the device holds at a time and in whatever order they begin.
+__device__ __forceinline__ int64_t take_turn(unsigned* queue, unsigned count) {
+  __shared__ unsigned turn;
+  if (threadIdx.x == 0) {
+    turn = atomicAdd(queue, 1u);
+    if (turn == count - 1) *queue = 0;
+  }
+  __syncthreads();
+  return turn;
+}
+
+// Waits until `count` jobs have arrived at a counter; what they wrote before is then visible.
+__device__ __forceinline__ void wait_for(unsigned* counter, unsigned count) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(counter, 0u) < count) __nanosleep(100);
+  }
+  __syncthreads();
+  __threadfence();
+}
+
+// One of `all` jobs is done; the last leaves the counter at 0.
+__device__ __forceinline__ void arrive(unsigned* counter, unsigned all) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(counter, 1u) + 1 == all) *counter = 0;
 }
 
 }  // namespace gpu

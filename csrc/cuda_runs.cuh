@@ -12,14 +12,15 @@ namespace gpu {
 __device__ __forceinline__ void keep_in_memory() { asm volatile("" ::: "memory"); }
 
 // K numbers of the four columns of every lane of a warp, out of the registers' way: two neighbours
-// are one access.
+// are one access. Of the scales the squares, where sums are in double.
+using KeptNumber = std::conditional_t<QUICK_DOUBLE, double, float>;
 struct Kept {
-  alignas(16) double pairs[K][2][32][2];
+  alignas(16) KeptNumber pairs[K][2][32][2];
   int64_t vectors[32];  // what they are of
 
   __device__ __forceinline__ int64_t& vector() { return vectors[threadIdx.x & 31]; }
 
-  __device__ __forceinline__ double& at(int k, int j) {
+  __device__ __forceinline__ KeptNumber& at(int k, int j) {
     return pairs[k][j >> 1][threadIdx.x & 31][j & 1];
   }
 };
@@ -95,6 +96,23 @@ struct Runs {
       number(row_varies ? run.col : run.row, numbers[r]);
     }
     __syncthreads();
+  }
+};
+
+// What a lane reads of four neighbours.
+template <int Type>
+struct ElementFours {
+  Four<Type> g, p;
+  Four<FLOAT32> v, m[K];
+
+  // from element `at` on
+  template <int N>
+  __device__ __forceinline__ void load(const Runs<N>& runs, int g_type, int p_type, int64_t at) {
+    g.load(runs.grad, g_type, at);
+    p.load(runs.value, p_type, at);
+    v.load(runs.rms, FLOAT32, at);
+#pragma unroll
+    for (int k = 0; k < K; ++k) m[k].load(runs.momentum[k], FLOAT32, at);
   }
 };
 

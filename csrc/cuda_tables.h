@@ -35,6 +35,14 @@ struct EntryJob {
   int64_t item, side, first, last;
 };
 
+// What is made of an item's factors once all their entries are new: the scales of entries of a row
+// vector with one mean over all, those of whole groups with a mean each, the squares of leads.
+struct FactorJob {
+  int64_t item, what, first, last;
+};
+
+enum FactorWork : int64_t { ENTRY_SCALES = 0, GROUP_SCALES = 1, LEAD_SQUARES = 2 };
+
 // Leads first .. last of an item whose matrices are so small that a thread sums one.
 struct LeadJob {
   int64_t item, first, last;
@@ -51,12 +59,13 @@ struct Live {
 
 // Ranges of an item in the tables.
 struct ItemRange {
-  int64_t first_job, last_job, first_side_job, last_side_job;
+  int64_t first_job, last_job, first_side_job, last_side_job, first_entry_job, last_entry_job,
+      factor_jobs;
 };
 
 #if defined(PYLO_SMALL_JOBS)  // for tests: small tensors then have many jobs and sums of many parts
 constexpr int64_t JOB = 900, COLUMNS = 64, ALONG = 8, WARP_ALONG = 70, MOMENT_JOB = 700,
-                  SMALL_LEAD = 50, TILE_ROWS = 20;
+                  SMALL_LEAD = 50, TILE_ROWS = 20, ENTRIES = 96, LARGE_GROUP = 30;
 #else
 constexpr int64_t JOB = 16384;         // elements
 constexpr int64_t COLUMNS = 128;       // of a job with more than one run
@@ -65,8 +74,12 @@ constexpr int64_t WARP_ALONG = 4096;   // elements of a sum in a job whose sums 
 constexpr int64_t MOMENT_JOB = 32768;  // elements
 constexpr int64_t SMALL_LEAD = 1024;   // largest matrix that one thread sums
 constexpr int64_t TILE_ROWS = 128;     // elements of a column in a tile
+constexpr int64_t ENTRIES = 256;       // of a factor in a job
+constexpr int64_t LARGE_GROUP = 2048;  // entries of a row vector that are worth a block
 #endif
 constexpr int64_t OUTPUTS = 256, WARP_OUTPUTS = 64;  // of those two kinds of job
+constexpr int64_t GROUPS = 8, LEADS = 32;            // in a job, of those that a warp sums
+constexpr int FACTOR_SUMS = 3 * K;                   // of a factor's entries
 constexpr int64_t LONG_RUN = 16;                     // shortest run that is worth whole products
 constexpr int MOST_RUNS = 128;                       // of a job whose runs are long
 constexpr int MOST_SUMS = 32;                        // of pass B, with moments
@@ -189,9 +202,9 @@ PYLO_HD bool has_small_leads(const Item& item) {
 struct Plan {
   int64_t magic;
   int64_t num_items, num_boxes, num_jobs, num_side_jobs, num_entry_jobs, num_lead_jobs,
-      num_moment_jobs, num_leads;
+      num_factor_jobs, num_moment_jobs, num_leads;
   int64_t live, words, first_moment_job, counters, moment_partials, items, boxes, jobs, side_jobs,
-      side_at, entry_jobs, lead_jobs, ranges, normalisers_at;
+      side_at, entry_jobs, factor_jobs, lead_jobs, ranges, normalisers_at;
   int64_t normalisers, networks, partials, total;
 };
 constexpr int64_t PLAN_MAGIC = 0x70796c6f31;
@@ -205,11 +218,16 @@ constexpr int64_t GRAD_BITS = (int64_t{1} << GRAD_SHIFT) - 1;
 constexpr int64_t MOST_INPUTS = 30;
 constexpr int64_t NETWORK_WORDS = 128 * 32;  // of one network as the lanes of a warp keep it
 
+// Of every item: its jobs that are done in passes B and C, in the moments, among those of factors.
+// Last, the turns that blocks of `factor_kernel` have taken.
+inline int64_t num_counters(int64_t num_items) { return 3 * num_items + 1; }
+
 struct Work {
   Plan plan{};
   std::vector<Job> jobs;
   std::vector<SideJob> side_jobs;
   std::vector<EntryJob> entry_jobs;
+  std::vector<FactorJob> factor_jobs;
   std::vector<LeadJob> lead_jobs;
   std::vector<int64_t> side_at;  // two per box: where the partial sums of its sides are
   std::vector<ItemRange> ranges;
@@ -219,6 +237,20 @@ struct Work {
 
 inline int64_t num_moment_jobs(const Item& item) {
   return (item.numel + MOMENT_JOB - 1) / MOMENT_JOB;
+}
+
+// What follows once the entries of an item's factors are new.
+inline void deal_factors(const Item& item, int64_t i, std::vector<FactorJob>& jobs) {
+  const auto cut = [&](int64_t what, int64_t size, int64_t most) {
+    for (int64_t at = 0; at < size; at += most)
+      jobs.push_back(FactorJob{i, what, at, std::min(size, at + most)});
+  };
+  const int64_t groups = item.row_outer * item.row_inner;
+  if (groups == 1)
+    cut(ENTRY_SCALES, item.rows, ENTRIES);
+  else
+    cut(GROUP_SCALES, groups, item.size_d1 > LARGE_GROUP ? 1 : GROUPS);
+  cut(LEAD_SQUARES, item.leads, LEADS);
 }
 
 inline int64_t take(Plan& plan, int64_t bytes) {
@@ -296,17 +328,21 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
         }
       }
     }
-    if (item.numel > 0) {
-      w.entry_jobs.push_back(EntryJob{i, NEITHER, 0, 1});
-      for (int64_t side = ROW; item.factored && side <= COLUMN; ++side) {
-        const int64_t size = side == ROW ? item.rows : item.cols;
-        for (int64_t at = 0; at < size; at += OUTPUTS)
-          w.entry_jobs.push_back(EntryJob{i, side, at, std::min(size, at + OUTPUTS)});
-      }
-      if (has_small_leads(item)) {
-        for (int64_t at = 0; at < item.leads; at += OUTPUTS) {
-          w.lead_jobs.push_back(LeadJob{i, at, std::min(item.leads, at + OUTPUTS)});
-        }
+    // factors are whole on every rank, also where it has no element
+    range.first_entry_job = static_cast<int64_t>(w.entry_jobs.size());
+    w.entry_jobs.push_back(EntryJob{i, NEITHER, 0, 1});
+    for (int64_t side = ROW; item.factored && side <= COLUMN; ++side) {
+      const int64_t size = side == ROW ? item.rows : item.cols;
+      for (int64_t at = 0; at < size; at += ENTRIES)
+        w.entry_jobs.push_back(EntryJob{i, side, at, std::min(size, at + ENTRIES)});
+    }
+    range.last_entry_job = static_cast<int64_t>(w.entry_jobs.size());
+    const size_t factor_jobs = w.factor_jobs.size();
+    if (item.factored) deal_factors(item, i, w.factor_jobs);
+    range.factor_jobs = static_cast<int64_t>(w.factor_jobs.size() - factor_jobs);
+    if (item.numel > 0 && has_small_leads(item)) {
+      for (int64_t at = 0; at < item.leads; at += OUTPUTS) {
+        w.lead_jobs.push_back(LeadJob{i, at, std::min(item.leads, at + OUTPUTS)});
       }
     }
     range.last_job = static_cast<int64_t>(w.jobs.size());
@@ -324,13 +360,14 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
   p.num_jobs = static_cast<int64_t>(w.jobs.size());
   p.num_side_jobs = static_cast<int64_t>(w.side_jobs.size());
   p.num_entry_jobs = static_cast<int64_t>(w.entry_jobs.size());
+  p.num_factor_jobs = static_cast<int64_t>(w.factor_jobs.size());
   p.num_lead_jobs = static_cast<int64_t>(w.lead_jobs.size());
   p.num_leads = leads;
   p.num_items = num_items;
   p.num_moment_jobs = moment_jobs;
   p.live = take(p, 2 * PASSES * num_items * static_cast<int64_t>(sizeof(Live)));
   p.words = take(p, 2 * num_items * 8);
-  p.counters = take(p, 2 * num_items * 4);
+  p.counters = take(p, num_counters(num_items) * 4);
   p.first_moment_job = take(p, (num_items + 1) * 8);
   p.moment_partials = take(p, moment_jobs * NUM_MOMENTS * 8);
   p.items = take(p, num_items * static_cast<int64_t>(sizeof(Item)));
@@ -339,12 +376,15 @@ inline Work deal(const Item* items, int64_t num_items, const Box* boxes, int64_t
   p.side_jobs = take(p, p.num_side_jobs * static_cast<int64_t>(sizeof(SideJob)));
   p.side_at = take(p, num_boxes * 16);
   p.entry_jobs = take(p, p.num_entry_jobs * static_cast<int64_t>(sizeof(EntryJob)));
+  p.factor_jobs = take(p, p.num_factor_jobs * static_cast<int64_t>(sizeof(FactorJob)));
   p.lead_jobs = take(p, p.num_lead_jobs * static_cast<int64_t>(sizeof(LeadJob)));
   p.ranges = take(p, num_items * static_cast<int64_t>(sizeof(ItemRange)));
   p.normalisers_at = take(p, num_items * 8);
   p.normalisers = take(p, leads * MOST_INPUTS * 4);
   p.networks = take(p, num_items * NETWORK_WORDS * 4);  // an item has one, or shares one
-  p.partials = take(p, std::max(side_partials + 2 * p.num_side_jobs, MOST_SUMS * p.num_jobs) * 8);
+  p.partials = take(p, std::max({side_partials + 2 * p.num_side_jobs, MOST_SUMS * p.num_jobs,
+                                 FACTOR_SUMS * p.num_entry_jobs}) *
+                           8);
   return w;
 }
 

@@ -127,18 +127,17 @@ __device__ __forceinline__ void finish_job(const UpdateArgs& args, int64_t j, in
   }
 }
 
-// The new value of an element, or its direction; gives the square of the change.
-__device__ __forceinline__ double move_element(const Live& live, int64_t at, float p, float o0,
-                                               float o1, const Step& step) {
+// The new value of an element, or its direction; to `change` the square of it.
+__device__ __forceinline__ void move_element(const Live& live, int64_t at, float p, float o0,
+                                             float o1, const Step& step, LastingSum& change) {
   const float direction = direction_of(o0, o1, step.exp_mult);
   if (live.direction) {
     live.direction[at] = direction * step.step_size;
-    return 0.0;
+    return;
   }
   const float now = moved(p, direction, step);
   store_float(live.value, value_type(live), at, now);
-  const double change = now - p;
-  return change * change;
+  change.add_square(now - p);
 }
 
 // ----------------------------------------------------------------------------------------- float32
@@ -197,11 +196,12 @@ __device__ __forceinline__ void hidden_and_output(const SharedNetwork<Extended, 
 // One element of a job: features, network, new state and value. norm: normalisers of the element's
 // lead.
 template <bool Extended, int H, bool Diag>
-__device__ __forceinline__ double update_element(const UpdateArgs& args,
-                                                 const SharedNetwork<Extended, H>& net,
-                                                 const Item& item, const Live& live,
-                                                 const Factors& factors, const Place& at,
-                                                 const float* norm, float scale, const Step& step) {
+__device__ __forceinline__ void update_element(const UpdateArgs& args,
+                                               const SharedNetwork<Extended, H>& net,
+                                               const Item& item, const Live& live,
+                                               const Factors& factors, const Place& at,
+                                               const float* norm, float scale, const Step& step,
+                                               LastingSum& change) {
   using L = Layout<Extended>;
   Element<float, Extended> e;
   read_element<Extended, Diag>(e, live, item, factors, at, scale, args.pass.rule);
@@ -241,7 +241,7 @@ __device__ __forceinline__ double update_element(const UpdateArgs& args,
   live.rms[at.local] = e.v;
   float o0, o1;
   hidden_and_output<Extended, H>(net, acc, o0, o1);
-  return move_element(live, at.local, e.x[L::P], o0, o1, step);
+  move_element(live, at.local, e.x[L::P], o0, o1, step, change);
 }
 
 // What a lane keeps of its four columns, out of the registers' way: scales, and the share that the
@@ -325,12 +325,11 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
                                               bool row_varies, bool bias_along, const Step& step,
                                               const RuleConstants& rule) {
   const int left = runs.columns - lane_column<Fours>(0);
-  double change = 0.0;
-  if (left <= 0) return change;
+  LastingSum change;
+  if (left <= 0) return 0.0;
   const auto move = [&](float p, float o0, float o1) {
     const float now = moved(p, direction_of(o0, o1, step.exp_mult), step);
-    const double by = now - p;
-    change += by * by;
+    change.add_square(now - p);
     return now;
   };
   kept.vector() = -1;
@@ -358,41 +357,36 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
     const int64_t at = runs.at[r].local + lane_column<Fours>(0);
     const int g_type = runs.grad_type, p_type = runs.value_type;
     if constexpr (Fours) {
-      Four<Type> g, p;
-      Four<FLOAT32> v, m[K];
-      g.load(runs.grad, g_type, at);
-      p.load(runs.value, p_type, at);
-      v.load(runs.rms, FLOAT32, at);
-#pragma unroll
-      for (int k = 0; k < K; ++k) m[k].load(runs.momentum[k], FLOAT32, at);
+      ElementFours<Type> of;
+      of.load(runs, g_type, p_type, at);
       Elements<4> x;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        x.g[j] = g.get(j, g_type);
-        x.p[j] = p.get(j, p_type);
-        x.v[j] = v.get(j, FLOAT32);
+        x.g[j] = of.g.get(j, g_type);
+        x.p[j] = of.p.get(j, p_type);
+        x.v[j] = of.v.get(j, FLOAT32);
 #pragma unroll
-        for (int k = 0; k < K; ++k) x.m[k][j] = m[k].get(j, FLOAT32);
+        for (int k = 0; k < K; ++k) x.m[k][j] = of.m[k].get(j, FLOAT32);
       }
       float o0[4], o1[4];
       outputs_of<H, 4>(x, o0, o1, net, runs.numbers[r], kept, 0, runs.scale, rule);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) m[k].set(j, x.m[k][j], FLOAT32);
-        m[k].store(runs.momentum[k], FLOAT32, at);
+        for (int j = 0; j < 4; ++j) of.m[k].set(j, x.m[k][j], FLOAT32);
+        of.m[k].store(runs.momentum[k], FLOAT32, at);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) v.set(j, x.v[j], FLOAT32);
-      v.store(runs.rms, FLOAT32, at);
+      for (int j = 0; j < 4; ++j) of.v.set(j, x.v[j], FLOAT32);
+      of.v.store(runs.rms, FLOAT32, at);
       if (runs.direction) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           runs.direction[at + j] = direction_of(o0[j], o1[j], step.exp_mult) * step.step_size;
       } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) p.set(j, move(x.p[j], o0[j], o1[j]), p_type);
-        p.store(runs.value, p_type, at);
+        for (int j = 0; j < 4; ++j) of.p.set(j, move(x.p[j], o0[j], o1[j]), p_type);
+        of.p.store(runs.value, p_type, at);
       }
     } else {
 #pragma unroll 1
@@ -415,7 +409,7 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
       }
     }
   }
-  return change;
+  return change.get();
 }
 
 template <bool Extended, int H>
@@ -499,15 +493,19 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
     const Step step = args.steps[i];
     const JobShape shape(job);
     const uint32_t numel = job_numel(job);
+    LastingSum sum;
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {
       const Place at = shape.place(box, e);
       const float* norm = item.leads > 1 && !folded ? norms + at.lead * INPUTS : shared.norm;
-      change += item.factored ? update_element<Extended, H, false>(args, shared.network, item, live,
-                                                                   factors, at, norm, scale, step)
-                              : update_element<Extended, H, true>(args, shared.network, item, live,
-                                                                  factors, at, norm, scale, step);
+      if (item.factored)
+        update_element<Extended, H, false>(args, shared.network, item, live, factors, at, norm,
+                                           scale, step, sum);
+      else
+        update_element<Extended, H, true>(args, shared.network, item, live, factors, at, norm,
+                                          scale, step, sum);
     }
+    change = sum.get();
   }
   finish_job(args, j, i, change, scratch);
 }
@@ -627,7 +625,7 @@ __device__ __forceinline__ double tensor_core_runs(
     if (t < left) e.p = load_as_float(runs.value, Four<Type>::type_of(runs.value_type), at + t);
   };
 
-  double change = 0.0;
+  LastingSum change;
   kept_sides.vectors[lane] = -1;
   LaneElements<Type> next;
   int r = turn < warps_per_strip ? turn : runs.count;
@@ -721,12 +719,11 @@ __device__ __forceinline__ double tensor_core_runs(
       } else {
         const float moved_to = moved(e.p, direction, numbers.step);
         store_float(runs.value, Four<Type>::type_of(runs.value_type), at + t, moved_to);
-        const double by = moved_to - e.p;
-        change += by * by;
+        change.add_square(moved_to - e.p);
       }
     }
   }
-  return change;
+  return change.get();
 }
 
 template <int kParts>

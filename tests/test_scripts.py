@@ -100,7 +100,10 @@ def test_the_image_is_set_up_as_the_tests_are() -> None:
         if word == "ENV"
         for pair in shlex.split(rest)
     )
-    assert (settings["PYLO_DIST_CUDA"], settings["PYLO_DIST_CUDA_ARCH"]) == ("1", "80;90;100")
+    assert (settings["PYLO_DIST_CUDA"], settings["PYLO_DIST_CUDA_ARCH"]) == (
+        "1",
+        "80;86;90;100;120",
+    )
     # tests/run.sh executes the RUN lines before it starts this suite
     assert (
         "bash -ec \"$(sed -n 's/^RUN //p' docker/Dockerfile)\" ||"

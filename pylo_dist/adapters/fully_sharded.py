@@ -411,14 +411,15 @@ def _initialise(modules: Sequence[tuple[str, nn.Module]], device: torch.device) 
 @contextmanager
 def _random_state_of_first_rank(device: torch.device, group: Any) -> Iterator[None]:
     """Every rank draws what the first would; afterwards each goes on from where it was."""
-    with torch.random.fork_rng(
-        devices=[torch.cuda.current_device()] if device.type == "cuda" else []
-    ):
+    on_host = device.type == "cpu"
+    here = [] if on_host else [torch.accelerator.current_device_index()]
+    with torch.random.fork_rng(here, device_type="cuda" if on_host else device.type):
         state = torch.get_rng_state()
         _give_to_all(state, device, group)
         torch.set_rng_state(state)
-        if device.type == "cuda":
-            state = torch.cuda.get_rng_state()
+        if not on_host:
+            module = torch.get_device_module(device)
+            state = module.get_rng_state()
             _give_to_all(state, device, group)
-            torch.cuda.set_rng_state(state)
+            module.set_rng_state(state)
         yield

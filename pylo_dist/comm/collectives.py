@@ -77,12 +77,9 @@ def can_reduce(group: Any, device: torch.device) -> bool:
 
 
 def device_type() -> str:
-    """Where the world's ranks reduce: "cuda" if they can there, else "cpu"."""
-    return (
-        "cuda"
-        if torch.cuda.is_available() and can_reduce(default_group(), torch.device("cuda"))
-        else "cpu"
-    )
+    """Where the world's ranks reduce: on their accelerators if they can there, else "cpu"."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and can_reduce(default_group(), found) else "cpu"
 
 
 # by ranks: the world it was made in, and the group

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..core.devices import initialized_index
+
 T = TypeVar("T")
 
 
@@ -32,12 +34,12 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     done = threading.Event()
     result: list[T] = []
     problem: list[BaseException] = []
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    device = initialized_index()
 
     def work() -> None:
         try:
             if device is not None:  # a thread begins with the first one
-                torch.cuda.set_device(device)
+                torch.accelerator.set_device_index(device)
             result.append(call())
         except BaseException as error:
             problem.append(error)

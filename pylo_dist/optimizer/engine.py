@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import comm
 from ..comm import Collective, PeerError, Reduction
 from ..core import trace
+from ..core.devices import event_behind
 from ..core.requests import (
     AUDIT_SLOTS,
     FAILED,
@@ -86,6 +87,8 @@ class Engine:
         idle: whether a step is known in which no tensor had a gradient on any rank; on a GPU with
             the step that follows, as errors are.
         grad_norm: float64 0-d, norm of the raw gradients of the last step over all tensors.
+        captured: whether a CUDA graph holds a step, which then reads and writes this engine's
+            memory whenever it is replayed.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class Engine:
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._pending = _PendingErrors([batch for _, batch in work if batch.items], device)
-        self._steps_begun = self._captured = False
+        self._steps_begun = self.captured = False
         self.shared = any(
             item.param.holders is not None for _, batch in self.work for item in batch.items
         )
@@ -335,13 +338,13 @@ class Engine:
                 "a CUDA graph would replay this loss for ever: give it as a tensor on "
                 f"{self.taken.device}"
             )
-        self._captured = True
+        self.captured = True
 
     def retire(self) -> None:
         """Warn of CUDA graphs that hold this engine's steps: another one takes its place, with
         other parameters or state.
         """
-        if self._captured:
+        if self.captured:
             warnings.warn(
                 "a step of this optimizer was captured in a CUDA graph before its parameters or "
                 "state were exchanged (add_param_group, load_state_dict, requires_grad): replays "
@@ -393,7 +396,7 @@ class _PendingErrors:
         self.problem: Exception | None = None  # this rank's own
         self.numbers: GroupNumbers | None = None  # those of the last step
         self._host = torch.zeros(5, dtype=torch.bool, pin_memory=device.type == "cuda")
-        self._copied: torch.cuda.Event | None = None  # when the flags are on the host
+        self._copied: torch.Event | None = None  # when the flags are on the host
         self._asked = True
 
     def note(
@@ -419,9 +422,7 @@ class _PendingErrors:
             self.raise_now()
         elif not is_capturing(device):
             self._host.copy_(self.flags, non_blocking=True)
-            if self._copied is None:
-                self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(device))
+            self._copied = event_behind(device)
             self._asked = False
 
     def raise_last(self) -> None:

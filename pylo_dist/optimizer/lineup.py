@@ -90,6 +90,7 @@ class Lineup:
     ) -> None:
         self.rule = rule
         self.engine: Engine | None = None
+        self._replayed: list[Engine] = []  # of earlier parameters, see `retire`
         self.members: list[Member] = []
         self.batches: list[Batch] = []
         self.bound: list[tuple[ShardBinding, Tensor]] = []
@@ -184,11 +185,15 @@ class Lineup:
         )
 
     def retire(self) -> None:
-        """Give up the engine, and with it the memory that only it holds."""
+        """Give up the engine, and with it the memory that only it holds; one that a CUDA graph
+        has captured stays, since a replay writes its memory, whoever else had got it.
+        """
         retired, self.engine = self.engine, None
         self.members, self.batches, self.bound, self._brought = [], [], [], []
         self._by_id, self._groups, self._held, self._outside, self._pieces = {}, [], [], [], []
         if retired is not None:
+            if retired.captured:
+                self._replayed.append(retired)
             retired.retire()  # last: its warning may be made an error
 
     def member(self, param: int) -> Member | None:

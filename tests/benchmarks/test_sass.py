@@ -45,6 +45,14 @@ def test_a_pass_takes_no_more_than_it_may(name: str) -> None:
     assert RESULT["passes"]["90"][name]["instructions"] <= MOST[name]
 
 
+@pytest.mark.parametrize("arch", ["89", "120"])
+def test_a_card_that_is_slow_in_double_has_none_over_elements(arch: str) -> None:
+    """But for pass A, which adds up four rows of a warp in it: 15 instructions for 16 x 32."""
+    for name, row in RESULT["passes"][arch].items():
+        most = 1.0 if name == "A" else 0.0
+        assert row["by class"].get("FP64", 0.0) <= most, name
+
+
 @pytest.mark.parametrize("name", [name for name in sass.PASSES if name != "C highest"])
 def test_elements_come_four_at_a_time(name: str) -> None:
     """Tensor cores: beside them the element that a lane moves comes and goes alone."""

@@ -35,6 +35,21 @@ void mma(pylo_dist::lanes::Accumulator& c, const pylo_dist::lanes::Left& a,
 
 extern "C" int64_t fibers_launches() { return fibers::launches; }
 
+extern "C" void fibers_machine(int most_blocks, bool two_floats) {
+  fibers::most_blocks = most_blocks;
+  fibers::two_floats = two_floats;
+}
+
+// A thread's sum of numbers, or of their squares, settled after every so many.
+extern "C" double fibers_sum(const float* x, int64_t count, bool squares, int64_t settled) {
+  pylo_dist::gpu::Sum<false> sum;
+  for (int64_t i = 0; i < count; ++i) {
+    squares ? sum.add_square(x[i]) : sum.add(x[i]);
+    if (i % settled == settled - 1) sum.settle();
+  }
+  return sum.get();
+}
+
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
   m.def("table_fields(str table) -> str");

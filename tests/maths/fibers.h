@@ -69,6 +69,9 @@ struct Block {
 
 inline Block* block = nullptr;
 inline int64_t launches = 0;  // since the library was loaded
+// Which machine this is: blocks that it runs at a time, and whether it is slow in double.
+inline int most_blocks = 3;
+inline bool two_floats = false;
 
 inline void yield() {
   if (_setjmp(block->threads[block->running].context) == 0) _longjmp(block->scheduler, 1);
@@ -163,7 +166,19 @@ T exchange(T x, int lane) {
 
 inline void __syncthreads() { fibers::wait(fibers::block->all); }
 inline void __syncwarp() { fibers::warp_wait(); }
+inline int __syncthreads_or(int x) {
+  static int any;
+  any = 0;
+  __syncthreads();
+  if (x) any = 1;
+  __syncthreads();
+  const int answer = any;
+  __syncthreads();
+  return answer;
+}
 inline void __threadfence() {}
+// Blocks run one after the other: one that waits for another has got ahead of it.
+inline void __nanosleep(unsigned) { std::abort(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -182,6 +197,11 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
+
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 

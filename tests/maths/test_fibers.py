@@ -11,15 +11,21 @@ import ctypes
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from pylo_dist.core.requests import SQUARES
 from pylo_dist.maths import compiled
 from support import cuda_checks
+from support.cuda_checks import EPS
 from support.kernels import Problem, run
 from support.virtual import COMPILED, SETTINGS
 
@@ -171,3 +177,114 @@ def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:
     for name, numbers in (("AdafacLO", (1, 400)), ("VeLO", (1, 6)), ("CELO2_base", (1, 6))):
         counts = [launches(name, n) for n in numbers]
         assert counts == [6, 6], (name, counts)
+
+
+@contextmanager
+def machine(library: ctypes.CDLL, most_blocks: int = 3, two_floats: bool = False) -> Iterator[None]:
+    """Blocks that it runs at a time; whether it is slow in double."""
+    library.fibers_machine(most_blocks, two_floats)
+    try:
+        yield
+    finally:
+        library.fibers_machine(3, False)
+
+
+@pytest.mark.parametrize("name", ["VeLO", "CELO2_base"])
+def test_bits_do_not_depend_on_the_number_of_blocks(library: ctypes.CDLL, name: str) -> None:
+    """Factors of several jobs, with one mean and with several; leads; a tensor at rest."""
+    torch.manual_seed(0)
+    shapes = [(100, 20), (3, 26, 20), (40, 3, 3), (9,)]
+    params = {f"t{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    grads = {fqn: torch.randn(p.shape) for fqn, p in params.items()}
+    problem: Problem = (params, [grads, {**grads, "t3": None}], [1.0, 1.0])
+    runs = []
+    for most_blocks in (1, 5):
+        with machine(library, most_blocks):
+            runs.append(run(name, problem))
+    cuda_checks.same_bits(*runs)
+
+
+def wild(rng: random.Random, count: int, most: float) -> list[float]:
+    """float32 numbers of either sign from 1e-30 to 10^most, a half of them with their opposite."""
+    numbers = [rng.choice([-1, 1]) * 10 ** rng.uniform(-30, most) for _ in range(count)]
+    numbers[::2] = [-x for x in numbers[1::2]]
+    rng.shuffle(numbers)
+    return [float(x) for x in torch.tensor(numbers, dtype=torch.float32)]
+
+
+U = Fraction(1, 1 << 24)
+TINY = Fraction(1, 1 << 149)
+
+
+@pytest.mark.parametrize("most", [-20.0, 0.0, 15.0])
+@pytest.mark.parametrize(("count", "settled"), [(16, 16), (128, 4), (4096, 1)])
+def test_a_sum_in_two_floats(library: ctypes.CDLL, count: int, settled: int, most: float) -> None:
+    """Its bound, as it stands beside `Sum`, in exact arithmetic."""
+    library.fibers_sum.restype = ctypes.c_double
+    terms = count * count if settled > 4 else 8 * count
+    rng = random.Random(f"{count} {most}")
+    for squares in (True, False):
+        numbers = wild(rng, count, most)
+        exact = [Fraction(x) ** (2 if squares else 1) for x in numbers]
+        got = library.fibers_sum(
+            (ctypes.c_float * count)(*numbers),
+            ctypes.c_int64(count),
+            ctypes.c_bool(squares),
+            ctypes.c_int64(settled),
+        )
+        bound = terms * U**2 * sum(map(abs, exact)) + count * TINY
+        assert abs(Fraction(got) - sum(exact)) <= bound
+
+
+def first_sums(library: ctypes.CDLL, name: str, two_floats: bool) -> tuple[Any, Any, list[Tensor]]:
+    """The reduced buffers of passes A and B of tensors whose gradients are wild."""
+    rng = random.Random(5)
+    shapes = [(40, 72), (30, 33), (8, 4, 3, 3), (50,)]
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in params:
+        p.grad = torch.tensor(wild(rng, p.numel(), 18.0)).view_as(p)
+    optimizer = SETTINGS[name].build(params)
+    optimizer.step(torch.tensor(1.0))
+    rule, batch = optimizer._ready().work[0]
+    cuda_checks.hold_gradients(batch, params)
+    kernels = rule.kernels(batch)
+    every = [i for i, item in enumerate(batch.items) if "momentum" in item.state]
+    a, b = rule.first_sum(batch), rule.second_sum(batch)
+    with machine(library, two_floats=two_floats):
+        a.zero_()
+        kernels.gradient_pass(batch, every, [rule.limits(item) for item in batch.items], False)
+        b.zero_()
+        kernels.feature_pass(batch, every)
+    return a, b, [batch.items[i].param.grad for i in every]
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
+def test_passes_whose_sums_are_in_two_floats(library: ctypes.CDLL, name: str) -> None:
+    """Sums of A against exact ones; those of B, whose features are rounded to float before they
+    are squared, against the sums in double.
+    """
+    a, b, grads = first_sums(library, name, True)
+    _, in_double, _ = first_sums(library, name, False)
+    table = a.audit_table()
+    for i, grad in enumerate(grads):
+        exact = sum(Fraction(x) ** 2 for x in grad.flatten().tolist())
+        bound = U**2 * 256 * exact + grad.numel() * TINY
+        assert abs(Fraction(float(table[i, SQUARES])) - exact) <= bound
+    # those without features, at the end, have no sums
+    for got, want, grad in zip(b.vectors, in_double.vectors, grads, strict=False):
+        atol = torch.full_like(want, 1e-30)
+        if name == "VeLO":  # sums of m, which cancel: of sizes, which are at most (N sum m^2)^(1/2)
+            atol[1:4] = 2.0**-38 * (grad.numel() * want[4:7]).sqrt()
+        assert ((got - want).abs() <= 4 * EPS * want.abs() + atol).all()
+
+
+def test_a_machine_that_is_slow_in_double(library: ctypes.CDLL, figures: list[str]) -> None:
+    torch.manual_seed(0)
+    with machine(library, two_floats=True):
+        own, error = cuda_checks.check_random("CELO2_base", "high", "cpu", 0, 2)
+        cuda_checks.check_extremes("high", "cpu")
+    figures.append(
+        f"CUDA passes on fibers, two floats | CELO2_base | high: largest error {error:.1e}, "
+        f"PyTorch {own:.1e}"
+    )

@@ -105,6 +105,7 @@ def test_passes_replay_in_a_graph(precision: str) -> None:
     """
     params, optimizer = trained(precision, 21, 1)
     rule, batch = optimizer._ready().work[0]
+    cuda_checks.hold_gradients(batch, params)
     kernels = rule.kernels(batch)  # type: ignore[attr-defined]
     indices = list(range(len(batch.items)))
     limits = [rule.limits(item) for item in batch.items]  # type: ignore[attr-defined]
@@ -161,8 +162,9 @@ def test_a_step_neither_allocates_nor_waits() -> None:
     """The passes themselves: no memory beyond what the first step made, no synchronisation with the
     host.
     """
-    _, optimizer = trained("high", 41, 2)
+    params, optimizer = trained("high", 41, 2)
     rule, batch = optimizer._ready().work[0]
+    cuda_checks.hold_gradients(batch, params)
     kernels, indices = rule.kernels(batch), list(range(len(batch.items)))  # type: ignore[attr-defined]
     limits, updates = [rule.limits(item) for item in batch.items], rule.updates(batch)  # type: ignore[attr-defined]
     torch.cuda.synchronize()
@@ -317,6 +319,22 @@ def test_a_bad_replay_is_heard_of(then: str) -> None:
     with pytest.raises(pylo_dist.NonFiniteGradientError, match="'t3' holds"):
         run.optimizer.state_dict() if then == "state_dict" else run.optimizer.step(run.loss)
     run.optimizer.state_dict()
+
+
+def test_a_graph_that_outlived_its_state_writes_no_memory_of_others() -> None:
+    run = Run("AdafacLO")
+    for step in range(2):
+        run.feed(step)
+        run.optimizer.step(run.loss)
+    graph = run.capture()
+    with pytest.warns(UserWarning, match="capture it again"):
+        run.optimizer.load_state_dict(run.optimizer.state_dict())
+    sizes = [16, 256, 4096, 1 << 16, 1 << 20]  # so that memory given back is taken
+    others = [torch.zeros(size, device="cuda") for size in sizes for _ in range(64)]
+    run.feed(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not any(bool(x.any()) for x in others)
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:

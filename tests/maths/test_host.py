@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,12 +143,9 @@ def _line() -> str:
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meta tensors are let in, have kernels, and events and streams that do nothing."""
+    """Meta tensors are let in and have kernels."""
     if compiled.library("cpu"):
         pytest.skip(compiled.library("cpu"))  # the fake implementations come with it
-    event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(plain, "check_param", lambda *args: None)
     # compared between ranks: it prints tensors
     monkeypatch.setattr(learned, "group_settings", lambda groups: [])

@@ -247,7 +247,7 @@ def test_switching_builds_no_other_engine() -> None:
     model = Net()
     optimizer = adafac(model.named_parameters())
     engine = optimizer._ready()
-    engine._captured = True
+    engine.captured = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(4):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,9 +121,6 @@ def test_a_step_without_other_ranks_adds_nothing_over_ranks() -> None:
 
 def test_a_tensor_on_a_device_is_judged_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here it lies on the CPU and passes for one of a GPU, whose flags the next step looks at."""
-    event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(settings, "_elsewhere", lambda x: isinstance(x, Tensor) and x.dim() == 0)
     monkeypatch.setattr(settings, "check_device_numbers", lambda group: None)
     begin = engine._PendingErrors.__init__

@@ -5,11 +5,13 @@ tests/maths/test_gpu.py on a GPU.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pylo_dist.core.rule import Batch
 from pylo_dist.testing import VirtualRun
 from support.kernels import FLOOR, Problem, in_float64, random_cuts, random_problem, relative, run
 from support.virtual import SETTINGS
@@ -105,6 +107,12 @@ def check_random(
     rng = random.Random(f"{name} {seed}")
     problem = random_problem(rng) if seed % 2 else matrix_problem(rng, device)
     return check_rule(name, precision, problem, device, random_cuts(rng, problem[0], ranks))
+
+
+def hold_gradients(batch: Batch, params: Iterable[Tensor]) -> None:
+    """Give a batch of these whole parameters their gradients, which a step lets go at its end."""
+    for item, p in zip(batch.items, params, strict=True):
+        item.param.grad = p.grad
 
 
 def same_bits(a: VirtualRun, b: VirtualRun) -> None:

@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
+from ...core.devices import stream_of
 from .buckets import Bucket
 from .sharing import Sharing
 
@@ -122,7 +123,8 @@ class ParameterGatherer:
             if not self._may_wait(bucket, ran):
                 at_once.append(pending)
                 continue
-            arrive = _arrival(pending, [member.param for member in bucket.members])
+            home = stream_of(bucket.flat.device)
+            arrive = _arrival(pending, [member.param for member in bucket.members], home)
             for member in bucket.members:
                 setattr(member.param, _ARRIVAL, arrive)
                 member.param.__class__ = PendingParameter
@@ -145,10 +147,19 @@ class ParameterGatherer:
                     wait_for(member.param)
 
 
-def _arrival(pending: comm.Pending, params: list[Tensor]) -> Callable[[], None]:
+def _arrival(
+    pending: comm.Pending, params: list[Tensor], home: torch.Stream | None
+) -> Callable[[], None]:
+    """What the first reader of these calls: its stream waits, and that of the step, `home`. So
+    another one that reads later sees the values if it comes after either, as with any tensor.
+    """
+
     def arrive() -> None:
         with trace.phase("gather: wait"):
             pending.wait()
+        here = None if home is None else stream_of(home.device)
+        if home is not None and here is not None and here != home:
+            home.wait_stream(here)
         for param in params:
             param.__class__ = nn.Parameter
             delattr(param, _ARRIVAL)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...core.devices import event_behind
 from ...layouts.ddp import wrappers_of
 
 
@@ -68,7 +69,7 @@ class LateAnswer:
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[Sequence[Any], list[Tensor], torch.cuda.Event] | None = None
+        self._asked: tuple[Sequence[Any], list[Tensor], list[torch.Event | None]] | None = None
 
     def ask(self, things: Sequence[Any], flags: Sequence[Tensor]) -> Any:
         """The first one known of, or None.
@@ -78,7 +79,9 @@ class LateAnswer:
         """
         asked, self._asked = self._asked, None
         if asked is not None:
-            asked[2].synchronize()
+            for event in asked[2]:
+                if event is not None:
+                    event.synchronize()
             found = _first(asked[0], asked[1])
             if found is not None:
                 return found
@@ -90,9 +93,8 @@ class LateAnswer:
             )
             for flag in flags
         ]
-        event = torch.cuda.Event()
-        event.record()
-        self._asked = things, on_host, event
+        devices = {flag.device for flag in flags}
+        self._asked = things, on_host, [event_behind(device) for device in devices]
         return None
 
 

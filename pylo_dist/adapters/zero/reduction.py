@@ -14,6 +14,7 @@ they may be waiting for what another reducer, DDP or the user sends further on i
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ... import comm
 from ...core import trace
+from ...core.devices import stream_of
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
 from .freed import FreedGradient, gradient_of, make_room
@@ -32,7 +34,12 @@ from .others import LateAnswer, changed_after_it_left, maxima
 from .sharing import Sharing
 
 # Buckets whose gradients are on their way at the same time; more would only hold memory. Several
-# reducers on GPUs may have more.
+# reducers on GPUs may have more. On a GPU backward's stream waits for the first of two where a
+# third is to leave. That costs little: where it does wait, the network is behind, has the second to
+# send meanwhile, and the pass takes as long as the network; without it, a copy of every gradient
+# would be in memory. Pass A of what has landed runs on that stream too: it reads 4 bytes per
+# element of this rank's part alone, and on a stream of its own every buffer would have to be kept
+# for two.
 MAX_IN_FLIGHT = 2
 
 
@@ -69,6 +76,7 @@ class GradientReducer:
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
         problem: why this rank's gradients cannot be used, or None.
+        lock: held by the thread of autograd whose gradient is being noted.
     """
 
     def __init__(
@@ -99,6 +107,9 @@ class GradientReducer:
         self._standing: set[int] = set()  # of these, those that should be on their parameter
         self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
+        # autograd has a thread for every device, and each calls the hooks of its parameters
+        self.lock = threading.RLock()
+        self._streams: dict[int, set[torch.Stream]] = {}  # on which a bucket's gradients arrived
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
         if overlap and sharing.group is not None:
@@ -155,6 +166,9 @@ class GradientReducer:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
         self._arrived.add((b, i))
         self._missing[b] -= 1
+        stream = stream_of(self.buckets[b].flat.device)
+        if stream is not None:
+            self._streams.setdefault(b, set()).add(stream)
         while (
             self._overlap
             and self._next < len(self.buckets)
@@ -279,6 +293,7 @@ class GradientReducer:
         b, bucket = self._next, self.buckets[self._next]
         if b == 0 and not self._frees:
             self._poison = None  # of gradients that this round replaces
+        _follow(self._streams.pop(b, set()), bucket)
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
         # be added
@@ -286,6 +301,7 @@ class GradientReducer:
             self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
         )
         self._pack(bucket, full)
+        # one more reading of the copy, 4 bytes per element; the maxima of `_pack` cannot tell -inf
         ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
         full[:, bucket.shard_numel] = (ends * 0.0).sum()
         self._next += 1  # only now: an error above leaves the round as it was
@@ -440,6 +456,22 @@ class GradientReducer:
         return True
 
 
+def _follow(streams: set[torch.Stream], bucket: Bucket) -> None:
+    """Have what is queued from here on come after the gradients of a bucket, wherever backward made
+    them: a forward pass may have gone over several streams.
+    """
+    now = stream_of(bucket.flat.device)
+    others = streams - {now}
+    if now is None or not others:
+        return
+    for stream in others:
+        now.wait_stream(stream)
+    for member in bucket.members:
+        grad = gradient_of(member.param)
+        if grad is not None:  # freed as it leaves, its memory would be another's at once
+            grad.record_stream(now)
+
+
 def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
     """Where the elements begin .. end of a bucket lie in `full` (ranks, part and more), views in
     their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
@@ -474,6 +506,7 @@ def _arrival_hook(
     def hook(_: Tensor) -> None:
         alive = reducer()
         if alive is not None:
-            alive._arrive(b, i)
+            with alive.lock:
+                alive._arrive(b, i)
 
     return hook
