@@ -78,13 +78,15 @@ def _only_one(kind: type, model: Any) -> Any:
     return found[0] if found else None
 
 
-def _by_key(groups: Sequence[Mapping[str, Any]], optimizer: Any) -> dict[Any, Tensor]:
-    """The parameters behind the keys of a state dict of this optimizer."""
-    return {
-        key: param
-        for saved, group in zip(groups, optimizer.param_groups, strict=True)
-        for key, param in zip(saved["params"], group["params"], strict=True)
-    }
+def _by_key(state_dict: Mapping[str, Any], optimizer: Any) -> dict[Any, Tensor]:
+    """The parameters behind the keys of a state dict of this optimizer: those that its groups name,
+    without groups their numbers.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if "param_groups" not in state_dict:
+        return dict(enumerate(params))
+    keys = [key for saved in state_dict["param_groups"] for key in saved["params"]]
+    return dict(zip(keys, params, strict=True))
 
 
 def _bindings(optimizer: Any) -> dict[int, ShardBinding]:
@@ -102,7 +104,7 @@ def _saved(optimizer: Any, given: Mapping[str, Any]) -> States:
     state_dict, full = given["optim_state_dict"], given["full_state_dict"]
     group = given["group"] or comm.default_group()
     wanted = not full or not given["rank0_only"] or comm.rank(group) == 0
-    by_key, tree = _by_key(state_dict["param_groups"], optimizer), Tree([given["model"]])
+    by_key, tree = _by_key(state_dict, optimizer), Tree([given["model"]])
     bindings, found = _bindings(optimizer), dict[Any, tuple[int, str]]()
     for key, param in by_key.items():
         where = tree.find(param)
@@ -132,6 +134,8 @@ def _saved(optimizer: Any, given: Mapping[str, Any]) -> States:
     }
     if not wanted:
         return {}
+    if "param_groups" not in state_dict:
+        return {"state": state}
     groups = []
     for saved in state_dict["param_groups"]:
         # in the model's order, in which torch numbers parameters (rekey_optim_state_dict)

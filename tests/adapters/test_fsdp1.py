@@ -211,6 +211,14 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
             for key, tensor in entries.items()
         )
         found[f"{layout}, equal"] = equal and sorted(full["state"]) == sorted(names)
+        own = optimizer.state_dict()
+        del own["param_groups"]
+        alone = FSDP.optim_state_dict(model, optimizer, own)
+        found[f"{layout}, without groups"] = list(alone) == ["state"] and all(
+            torch.equal(tensor, full["state"][fqn][key])
+            for fqn, entries in alone["state"].items()
+            for key, tensor in entries.items()
+        )
         with kind(model, StateDictType.FULL_STATE_DICT):
             on_first = FSDP.optim_state_dict(model, optimizer)
         found[f"{layout}, of the first rank"] = bool(on_first) == (rank == 0)
@@ -697,7 +705,7 @@ def test_torchs_functions_for_states_serve_learned_optimizers(
         found = result["states"]
         assert found.pop("Adam") == ["exp_avg", "exp_avg_sq", "step"]
         straight: dict[str, Tensor] = {}
-        assert len(found) == 3 * (2 + 1 + 7) - 1 + 1, sorted(found)
+        assert len(found) == 3 * (3 + 1 + 7) - 1 + 1, sorted(found)
         for name, value in found.items():
             if name.endswith("straight"):
                 straight = value
