@@ -60,7 +60,7 @@ class FlatModel:
                         pieces[tied] = pieces[places[place]]
                     named += pieces.items()
                 elif tensor is not None:
-                    yield from self._entry((inside + name).replace(fsdp1.PREFIX, ""), tensor)
+                    yield from self._entry(fsdp1.bare(inside + name), tensor)
 
     def _entry(self, fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         if not fsdp1.is_sharded(tensor):

@@ -266,7 +266,7 @@ def _unwrapped(entry: Any) -> Any:
     """A parameter, its name without what FSDP1 puts before it."""
     named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
     if named and fsdp1.PREFIX in entry[0]:
-        return entry[0].replace(fsdp1.PREFIX, ""), entry[1]
+        return fsdp1.bare(entry[0]), entry[1]
     return entry
 
 

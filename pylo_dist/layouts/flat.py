@@ -274,7 +274,7 @@ class Tree:
                 for place, (owner, own) in enumerate(fsdp1.modules_in(module)):
                     held.setdefault(id(owner), []).append(((id(module), place), own))
             for path, module in root.named_modules():
-                before = (path + "." if path else "").replace(fsdp1.PREFIX, "")
+                before = fsdp1.bare(path + "." if path else "")
                 own_params = [(id(p), own) for own, p in module._parameters.items()]
                 for key, own in [*own_params, *held.get(id(module), ())]:
                     self._found.setdefault(key, (len(self._found), before + own))

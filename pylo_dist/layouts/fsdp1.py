@@ -30,6 +30,7 @@ from ..core.shards import TensorShard
 from .objects import living
 
 PREFIX = "_fsdp_wrapped_module."  # what a unit puts before the names of its parameters
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # and a module that computes activations again
 FLAT = "_flat_param"  # what it calls the flat one
 
 # private names of torch: of a unit, of its handle, of the handle's flat parameter, of the class
@@ -64,6 +65,11 @@ _OURS = "_pylo_dist"  # on a function that took the place of torch's
 # a weak reference to the unit of a parameter, which holds that and would keep itself, and the
 # parameter's number in it; a flat one is number 0
 _known: Any = WeakIdKeyDictionary()
+
+
+def bare(name: str) -> str:
+    """The name of a parameter without what wrappers put before it, as `state_dict` has it."""
+    return name.replace(PREFIX, "").replace(_CHECKPOINTED, "")
 
 
 def is_flat(param: object) -> bool:
@@ -173,7 +179,7 @@ def units_of(params: Iterable[Tensor]) -> list[Any]:
 
 def names_in(unit: Any) -> list[str]:
     """The names of the parameters that a unit holds flat, from its wrapped module on, by number."""
-    return list(_flat(_handle(unit), "names"))
+    return list(map(bare, _flat(_handle(unit), "names")))
 
 
 def modules_in(unit: Any) -> list[tuple[Any, str]]:
@@ -187,7 +193,7 @@ def tied_in(unit: Any) -> Iterator[tuple[str, int]]:
     infos = modules_in(unit)
     for info in _flat(handle, "tied_infos"):
         name = f"{info.module_name}.{info.param_name}" if info.module_name else info.param_name
-        yield name, infos.index((info.prim_module, info.prim_param_name))
+        yield bare(name), infos.index((info.prim_module, info.prim_param_name))
 
 
 def flat_of(unit: Any) -> Any:
@@ -269,8 +275,15 @@ def releases(params: Iterable[Tensor]) -> list[Callable[[], None]]:
 
 def _release(in_shards: weakref.WeakMethod[Any], free: weakref.WeakMethod[Any]) -> None:
     asked, freeing = in_shards(), free()
-    if asked is not None and freeing is not None and not asked():
+    if asked is None or freeing is None or not _has_run(asked.__self__):
+        return  # its model is gone, or there was no pass yet
+    if not asked():
         freeing()
+
+
+def _has_run(handle: Any) -> bool:
+    """Whether torch has prepared the flat parameter of a unit for passes, as the first one does."""
+    return hasattr(_of_torch(handle, "flat"), _NAMES["local"])
 
 
 def _of_torch(thing: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ from .fsdp1 import check_reduced, is_flat
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ARE_PLAIN = frozenset(_PLAIN)
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)  # of parameters of any precision
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -163,8 +164,8 @@ def collect(
         state: the parameter's, in float64 where it was a float64 parameter.
 
     Raises:
-        ValueError: a sparse gradient; one that FSDP1 has not reduced; another shape, precision or
-            device than when the optimizer was built.
+        ValueError: a sparse gradient; one of a precision that is not served; one that FSDP1 has not
+            reduced; another shape, precision or device than when the optimizer was built.
     """
     shard = binding.shard
     grad = _gradient_of(param) if summed is None else summed
@@ -172,6 +173,12 @@ def collect(
         raise ValueError(
             f"{shard.fqn!r} has a sparse gradient, learned optimizers need a dense one: build its "
             "embedding with sparse=False"
+        )
+    if grad is not None and grad.dtype not in _GRADIENTS and grad.dtype is not param.dtype:
+        raise ValueError(
+            f"{shard.fqn!r} has a gradient of {grad.dtype}: wanted "
+            f"{', '.join(map(str, _GRADIENTS))} or the parameter's own {param.dtype}; convert it "
+            "before the step"
         )
     as_before = before is not None and _is_as_before(binding, param, before.value)
     if not as_before:
@@ -182,8 +189,8 @@ def collect(
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     sharded = before if before is not None and as_before else without_gradient(binding, param)
     local = local_tensor(grad)
-    if local.dim() != 1 or local.requires_grad or not local.is_contiguous():
-        local = local.detach().reshape(-1).contiguous()
+    if local.dim() != 1 or local.requires_grad or not local.is_contiguous() or local.is_neg():
+        local = local.detach().resolve_neg().reshape(-1).contiguous()
     check_reduced(shard.fqn, local, shard.numel)
     sharded.grad, sharded.present = local, binding.present
     return sharded
@@ -239,6 +246,8 @@ def are_local(grads: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> b
         and all(g is None or g.shape == shape for g, shape in zip(grads, shapes, strict=True))
         and all(grad.layout is torch.strided and not grad.requires_grad for grad in there)
         and all(map(Tensor.is_contiguous, there))
+        and all(grad.dtype in _GRADIENTS for grad in there)
+        and not any(map(Tensor.is_neg, there))
     )
 
 

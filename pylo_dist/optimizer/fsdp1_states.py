@@ -21,8 +21,9 @@ from ..core.pieces import ShardBinding
 from ..core.state import StateField
 from ..layouts import fsdp1
 from ..layouts.flat import Tree
+from ..layouts.objects import living
 from .parameters import named_in
-from .sharded_state import ShardedState, canonical, local_part, whole_tensor
+from .sharded_state import ShardedState, canonical, covering_gap, local_part, whole_tensor
 
 States = dict[str, Any]
 
@@ -46,6 +47,8 @@ def _asked(
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         optimizer = given.arguments["optim"]
+        if optimizer is None:
+            optimizer = _only_one(kind, given.arguments["model"])
         # accelerate hands over an optimizer that holds it
         while not isinstance(optimizer, kind) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -56,13 +59,34 @@ def _asked(
     return function
 
 
-def _by_key(groups: Sequence[Mapping[str, Any]], optimizer: Any) -> dict[Any, Tensor]:
-    """The parameters behind the keys of a state dict of this optimizer."""
-    return {
-        key: param
-        for saved, group in zip(groups, optimizer.param_groups, strict=True)
-        for key, param in zip(saved["params"], group["params"], strict=True)
-    }
+def _only_one(kind: type, model: Any) -> Any:
+    """The optimizer of this kind whose parameters are all of this model, which functions of torch
+    that are older than `optim` leave open; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    tree, found = Tree([model]), []
+    for optimizer in living((kind,)):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if params and all(tree.find(param) is not None for param in params):
+            found.append(optimizer)
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} optimizers have parameters of this model: name the one meant, optim="
+        )
+    return found[0] if found else None
+
+
+def _by_key(state_dict: Mapping[str, Any], optimizer: Any) -> dict[Any, Tensor]:
+    """The parameters behind the keys of a state dict of this optimizer: those that its groups name,
+    without groups their numbers.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if "param_groups" not in state_dict:
+        return dict(enumerate(params))
+    keys = [key for saved in state_dict["param_groups"] for key in saved["params"]]
+    return dict(zip(keys, params, strict=True))
 
 
 def _bindings(optimizer: Any) -> dict[int, ShardBinding]:
@@ -80,7 +104,7 @@ def _saved(optimizer: Any, given: Mapping[str, Any]) -> States:
     state_dict, full = given["optim_state_dict"], given["full_state_dict"]
     group = given["group"] or comm.default_group()
     wanted = not full or not given["rank0_only"] or comm.rank(group) == 0
-    by_key, tree = _by_key(state_dict["param_groups"], optimizer), Tree([given["model"]])
+    by_key, tree = _by_key(state_dict, optimizer), Tree([given["model"]])
     bindings, found = _bindings(optimizer), dict[Any, tuple[int, str]]()
     for key, param in by_key.items():
         where = tree.find(param)
@@ -110,6 +134,8 @@ def _saved(optimizer: Any, given: Mapping[str, Any]) -> States:
     }
     if not wanted:
         return {}
+    if "param_groups" not in state_dict:
+        return {"state": state}
     groups = []
     for saved in state_dict["param_groups"]:
         # in the model's order, in which torch numbers parameters (rekey_optim_state_dict)
@@ -125,8 +151,7 @@ def _saved(optimizer: Any, given: Mapping[str, Any]) -> States:
 @torch.no_grad()
 def _to_load(optimizer: Any, given: Mapping[str, Any]) -> States:
     """What `load_state_dict` of this rank takes, of a state dict by full names: this rank's
-    elements. Collective where the first rank alone has it, or where tensors are torch's
-    ShardedTensors.
+    elements. Collective where the first rank alone has it, and where it is sharded.
     """
     loaded = held = given["optim_state_dict"]
     group = (given["group"] or comm.default_group()) if given["rank0_only"] else None
@@ -144,16 +169,23 @@ def _to_load(optimizer: Any, given: Mapping[str, Any]) -> States:
         own if where is None else where[1]: i
         for i, ((own, _), where) in enumerate(zip(params, found, strict=True))
     }
+    targets = {
+        name: _Target(param, bindings[id(param)], optimizer.state_fields(param))
+        for name, param in ((name, params[i][1]) for name, i in numbers.items())
+    }
+    elsewhere, among = set[tuple[str, str]](), given["group"] or comm.default_group()
+    if not given["full_state_dict"]:
+        elsewhere = _elsewhere(loaded["state"], targets, among)
     state: dict[Any, Any] = {}
     for name, entries in loaded["state"].items():
-        number = numbers.get(name)
-        param = None if number is None else params[number][1]
-        state[name if number is None else number] = mine = {}
+        state[numbers.get(name, name)] = mine = {}
         for key, value in entries.items():
             if isinstance(value, _Sent):
                 value = value.receive(held["state"][name][key] if held else None, group)
-            if param is not None and isinstance(value, Tensor):
-                value = _mine(key, value, param, bindings[id(param)], optimizer.state_fields(param))
+            elif (name, key) in elsewhere:
+                value = _gathered(value, among)
+            if name in targets and isinstance(value, Tensor):
+                value = targets[name].mine(key, value)
             mine[key] = value
     result: States = {"state": state}
     if "param_groups" in loaded:
@@ -163,24 +195,79 @@ def _to_load(optimizer: Any, given: Mapping[str, Any]) -> States:
     return result
 
 
-def _mine(
-    key: str, value: Tensor, param: Tensor, binding: ShardBinding, fields: Mapping[str, StateField]
-) -> Tensor:
-    """This rank's elements of a state tensor, as `state_dict` has them; one that does not fit stays
-    as it is, for the optimizer to refuse.
-    """
-    fqn = binding.shard.fqn
-    if type(value).__name__ == "ShardedTensor":
-        raise ValueError(
-            f"state {key!r} of {fqn!r} is a ShardedTensor of torch, as "
-            "load_sharded_optimizer_state_dict makes it in the shape of the parameter: read it "
-            "with torch.distributed.checkpoint.load into what FullyShardedDataParallel."
-            "optim_state_dict returns, or save full state dicts"
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A parameter whose state is loaded."""
+
+    param: Tensor
+    binding: ShardBinding
+    fields: Mapping[str, StateField]
+
+    def field(self, key: str, value: Tensor) -> StateField | None:
+        """What a state tensor is, if it is of the shape of such a one."""
+        field = self.fields.get(key)
+        if field is None or tuple(value.shape) != field.canonical_shape(self.binding.shard.shape):
+            return None
+        return field
+
+    def lacks(self, key: str, value: Any) -> bool:
+        """Whether this rank needs elements of sharded state that it does not have."""
+        field = self.field(key, value) if isinstance(value, ShardedState) else None
+        return field is not None and (
+            covering_gap(value, field.copies, field.part(self.binding.shard)) > 0
         )
-    field = fields.get(key)
-    if field is None or tuple(value.shape) != field.canonical_shape(binding.shard.shape):
-        return value
-    return canonical(local_part(value, field, binding.shard, param), field, binding)
+
+    def mine(self, key: str, value: Tensor) -> Tensor:
+        """This rank's elements of a state tensor, as `state_dict` has them; one that does not fit
+        stays as it is, for the optimizer to refuse.
+        """
+        fqn = self.binding.shard.fqn
+        if type(value).__name__ == "ShardedTensor":
+            raise ValueError(
+                f"state {key!r} of {fqn!r} is a ShardedTensor of torch, as "
+                "load_sharded_optimizer_state_dict makes it in the shape of the parameter: read it "
+                "with torch.distributed.checkpoint.load into what FullyShardedDataParallel."
+                "optim_state_dict returns, or save full state dicts"
+            )
+        field = self.field(key, value)
+        if field is None:
+            return value
+        local = local_part(value, field, self.binding.shard, self.param)
+        return canonical(local, field, self.binding)
+
+
+def _elsewhere(
+    state: Mapping[str, Mapping[str, Any]], targets: Mapping[str, _Target], group: Any
+) -> set[tuple[str, str]]:
+    """The sharded state, by the name of its parameter and its own, of which some rank of `group`
+    lacks elements that it needs: the model that saved it was wrapped in another way. Collective.
+    """
+    mine = [
+        (name, key)
+        for name, entries in state.items()
+        for key, value in entries.items()
+        if name in targets and targets[name].lacks(key, value)
+    ]
+    return {entry for theirs in comm.gather_objects(mine, group) for entry in theirs}
+
+
+def _gathered(state: ShardedState, group: Any) -> Tensor:
+    """A state tensor whole, from the parts that the ranks of `group` have, which all call it.
+
+    Raises:
+        ValueError: they do not have all of it.
+    """
+    mine = [(offsets, part.cpu().clone()) for offsets, part in state.parts()]
+    parts = dict(part for theirs in comm.gather_objects(mine, group) for part in theirs)
+    if sum(part.numel() for part in parts.values()) != state.numel():
+        raise ValueError(
+            f"the ranks that load state of {state.shard.fqn!r} do not have all its elements: load "
+            "it through torch.distributed.checkpoint, or give whole tensors"
+        )
+    whole = state.local.new_empty(state.shape)
+    for offsets, part in parts.items():
+        whole[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))] = part
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -74,16 +77,18 @@ STRATEGIES = {
 OFFLOADED = CPUOffload(offload_params=True)
 
 
-def wrapped(net: Net, strategy: str, world: int) -> FSDP:
-    """A unit per block and one of the rest, without 0-d parameters, which FSDP1 does not take."""
+def wrapped(net: Net, strategy: str, world: int, *, blocks: bool = True) -> FSDP:
+    """A unit per block and one of the rest, without 0-d parameters, which FSDP1 does not take.
+    Under SHARD_GRAD_OP blocks compute their activations again.
+    """
     options: dict[str, Any] = {}
     strategy, flat = strategy.removesuffix(FLAT), strategy.endswith(FLAT)
     if strategy == "HYBRID_SHARD":
         names = ("replicate", "shard")
         options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
-    return FSDP(
+    model = FSDP(
         net,
-        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        auto_wrap_policy=ModuleWrapPolicy({Block}) if blocks else None,
         sharding_strategy=ShardingStrategy[strategy],
         # a flat parameter is trainable as a whole
         ignored_states=net.ignored() | ({net.frozen} if flat else set()),
@@ -91,6 +96,9 @@ def wrapped(net: Net, strategy: str, world: int) -> FSDP:
         device_id=CPU,
         **options,
     )
+    if strategy == "SHARD_GRAD_OP":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -171,8 +179,8 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
     case, found = SETTINGS["VeLO_clipped"], {}
     first = FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=True)
 
-    def built(layout: str) -> tuple[FSDP, Any]:
-        model = wrapped(Net(), layout, world)
+    def built(layout: str, *, blocks: bool = True) -> tuple[FSDP, Any]:
+        model = wrapped(Net(), layout, world, blocks=blocks)
         named = trainable(model)  # two groups, and not in the model's order
         groups = [{"params": named[1:][::-1], "weight_decay": 0.01}, {"params": named[:1]}]
         return model, case.build(groups)
@@ -203,16 +211,26 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
             for key, tensor in entries.items()
         )
         found[f"{layout}, equal"] = equal and sorted(full["state"]) == sorted(names)
+        own = optimizer.state_dict()
+        del own["param_groups"]
+        alone = FSDP.optim_state_dict(model, optimizer, own)
+        found[f"{layout}, without groups"] = list(alone) == ["state"] and all(
+            torch.equal(tensor, full["state"][fqn][key])
+            for fqn, entries in alone["state"].items()
+            for key, tensor in entries.items()
+        )
         with kind(model, StateDictType.FULL_STATE_DICT):
             on_first = FSDP.optim_state_dict(model, optimizer)
         found[f"{layout}, of the first rank"] = bool(on_first) == (rank == 0)
         with kind(model, StateDictType.SHARDED_STATE_DICT):
-            sharded = FSDP.optim_state_dict(model, optimizer)
+            in_parts = FSDP.optim_state_dict(model, optimizer)
         place = f"{folder}_{layout}"
-        dcp.save({"optimizer": sharded}, checkpoint_id=place)
+        dcp.save({"optimizer": in_parts}, checkpoint_id=place)
         found[f"{layout}, straight"] = gone_on(model, optimizer)
-        for how in ("whole", "first rank", "sharded", "renamed", "older"):
-            model, optimizer = built(other)
+        for how in ("whole", "first rank", "sharded", "in one unit", "renamed", "older", "oldest"):
+            if how == "in one unit" and other.endswith(FLAT):
+                continue  # of one flat parameter there are no two groups
+            model, optimizer = built(other, blocks=how != "in one unit")
             with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
                 model.load_state_dict(values)
             if how == "first rank":
@@ -223,12 +241,16 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
                     sharded = FSDP.optim_state_dict(model, optimizer)
                     dcp.load({"optimizer": sharded}, checkpoint_id=place)
                     state = FSDP.optim_state_dict_to_load(model, optimizer, sharded)
+            elif how == "in one unit":
+                state = FSDP.flatten_sharded_optim_state_dict(in_parts, model, optimizer)
             elif how == "renamed" and not other.endswith(FLAT):
                 numbered = FSDP.rekey_optim_state_dict(full, OptimStateKeyType.PARAM_ID, model)
                 named = FSDP.rekey_optim_state_dict(numbered, OptimStateKeyType.PARAM_NAME, model)
                 state = FSDP.optim_state_dict_to_load(model, optimizer, named)
             elif how == "older":
                 state = FSDP.scatter_full_optim_state_dict(on_first, model, optim=optimizer)
+            elif how == "oldest":  # which has no argument for the optimizer
+                state = FSDP.shard_full_optim_state_dict(full, model)
             else:
                 state = FSDP.optim_state_dict_to_load(model, optimizer, full)
             optimizer.load_state_dict(state)
@@ -239,8 +261,9 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
     state = get_optimizer_state_dict(model, optimizer, options=options)
     values = {fqn: tensor.clone() for fqn, tensor in model.state_dict().items()}
     model, optimizer = built("FULL_SHARD")
-    model.load_state_dict(values)
+    # which takes a step of zeros, before the first pass
     set_optimizer_state_dict(model, optimizer, state, options=options)
+    model.load_state_dict(values)
     found["FULL_SHARD, set_optimizer_state_dict"] = gone_on(model, optimizer)
     adam = torch.optim.Adam(model.parameters())  # goes on to torch's own
     train(model, Stepping(adam), rank, 4, 5)
@@ -682,7 +705,7 @@ def test_torchs_functions_for_states_serve_learned_optimizers(
         found = result["states"]
         assert found.pop("Adam") == ["exp_avg", "exp_avg_sq", "step"]
         straight: dict[str, Tensor] = {}
-        assert len(found) == 3 * (2 + 1 + 5) + 1, sorted(found)
+        assert len(found) == 3 * (3 + 1 + 7) - 1 + 1, sorted(found)
         for name, value in found.items():
             if name.endswith("straight"):
                 straight = value

@@ -307,6 +307,41 @@ def test_expanded_gradients() -> None:
     assert same(values(named), values(other))
 
 
+@pytest.mark.parametrize("ones", [False, True], ids=["some", "all"])
+def test_gradients_that_are_negated_where_they_are_read(ones: bool) -> None:
+    """torch marks them so (`imag` of a conjugate): their memory has the other sign."""
+    named, other = make_params(), make_params()
+    optimizers = adafac(named), adafac(other)
+    for i in range(3):
+        set_gradients(named, i)
+        set_gradients(other, i)
+        for k, (_, param) in enumerate(other):
+            if (ones or k == 1) and param.grad is not None:
+                param.grad = torch._neg_view(-param.grad)
+                assert param.grad.is_neg()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert same(values(named), values(other))
+
+
+def test_gradients_of_a_precision_that_is_not_served_are_refused_by_name() -> None:
+    named = make_params()
+    optimizer = adafac(named)
+    set_gradients(named, 0)
+    before = everything(optimizer)
+    (fqn, param), grad = named[1], named[1][1].grad
+    assert grad is not None
+    param.grad = None
+    param.grad_dtype = None  # torch takes any then
+    param.grad = grad.double()
+    message = f"'{fqn}' has a gradient of torch.float64.*torch.float32"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert same(everything(optimizer), before)
+    param.grad = grad.bfloat16()
+    optimizer.step()
+
+
 def test_sparse_gradients_are_refused_by_name_before_anything_changes() -> None:
     embedding = nn.Embedding(6, 4, sparse=True)
     first = nn.Parameter(torch.ones(3))
