@@ -278,8 +278,9 @@ class Parameters:
     def _new_states(
         self, params: Sequence[Tensor], shards: Sequence[TensorShard]
     ) -> Iterator[State]:
-        states = allocate_states(zip(map(self.fields.__getitem__, params), shards, params))
-        return states if not any(map(plain.is_dtensor, params)) else map(self.shown, params, states)
+        fields = map(self.fields.__getitem__, params)
+        states = allocate_states(zip(fields, shards, params, strict=True))
+        return map(self.shown, params, states) if any(map(plain.is_dtensor, params)) else states
 
     def enter(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:
         """Make the state of those that may come in now (see `taking_part`) and have none."""
