@@ -206,12 +206,20 @@ class Pending:
         tensors: those it reads or writes; they live as long as it does.
         timeout: seconds to wait at most, for tensors in host memory; None, and on GPUs: what the
             process group has.
+        finish: what `wait` does once the work is done.
     """
 
     def __init__(
-        self, work: Any, what: str, group: Any, tensors: Sequence[Tensor], timeout: float | None
+        self,
+        work: Any,
+        what: str,
+        group: Any,
+        tensors: Sequence[Tensor],
+        timeout: float | None,
+        finish: Callable[[], None] | None = None,
     ) -> None:
         self._work, self._what, self._group, self._tensors = work, what, group, tensors
+        self._finish = finish
         self._error: CommunicationError | None = None
         self._timeout = timeout if tensors and tensors[0].device.type == "cpu" else None
 
@@ -236,6 +244,9 @@ class Pending:
         except CommunicationError as error:
             self._error = error
             raise
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
         self._tensors = ()
 
 
@@ -305,9 +316,10 @@ def _call(
     group: Any,
     tensors: Sequence[Tensor],
     timeout: float | None,
+    finish: Callable[[], None] | None = None,
 ) -> Pending:
     with _or_lost(what, group):
-        return Pending(start(), what, group, tensors, timeout)
+        return Pending(start(), what, group, tensors, timeout, finish)
 
 
 def all_reduce(buffer: Tensor, group: Any, what: str, timeout: float | None = None) -> Pending:
@@ -331,6 +343,16 @@ def reduce_scatter(
         shard: (numel,), full: (ranks * numel,).
     """
     with trace.phase("collective: reduce_scatter", full):
+        if _is_gloo(group, full.device):
+            received = torch.empty_like(full)
+            return _call(
+                lambda: _deal(received, full, group),
+                what,
+                group,
+                [shard, full, received],
+                timeout,
+                lambda: _add_up(received.view(size(group), -1), shard),
+            )
         return _call(
             lambda: _reduce_scatter(shard, full, group=group, async_op=True),
             what,
@@ -354,6 +376,32 @@ def all_gather(
             [full, shard],
             timeout,
         )
+
+
+def _is_gloo(group: Any, device: torch.device) -> bool:
+    """Whether gloo adds tensors in host memory up for these ranks. Its reduce-scatter is an
+    all-reduce, which sends everything twice: to deal the parts out and add them up here takes 0.3
+    to 0.6 of the CPU time.
+    """
+    return device.type == "cpu" and group._get_backend(device).name() == "gloo"
+
+
+def _deal(received: Tensor, full: Tensor, group: Any) -> Any:
+    """Start sending every rank its part of `full`, as bytes, which gloo sends of every dtype;
+    `received` (modified in place) gets those of all ranks for this one, in rank order.
+    """
+    return dist.all_to_all_single(
+        received.view(torch.uint8), full.view(torch.uint8), group=group, async_op=True
+    )
+
+
+def _add_up(parts: Tensor, total: Tensor) -> None:
+    """total <- the sum of parts (ranks, numel) in rank order, the same wherever an element lies
+    (`total` is modified in place).
+    """
+    total.copy_(parts[0])
+    for part in parts[1:]:
+        total.add_(part)
 
 
 def broadcast(tensor: Tensor, source: int, group: Any) -> None:

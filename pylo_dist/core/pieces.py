@@ -84,6 +84,7 @@ _GRAD: Any = torch.Tensor.grad
 _read, _caller = _GRAD.__get__, sys._getframe  # this is asked for every piece in every step
 # `.grad` of a tensor, for code of ours, which asks a piece for it several times a step
 raw_grad: Callable[[Tensor], Tensor | None] = _read
+set_raw_grad: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
 # code of torch's clip_grad_norm_ that reads gradients, by id
 _CLIPPING = frozenset(_codes(inspect.unwrap(torch.nn.utils.clip_grad_norm_).__code__))
 

@@ -175,7 +175,9 @@ class TensorShard:
     @classmethod
     def whole(cls, fqn: str, shape: Shape) -> TensorShard:
         """All elements."""
-        return cls.interval(fqn, shape, 0, math.prod(shape))
+        numel = math.prod(shape)
+        run = numel or 1
+        return cls(fqn, tuple(shape), 0, numel, run, run)
 
     @classmethod
     def block(

@@ -6,7 +6,7 @@ Legend: N local elements of a parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,23 +78,25 @@ def allocate_states(
     entries: Iterable[tuple[dict[str, StateField], TensorShard, Tensor]],
 ) -> Iterator[dict[str, Tensor]]:
     """New state for each of these parameters with their fields and shards, on its device, in
-    `state_dtype`; every tensor has memory of its own.
+    `state_dtype`; every tensor has memory of its own. All are to be made before one is written.
     """
-    first: dict[Any, dict[str, Tensor]] = {}  # of each kind: more of it are cheaper like it
+    # the first of each kind, by name: how one like it is made, which is cheaper, and like what
+    first: dict[Any, list[tuple[str, Callable[[Tensor], Tensor], Tensor]]] = {}
     for fields, shard, param in entries:
-        dtype, device = state_dtype(param.dtype), param.device
+        dtype, device = param.dtype, param.device
         kind = id(fields), shard.shape, shard.numel, dtype, device
         if kind in first:
-            state = {name: torch.zeros_like(like) for name, like in first[kind].items()}
-        else:
-            state = first[kind] = {
-                name: torch.zeros(field.local_shape(shard), dtype=dtype, device=device)
-                for name, field in fields.items()
-            }
+            yield {name: make(like) for name, make, like in first[kind]}
+            continue
+        first[kind] = []
         for name, field in fields.items():
+            new = torch.zeros(field.local_shape(shard), dtype=state_dtype(dtype), device=device)
             if field.initial is not None and field.is_kept(shard):
-                state[name].copy_(field.initial)
-        yield state
+                new.copy_(field.initial)
+                first[kind].append((name, torch.clone, new))
+            else:
+                first[kind].append((name, torch.zeros_like, new))
+        yield {name: new for name, _, new in first[kind]}
 
 
 def allocate_state(

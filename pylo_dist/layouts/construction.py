@@ -246,10 +246,12 @@ def _as_lists(params: Any) -> Any:
     if not isinstance(params, (list, tuple)):
         return params
     return type(params)(
-        {**entry, "params": _as_lists(entry["params"])}
-        if isinstance(entry, dict) and "params" in entry
-        else _unwrapped(entry)
-        for entry in params
+        [
+            {**entry, "params": _as_lists(entry["params"])}
+            if isinstance(entry, dict) and "params" in entry
+            else _unwrapped(entry)
+            for entry in params
+        ]
     )
 
 
@@ -264,9 +266,9 @@ def _opened(params: Any) -> Any:
 
 def _unwrapped(entry: Any) -> Any:
     """A parameter, its name without what FSDP1 puts before it."""
-    named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
-    if named and fsdp1.PREFIX in entry[0]:
-        return fsdp1.bare(entry[0]), entry[1]
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+        name, param = entry
+        return (fsdp1.bare(name), param) if fsdp1.PREFIX in name else entry
     return entry
 
 

@@ -231,7 +231,7 @@ def are_as_before(
 def shape_of(binding: ShardBinding, param: Tensor) -> torch.Size:
     """The shape that a parameter has had since the optimizer was built."""
     shard = binding.shard
-    return torch.Size((shard.numel,) if type(param) is PieceParameter else shard.shape)
+    return torch.Size(shard.shape if bound_shard(param) is None else (shard.numel,))
 
 
 def are_local(grads: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> bool:

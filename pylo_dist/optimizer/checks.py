@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.scalars import with_python_numbers
 from ..weights import printable
@@ -175,5 +175,10 @@ def group(given: object) -> dict[str, Any]:
 
 def _is_parameter(entry: object) -> bool:
     if isinstance(entry, tuple):
-        return len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Tensor)
-    return isinstance(entry, Tensor)
+        return len(entry) == 2 and isinstance(entry[0], str) and _is_tensor(entry[1])
+    return _is_tensor(entry)
+
+
+def _is_tensor(entry: object) -> bool:
+    # `isinstance` asks torch's metaclass
+    return type(entry) is nn.Parameter or isinstance(entry, Tensor)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
-from ..core.shards import Shape
+from ..core.shards import Shape, TensorShard
 from ..core.state import StateField, allocate_states
 from ..layouts import construction, dtensor, plain
 from ..layouts.describe import describe_all
@@ -124,8 +124,8 @@ class Parameters:
         """Take over the last of these groups, which is new; the bindings are those of all, of which
         some may have changed: a copy of a parameter may lie on ranks that the new group brings in.
         """
-        fields = self._fields_of(groups[-1], bindings)
         shards = [bindings[param].shard for param in groups[-1]["params"]]
+        fields = self._fields_of(groups[-1], shards)
         self._given.append([(shard.fqn, shard.shape) for shard in shards])
         self.bindings, self.fields = bindings, {**self.fields, **fields}
         self.ids = _ids_of(groups)
@@ -153,7 +153,9 @@ class Parameters:
         for i, group in enumerate(groups):
             self._check_exchanged(i, group)
         bindings = self.describe(groups, settings())
-        fields = {p: f for group in groups for p, f in self._fields_of(group, bindings).items()}
+        fields: dict[Tensor, dict[str, StateField]] = {}
+        for group in groups:
+            fields |= self._fields_of(group, [bindings[param].shard for param in group["params"]])
         self.bindings, self.fields, self.ids = bindings, fields, ids
         for param in [param for param in state if param not in self.bindings]:
             del state[param]
@@ -194,11 +196,11 @@ class Parameters:
             )
 
     def _fields_of(
-        self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]
+        self, group: dict[str, Any], shards: Sequence[TensorShard]
     ) -> dict[Tensor, dict[str, StateField]]:
         found = {}
-        for param in group["params"]:
-            fields = self._rule.state_fields(bindings[param].shard, group)
+        for param, shard in zip(group["params"], shards, strict=True):
+            fields = self._rule.state_fields(shard, group)
             if plain.is_dtensor(param):  # whose state torch gathers, and knows no third kind
                 fields = {name: f.everywhere() for name, f in fields.items()}
             found[param] = fields
@@ -242,10 +244,7 @@ class Parameters:
     def takes_part(self, param: Tensor, state: MutableMapping[Tensor, Any], enter: bool) -> bool:
         """See `taking_part`."""
         there = state.get(param) or (enter and self._may_enter(param))
-        return bool(there) and self._has_elements(param)
-
-    def _has_elements(self, param: Tensor) -> bool:
-        return self.bindings[param].shard.global_numel > 0
+        return bool(there) and self.bindings[param].shard.global_numel > 0
 
     def _may_enter(self, param: Tensor) -> bool:
         # whether there is a gradient may differ between ranks, and the line-up must not
@@ -274,19 +273,26 @@ class Parameters:
 
     def new_states(self, params: Sequence[Tensor]) -> Iterator[State]:
         """What the state of each of these parameters begins with, as `optimizer.state` shows it."""
-        fields, bindings = self.fields, self.bindings
-        entries = ((fields[param], bindings[param].shard, param) for param in params)
-        return map(self.shown, params, allocate_states(entries))
+        return self._new_states(params, [self.bindings[param].shard for param in params])
+
+    def _new_states(
+        self, params: Sequence[Tensor], shards: Sequence[TensorShard]
+    ) -> Iterator[State]:
+        fields = map(self.fields.__getitem__, params)
+        states = allocate_states(zip(fields, shards, params, strict=True))
+        return map(self.shown, params, states) if any(map(plain.is_dtensor, params)) else states
 
     def enter(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:
         """Make the state of those that may come in now (see `taking_part`) and have none."""
-        new = [
-            param
-            for group in groups
-            for param in group["params"]
-            if not state.get(param) and self._may_enter(param) and self._has_elements(param)
-        ]
-        state.update(zip(new, self.new_states(new), strict=True))
+        new, shards = [], []
+        for param in chain.from_iterable(group["params"] for group in groups):
+            if state.get(param) or not self._may_enter(param):
+                continue
+            shard = self.bindings[param].shard
+            if shard.global_numel > 0:
+                new.append(param)
+                shards.append(shard)
+        state.update(zip(new, self._new_states(new, shards), strict=True))
 
     def shown(self, param: Tensor, local: State) -> State:
         """The local state of a parameter as `optimizer.state` shows it: what is sharded as a

@@ -523,7 +523,7 @@ def _checked(found: _Found, architecture: Architecture) -> MetaNetwork:
                 "does not reach"
             )
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
-        digest.update(frozen[key].numpy().tobytes())
+        digest.update(frozen[key].numpy().data)
     entry = found.entry or Registered(architecture.name, "")
     implied = {**architecture.decays, **entry.decays}
     decays = {key: tuple(map(float, values)) for key, values in implied.items()}

@@ -37,6 +37,7 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"velo": velo_beside_a_bad_gradient(rank), "sums": []}
     dist.barrier()
     found["late"] = late_for_a_meeting(rank, world)
+    found["added"] = [added_up(rank, world, dtype) for dtype in DTYPES]
     dist.destroy_process_group()
     for i, order in enumerate(ORDERS):
         place = f"file://{folder}/{i}"
@@ -56,6 +57,32 @@ def ranks_and_worlds(rank: int, world: int, folder: str) -> dict[str, Any]:
         if i + 1 < len(ORDERS):  # the last one is the caller's to end
             dist.destroy_process_group()
     return found
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def parts_of(rank: int, world: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a rank has for all, (world, 37); one number of rank 1 is none."""
+    generator = torch.Generator().manual_seed(rank)
+    parts = torch.randn(world, 37, generator=generator, dtype=torch.float64).to(dtype)
+    if rank == 1:
+        parts[2, 5] = math.nan
+    return parts
+
+
+def added_up(rank: int, world: int, dtype: torch.dtype) -> bool:
+    """Whether a reduce-scatter has the bits of a sum in the order of the ranks; what is sent stays
+    as it was.
+    """
+    full, mine = parts_of(rank, world, dtype), torch.empty(37, dtype=dtype)
+    comm.reduce_scatter(mine, full.view(-1), dist.group.WORLD, "this test").wait()
+    wanted = parts_of(0, world, dtype)[rank]
+    for other in range(1, world):
+        wanted += parts_of(other, world, dtype)[rank]
+    pairs = (mine, wanted), (full, parts_of(rank, world, dtype))
+    alike = [torch.equal(a.nan_to_num(1e3), b.nan_to_num(1e3)) for a, b in pairs]
+    return all(alike) and bool(mine.isnan().any()) == (rank == 2)
 
 
 def late_for_a_meeting(rank: int, world: int) -> tuple[str, float]:
@@ -114,6 +141,7 @@ def test_ranks_that_fail_alone_and_worlds_that_follow_each_other(tmp_path: Path)
             r"rank [01] waited \d s in this test for the ranks \[2\], which did not come", said
         ), said
         assert seconds < 15.0
+    assert all(all(result["added"]) for result in results)
     # pairs of other processes in each world
     assert sorted(len(result["sums"]) for result in results) == [1, 1, 2]
     assert {total for result in results for total in result["sums"]} == {3.0}

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from pylo_dist.core.pieces import bind_shard
+from pylo_dist.core.shards import TensorShard
 from support.optimizers import OPTIMIZERS
 
 SHAPES = ((8, 8), (16,), (4, 16), (2, 4, 8))
@@ -75,3 +77,18 @@ def test_a_tensor_more_costs_few_calls(name: str) -> None:
     more = {what: (many[what] - few[what]) / 200 for what in few}
     limits = {**LIMITS, "step": STEP[name]}
     assert all(more[what] <= limits[what] for what in more), more
+
+
+def test_a_piece_of_a_flat_tensor_costs_a_step_no_more_than_a_whole_tensor() -> None:
+    whole = named(240)
+    pieces = [(name, nn.Parameter(param.detach().clone().view(-1))) for name, param in whole]
+    for (name, param), (_, piece) in zip(whole, pieces, strict=True):
+        bind_shard(piece, [TensorShard.whole(name, tuple(param.shape))], 0, None)
+        piece.grad = torch.ones_like(piece)
+    case, counted = OPTIMIZERS["AdafacLO"], []
+    for params in (whole, pieces):
+        optimizer = case.face(params, **case.arguments)
+        for _ in range(3):
+            optimizer.step()
+        counted.append(calls_of(optimizer.step))
+    assert counted[1] <= 1.05 * counted[0], counted

@@ -40,6 +40,10 @@ class Slot:
         whole = TensorShard.whole(self.fqn, tuple(self.piece.shape))
         return whole if binding is None else binding.shard
 
+    def part_of(self, flat: Tensor) -> Tensor:
+        """The piece's elements in a tensor that is laid out as its flat one, a view."""
+        return flat.narrow(0, self.offset, self.piece.numel())
+
 
 @dataclass(slots=True)
 class Source:
@@ -72,13 +76,12 @@ class Source:
         """
         if self.is_whole:
             return
-        flat, size = self.flat.detach(), self.flat.element_size()
-        for member in self.members:
-            if (
-                member.piece.numel()
-                and member.piece.data_ptr() != flat.data_ptr() + member.offset * size
-            ):
-                member.piece.data = flat[member.offset : member.offset + member.piece.numel()]
+        begin, size = self.flat.data_ptr(), self.flat.element_size()
+        held = [member for member in self.members if member.piece.numel()]
+        places = [member.piece.data_ptr() for member in held]
+        if places != [begin + member.offset * size for member in held]:
+            for member in held:
+                member.piece.data = member.part_of(self.flat.detach())
 
 
 @dataclass(slots=True)
@@ -103,6 +106,11 @@ class Layout:
     @property
     def rank(self) -> int:
         return comm.rank(self.group)
+
+    @property
+    def cut(self) -> list[Source]:
+        """The sources that are no whole tensors."""
+        return [source for source in self.sources if not source.is_whole]
 
     def members(self) -> Iterator[tuple[int, Source, Slot]]:
         for i, source in enumerate(self.sources):

@@ -195,8 +195,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._record.forget()
-            for _, source, member in self._layout.members():
-                if not source.is_whole:
+            for source in self._layout.cut:
+                for member in source.members:
                     member.piece.grad = None
         for source in self._layout.sources:
             if source is not last and source.publish is not None:
@@ -221,14 +221,14 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                 if member.fqn not in present:
                     member.piece.grad = None
             return
-        for source in self._layout.sources:
+        for source in self._layout.cut:
             source.follow()
-        for _, source, member in self._layout.members():
             assert source.grad is not None
-            member.piece.grad = source.grad[member.offset : member.offset + member.piece.numel()]
-            binding = bound_shard(member.piece)
-            assert binding is not None
-            binding.present = member.fqn in present
+            for member in source.members:
+                member.piece.grad = member.part_of(source.grad)
+                binding = bound_shard(member.piece)
+                assert binding is not None
+                binding.present = member.fqn in present
 
     def _unfrozen(self) -> ValueError | None:
         """What is wrong with a step if a parameter is to be trained that is in no partition."""

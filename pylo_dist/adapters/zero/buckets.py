@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import comm
 from ...core.cuts import EvenCuts
-from ...core.pieces import PieceParameter, ShardBinding, bind_shard
+from ...core.pieces import PieceParameter, ShardBinding, bind_shard, set_raw_grad
 from ...core.shards import TensorShard
 from .sharing import Sharing
 
@@ -99,7 +99,7 @@ class Bucket:
         """Make `grad` (shard_numel,) the gradient of the pieces; None: drop it."""
         self.grad = grad
         for member in self.members:
-            member.piece.grad = None if grad is None else self.piece_of(member, grad)
+            set_raw_grad(member.piece, None if grad is None else grad[member.first : member.stop])
 
     def refresh_master(self) -> None:
         """Where somebody else wrote a parameter (loading a model, say), its master follows;

@@ -134,16 +134,16 @@ class ParameterGatherer:
 
     def _may_wait(self, bucket: Bucket, ran: set[int]) -> bool:
         params = [member.param for member in bucket.members]
-        owned = (self._owners.get(id(param), set()) for param in params)
-        return all(type(param) is nn.Parameter for param in params) and all(
-            owners and owners <= ran for owners in owned
-        )
+        if any(type(param) is not nn.Parameter for param in params):
+            return False
+        owned = (self._owners.get(id(param)) for param in params)
+        return all(owners and owners <= ran for owners in owned)
 
     def wait(self) -> None:
         """Until all parameters are there."""
         for bucket in self.buckets:
             for member in bucket.members:
-                if isinstance(member.param, PendingParameter):
+                if type(member.param) is PendingParameter:
                     wait_for(member.param)
 
 
@@ -184,6 +184,6 @@ class _ForwardHook:
         alive = self._gatherer()
         if alive is not None:
             alive._ran.add(id(module))
-        for param in module.parameters(recurse=False):
-            if isinstance(param, PendingParameter):
+        for param in module._parameters.values():
+            if type(param) is PendingParameter:
                 wait_for(param)

@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
+from ...core.pieces import raw_grad, set_raw_grad
 from ...core.scalars import as_python, with_python_numbers
 from ...optimizer.callbacks import evaluate, with_hooks
 from ...optimizer.loading import matched
@@ -327,12 +328,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the model's parameters and of this rank's pieces."""
         self._forget_gradients()
-        for bucket in self.buckets:
-            for member in bucket.members:
-                if set_to_none or isinstance(member.param.grad, FreedGradient):
-                    member.param.grad = None
-                elif member.param.grad is not None:
-                    member.param.grad.detach_().zero_()
+        params = [member.param for bucket in self.buckets for member in bucket.members]
+        # parameters on their way are asked for nothing but their gradients
+        with torch._C.DisableTorchFunctionSubclass():
+            for param in params:
+                grad = None if set_to_none else raw_grad(param)
+                if grad is None or type(grad) is FreedGradient:
+                    set_raw_grad(param, None)
+                else:
+                    grad.detach_().zero_()
 
     def _forget_gradients(self) -> None:
         self._reducer.forget()

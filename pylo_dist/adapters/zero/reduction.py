@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch import Tensor
 from ... import comm
 from ...core import trace
 from ...core.devices import stream_of
+from ...core.pieces import raw_grad, set_raw_grad
 from ...core.state import state_dtype
 from .buckets import ALIGNMENT, Bucket, BucketParam
 from .freed import FreedGradient, gradient_of, make_room
@@ -223,7 +225,8 @@ class GradientReducer:
             self._close_round()
         members = [member for bucket in self.buckets for member in bucket.members]
         for member in members:
-            self.problem = self.problem or self._unreduced(member)
+            if self._is_other(member.param):
+                self.problem = self.problem or changed_after_it_left(member.fqn, member.param)
         if left_before and self._sharing.holders is not None and self.problem is None:
             changed = self._late.ask(*self._changed_unseen(members))
             if changed is not None:
@@ -242,27 +245,30 @@ class GradientReducer:
     def forget(self) -> None:
         """Drop all gradients of the shards; the next round starts from nothing."""
         self.flush()
-        for bucket in self.buckets:
-            bucket.show_gradient(None)
-            for member in bucket.members:
-                member.binding.present = False
-                if isinstance(member.param.grad, FreedGradient):
-                    member.param.grad = None
+        # parameters on their way are asked for nothing but their gradients
+        with torch._C.DisableTorchFunctionSubclass():
+            for bucket in self.buckets:
+                bucket.show_gradient(None)
+                for member in bucket.members:
+                    member.binding.present = False
+                    if type(raw_grad(member.param)) is FreedGradient:
+                        set_raw_grad(member.param, None)
         self._rounds, self._poison = 0, None
         self._left.clear()
         self._standing.clear()
         self.problem = None
 
-    def _unreduced(self, member: BucketParam) -> ValueError | None:
-        """What happened to a parameter's gradient after it had been reduced, and would be lost."""
-        param = member.param
-        grad = gradient_of(param)
+    def _is_other(self, param: Tensor) -> bool:
+        """Whether something happened to a parameter's gradient after it had been reduced, and would
+        be lost. Asked of every parameter in every step.
+        """
+        grad = raw_grad(param)
+        if type(grad) is FreedGradient:
+            return False
         left, version, _ = self._left.get(id(param), _NEVER_LEFT)
-        gone = grad is None and param.grad is None
-        cleared = gone and (left is not None or id(param) in self._standing)
-        if not cleared and (grad is None or (grad is left and grad._version == version)):
-            return None
-        return changed_after_it_left(member.fqn, param)
+        if grad is None:
+            return left is not None or id(param) in self._standing
+        return grad is not left or grad._version != version
 
     @torch.no_grad()
     def _changed_unseen(
@@ -272,18 +278,17 @@ class GradientReducer:
         another than the one that left, and per dtype and device, in their order, whether it is
         (bool).
         """
-        kinds: dict[tuple[torch.dtype, torch.device], list[BucketParam]] = {}
+        kinds: dict[Any, list[tuple[BucketParam, Tensor, Tensor]]] = {}
         for member in members:
-            mark = self._left.get(id(member.param), _NEVER_LEFT)[2]
-            if mark is not None:
-                kinds.setdefault((mark.dtype, mark.device), []).append(member)
+            grad, _, mark = self._left.get(id(member.param), _NEVER_LEFT)
+            if grad is not None and mark is not None:
+                kinds.setdefault((mark.dtype, mark.device), []).append((member, grad, mark))
         flags = []
         for some in kinds.values():
-            left = [self._left[id(member.param)] for member in some]
-            now = torch.stack(maxima([grad for grad, _, _ in left]))
-            then = torch.stack([mark for _, _, mark in left if mark is not None])
+            now = torch.stack(maxima([grad for _, grad, _ in some]))
+            then = torch.stack([mark for _, _, mark in some])
             flags.append((now != then) & ~(now.isnan() & then.isnan()))
-        return [member for some in kinds.values() for member in some], flags
+        return [member for some in kinds.values() for member, _, _ in some], flags
 
     # -------------------------------------------------------------------------------------- buckets
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pylo_dist
-from pylo_dist.comm import collectives
+from pylo_dist.core import trace
 from pylo_dist.core.pieces import bound_shard
 from pylo_dist.testing import largest_changes, layout_error
 from support.golden import velo_weights
@@ -126,38 +126,18 @@ def settings(world: int) -> dict[str, OptimizerCase]:
 
 
 class Calls:
-    """Counts what comm sends through torch.distributed."""
+    """Counts what comm sends, by kind; an observer of `trace`."""
 
     def __init__(self) -> None:
         self.counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
-        reduce, scatter, gather = (
-            dist.all_reduce,
-            collectives._reduce_scatter,
-            collectives._all_gather,
-        )
 
-        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.counts["all_reduce"] += 1
-            return reduce(tensor, *args, **kwargs)
+    def begin(self, name: str, buffer: Tensor | None) -> None:
+        kind = name.removeprefix("collective: ")
+        if kind in self.counts:
+            self.counts[kind] += 1
 
-        def reduce_scatter(*args: Any, **kwargs: Any) -> Any:
-            self.counts["reduce_scatter"] += 1
-            return scatter(*args, **kwargs)
-
-        def all_gather(*args: Any, **kwargs: Any) -> Any:
-            self.counts["all_gather"] += 1
-            return gather(*args, **kwargs)
-
-        self.originals = reduce, scatter, gather
-        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = (
-            all_reduce,
-            reduce_scatter,
-            all_gather,
-        )
-
-    def stop(self) -> dict[str, int]:
-        dist.all_reduce, collectives._reduce_scatter, collectives._all_gather = self.originals
-        return self.counts
+    def end(self, name: str) -> None:
+        pass
 
 
 def state_of(optimizer: pylo_dist.ZeroOptimizer) -> dict[str, Any]:
@@ -184,15 +164,16 @@ def learned_ranks(rank: int, world: int) -> dict[str, Any]:
         model = Model(seed=rank)
         optimizer = pylo_dist.ZeroOptimizer(model, case.face, bucket_cap_mb=0.002, **case.arguments)
         calls = Calls()
-        for step in range(STEPS):
-            set_gradients(model, step, rank)
-            optimizer.step(torch.tensor(loss_of(step, rank)))
+        with trace.observe(calls):
+            for step in range(STEPS):
+                set_gradients(model, step, rank)
+                optimizer.step(torch.tensor(loss_of(step, rank)))
         results[name] = {
             "params": snapshot(model),
             "state": state_of(optimizer),
             "totals": optimizer.report().totals,
             "report": str(optimizer.report()),
-            "calls": calls.stop(),
+            "calls": calls.counts,
             "buckets": len(optimizer.buckets),
             "stats": {fqn: float(row["update_ratio"]) for fqn, row in optimizer.stats().items()},
             "grad_norm": float(optimizer.grad_norm),
