@@ -24,6 +24,7 @@ from ..core.requests import Sum
 from ..core.rule import Batch
 from . import tables
 from .reference import NUM_MOMENTS, FeatureSet, Network
+from .rounding import is_halved
 from .tables import FIELDS, MAX_DIMS, RowOrder
 
 # (extended features, hidden units) that there are kernels for
@@ -423,6 +424,9 @@ def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
         return False
     names = ("momentum", "rms", "row", "col", "diag")
     state = [item.state[name] for item in batch.items for name in names if name in item.state]
+    if any(map(is_halved, state)):
+        _say_once(batch.device.type, "no kernels for state in bfloat16")
+        return False
     return (
         (features.extended, hidden) in HIDDEN
         and all(item.param.value.dtype in _DTYPES for item in batch.items)

@@ -102,6 +102,25 @@ class Rounding:
 
 
 @dataclass(slots=True)
+class Roundings:
+    """Those of the parameter groups in one step, each made when it is asked for."""
+
+    device: torch.device
+    _of_groups: dict[int, Rounding] = field(default_factory=dict)
+
+    def of(self, hyper: dict[str, Any]) -> Rounding:
+        """That of a group."""
+        if id(hyper) not in self._of_groups:
+            self._of_groups[id(hyper)] = Rounding.of(hyper, self.device)
+        return self._of_groups[id(hyper)]
+
+
+def is_halved(state: Tensor) -> bool:
+    """Whether this is kept in bfloat16, and rounded when it is written."""
+    return state.dtype == torch.bfloat16
+
+
+@dataclass(slots=True)
 class Draw:
     """The random bits of some elements in one step; a word for two slots when it is asked for.
 

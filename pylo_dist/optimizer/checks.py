@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.scalars import with_python_numbers
@@ -24,6 +25,7 @@ LARGEST_FLOAT32 = 3e38
 SMALLEST_FLOAT32 = 1e-37  # above what becomes 0
 LONGEST = 10**12  # steps, or what else is counted
 LONGEST_WAIT = 1e7  # seconds
+LARGEST_SEED = 2**53 - 1  # float64 holds all up to it, by which ranks compare what their groups say
 
 
 def shown(value: object) -> str:
@@ -78,6 +80,16 @@ def whole(name: str, value: object, wanted: str, least: int, most: int = LONGEST
     if found is None or not least <= found <= most:
         raise refused(name, value, f"{wanted} (at most {most})")
     return found
+
+
+def halves(name: str, value: object) -> bool:
+    """Whether a dtype of state, by torch's name or torch's own, is bfloat16. Raises ValueError for
+    one that is not float32 (None is) either.
+    """
+    found = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
+    if found not in (None, "float32", "bfloat16"):
+        raise refused(name, value, "'float32', 'bfloat16', these two of torch, or None (float32)")
+    return found == "bfloat16"
 
 
 def switch(name: str, value: object) -> bool:

@@ -154,20 +154,21 @@ def test_a_slow_mean_reaches_where_it_belongs(figures: list[str]) -> None:
     index, mean = torch.arange(elements), torch.full((1 << 10,), start, dtype=torch.bfloat16)
     still = mean[:1].clone()
     errors = {}
-    for step in range(1, 5001):
+    for step in range(1, 3001):
         hyper = {"state_seed": 3, "step": torch.tensor(step)}
         draw = Rounding.of(hyper, torch.device("cpu")).of_elements(index, elements)
         mean = draw.rounded(mean.float() * decay + goal * (1 - decay), 0)
         still = (still.float() * decay + goal * (1 - decay)).to(torch.bfloat16)
-        if step in (500, 5000):
+        if step in (300, 3000):
             there = mean.double()
             exact = goal - (goal - start) * decay**step
             errors[step] = abs(float(there.mean()) - exact)
             assert errors[step] <= 4 * float(there.std()) / math.sqrt(elements), step
             assert float((there - exact).abs().max()) <= 4 * unit
     assert float(still) == start
-    assert errors[5000] <= 0.1 * unit
+    assert errors[3000] <= 0.1 * unit
+    assert abs(float(mean.double().mean()) - goal) <= 0.3 * unit
     figures.append(
-        "rounding | EMA of decay 0.999 from 1 to 1.0313: after 5000 steps on average "
-        f"{errors[5000]:.1e} off, to nearest {goal - float(still):.1e}"
+        "rounding | EMA of decay 0.999 from 1 to 1.0313: after 3000 steps on average "
+        f"{errors[3000]:.1e} off, to nearest {goal - float(still):.1e}"
     )
