@@ -83,12 +83,13 @@ def whole(name: str, value: object, wanted: str, least: int, most: int = LONGEST
 
 
 def halves(name: str, value: object) -> bool:
-    """Whether a dtype of state, by torch's name or torch's own, is bfloat16. Raises ValueError for
-    one that is not float32 (None is) either.
+    """Whether a dtype for state, torch's own or its name, is bfloat16 and not float32, which None
+    stands for too. Raises ValueError for any other.
     """
-    found = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
-    if found not in (None, "float32", "bfloat16"):
-        raise refused(name, value, "'float32', 'bfloat16', these two of torch, or None (float32)")
+    known = isinstance(value, (str, torch.dtype)) or value is None
+    found = str(value).removeprefix("torch.") if known else ""
+    if found not in ("None", "float32", "bfloat16") or value == "None":
+        raise refused(name, value, "'float32' (or None) or 'bfloat16', or these dtypes of torch")
     return found == "bfloat16"
 
 
