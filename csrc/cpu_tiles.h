@@ -57,9 +57,9 @@ PYLO_HD void scatter(const Tile& tile, void* to, int64_t type, int64_t offset, c
   }
 }
 
-PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
+PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t state_type, int64_t numel, Buffers& b) {
   const int64_t at = tile.piece[0].local;
-  if (in_place(tile)) {
+  if (in_place(tile) && state_type == FLOAT32) {
     for (int k = 0; k < K; ++k) {
       tile.m[k] = tile.new_m[k] = t.momentum + k * numel + at;
       if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
@@ -67,14 +67,14 @@ PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
     tile.v = tile.new_v = t.rms + at;
   } else {
     for (int k = 0; k < K; ++k) {
-      gather(tile, t.momentum, FLOAT32, k * numel, b.m[k]);
+      gather(tile, t.momentum, state_type, k * numel, b.m[k]);
       tile.m[k] = tile.new_m[k] = b.m[k];
       if (t.diag) {
         gather(tile, t.diag, FLOAT32, k * numel, b.d[k]);
         tile.d[k] = tile.new_d[k] = b.d[k];
       }
     }
-    gather(tile, t.rms, FLOAT32, 0, b.v);
+    gather(tile, t.rms, state_type, 0, b.v);
     tile.v = tile.new_v = b.v;
   }
   tile.g = static_cast<const float*>(t.grad) + at;
@@ -94,24 +94,59 @@ PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
 constexpr int64_t AHEAD = 512;
 
 // Fetch the inputs of a tile that is worked on later.
-PYLO_HD void prefetch(const Tensors& t, int64_t numel, int64_t at) {
+PYLO_HD void prefetch(const Tensors& t, int64_t state_type, int64_t numel, int64_t at) {
   constexpr int line = 16;  // floats
+  if (state_type != FLOAT32) {
+    const uint16_t *m = reinterpret_cast<const uint16_t*>(t.momentum) + at,
+                   *v = reinterpret_cast<const uint16_t*>(t.rms) + at;
+    for (int i = 0; i < TILE; i += 2 * line) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(m + k * numel + i);
+      __builtin_prefetch(v + i);
+    }
+  }
   for (int i = 0; i < TILE; i += line) {
-    for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * numel + at + i);
-    __builtin_prefetch(t.rms + at + i);
+    if (state_type == FLOAT32) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * numel + at + i);
+      __builtin_prefetch(t.rms + at + i);
+    }
     if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i);
     if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
   }
 }
 
-// Write what is not in place yet.
-PYLO_HD void unstage(const Tile& tile, const Tensors& t, int64_t numel, bool moves) {
-  if (!in_place(tile)) {
+// Write momentum and rms in bfloat16. Slots of their random bits: momenta 0 to 2, rms 3.
+PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
+                         const ShardIntegers& shard, uint32_t key) {
+  alignas(64) int64_t index[TILE];
+  alignas(64) uint32_t words[2][TILE];
+  uint16_t *m = reinterpret_cast<uint16_t*>(t.momentum), *v = reinterpret_cast<uint16_t*>(t.rms);
+  for (int i = 0; i < tile.pieces; ++i) {
+    const Piece& piece = tile.piece[i];
+    global_indices(shard, piece.local, piece.count, index + piece.at);
+  }
+  for (int pair = 0; pair < 2; ++pair) random_words(key, pair, index, tile.count, words[pair]);
+  for (int i = 0; i < tile.pieces; ++i) {
+    const Piece& piece = tile.piece[i];
     for (int k = 0; k < K; ++k) {
-      scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);
+      write_rounded(m + k * numel + piece.local, tile.new_m[k] + piece.at,
+                    words[k / 2] + piece.at, k % 2, piece.count);
+    }
+    write_rounded(v + piece.local, tile.new_v + piece.at, words[1] + piece.at, true, piece.count);
+  }
+}
+
+// Write what is not in place yet.
+PYLO_HD void unstage(const Tile& tile, const Tensors& t, const PassArgs& args, int64_t i,
+                     int64_t numel, bool moves) {
+  const bool halved = args.state_type != FLOAT32;
+  if (halved)
+    round_state(tile, t, numel, args.shards[i], static_cast<uint32_t>(args.keys[i]));
+  if (!in_place(tile) || halved) {
+    for (int k = 0; k < K; ++k) {
+      if (!halved) scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);
       if (t.diag) scatter(tile, t.diag, FLOAT32, k * numel, tile.new_d[k]);
     }
-    scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
+    if (!halved) scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
   }
   if (moves && (!in_place(tile) || t.value_type != FLOAT32))
     scatter(tile, t.value, t.value_type, 0, tile.new_p);
@@ -217,8 +252,8 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
       for (int64_t j = job.first; j < job.last; j += TILE) {
         tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
         tile.piece[0] = Piece{run.local + j, run.row, run.col, 0, tile.count};
-        prefetch(t, item.numel, run.local + j + AHEAD);
-        stage(tile, t, item.numel, buffers);
+        prefetch(t, args.state_type, item.numel, run.local + j + AHEAD);
+        stage(tile, t, args.state_type, item.numel, buffers);
         vector_scales(scales, vector, vector_at + j, tile.count, vector_scale);
         work(tile, scales);
       }
@@ -226,7 +261,7 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
   } else {
     Cursor cursor{job.first_run, job.first};
     while (next_tile(box, job, cursor, tile)) {
-      stage(tile, t, item.numel, buffers);
+      stage(tile, t, args.state_type, item.numel, buffers);
       if constexpr (!Diag) {
         fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
         fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);

@@ -133,6 +133,20 @@ PYLO_HD Vec scale2_(Vec y, Vec rounded) {
   return {y.raw * (RawVec)low * (RawVec)high};
 }
 
+// Whether fma_ rounds once.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+// As fma_, rounded once on every machine.
+PYLO_HD Vec fused_(Vec a, Vec b, Vec c) {
+  if constexpr (FUSED) return fma_(a, b, c);
+  for (int i = 0; i < W; ++i) c.raw[i] = __builtin_fmaf(a.raw[i], b.raw[i], c.raw[i]);
+  return c;
+}
+
 // How many entries are not within [-limit, limit], NaN among them.
 PYLO_HD int count_beyond(Vec x, float limit) {
 #if defined(__AVX512F__)

@@ -21,7 +21,6 @@ from ..optimizer.loading import check_names, matched_groups
 from ..optimizer.sharded_state import MASTER, given, wrap_element
 from .flat_model import FlatModel
 
-
 KEPT = {torch.float32, torch.bfloat16}  # what state is kept in, and loads into each other
 
 

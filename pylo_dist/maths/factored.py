@@ -350,7 +350,8 @@ class ThreePassRule(FactoredRule):
 
         # C: normalise, run the network, write
         if kernels is not None and candidates:
-            kernels.update_pass(batch, candidates, self.updates(batch), self.precision)
+            updates = self.updates(batch)
+            kernels.update_pass(batch, candidates, updates, self.precision, roundings=roundings)
             return
         for i in candidates:
             batch.param_squares[i] = features[i][self.features.p]

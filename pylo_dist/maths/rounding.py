@@ -6,9 +6,9 @@ unit in bfloat16's last place. Rounded up with the probability of what is cut of
 average. The bits come from no generator but from a hash of (seed, step, slot, global index of the
 element), so that any cut, any number of ranks and threads and any device write the same state. The
 idea is that of counter-based generators (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", SC'11); the hash is a finaliser of two multiplications between shifted exclusive ors, the form of
-MurmurHash3's, with multipliers that C. Wellons' search for low bias found. csrc/rounding.h is the
-same for the compiled passes, bit by bit.
+3", SC'11); the hash is a finaliser of two multiplications between shifted exclusive ors, as
+MurmurHash3 has one, with multipliers that C. Wellons' search for low bias found. csrc/rounding.h is
+the same for the compiled passes, bit by bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor
+
+from ..core.rule import Batch
 
 Word = Union[int, Tensor]  # of 32 bits: Python ints, or int64
 
@@ -113,6 +115,11 @@ class Roundings:
         if id(hyper) not in self._of_groups:
             self._of_groups[id(hyper)] = Rounding.of(hyper, self.device)
         return self._of_groups[id(hyper)]
+
+    def keys(self, batch: Batch) -> Tensor:
+        """The keys of all items, int64 (items,), for the compiled passes."""
+        groups, group_of = batch.hypers()
+        return torch.stack([self.of(group).key for group in groups]).index_select(0, group_of)
 
 
 def is_halved(state: Tensor) -> bool:

@@ -189,6 +189,7 @@ class CELO2Rule(FactoredRule):
                 self._updates(batch, b),
                 self.precision,
                 list(directions.values()),
+                roundings,
             )
         else:
             squares = self._param_squares(batch, b)
@@ -338,9 +339,7 @@ class CELO2Rule(FactoredRule):
         for owned in self._ways(batch)[1]:
             there = owned.to_owners(directions, like)
             yield there
-            mine = {
-                i: w.to(batch.items[i].dtype) for i, w in owned.assemble(there).items()
-            }
+            mine = {i: w.to(batch.items[i].dtype) for i, w in owned.assemble(there).items()}
             self.newton_schulz.whole_(list(mine.values()))
             back = owned.give_back({i: w.to(wide_dtype) for i, w in mine.items()}, like)
             yield back

@@ -348,9 +348,9 @@ def test_state_that_cannot_be_halved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the rule 'tide' says of no state that it may be rounde"):
         Tide(make_params(), weights=tide_weights(), state_dtype=torch.bfloat16)
     optimizer = adafac(make_params(), state_dtype="bfloat16")
+    more = {"params": [("more", nn.Parameter(torch.zeros(2)))], "state_seed": "a"}
     with pytest.raises(ValueError, match="state_seed='a': wanted an int >= 0"):
-        more = [("more", nn.Parameter(torch.zeros(2)))]
-        optimizer.add_param_group({"params": more, "state_seed": "a"})
+        optimizer.add_param_group(more)
     assert len(optimizer.param_groups) == 1
 
 
