@@ -128,8 +128,8 @@ PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
   for (int i = 0; i < tile.pieces; ++i) {
     const Piece& piece = tile.piece[i];
     for (int k = 0; k < K; ++k) {
-      write_rounded(m + k * numel + piece.local, tile.new_m[k] + piece.at,
-                    words[k / 2] + piece.at, k % 2, piece.count);
+      write_rounded(m + k * numel + piece.local, tile.new_m[k] + piece.at, words[k / 2] + piece.at,
+                    k % 2, piece.count);
     }
     write_rounded(v + piece.local, tile.new_v + piece.at, words[1] + piece.at, true, piece.count);
   }
@@ -139,8 +139,7 @@ PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
 PYLO_HD void unstage(const Tile& tile, const Tensors& t, const PassArgs& args, int64_t i,
                      int64_t numel, bool moves) {
   const bool halved = args.state_type != FLOAT32;
-  if (halved)
-    round_state(tile, t, numel, args.shards[i], static_cast<uint32_t>(args.keys[i]));
+  if (halved) round_state(tile, t, numel, args.shards[i], static_cast<uint32_t>(args.keys[i]));
   if (!in_place(tile) || halved) {
     for (int k = 0; k < K; ++k) {
       if (!halved) scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);

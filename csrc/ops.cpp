@@ -424,11 +424,10 @@ void update(const Tensor& items, const Tensor& boxes, const Ints& active,
             const std::vector<double>& rule, bool extended, int64_t hidden, const Tensors_& values,
             const Tensors_& grads, const Tensors_& momentum, const Tensors_& rms,
             const Tensors_& row_or_diag, const Tensors_& col, const Tensor& factors,
-            const Tensor& squares, const Tensors_& sums_b, const Tensor& moves,
-            const Tensor& scale, const Tensor& networks, const Tensor& network_of,
-            const Tensor& steps, const Tensor& param_squares, const Tensor& update_squares,
-            const Tensors_& directions, const Tensors_& workspace, const Tensor* shards,
-            const Tensor* keys) {
+            const Tensor& squares, const Tensors_& sums_b, const Tensor& moves, const Tensor& scale,
+            const Tensor& networks, const Tensor& network_of, const Tensor& steps,
+            const Tensor& param_squares, const Tensor& update_squares, const Tensors_& directions,
+            const Tensors_& workspace, const Tensor* shards, const Tensor* keys) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
   const Kept kept = kept_pointers(tables, active, lists, workspace);
