@@ -26,8 +26,8 @@ Word = Union[int, Tensor]  # of 32 bits: Python ints, or int64
 WORD = 0xFFFFFFFF
 START = 0x9E3779B9  # 2^32 / golden ratio: mix(0) is 0
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
-EXPONENT = 0x7F800000  # of inf and NaN
-NAN = 0x7FC0
+# bits of the largest finite bfloat16 and of inf as float32, and of NaN as bfloat16
+LARGEST, INFINITE, NAN = 0x7F7F0000, 0x7F800000, 0x7FC0
 
 
 def mix(x: Any) -> Any:
@@ -49,17 +49,16 @@ def to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     unit.
 
     The bits are added to the lower half of the float32, and then that is cut off: exact for what
-    bfloat16 holds. NaN and inf stay what they are; a number that the sum would make infinite is cut
-    off without it, so that it stays finite.
+    bfloat16 holds. NaN and inf stay what they are; a number that the sum could make infinite, of
+    bfloat16's largest on, is cut off as it is, so that it stays finite.
 
     Args:
         x: float32. bits: int64 in 0 .. 2^16 - 1, of the same shape.
     """
     exact = x.contiguous().view(torch.int32)
-    summed = exact + bits.to(torch.int32)
-    infinite = (exact & EXPONENT == EXPONENT) | (summed & EXPONENT == EXPONENT)
-    upper = torch.where(infinite, exact, summed) >> 16
-    return torch.where(x.isnan(), NAN, upper).to(torch.int16).view(torch.bfloat16)
+    magnitude = exact & 0x7FFFFFFF
+    upper = torch.where(magnitude >= LARGEST, exact, exact + bits.to(torch.int32)) >> 16
+    return torch.where(magnitude > INFINITE, NAN, upper).to(torch.int16).view(torch.bfloat16)
 
 
 def to_nearest(x: Tensor) -> Tensor:
