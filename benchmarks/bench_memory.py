@@ -88,13 +88,14 @@ def memory_formula(
     bucket_cap_mb: float = 25.0,
     tied: int = 0,
     wire_copies: int = 0,
+    halved: bool = False,
 ) -> Memory:
     """What a rank holds with float32 parameters, N of them in all, on R ranks.
 
         parameters   4 N
         gradients    4 N (plain), 4 N + 4 N / R (stage 1), 4 N / R (stage 2)
         state        AdafacLO: 16 N / R and 12 (rows + columns) of every factored tensor, 28 N / R
-                     for tensors below two dims
+                     for tensors below two dims; where its means are bfloat16 8 N / R less
                      AdamW: 8 N / R
         peak         the larger of: all of these with the scratch of a step; and the worst moment of
                      backward, when two buckets are on their way and a third one fills
@@ -106,11 +107,12 @@ def memory_formula(
             first gradient all through backward, until it has made the second one, of the same size.
         wire_copies: how many copies of a bucket the backend makes to send it: gloo, whose
             reduce-scatter is an all-reduce of a copy, 1; NCCL 0.
+        halved: with state_dtype="bfloat16".
     """
     numel = sum(math.prod(shape) for shape in shapes.values())
     ranks = ranks if stage else 1
     learned = optimizer != "AdamW"
-    state = sum(_state_bytes(shape, ranks, learned) for shape in shapes.values())
+    state = sum(_state_bytes(shape, ranks, learned, halved) for shape in shapes.values())
     full, shard = 4 * numel, 4 * numel // ranks
     gradients = {0: full, 1: full + shard, 2: shard}[stage]
     held = 4 * numel + state + (SCRATCH if learned else 0)
@@ -122,14 +124,14 @@ def memory_formula(
     return Memory(full, gradients, state, held + max(gradients, backward))
 
 
-def _state_bytes(shape: Sequence[int], ranks: int, learned: bool) -> int:
-    elements = math.prod(shape) / ranks
+def _state_bytes(shape: Sequence[int], ranks: int, learned: bool, halved: bool) -> int:
+    elements, means = math.prod(shape) / ranks, 8 if halved else 16
     if not learned:
         return round(8 * elements)
     if len(shape) < 2:
-        return round(28 * elements)
+        return round((means + 12) * elements)
     rows_and_columns = sum(math.prod(shape) // size for size in sorted(shape)[-2:])
-    return round(16 * elements) + 12 * rows_and_columns
+    return round(means * elements) + 12 * rows_and_columns
 
 
 def _buckets(shapes: Shapes, cap_mb: float) -> list[int]:
@@ -484,6 +486,7 @@ def formula_of(
     stage: int,
     cap_mb: float = 25.0,
     wire_copies: int = 0,
+    halved: bool = False,
 ) -> Memory:
     """`memory_formula` of launch/model.py's GPT, whose token embedding is its output layer too."""
     tied = config.vocab_size * config.n_embd
@@ -495,6 +498,7 @@ def formula_of(
         bucket_cap_mb=cap_mb,
         tied=tied,
         wire_copies=wire_copies,
+        halved=halved,
     )
 
 

@@ -55,6 +55,18 @@ inline float* floats(const Tensor& x, int64_t numel, const char* name) {
   return static_cast<float*>(memory(x, numel, ScalarType::Float, name));
 }
 
+// Momentum or rms of an item: float32, or, where `type` is given, also bfloat16, whose memory is
+// meant then, all of a call alike (-1 before the first).
+inline float* means(const Tensor& x, int64_t numel, int64_t* type, const char* name) {
+  const int64_t found = x.scalar_type() == ScalarType::BFloat16 ? BFLOAT16 : FLOAT32;
+  if (!type || found == FLOAT32) floats(x, numel, name);
+  if (type) {
+    STD_TORCH_CHECK(*type < 0 || *type == found, name, " has another dtype than other state");
+    *type = found;
+  }
+  return static_cast<float*>(memory(x, numel, x.scalar_type(), name));
+}
+
 inline double* doubles(const Tensor& x, int64_t numel, const char* name) {
   return static_cast<double*>(memory(x, numel, ScalarType::Double, name));
 }
@@ -109,9 +121,10 @@ struct TensorLists {
   const Tensors_* grads = nullptr;  // one per entry of `active`
 };
 
-// Fills in those of the items in `active`.
+// Fills in those of the items in `active`. Where momentum and rms may be bfloat16, their dtype is
+// given back in `state_type`.
 inline void fill_pointers(const Tables& tables, const Ints& active, const TensorLists& lists,
-                          Tensors* all) {
+                          Tensors* all, int64_t* state_type = nullptr) {
   for (const Tensors_* list :
        {lists.values, lists.momentum, lists.rms, lists.row_or_diag, lists.col}) {
     if (list) check_list(*list, tables.num_items, "a list with one tensor per item");
@@ -132,8 +145,9 @@ inline void fill_pointers(const Tables& tables, const Ints& active, const Tensor
       t.value_type = dtype_of(value, "a value");
       t.value = memory(value, item.numel, value.scalar_type(), "a value");
     }
-    if (lists.momentum) t.momentum = floats((*lists.momentum)[i], K * item.numel, "momentum");
-    if (lists.rms) t.rms = floats((*lists.rms)[i], item.numel, "rms");
+    if (lists.momentum)
+      t.momentum = means((*lists.momentum)[i], K * item.numel, state_type, "momentum");
+    if (lists.rms) t.rms = means((*lists.rms)[i], item.numel, state_type, "rms");
     if (lists.row_or_diag) {
       float* first = floats((*lists.row_or_diag)[i], K * (item.factored ? item.rows : item.numel),
                             "row_or_diag");
@@ -148,9 +162,9 @@ inline void fill_pointers(const Tables& tables, const Ints& active, const Tensor
 }
 
 inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active,
-                                        const TensorLists& lists) {
+                                        const TensorLists& lists, int64_t* state_type = nullptr) {
   std::vector<Tensors> all(tables.num_items, Tensors{});
-  fill_pointers(tables, active, lists, all.data());
+  fill_pointers(tables, active, lists, all.data(), state_type);
   return all;
 }
 

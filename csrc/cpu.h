@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pylo_dist/mlp.h"
+#include "rounding.h"
 
 namespace pylo_dist {
 
@@ -28,6 +29,9 @@ struct PassArgs {
   const Item* items;
   const Box* boxes;
   const Tensors* tensors;
+  int64_t state_type;  // of momentum and rms: where it is BFLOAT16, so is what they point to
+  const ShardIntegers* shards;  // per item, and the key of its seed and step: of bfloat16 state
+  const int64_t* keys;
   RuleConstants rule;
   const double* scale;  // per item
   const float* factors;
@@ -53,7 +57,8 @@ struct Kernels {
   const char* name;
   void (*gradients)(const PassArgs&, const Job&, const GradientLimits&, GradientPartial&);
   // p^2, m_k, m_k^2, v, v^2 over the local elements first .. last
-  void (*moments)(const Tensors&, int64_t numel, int64_t first, int64_t last, double* out);
+  void (*moments)(const Tensors&, int64_t state_type, int64_t numel, int64_t first, int64_t last,
+                  double* out);
   // (num_partials, leads.size) sums of squares of the element features; then, where an item has
   // moments, all of them but p^2
   void (*features)(const PassArgs&, const Job&, bool extended, IndexRange leads, double* out);

@@ -6,7 +6,8 @@
 namespace pylo_dist {
 inline namespace PYLO_ISA {
 
-static void moments(const Tensors& t, int64_t numel, int64_t first, int64_t last, double* out) {
+static void moments(const Tensors& t, int64_t state_type, int64_t numel, int64_t first,
+                    int64_t last, double* out) {
   RawWide sums[NUM_MOMENTS] = {};
   alignas(64) float p_buffer[TILE], buffers[4][TILE];
   for (int64_t at = first; at < last; at += TILE) {
@@ -19,10 +20,11 @@ static void moments(const Tensors& t, int64_t numel, int64_t first, int64_t last
       read(p_buffer, t.value, t.value_type, at, count);
       p = p_buffer;
     }
-    if (count < TILE) {
+    if (count < TILE || state_type != FLOAT32) {
       __builtin_memset(buffers, 0, sizeof buffers);
       for (int k = 0; k < 4; ++k) {
-        __builtin_memcpy(buffers[k], state[k], 4 * count);
+        const float* from = k < K ? t.momentum : t.rms;
+        read(buffers[k], from, state_type, k < K ? k * numel + at : at, count);
         state[k] = buffers[k];
       }
     }

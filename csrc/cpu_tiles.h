@@ -57,24 +57,49 @@ PYLO_HD void scatter(const Tile& tile, void* to, int64_t type, int64_t offset, c
   }
 }
 
-PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
+// A vector of bfloat16 numbers as floats, and back, rounded with one half of its random words.
+PYLO_HD Vec load_bfloat(const uint16_t* at) {
+  RawHalf half;
+  __builtin_memcpy(&half, at, sizeof half);
+  return {(RawVec)(__builtin_convertvector(half, RawUint) << 16)};
+}
+
+PYLO_HD void store_rounded(uint16_t* at, Vec x, RawUint words, bool odd) {
+  const RawUint random = odd ? words >> 16 : words & 0xffffu;
+  const RawHalf half = __builtin_convertvector(round_to_bfloat16((RawUint)x.raw, random), RawHalf);
+  __builtin_memcpy(at, &half, sizeof half);
+}
+
+PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t state_type, int64_t numel, Buffers& b) {
   const int64_t at = tile.piece[0].local;
-  if (in_place(tile)) {
+  if (in_place(tile) && state_type == FLOAT32) {
     for (int k = 0; k < K; ++k) {
       tile.m[k] = tile.new_m[k] = t.momentum + k * numel + at;
       if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
     }
     tile.v = tile.new_v = t.rms + at;
+  } else if (in_place(tile)) {
+    const uint16_t *m = reinterpret_cast<const uint16_t*>(t.momentum) + at,
+                   *v = reinterpret_cast<const uint16_t*>(t.rms) + at;
+    for (int o = 0; o < TILE; o += W) {
+      for (int k = 0; k < K; ++k) store(b.m[k] + o, load_bfloat(m + k * numel + o));
+      store(b.v + o, load_bfloat(v + o));
+    }
+    for (int k = 0; k < K; ++k) {
+      tile.m[k] = tile.new_m[k] = b.m[k];
+      if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
+    }
+    tile.v = tile.new_v = b.v;
   } else {
     for (int k = 0; k < K; ++k) {
-      gather(tile, t.momentum, FLOAT32, k * numel, b.m[k]);
+      gather(tile, t.momentum, state_type, k * numel, b.m[k]);
       tile.m[k] = tile.new_m[k] = b.m[k];
       if (t.diag) {
         gather(tile, t.diag, FLOAT32, k * numel, b.d[k]);
         tile.d[k] = tile.new_d[k] = b.d[k];
       }
     }
-    gather(tile, t.rms, FLOAT32, 0, b.v);
+    gather(tile, t.rms, state_type, 0, b.v);
     tile.v = tile.new_v = b.v;
   }
   tile.g = static_cast<const float*>(t.grad) + at;
@@ -94,24 +119,94 @@ PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t numel, Buffers& b) {
 constexpr int64_t AHEAD = 512;
 
 // Fetch the inputs of a tile that is worked on later.
-PYLO_HD void prefetch(const Tensors& t, int64_t numel, int64_t at) {
+PYLO_HD void prefetch(const Tensors& t, int64_t state_type, int64_t numel, int64_t at) {
   constexpr int line = 16;  // floats
+  if (state_type != FLOAT32) {
+    const uint16_t *m = reinterpret_cast<const uint16_t*>(t.momentum) + at,
+                   *v = reinterpret_cast<const uint16_t*>(t.rms) + at;
+    for (int i = 0; i < TILE; i += 2 * line) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(m + k * numel + i);
+      __builtin_prefetch(v + i);
+    }
+  }
   for (int i = 0; i < TILE; i += line) {
-    for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * numel + at + i);
-    __builtin_prefetch(t.rms + at + i);
+    if (state_type == FLOAT32) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(t.momentum + k * numel + at + i);
+      __builtin_prefetch(t.rms + at + i);
+    }
     if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i);
     if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
   }
 }
 
+// The random words of a tile, for the pairs of slots.
+PYLO_HD void words_of(const Tile& tile, const ShardIntegers& shard, uint32_t key,
+                      uint32_t (&words)[2][TILE]) {
+  if (in_place(tile) && neighbours(shard, tile.piece[0].local, TILE)) {
+    const int64_t first = global_index(shard, tile.piece[0].local);
+    for (uint32_t pair = 0; pair < 2; ++pair) {
+      const uint32_t start = static_cast<uint32_t>(first) + key_of(key, pair, first);
+      for (int o = 0; o < TILE; o += W) {
+        const RawUint word = mix(counting() + (start + static_cast<uint32_t>(o)));
+        __builtin_memcpy(words[pair] + o, &word, sizeof word);
+      }
+    }
+    return;
+  }
+  int64_t high = -1;  // that the keys are for
+  uint32_t keys[2] = {};
+  for (int i = 0; i < tile.pieces; ++i) {
+    const Piece& piece = tile.piece[i];
+    for (int j = 0; j < piece.count; ++j) {
+      const int64_t index = global_index(shard, piece.local + j);
+      if (index >> 32 != high) {
+        high = index >> 32;
+        for (uint32_t pair = 0; pair < 2; ++pair) keys[pair] = key_of(key, pair, index);
+      }
+      for (int pair = 0; pair < 2; ++pair)
+        words[pair][piece.at + j] = mix(static_cast<uint32_t>(index) + keys[pair]);
+    }
+  }
+}
+
+// Write momentum and rms in bfloat16. Slots of their random bits: momenta 0 to 2, rms 3.
+PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
+                         const ShardIntegers& shard, uint32_t key) {
+  const float* const from[K + 1] = {tile.new_m[0], tile.new_m[1], tile.new_m[2], tile.new_v};
+  uint16_t *m = reinterpret_cast<uint16_t*>(t.momentum), *v = reinterpret_cast<uint16_t*>(t.rms);
+  uint16_t* const to[K + 1] = {m, m + numel, m + 2 * numel, v};
+  alignas(64) uint32_t words[2][TILE];
+  words_of(tile, shard, key, words);
+  for (int s = 0; s <= K; ++s) {
+    for (int i = 0; i < tile.pieces; ++i) {
+      const Piece& piece = tile.piece[i];
+      uint16_t* const at = to[s] + piece.local;
+      const int whole = piece.count / W * W;
+      for (int o = 0; o < whole; o += W) {
+        RawUint word;
+        __builtin_memcpy(&word, words[s / 2] + piece.at + o, sizeof word);
+        store_rounded(at + o, load(from[s] + piece.at + o), word, s % 2);
+      }
+      for (int o = whole; o < piece.count; ++o) {
+        const uint32_t word = words[s / 2][piece.at + o];
+        const uint32_t random = s % 2 ? word >> 16 : word & 0xffffu;
+        at[o] = static_cast<uint16_t>(round_to_bfloat16(to_bits(from[s][piece.at + o]), random));
+      }
+    }
+  }
+}
+
 // Write what is not in place yet.
-PYLO_HD void unstage(const Tile& tile, const Tensors& t, int64_t numel, bool moves) {
+PYLO_HD void unstage(const Tile& tile, const Tensors& t, const PassArgs& args, int64_t i,
+                     int64_t numel, bool moves) {
+  const bool halved = args.state_type != FLOAT32;
+  if (halved) round_state(tile, t, numel, args.shards[i], static_cast<uint32_t>(args.keys[i]));
   if (!in_place(tile)) {
     for (int k = 0; k < K; ++k) {
-      scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);
+      if (!halved) scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);
       if (t.diag) scatter(tile, t.diag, FLOAT32, k * numel, tile.new_d[k]);
     }
-    scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
+    if (!halved) scatter(tile, t.rms, FLOAT32, 0, tile.new_v);
   }
   if (moves && (!in_place(tile) || t.value_type != FLOAT32))
     scatter(tile, t.value, t.value_type, 0, tile.new_p);
@@ -217,8 +312,8 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
       for (int64_t j = job.first; j < job.last; j += TILE) {
         tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
         tile.piece[0] = Piece{run.local + j, run.row, run.col, 0, tile.count};
-        prefetch(t, item.numel, run.local + j + AHEAD);
-        stage(tile, t, item.numel, buffers);
+        prefetch(t, args.state_type, item.numel, run.local + j + AHEAD);
+        stage(tile, t, args.state_type, item.numel, buffers);
         vector_scales(scales, vector, vector_at + j, tile.count, vector_scale);
         work(tile, scales);
       }
@@ -226,7 +321,7 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
   } else {
     Cursor cursor{job.first_run, job.first};
     while (next_tile(box, job, cursor, tile)) {
-      stage(tile, t, item.numel, buffers);
+      stage(tile, t, args.state_type, item.numel, buffers);
       if constexpr (!Diag) {
         fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
         fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);

@@ -15,6 +15,7 @@ struct Updater {
   const Item& item;
   const Tensors& t;
   const RuleConstants rule;
+  const PassArgs& args;
   const Step step;
   const float scale;
   const float* normalisers;
@@ -32,6 +33,7 @@ struct Updater {
         item(args.items[box.item]),
         t(args.tensors[box.item]),
         rule(args.rule),
+        args(args),
         step(args.steps[box.item]),
         scale(static_cast<float>(args.scale[box.item])),
         normalisers(args.normalisers + args.normalisers_at[box.item]),
@@ -52,6 +54,24 @@ struct Updater {
     }
   }
 
+  // What of the new momenta and mean square of a vector is stored. In bfloat16 it is the same
+  // on every machine: where fma_ rounds twice they are computed once more.
+  PYLO_HD void store_means(const Element<Vec, Extended>& e, const Tile& tile, int o) {
+    Vec m[K] = {e.m[0], e.m[1], e.m[2]}, v = e.v;
+    if constexpr (!FUSED) {
+      if (args.state_type != FLOAT32) {
+        const Vec g = used_gradient(load(tile.g + o), scale, rule);
+        for (int k = 0; k < K; ++k) {
+          m[k] = fused_(g, splat_<Vec>(rule.momentum_new[k]),
+                        load(tile.m[k] + o) * rule.momentum_old[k]);
+        }
+        v = fused_(g * rule.rms_new, g, load(tile.v + o) * rule.rms_old);
+      }
+    }
+    for (int k = 0; k < K; ++k) store(tile.new_m[k] + o, m[k]);
+    store(tile.new_v + o, v);
+  }
+
   // New accumulators, and the element features to x.
   template <bool Diag, bool Dense>
   PYLO_HD void fill(const Tile& tile, const Scales& scales) {
@@ -59,11 +79,10 @@ struct Updater {
     for (int o = 0; o < tile.count; o += W) {
       const Element<Vec, Extended> e =
           features_at<Extended, Diag, Dense>(tile, o, scale, constants, scales);
-      for (int k = 0; k < K; ++k) {
-        store(tile.new_m[k] + o, e.m[k]);
-        if constexpr (Diag) store(tile.new_d[k] + o, e.d[k]);
+      store_means(e, tile, o);
+      if constexpr (Diag) {
+        for (int k = 0; k < K; ++k) store(tile.new_d[k] + o, e.d[k]);
       }
-      store(tile.new_v + o, e.v);
       for (int f = 0; f < L::ELEMENT; ++f) store(x[f] + o, e.x[f]);
     }
   }
@@ -79,8 +98,7 @@ struct Updater {
     for (int o = 0; o < tile.count; o += W) {
       const Element<Vec, Extended> e =
           features_at<Extended, false, Dense>(tile, o, scale, constants, scales);
-      for (int k = 0; k < K; ++k) store(tile.new_m[k] + o, e.m[k]);
-      store(tile.new_v + o, e.v);
+      store_means(e, tile, o);
       Vec sums[H];
 #pragma GCC unroll 8
       for (int h = 0; h < H; ++h) sums[h] = load(u[h] + o) + splat_<Vec>(r[h]);
@@ -128,7 +146,7 @@ struct Updater {
       }
       squares = sum;
     }
-    unstage(tile, t, item.numel, !t.direction);
+    unstage(tile, t, args, box.item, item.numel, !t.direction);
   }
 
   // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A
@@ -193,9 +211,9 @@ struct Updater {
             const int64_t later = BLOCK > 1      ? runs[i].local + j + AHEAD
                                   : i + 1 < rows ? runs[i + 1].local + j
                                                  : runs[0].local + end;
-            prefetch(t, item.numel, later);
+            prefetch(t, args.state_type, item.numel, later);
             tile.piece[0] = Piece{runs[i].local + j, runs[i].row, runs[i].col, 0, tile.count};
-            stage(tile, t, item.numel, buffers);
+            stage(tile, t, args.state_type, item.numel, buffers);
             const float (*start)[TILE] = u[(j - block) / TILE];
             if constexpr (IN_REGISTERS) {
               fill_first<true>(tile, scales, start, r[i]);

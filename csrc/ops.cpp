@@ -125,29 +125,42 @@ IndexRange reach(const Box& box, const Job& job, const int64_t (&strides)[MAX_DI
 
 // ---------------------------------------------------------------------------------------- pointers
 
+// What is in the workspace: the pointers of every item, and the dtype of momentum and rms.
+struct Kept {
+  Tensors* tensors;
+  int64_t state_type;
+};
+
+int64_t workspace_size(const Tables& tables) {
+  return tables.num_items * static_cast<int64_t>(sizeof(Tensors)) +
+         static_cast<int64_t>(sizeof(int64_t));
+}
+
 // The pointers of every item, kept in the workspace from call to call: a list of tensors costs more
 // than all of the work on small ones. Lists that are empty stand for those that came before; what
 // comes is checked.
-Tensors* kept_pointers(const Tables& tables, const Ints& active, TensorLists lists,
-                       const Tensors_& workspace) {
+Kept kept_pointers(const Tables& tables, const Ints& active, TensorLists lists,
+                   const Tensors_& workspace) {
   STD_TORCH_CHECK(!workspace.empty(), "the workspace is missing");
-  const int64_t bytes = tables.num_items * static_cast<int64_t>(sizeof(Tensors));
-  Tensors* all =
-      static_cast<Tensors*>(memory(workspace[0], bytes, ScalarType::Byte, "the workspace"));
+  Tensors* all = static_cast<Tensors*>(
+      memory(workspace[0], workspace_size(tables), ScalarType::Byte, "the workspace"));
+  int64_t* state_type = reinterpret_cast<int64_t*>(all + tables.num_items);
   tables.check_active(active);
   for (int64_t i : active) all[i].direction = nullptr;
   for (const Tensors_** list : {&lists.values, &lists.momentum, &lists.rms, &lists.row_or_diag,
                                 &lists.col, &lists.grads}) {
     if (*list && (*list)->empty()) *list = nullptr;
   }
-  fill_pointers(tables, active, lists, all);
+  int64_t seen = -1;
+  fill_pointers(tables, active, lists, all, &seen);
+  if (seen >= 0) *state_type = seen;
   for (int64_t i : active) {
     const Tensors& t = all[i];
     const bool factors = tables.items[i].factored ? t.row && t.col : t.diag != nullptr;
     STD_TORCH_CHECK(!tables.items[i].numel || (t.value && t.grad && t.momentum && t.rms && factors),
                     "item ", i, " has tensors that were never given");
   }
-  return all;
+  return Kept{all, *state_type};
 }
 
 // ------------------------------------------------------------------------------------------ pass A
@@ -221,13 +234,14 @@ void moment_pass(Tensor items, Tensor boxes, Ints active, Tensors_ values, Tenso
   lists.values = &values;
   lists.momentum = &momentum;
   lists.rms = &rms;
-  const std::vector<Tensors> tensors = pointers_of(tables, active, lists);
+  int64_t state_type = -1;
+  const std::vector<Tensors> tensors = pointers_of(tables, active, lists, &state_type);
   const std::vector<double*> buffers = buffers_of_b(tables, sums, active, true);
   std::vector<double> partials(NUM_MOMENTS * jobs.size(), 0.0);
   const Kernels& k = kernels();
   for_each(static_cast<int64_t>(jobs.size()), [&](int64_t j) {
     const Job& job = jobs[j];
-    k.moments(tensors[job.box], tables.items[job.box].numel, job.first, job.last,
+    k.moments(tensors[job.box], state_type, tables.items[job.box].numel, job.first, job.last,
               partials.data() + NUM_MOMENTS * j);
   });
   for (size_t j = 0; j < jobs.size(); ++j) {
@@ -330,7 +344,7 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
                   Tensor factors, Tensor squares, Tensors_ sums_b, Tensors_ workspace) {
   const Tables tables(items, boxes);
   TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, nullptr, &grads};
-  const Tensors* tensors = kept_pointers(tables, active, lists, workspace);
+  const Kept kept = kept_pointers(tables, active, lists, workspace);
   const std::vector<double*> a_buffers = buffers_of_a(tables, sums_a, active);
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
@@ -340,7 +354,8 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
   PassArgs args{};
   args.items = tables.items;
   args.boxes = tables.boxes;
-  args.tensors = tensors;
+  args.tensors = kept.tensors;
+  args.state_type = kept.state_type;
   args.rule = rule_of(rule);
   args.scale = doubles(scale, tables.num_items, "scale");
   args.factors = factors_;
@@ -348,7 +363,7 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
     const Item& item = tables.items[active[a]];
     if (!item.factored) return;
     const double* sums = a_buffers[item.a_buffer] + item.a_at;
-    prepare_factors(item, tensors[active[a]], sums, moves_[active[a]], args.scale[active[a]],
+    prepare_factors(item, kept.tensors[active[a]], sums, moves_[active[a]], args.scale[active[a]],
                     args.rule, factors_, squares_);
   });
   const Jobs jobs = deal(tables, active);
@@ -404,15 +419,21 @@ void fill_normalisers(const Item& item, bool extended, const double* sums, const
   }
 }
 
-void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
-                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
-                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
-                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
-                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
-                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+// `shards` and `keys` per item, where state is bfloat16, else null.
+void update(const Tensor& items, const Tensor& boxes, const Ints& active,
+            const std::vector<double>& rule, bool extended, int64_t hidden, const Tensors_& values,
+            const Tensors_& grads, const Tensors_& momentum, const Tensors_& rms,
+            const Tensors_& row_or_diag, const Tensors_& col, const Tensor& factors,
+            const Tensor& squares, const Tensors_& sums_b, const Tensor& moves, const Tensor& scale,
+            const Tensor& networks, const Tensor& network_of, const Tensor& steps,
+            const Tensor& param_squares, const Tensor& update_squares, const Tensors_& directions,
+            const Tensors_& workspace, const Tensor* shards, const Tensor* keys) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
-  Tensors* tensors = kept_pointers(tables, active, lists, workspace);
+  const Kept kept = kept_pointers(tables, active, lists, workspace);
+  Tensors* tensors = kept.tensors;
+  STD_TORCH_CHECK((kept.state_type == FLOAT32) == !keys,
+                  "state is rounded with keys where it is bfloat16, and nowhere else");
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
@@ -428,8 +449,18 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
   args.items = tables.items;
   args.boxes = tables.boxes;
   args.tensors = tensors;
+  args.state_type = kept.state_type;
   args.rule = rule_of(rule);
   args.scale = doubles(scale, tables.num_items, "scale");
+  if (keys) {
+    args.keys = static_cast<int64_t*>(memory(*keys, tables.num_items, ScalarType::Long, "keys"));
+    args.shards = static_cast<ShardIntegers*>(
+        memory(*shards, 3 * tables.num_items, ScalarType::Long, "shards"));
+    for (int64_t i : active) {
+      STD_TORCH_CHECK(args.shards[i].run > 0 || !tables.items[i].numel, "item ", i,
+                      " has runs of no element");
+    }
+  }
   args.factors = floats(factors, sizes.factors, "factors");
   const float* packed = floats(networks, 0, "networks");
   args.steps = reinterpret_cast<const Step*>(floats(steps, 4 * tables.num_items, "steps"));
@@ -491,9 +522,31 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
   for (int64_t i : active) tensors[i].grad = nullptr;  // it may be gone before the next call
 }
 
+void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
+                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
+                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
+                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
+                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+  update(items, boxes, active, rule, extended, hidden, values, grads, momentum, rms, row_or_diag,
+         col, factors, squares, sums_b, moves, scale, networks, network_of, steps, param_squares,
+         update_squares, directions, workspace, nullptr, nullptr);
+}
+
+void rounded_update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule,
+                         bool extended, int64_t hidden, int64_t precision, Tensors_ values,
+                         Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag,
+                         Tensors_ col, Tensor factors, Tensor squares, Tensors_ sums_b,
+                         Tensor moves, Tensor scale, Tensor networks, Tensor network_of,
+                         Tensor steps, Tensor param_squares, Tensor update_squares,
+                         Tensors_ directions, Tensors_ workspace, Tensor shards, Tensor keys) {
+  update(items, boxes, active, rule, extended, hidden, values, grads, momentum, rms, row_or_diag,
+         col, factors, squares, sums_b, moves, scale, networks, network_of, steps, param_squares,
+         update_squares, directions, workspace, &shards, &keys);
+}
+
 Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) {
-  const Tables tables(items, boxes);
-  return Ints{tables.num_items * static_cast<int64_t>(sizeof(Tensors))};
+  return Ints{workspace_size(Tables(items, boxes))};
 }
 
 // Chooses the instruction set for all later calls ("auto": the best one there is), and gives its
@@ -510,6 +563,7 @@ std::string instruction_set(std::string name) {
 
 STABLE_TORCH_LIBRARY(pylo_dist, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
+  PYLO_DIST_CPU_PASSES(PYLO_DIST_DEFINE)
   m.def("instruction_set(str name) -> str");
   m.def("table_fields(str table) -> str");
 }
@@ -517,6 +571,7 @@ STABLE_TORCH_LIBRARY(pylo_dist, m) {
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
   using namespace pylo_dist;
   PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
+  PYLO_DIST_CPU_PASSES(PYLO_DIST_IMPLEMENT)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {

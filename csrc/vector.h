@@ -25,6 +25,7 @@ constexpr int W = 4;
 typedef float RawVec __attribute__((vector_size(4 * W)));
 typedef int32_t RawInt __attribute__((vector_size(4 * W)));
 typedef uint32_t RawUint __attribute__((vector_size(4 * W)));
+typedef uint16_t RawHalf __attribute__((vector_size(2 * W)));
 typedef double RawWide __attribute__((vector_size(4 * W)));  // half as many doubles
 
 struct Vec {
@@ -133,6 +134,20 @@ PYLO_HD Vec scale2_(Vec y, Vec rounded) {
   return {y.raw * (RawVec)low * (RawVec)high};
 }
 
+// Whether fma_ rounds once.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+// As fma_, rounded once on every machine.
+PYLO_HD Vec fused_(Vec a, Vec b, Vec c) {
+  if constexpr (FUSED) return fma_(a, b, c);
+  for (int i = 0; i < W; ++i) c.raw[i] = __builtin_fmaf(a.raw[i], b.raw[i], c.raw[i]);
+  return c;
+}
+
 // How many entries are not within [-limit, limit], NaN among them.
 PYLO_HD int count_beyond(Vec x, float limit) {
 #if defined(__AVX512F__)
@@ -144,6 +159,13 @@ PYLO_HD int count_beyond(Vec x, float limit) {
   for (int i = 0; i < W; ++i) count += inside[i];
   return count;
 #endif
+}
+
+// 0, 1, 2, ...
+PYLO_HD RawUint counting() {
+  RawUint x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<uint32_t>(i);
+  return x;
 }
 
 // The first `count` entries of x, zeros after them.

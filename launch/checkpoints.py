@@ -48,10 +48,10 @@ TOLD = (
         "block_size",
     ),
     *("seed", "steps", "dtype", "compile", "device", "threads", "world_size"),
-    *("parallel", "replicas", "tp", "clip", "grad_scale", "order"),
+    *("parallel", "replicas", "tp", "clip", "state_dtype", "grad_scale", "order"),
 )
 # what earlier versions did, whose config.json does not say so
-ADDED = {"clip": "global", "grad_scale": 1.0, "order": "random"}
+ADDED = {"clip": "global", "state_dtype": "float32", "grad_scale": 1.0, "order": "random"}
 
 
 class Stopped(Exception):

@@ -98,6 +98,7 @@ class Options:
     weight_decay: float | None
     max_grad_norm: float | None
     clip: str
+    state_dtype: str
     grad_scale: float
     warmup: int
     schedule: str
@@ -244,6 +245,11 @@ class Options:
                 "--clip per_tensor is for learned optimizers, with --max-grad-norm; pass that, or "
                 "drop it."
             )
+        if self.state_dtype != "float32" and not chosen.takes("state_dtype"):
+            raise WrongInput(
+                f"--state-dtype {self.state_dtype} is for learned optimizers and means nothing to "
+                f"{self.optimizer}; drop it."
+            )
         planned = self.planned_steps()
         if planned is not None and planned < 2:
             raise WrongInput(
@@ -362,6 +368,7 @@ class Options:
             "weight_decay": self.decay(),
             "weights": self.weights,
             "clip": self.clip if self.clip != "global" else None,
+            "state_dtype": self.state_dtype if self.state_dtype != "float32" else None,
             "num_steps": self.planned_steps(),
             "width_mults": {},
             "embedding_pattern": EMBEDDINGS,  # by CELO2's paper, embeddings follow AdamW
@@ -541,6 +548,12 @@ def _parser(said: Mapping[str, str]) -> argparse.ArgumentParser:
         choices=("global", "per_tensor"),
         default="global",
         help="per_tensor: the norm of each tensor alone",
+    )
+    learn.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of a learned optimizer's means; bfloat16: half the memory, stochastically rounded",
     )
     learn.add_argument(
         "--grad-scale",

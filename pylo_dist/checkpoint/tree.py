@@ -21,6 +21,8 @@ from ..optimizer.loading import check_names, matched_groups
 from ..optimizer.sharded_state import MASTER, given, wrap_element
 from .flat_model import FlatModel
 
+KEPT = {torch.float32, torch.bfloat16}  # what state is kept in, and loads into each other
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or that may not be loaded; the message names the file or
@@ -87,12 +89,14 @@ def _check_whole(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def aside(value: Any) -> Any:
-    """The same nested containers with new tensors, which are not filled."""
+def aside(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """The same nested containers with new tensors, which are not filled; of their own dtypes unless
+    one is given.
+    """
     if isinstance(value, Tensor):
         if is_dtensor(value):
-            return torch.empty_like(value.detach())
-        return mark_part(value.detach().new_empty(value.shape), value)
+            return torch.empty_like(value.detach(), dtype=dtype)
+        return mark_part(value.detach().new_empty(value.shape, dtype=dtype), value)
     if isinstance(value, Mapping):
         return {key: aside(entry) for key, entry in value.items()}
     return [aside(entry) for entry in value] if isinstance(value, list) else value
@@ -213,6 +217,7 @@ class Index:
         if isinstance(inner, LearnedOptimizer):
             for i in saved - state.keys():
                 state[i] = inner.state_template(params[keys.index(i)])
+            self._as_kept(key, state)
             return {"state": state, "param_groups": groups}
         for flat, i, name in self._saved_state(key):
             if name not in state.get(i, {}) and name != MASTER:
@@ -223,6 +228,16 @@ class Index:
                     else entry
                 )
         return {"state": state, "param_groups": groups}
+
+    def _as_kept(self, key: str, state: dict[Any, dict[str, Any]]) -> None:
+        """What is to be read of state that a learned optimizer keeps in another dtype than it was
+        saved in: it is read as it is, and converted where it is loaded (`state` modified in place).
+        """
+        for flat, i, name in self._saved_state(key):
+            own = state.get(i, {}).get(name)
+            saved = getattr(getattr(self.entries[flat], "properties", None), "dtype", None)
+            if isinstance(own, Tensor) and {own.dtype, saved} == KEPT:
+                state[i][name] = aside(own, saved)
 
     def _saved_state(self, key: str) -> Iterator[tuple[str, int, Any]]:
         """The key of every state entry of an optimizer, the number of its parameter, its name."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from .pieces import ShardBinding, ShardedParam
 from .requests import Request, Sum
 from .shards import Shape, TensorShard
-from .state import StateField
+from .state import StateField, state_dtype
 
 
 @dataclass(slots=True)
@@ -40,6 +40,11 @@ class Item:
     state: dict[str, Tensor]
     hyper: dict[str, Any]
     dims: tuple[int, int] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its arithmetic, float32 or float64, whatever value and state are kept in."""
+        return state_dtype(self.param.value.dtype)
 
 
 @dataclass(slots=True)

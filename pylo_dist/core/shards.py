@@ -80,6 +80,15 @@ class Box:
             local.storage_offset() + self.local_offset,
         )
 
+    def indices(self, shape: Shape, device: torch.device) -> Tensor:
+        """Index of every element in the C order of the global tensor, int64 (*sizes)."""
+        index = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
+        for dim, stride in enumerate(_contiguous_strides(shape)):
+            first, size = self.offsets[dim] * stride, self.sizes[dim]
+            along = torch.arange(first, first + size * stride, stride, device=device)
+            index = index + along.view(-1, *(1 for _ in shape[dim + 1 :]))
+        return index
+
     def window(self, factor: Tensor, dropped: int) -> Tensor:
         """The part of a replicated factor (..., *shape without `dropped`) that this block needs,
         ready to broadcast.
@@ -276,12 +285,16 @@ class TensorShard:
 
     def indices(self) -> Tensor:
         """Global C-order index of every local element, int64 (N,)."""
-        local = torch.arange(self.numel)
-        return (
-            self.start
-            + torch.div(local, self.run, rounding_mode="floor") * self.pitch
-            + local % self.run
-        )
+        return global_indices(torch.arange(self.numel), self.start, self.run, self.pitch)
+
+
+def global_indices(
+    local: Tensor, start: int | Tensor, run: int | Tensor, pitch: int | Tensor
+) -> Tensor:
+    """Global C-order indices of these local elements of a shard with these integers, see
+    `TensorShard`; int64, in the shape that all broadcast to.
+    """
+    return start + torch.div(local, run, rounding_mode="floor") * pitch + local % run
 
 
 def _contiguous_strides(sizes: Shape) -> Shape:

@@ -28,12 +28,16 @@ class StateField:
             row and column factors).
         beside_elements: of a replicated state, that ranks without elements of the parameter keep
             none of it (VeLO's LSTM rows).
+        slot: of element state that may be kept in bfloat16, the slot of random bits that its first
+            copy is rounded with, see maths/rounding.py; those of a parameter's other copies and
+            fields are others. None: it is never halved.
     """
 
     copies: Shape = ()
     replicated: Shape | None = None
     initial: Tensor | None = None
     beside_elements: bool = False
+    slot: int | None = None
 
     def canonical_shape(self, shape: Shape) -> Shape:
         """Shape of this state in the unsharded optimizer; `shape` is the parameter's global one."""
@@ -66,19 +70,33 @@ class StateField:
         """View of the local state as (*copies, elements)."""
         return tensor.view((*self.copies, math.prod(tensor.shape[len(self.copies) :])))
 
+    def dtype(self, param: torch.dtype, halved: bool) -> torch.dtype:
+        """What it is kept in, beside a parameter of this dtype; `halved`: where bfloat16 is wanted.
+
+        What is kept in one loads into the other: see `loads`.
+        """
+        return torch.bfloat16 if halved and self.slot is not None else state_dtype(param)
+
+    def loads(self, dtype: torch.dtype, param: torch.dtype) -> bool:
+        """Whether state that was saved in `dtype` belongs beside a parameter of dtype `param`."""
+        wide = state_dtype(param)
+        return dtype == wide or (wide == torch.float32 and dtype == self.dtype(param, halved=True))
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64 parameters: the dtype of all state and arithmetic of a
-    parameter.
+    """float32, or float64 for float64 parameters: the dtype of the arithmetic of a parameter, and
+    of all its state that is not halved.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allocate_states(
     entries: Iterable[tuple[dict[str, StateField], TensorShard, Tensor]],
+    halved: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """New state for each of these parameters with their fields and shards, on its device, in
-    `state_dtype`; every tensor has memory of its own. All are to be made before one is written.
+    """New state for each of these parameters with their fields and shards, on its device, in the
+    dtype of its field (see `StateField.dtype`); every tensor has memory of its own. All are to be
+    made before one is written.
     """
     # the first of each kind, by name: how one like it is made, which is cheaper, and like what
     first: dict[Any, list[tuple[str, Callable[[Tensor], Tensor], Tensor]]] = {}
@@ -90,7 +108,8 @@ def allocate_states(
             continue
         first[kind] = []
         for name, field in fields.items():
-            new = torch.zeros(field.local_shape(shard), dtype=state_dtype(dtype), device=device)
+            kept_in = field.dtype(dtype, halved)
+            new = torch.zeros(field.local_shape(shard), dtype=kept_in, device=device)
             if field.initial is not None and field.is_kept(shard):
                 new.copy_(field.initial)
                 first[kind].append((name, torch.clone, new))
@@ -100,7 +119,7 @@ def allocate_states(
 
 
 def allocate_state(
-    fields: dict[str, StateField], shard: TensorShard, param: Tensor
+    fields: dict[str, StateField], shard: TensorShard, param: Tensor, halved: bool = False
 ) -> dict[str, Tensor]:
     """As `allocate_states`, for one parameter."""
-    return next(allocate_states([(fields, shard, param)]))
+    return next(allocate_states([(fields, shard, param)], halved))

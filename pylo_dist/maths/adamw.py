@@ -4,17 +4,19 @@ value and state of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from ..core.requests import Sum
 from ..core.rule import Batch
+from ..core.shards import global_indices
 from ..core.state import StateField
 from . import reference, stacks
+from .rounding import Draw, Rounding, Roundings, is_halved
 from .stacks import Stack
 
 
@@ -35,7 +37,10 @@ class AdamW:
 
     @cache  # noqa: B019  (few of them, and frozen)
     def state_fields(self) -> dict[str, StateField]:
-        moments = {"exp_avg": StateField(), "exp_avg_sq": StateField()}
+        moments = {
+            "exp_avg": StateField(slot=reference.MEAN_SLOT),
+            "exp_avg_sq": StateField(slot=reference.SQUARE_SLOT),
+        }
         return (
             moments if self.group_counter else {**moments, "adam_step": StateField(replicated=())}
         )
@@ -47,6 +52,8 @@ class AdamW:
         lr: float | Tensor,
         weight_decay: float = 0.0,
         decay_after: float | Tensor = 0.0,
+        *,
+        roundings: Roundings,
     ) -> None:
         """One step of the items of a stack, which belong to one group."""
         items = [batch.items[i] for i in stack.items]
@@ -63,6 +70,9 @@ class AdamW:
             stack.of(batch.moves),
             torch.zeros(len(items), dtype=torch.float64, device=batch.device),
         )
+        draw_of: Callable[[slice], Draw] | None = None
+        if is_halved(mean):
+            draw_of = partial(_draw, batch, stack, roundings.of(items[0].hyper))
         reference.adamw(
             value,
             grad,
@@ -79,6 +89,7 @@ class AdamW:
             eps_root=self.eps_root,
             clamp=self.clamp,
             decay_after=decay_after,
+            draw_of=draw_of,
         )
         if counters:
             reference.commit(counter, counter + 1, moves)
@@ -86,6 +97,17 @@ class AdamW:
         for tensor, tensors in ((value, values), (mean, taken[0]), (square, taken[1])):
             stacks.put_back(tensor, tensors)
         batch.update_squares.index_copy_(0, stack.places, squares)
+
+
+def _draw(batch: Batch, stack: Stack, rounding: Rounding, part: slice) -> Draw:
+    """What the elements `part` of every item of a stack are rounded with."""
+    shards = [batch.items[i].param.shard for i in stack.items]
+    numbers = tuple((shard.start, shard.run, shard.pitch) for shard in shards)
+    table = batch.on_device(f"shards {stack.items[0]}", numbers, torch.int64)
+    start, run, pitch = table.unsqueeze(-1).unbind(1)
+    local = torch.arange(part.start, min(part.stop, shards[0].numel), device=batch.device)
+    index = global_indices(local, start, run, pitch)
+    return rounding.of_elements(index, max(shard.global_numel for shard in shards))
 
 
 def param_squares(batch: Batch, some: Sequence[Stack], a: Sum) -> None:

@@ -25,6 +25,7 @@ from ..core.state import StateField
 from . import compiled, reference
 from .compiled import Kernels, Updates
 from .reference import Decay, Factors, FeatureSet, Network, Scratch, StepTensors
+from .rounding import Roundings, is_halved
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -58,7 +59,10 @@ class Rates:
 @lru_cache(maxsize=4096)
 def _fields(shape: Shape, dims: tuple[int, int] | None) -> dict[str, StateField]:
     """The state of a tensor, one dict for all of its shape."""
-    fields = {"momentum": StateField((3,)), "rms": StateField()}
+    fields = {
+        "momentum": StateField((3,), slot=reference.M_SLOT),
+        "rms": StateField(slot=reference.V_SLOT),
+    }
     if dims is None:
         return {**fields, "diag": StateField((3,))}
     d1, d0 = dims
@@ -224,12 +228,15 @@ class FactoredRule(LearnedRule):
 
     # --------------------------------------------------------------------------------------- pass B
 
-    def step_tensors(self, batch: Batch, i: int, item: Item, sums: Tensor) -> StepTensors:
+    def step_tensors(
+        self, batch: Batch, i: int, item: Item, sums: Tensor, roundings: Roundings
+    ) -> StepTensors:
         param, state, moves = item.param, item.state, batch.moves[i]
         assert param.grad is not None
         factors: Factors | None = None
         if item.dims is not None:
-            shape, decay = param.shard.shape, self._decay("factor_decays", sums)
+            shape = param.shard.shape
+            decay = self._decay("factor_decays", sums.dtype, sums.device)
             factors = reference.update_factors(
                 state["row"], state["col"], sums, shape, item.dims, decay, batch.scale[i], moves
             )
@@ -245,15 +252,16 @@ class FactoredRule(LearnedRule):
             factors=factors,
             scale=batch.scale[i] if batch.clips else None,
             moves=moves,
-            momentum_decay=self._decay("momentum_decays", state["momentum"]),
+            momentum_decay=self._decay("momentum_decays", item.dtype, batch.device),
             rms_decay=self.rms_decay,
-            diag_decay=self._decay("factor_decays", state["momentum"]),
+            diag_decay=self._decay("factor_decays", item.dtype, batch.device),
+            rounding=roundings.of(item.hyper) if is_halved(state["momentum"]) else None,
         )
 
-    def _decay(self, name: str, like: Tensor) -> Decay:
-        key = (name, like.dtype, like.device)
+    def _decay(self, name: str, dtype: torch.dtype, device: torch.device) -> Decay:
+        key = (name, dtype, device)
         if key not in self._decays:
-            self._decays[key] = Decay.of(getattr(self, name), like)
+            self._decays[key] = Decay.of(getattr(self, name), dtype, device)
         return self._decays[key]
 
 
@@ -319,12 +327,13 @@ class ThreePassRule(FactoredRule):
         b = self.second_sum(batch).zero_()
         own = self.num_tensor_sums
         features = [vector[own:] for vector in b.vectors] if own and kernels is None else b.vectors
+        roundings = Roundings(batch.device)
         tensors: dict[int, StepTensors] = {}
         if kernels is not None and candidates:
             kernels.feature_pass(batch, candidates)
         else:
             for i in candidates:
-                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i])
+                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i], roundings)
                 reference.feature_sums(tensors[i], features[i], self._scratch)
         if own and kernels is not None:
             resting = sorted(set(range(len(batch.items))) - set(candidates))
@@ -341,7 +350,8 @@ class ThreePassRule(FactoredRule):
 
         # C: normalise, run the network, write
         if kernels is not None and candidates:
-            kernels.update_pass(batch, candidates, self.updates(batch), self.precision)
+            updates = self.updates(batch)
+            kernels.update_pass(batch, candidates, updates, self.precision, roundings=roundings)
             return
         for i in candidates:
             batch.param_squares[i] = features[i][self.features.p]

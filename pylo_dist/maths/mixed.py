@@ -157,7 +157,7 @@ class MixedRule(ThreePassRule):
     def network_of(self, i: int, item: Item) -> Network:
         parts = (
             self._mixed.index_select(0, self._own[i : i + 1])[0]
-            .to(item.state["momentum"].dtype)
+            .to(item.dtype)
             .split([math.prod(shape) for shape in NETWORK.values()])
         )
         return Network(
@@ -166,7 +166,7 @@ class MixedRule(ThreePassRule):
 
     def update(self, i: int, item: Item) -> Update:
         update = super().update(i, item)
-        update.step_size = self._step_sizes[i].to(item.state["momentum"].dtype)
+        update.step_size = self._step_sizes[i].to(item.dtype)
         return update
 
     def updates(self, batch: Batch) -> Updates:

@@ -16,7 +16,7 @@ of a chunk at one such index. B matrices at a time. `x_FS` has the axes (F, *S).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..core.requests import NONFINITE, SQUARES
 from ..core.shards import Box, Shape, TensorShard, drop_dim
 from ..core.state import state_dtype
+from .rounding import Draw, Rounding
 
 Dims = tuple[int, int] | None
 
@@ -44,6 +45,9 @@ COLUMNS = 16
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5)
 NUM_MOMENTS = 9  # what `moment_sums` adds up
+# of the random bits that state is rounded with: three momenta and the mean square; AdamW's moments
+M_SLOT, V_SLOT = 0, 3
+MEAN_SLOT, SQUARE_SLOT = 0, 1
 
 # Each epsilon once, as in the reference.
 EPS_SQUARE = 1e-30  # added to g^2 before it enters a factor
@@ -154,17 +158,17 @@ class Scratch:
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
         return Scratch, ()
 
-    def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    def take(
+        self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """An uninitialised block of rows x (columns, rounded up to COLUMNS), valid until `name` is
         taken again.
         """
         columns = -(-columns // COLUMNS) * COLUMNS
-        key = (name, like.dtype, like.device)
+        key = (name, dtype, device)
         block = self._blocks.get(key)
         if block is None or block.numel() < rows * columns:
-            block = self._blocks[key] = torch.empty(
-                rows * columns, dtype=like.dtype, device=like.device
-            )
+            block = self._blocks[key] = torch.empty(rows * columns, dtype=dtype, device=device)
         return block[: rows * columns].view(rows, columns)
 
 
@@ -255,9 +259,13 @@ class Decay:
     new: Tensor
 
     @classmethod
-    def of(cls, decays: Sequence[float], like: Tensor) -> Decay:
-        """In the dtype and on the device of `like`."""
-        return cls(like.new_tensor(decays), like.new_tensor([1.0 - decay for decay in decays]))
+    def of(cls, decays: Sequence[float], dtype: torch.dtype, device: torch.device) -> Decay:
+        """In this dtype, on this device."""
+        old, new = (
+            torch.tensor(values, dtype=dtype, device=device)
+            for values in (decays, [1.0 - decay for decay in decays])
+        )
+        return cls(old, new)
 
     def over(self, box: Box) -> tuple[Tensor, Tensor]:
         """(old, new), shaped (K, 1, ..., 1) over the dims of a block."""
@@ -337,7 +345,8 @@ class StepTensors:
     """What passes B and C read and write of one tensor; all element tensors are local.
 
     value (N,), grad (N,); momentum (K, N), rms (N,), diag (K, N) or None; factors or None; scale
-    float64 0-d or None when nothing is clipped; moves bool 0-d.
+    float64 0-d or None when nothing is clipped; moves bool 0-d; rounding where momentum and rms are
+    bfloat16, which the arithmetic never is.
     """
 
     features: FeatureSet
@@ -354,6 +363,12 @@ class StepTensors:
     momentum_decay: Decay
     rms_decay: float
     diag_decay: Decay
+    rounding: Rounding | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return state_dtype(self.value.dtype)
 
 
 def _fill_features(x_FM: Tensor, box: Box, t: StepTensors, with_factors: bool) -> None:
@@ -379,10 +394,10 @@ def _fill_features(x_FM: Tensor, box: Box, t: StepTensors, with_factors: bool) -
     p.copy_(box.view(t.value))
     # m_k <- a_k m_k + (1 - a_k) g
     old, new = t.momentum_decay.over(box)
-    torch.mul(box.view(t.momentum), old, out=m)
+    torch.mul(box.view(t.momentum).to(m.dtype), old, out=m)
     m.addcmul_(new, g)
     # v <- b v + (1 - b) g^2
-    torch.mul(box.view(t.rms), t.rms_decay, out=v)
+    torch.mul(box.view(t.rms).to(v.dtype), t.rms_decay, out=v)
     v.addcmul_(g, g, value=1.0 - t.rms_decay)
     # q = 1 / sqrt(v + eps)
     torch.add(v, f.eps_rms, out=q).rsqrt_()
@@ -429,7 +444,8 @@ def feature_sums(t: StepTensors, sums: Tensor, scratch: Scratch) -> None:
     row, lead = t.features.row, t.features.lead(t.shard.shape)
     sums_FL = sums.view(t.features.num_sums(t.dims), *lead)
     for box in chunks(t.shard, t.value.device):
-        x_FM = scratch.take("features", t.features.num, box.numel, t.momentum)[:, : box.numel]
+        padded = scratch.take("features", t.features.num, box.numel, t.dtype, t.value.device)
+        x_FM = padded[:, : box.numel]
         _fill_features(x_FM, box, t, with_factors=False)
         x_FLE = x_FM.view(len(x_FM), *box.sizes[: len(lead)], -1)
         own = (
@@ -482,7 +498,7 @@ def normalisers(t: StepTensors, sums: Tensor) -> Tensor:
         squares_FL[row : row + 3] = squares_FL[row + 3 : row + 6] = diag_FL
         squares_FL[row + 6 : row + 9] = squares_FL[row + 9 : row + 12] = diag_rsqrt_FL
     mean_FL = squares_FL / math.prod(shape[len(lead) :])
-    return (mean_FL + t.features.eps_normalise).rsqrt_().to(t.momentum.dtype)
+    return (mean_FL + t.features.eps_normalise).rsqrt_().to(t.dtype)
 
 
 def _factor_square_sums(factor: Tensor, dropped: int, shape: Shape, lead_dims: int) -> Tensor:
@@ -530,20 +546,26 @@ def network_outputs(
         feature_scale: (features.num, *lead), see `normalisers`.
     """
     hidden, num = network.hidden_weight.shape[0], t.features.num
+    dtype, device = t.dtype, t.value.device
     lead_dims = feature_scale.dim() - 1
-    for box in chunks(t.shard, t.value.device):
-        padded = scratch.take("features", num, box.numel, t.momentum)
+    for box in chunks(t.shard, device):
+        padded = scratch.take("features", num, box.numel, dtype, device)
         x_FM = padded[:, : box.numel]
         _fill_features(x_FM, box, t, with_factors=True)
         x_FS, m = x_FM.view(num, *box.sizes), t.features.p + 1
-        commit(box.view(t.momentum), x_FS[m : m + 3], t.moves)
-        commit(box.view(t.rms), x_FS[m + 3], t.moves)
+        new_m, new_v = x_FS[m : m + 3], x_FS[m + 3]
+        if t.rounding is not None:
+            index = box.indices(t.shard.shape, device)
+            draw = t.rounding.of_elements(index, t.shard.global_numel)
+            new_m, new_v = draw.rounded(new_m, M_SLOT), draw.rounded(new_v, V_SLOT)
+        commit(box.view(t.momentum), new_m, t.moves)
+        commit(box.view(t.rms), new_v, t.moves)
         if t.diag is not None:
             commit(box.view(t.diag), x_FS[t.features.row : t.features.row + 3], t.moves)
         x_FLE = x_FM.view(num, *box.sizes[:lead_dims], -1)
         x_FLE.mul_(lead_part(feature_scale, box, lead_dims).unsqueeze(-1))
-        h1 = scratch.take("hidden1", hidden, box.numel, x_FM)
-        h2 = scratch.take("hidden2", hidden, box.numel, x_FM)
+        h1 = scratch.take("hidden1", hidden, box.numel, dtype, device)
+        h2 = scratch.take("hidden2", hidden, box.numel, dtype, device)
         torch.mm(network.input_weight, padded, out=h1).add_(network.input_bias).relu_()
         torch.mm(network.hidden_weight, h1, out=h2).add_(network.hidden_bias).relu_()
         out = torch.mm(network.output_weight, h2).add_(network.output_bias)[:, : box.numel]
@@ -571,7 +593,7 @@ def apply_update(
             (modified in place).
     """
     update_squares.zero_()
-    dtype = t.momentum.dtype
+    dtype = t.dtype
     step_size, decay_before, decay_after = (
         in_dtype(x, dtype) for x in (step_size, decay_before, decay_after)
     )
@@ -599,6 +621,7 @@ def adamw(
     eps_root: float = 0.0,
     clamp: float | None = None,
     decay_after: float | Tensor = 0.0,
+    draw_of: Callable[[slice], Draw] | None = None,
 ) -> None:
     """AdamW of some tensors: p <- p - lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p), both
     moments divided by 1 - beta^step; then p <- p - decay_after p.
@@ -611,20 +634,26 @@ def adamw(
         clamp: the gradient is clamped to this absolute value after that, or None.
         moves: bool (tensors, 1).
         update_squares: float64 (tensors,), see `move_rows` (modified in place).
+        draw_of: where `mean` and `square` are bfloat16, what elements of (tensors, N) are rounded
+            with.
     """
     beta_1, beta_2 = betas
-    step = step.to(torch.float64)
-    correction_1, correction_2 = ((1.0 - beta**step).to(mean.dtype) for beta in betas)
-    lr, decay_after = (in_dtype(x, mean.dtype) for x in (lr, decay_after))
+    step, dtype = step.to(torch.float64), state_dtype(value.dtype)
+    correction_1, correction_2 = ((1.0 - beta**step).to(dtype) for beta in betas)
+    lr, decay_after = (in_dtype(x, dtype) for x in (lr, decay_after))
     for part in parts(value):
-        old = value[:, part].to(mean.dtype, copy=True)
-        g = grad[:, part].to(mean.dtype)
+        old = value[:, part].to(dtype, copy=True)
+        g = grad[:, part].to(dtype)
         g = g if scale is None else g * scale.to(g.dtype)
         g = g if clamp is None else g.clamp(-clamp, clamp)
-        m = mean[:, part] * beta_1 + g * (1.0 - beta_1)
-        v = square[:, part] * beta_2 + g * g * (1.0 - beta_2)
-        commit(mean[:, part], m, moves)
-        commit(square[:, part], v, moves)
+        m = mean[:, part].to(dtype) * beta_1 + g * (1.0 - beta_1)
+        v = square[:, part].to(dtype) * beta_2 + g * g * (1.0 - beta_2)
+        new_m, new_v = m, v
+        if draw_of is not None:
+            draw = draw_of(part)
+            new_m, new_v = draw.rounded(m, MEAN_SLOT), draw.rounded(v, SQUARE_SLOT)
+        commit(mean[:, part], new_m, moves)
+        commit(square[:, part], new_v, moves)
         square_root = (v / correction_2).add_(eps_root).sqrt_()
         change = (m / correction_1) / (square_root + eps)
         new = old - lr * (change + weight_decay * old)

@@ -23,7 +23,7 @@ from ..core.rule import Batch, Item
 from ..maths import reference
 from ..maths.factored import Rates, ThreePassRule
 from ..maths.reference import Network, wide
-from ..optimizer import Registration, checks, register_optimizer
+from ..optimizer import Registration, StateDtype, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
     CELO_HORIZON,
@@ -118,7 +118,7 @@ class AdafacRule(ThreePassRule):
         # items of the group)
         if "adafac: groups" not in batch.cache:
             batch.cache["adafac: groups"] = {
-                (id(item.hyper), item.state["momentum"].dtype): item.hyper for item in batch.items
+                (id(item.hyper), item.dtype): item.hyper for item in batch.items
             }
         for (key, dtype), hyper in batch.cache["adafac: groups"].items():
             self._networks[key, dtype, batch.device] = self._network(
@@ -133,7 +133,7 @@ class AdafacRule(ThreePassRule):
 
     def network_of(self, i: int, item: Item) -> Network:
         """The network of this step for an item, made in `prepare`."""
-        return self._networks[id(item.hyper), item.state["momentum"].dtype, item.param.value.device]
+        return self._networks[id(item.hyper), item.dtype, item.param.value.device]
 
     def _network(self, step: Tensor, dtype: torch.dtype) -> Network:
         """The network with the time features of iteration `step` folded into its first bias."""
@@ -217,6 +217,10 @@ class AdafacLO(FactoredOptimizer):
         process_group: ranks that average the loss; this rule reads no loss.
         precision: "highest", "high" or "medium", arithmetic of the network in GPU kernels; on a CPU
             and in plain PyTorch all are float32.
+        state_dtype: "bfloat16" keeps momenta and mean square in it, 8 bytes per parameter in place
+            of 16, stochastically rounded so that slow means move and any cut writes the same bits;
+            factors and all arithmetic are float32. None or "float32": all state is.
+        state_seed: of that rounding, an int >= 0; part of the state.
 
     Raises:
         ValueError: a setting or a parameter that cannot be served, by name.
@@ -251,6 +255,8 @@ class AdafacLO(FactoredOptimizer):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
     ) -> None:
         network = load_weights(weights, ARCHITECTURE)
         given = {
@@ -273,7 +279,18 @@ class AdafacLO(FactoredOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": max_grad_norm,
         }
-        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip,
+            nonfinite,
+            process_group,
+            precision,
+            state_dtype,
+            state_seed,
+        )
 
 
 register_optimizer(Registration("adafaclo", AdafacLO, ARCHITECTURE, WEIGHTS))

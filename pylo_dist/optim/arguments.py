@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..maths.factored import FactoredRule
-from ..optimizer import LearnedOptimizer, checks
+from ..optimizer import LearnedOptimizer, StateDtype, checks
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import MetaNetwork
 
@@ -70,6 +70,8 @@ class FactoredOptimizer(LearnedOptimizer):
         nonfinite: Nonfinite,
         process_group: Any,
         precision: Precision,
+        state_dtype: StateDtype,
+        state_seed: int,
     ) -> None:
         self.precision = rule.precision = check_precision(precision)
         super().__init__(
@@ -80,4 +82,6 @@ class FactoredOptimizer(LearnedOptimizer):
             clip=clip,
             nonfinite=nonfinite,
             process_group=process_group,
+            state_dtype=state_dtype,
+            state_seed=state_seed,
         )

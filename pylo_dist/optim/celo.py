@@ -25,7 +25,8 @@ from ..maths.factored import LARGEST, FactoredRule
 from ..maths.lstm import LSTM, RunLSTM
 from ..maths.mixed import MixedRule
 from ..maths.reference import wide
-from ..optimizer import Registration, checks, register_optimizer
+from ..maths.rounding import Roundings
+from ..optimizer import Registration, StateDtype, checks, register_optimizer
 from ..optimizer.checks import LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
@@ -169,6 +170,8 @@ class Celo(SingleRunOptimizer, FactoredOptimizer):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
         tie_break: Literal["torch", "as_given"] = "torch",
     ) -> None:
         checks.choose("tie_break", tie_break, ("torch", "as_given"))
@@ -186,7 +189,18 @@ class Celo(SingleRunOptimizer, FactoredOptimizer):
             "max_grad_norm": max_grad_norm,
             "num_steps": num_steps,
         }
-        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip,
+            nonfinite,
+            process_group,
+            precision,
+            state_dtype,
+            state_seed,
+        )
         self.warn_of_length(num_steps, network.horizon)
 
 
@@ -242,6 +256,7 @@ class CeloAdamRule(FactoredRule):
         adamw.keep_param_squares(batch, equal, a)
         size = step_size(self.run.advance(batch))
         batch.figures["lr_mult"] = size.expand(len(batch.items))
+        roundings = Roundings(batch.device)
         for stack in equal:
             hyper = batch.items[stack.items[0]].hyper
             lr = wide(hyper["lr"])
@@ -250,6 +265,7 @@ class CeloAdamRule(FactoredRule):
                 stack,
                 lr * hyper["step_mult"] * size,
                 decay_after=lr * hyper["weight_decay"],
+                roundings=roundings,
             )
 
 
@@ -289,6 +305,8 @@ class CeloAdam(SingleRunOptimizer):
         clip: Clip = "global",
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
     ) -> None:
         beta_1, beta_2 = decays("betas", betas, 2)
         least = checks.number("eps", eps, "a finite number > 0", SMALLEST_FLOAT32, LARGEST_FLOAT32)
@@ -310,6 +328,8 @@ class CeloAdam(SingleRunOptimizer):
             clip=clip,
             nonfinite=nonfinite,
             process_group=process_group,
+            state_dtype=state_dtype,
+            state_seed=state_seed,
         )
         self.warn_of_length(num_steps, network.horizon)
 

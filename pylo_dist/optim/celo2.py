@@ -30,8 +30,9 @@ from ..maths.factored import FactoredRule
 from ..maths.orthogonal import EPS_STEP, NewtonSchulz
 from ..maths.owners import OwnedMatrices
 from ..maths.reference import Network, StepTensors, wide
+from ..maths.rounding import Roundings
 from ..maths.stacks import Stack
-from ..optimizer import Registration, checks, register_optimizer
+from ..optimizer import Registration, StateDtype, checks, register_optimizer
 from ..optimizer.checks import LARGEST, LARGEST_FLOAT32, SMALLEST_FLOAT32
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
@@ -164,15 +165,16 @@ class CELO2Rule(FactoredRule):
         candidates = [i for i, item in batch.candidates() if "momentum" in item.state]
         b = self.second_sum(batch).zero_()
         tensors: dict[int, StepTensors] = {}
+        roundings = Roundings(batch.device)
         if kernels is not None and candidates:
             kernels.feature_pass(batch, candidates)
         else:
             for i in candidates:
-                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i])
+                tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i], roundings)
                 reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
         adamw.keep_param_squares(batch, others, a)
         for stack in others:
-            self._adamw(batch, stack)
+            self._adamw(batch, stack, roundings)
         yield b
 
         # C: the network's direction, orthogonal or not, at a fixed rms
@@ -187,6 +189,7 @@ class CELO2Rule(FactoredRule):
                 self._updates(batch, b),
                 self.precision,
                 list(directions.values()),
+                roundings,
             )
         else:
             squares = self._param_squares(batch, b)
@@ -301,9 +304,9 @@ class CELO2Rule(FactoredRule):
         self, batch: Batch, i: int, t: StepTensors, sums: Tensor, param_rms: Tensor
     ) -> Tensor:
         """The local elements (N,) of s = o0 exp(exp_mult o1), and the new state of the tensor."""
-        exp_mult, scale = batch.items[i].hyper["exp_mult"], param_rms.to(t.momentum.dtype)
-        s = torch.empty_like(t.rms)
-        network = self._network(t.momentum.dtype, t.momentum.device)
+        exp_mult, scale = batch.items[i].hyper["exp_mult"], param_rms.to(t.dtype)
+        s = torch.empty_like(t.rms, dtype=t.dtype)
+        network = self._network(t.dtype, t.momentum.device)
         for box, direction, magnitude in reference.network_outputs(
             t, reference.normalisers(t, sums), network, self._scratch
         ):
@@ -336,10 +339,7 @@ class CELO2Rule(FactoredRule):
         for owned in self._ways(batch)[1]:
             there = owned.to_owners(directions, like)
             yield there
-            mine = {
-                i: w.to(batch.items[i].state["momentum"].dtype)
-                for i, w in owned.assemble(there).items()
-            }
+            mine = {i: w.to(batch.items[i].dtype) for i, w in owned.assemble(there).items()}
             self.newton_schulz.whole_(list(mine.values()))
             back = owned.give_back({i: w.to(wide_dtype) for i, w in mine.items()}, like)
             yield back
@@ -425,7 +425,7 @@ class CELO2Rule(FactoredRule):
         for packed in c.buffers:
             packed.buffer.add_(EPS_STEP).rsqrt_()
 
-    def _adamw(self, batch: Batch, stack: Stack) -> None:
+    def _adamw(self, batch: Batch, stack: Stack, roundings: Roundings) -> None:
         hyper = batch.items[stack.items[0]].hyper
         decay = hyper["adam_weight_decay"]
         self.settings.adamw.step(
@@ -433,6 +433,7 @@ class CELO2Rule(FactoredRule):
             stack,
             wide(hyper["lr"]) * hyper["adam_lr_mult"],
             hyper["weight_decay"] if decay is None else decay,
+            roundings=roundings,
         )
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:
@@ -565,6 +566,8 @@ class CELO2(FactoredOptimizer):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
     ) -> None:
         clamp = checks.number(
             "grad_clip_val", grad_clip_val, "a finite number > 0", most=LARGEST_FLOAT32, above=True
@@ -597,7 +600,18 @@ class CELO2(FactoredOptimizer):
             "max_grad_norm": bound,
             "is_embedding": False,
         }
-        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip,
+            nonfinite,
+            process_group,
+            precision,
+            state_dtype,
+            state_seed,
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

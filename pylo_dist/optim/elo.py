@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..maths.factored import Rates
 from ..maths.reference import wide
-from ..optimizer import Registration, register_optimizer
+from ..optimizer import Registration, StateDtype, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import PYLO_LICENCE, Architecture, Registered, WeightsLike, load_weights
 from . import adafac
@@ -79,6 +79,8 @@ class ELO(FactoredOptimizer):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
     ) -> None:
         bound = norm_bound(clip_grad, clip_norm)
         network = load_weights(weights, ARCHITECTURE)
@@ -92,7 +94,18 @@ class ELO(FactoredOptimizer):
             "weight_decay": weight_decay,
             "max_grad_norm": bound,
         }
-        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip,
+            nonfinite,
+            process_group,
+            precision,
+            state_dtype,
+            state_seed,
+        )
 
 
 register_optimizer(Registration("elo", ELO, ARCHITECTURE, WEIGHTS))

@@ -21,7 +21,7 @@ from ..core.state import StateField
 from ..maths import lstm, mixed, reference
 from ..maths.lstm import LSTM, TensorRows
 from ..maths.mixed import MixedRule
-from ..optimizer import Registration, checks, register_optimizer
+from ..optimizer import Registration, StateDtype, checks, register_optimizer
 from ..optimizer.engine import Clip, Nonfinite
 from ..weights import (
     CELO_HORIZON,
@@ -253,6 +253,8 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
         precision: Precision = "high",
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
         tie_break: Literal["torch", "as_given"] = "torch",
     ) -> None:
         checks.choose("tie_break", tie_break, ("torch", "as_given"))
@@ -270,7 +272,18 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
             "max_grad_norm": max_grad_norm,
             "num_steps": num_steps,
         }
-        super().__init__(params, rule, network, defaults, clip, nonfinite, process_group, precision)
+        super().__init__(
+            params,
+            rule,
+            network,
+            defaults,
+            clip,
+            nonfinite,
+            process_group,
+            precision,
+            state_dtype,
+            state_seed,
+        )
         numel = sum(binding.shard.global_numel for binding, _ in self.layouts())
         if numel > LARGEST_MODEL:
             warnings.warn(

@@ -1,6 +1,6 @@
 """The `torch.optim.Optimizer` that users see, what it is made of, and the names it goes by."""
 
-from .learned import LearnedOptimizer
+from .learned import LearnedOptimizer, StateDtype
 from .registry import (
     Registration,
     load_plugin,
@@ -11,6 +11,7 @@ from .registry import (
 __all__ = [
     "LearnedOptimizer",
     "Registration",
+    "StateDtype",
     "load_plugin",
     "register_optimizer",
     "registered_optimizers",

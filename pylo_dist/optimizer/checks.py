@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.scalars import with_python_numbers
@@ -24,6 +25,7 @@ LARGEST_FLOAT32 = 3e38
 SMALLEST_FLOAT32 = 1e-37  # above what becomes 0
 LONGEST = 10**12  # steps, or what else is counted
 LONGEST_WAIT = 1e7  # seconds
+LARGEST_SEED = 2**53 - 1  # float64 holds all up to it, by which ranks compare what their groups say
 
 
 def shown(value: object) -> str:
@@ -78,6 +80,17 @@ def whole(name: str, value: object, wanted: str, least: int, most: int = LONGEST
     if found is None or not least <= found <= most:
         raise refused(name, value, f"{wanted} (at most {most})")
     return found
+
+
+def halves(name: str, value: object) -> bool:
+    """Whether a dtype for state, torch's own or its name, is bfloat16 and not float32, which None
+    stands for too. Raises ValueError for any other.
+    """
+    known = isinstance(value, (str, torch.dtype)) or value is None
+    found = str(value).removeprefix("torch.") if known else ""
+    if found not in ("None", "float32", "bfloat16") or value == "None":
+        raise refused(name, value, "'float32' (or None) or 'bfloat16', or these dtypes of torch")
+    return found == "bfloat16"
 
 
 def switch(name: str, value: object) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -27,7 +27,16 @@ from .first_steps import FirstSteps
 from .lineup import Lineup
 from .parameters import Groups, Parameters, State, names_of, own_group, share_names
 from .report import Report, group_settings, report_of
-from .settings import REFUSED, GroupNumbers, Habits, check_device_numbers, check_group
+from .settings import (
+    REFUSED,
+    GroupNumbers,
+    Habits,
+    check_device_numbers,
+    check_group,
+    check_seed,
+)
+
+StateDtype = Union[Literal["float32", "bfloat16"], torch.dtype, None]
 
 # what copies and pickles take along, beside what torch does; `precision` and `_width_mults` are
 # faces'
@@ -41,8 +50,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
     parameters.
 
     Construct one of its faces (`AdafacLO`, ...) instead. State is made at construction, in float32
-    (float64 for float64 parameters) whatever the parameter's dtype; `param_groups[i]["step"]`
-    counts the steps taken, an int64 0-d tensor.
+    (float64 for float64 parameters) whatever the parameter's dtype, unless `state_dtype` says
+    otherwise; `param_groups[i]["step"]` counts the steps taken, an int64 0-d tensor.
 
     Args:
         params: parameters, groups, or `named_parameters()`.
@@ -52,6 +61,9 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         clip, nonfinite: see `Engine`.
         process_group: ranks that average the loss; None: the world once torch.distributed is
             initialised, False: none.
+        state_dtype: "bfloat16" keeps the rule's means of every element (momenta, mean square) in
+            it, stochastically rounded, and all other state in float32; "float32" or None all.
+        state_seed: of that rounding, an int >= 0; part of the state (`group["state_seed"]`).
 
     Attributes:
         early: for adapters whose gradients arrive before the step.
@@ -79,16 +91,21 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         clip: Clip = "global",
         nonfinite: Nonfinite = "error",
         process_group: Any = None,
+        state_dtype: StateDtype = None,
+        state_seed: int = 0,
     ) -> None:
         checks.choose("clip", clip, ("global", "per_tensor"))
         checks.choose("nonfinite", nonfinite, ("error", "skip", "allow"))
         comm.check_group("process_group", process_group)
+        halved, seed = checks.halves("state_dtype", state_dtype), check_seed(state_seed)
+        if halved:  # groups of others have no use for it, and no place in their checkpoints
+            defaults = {**defaults, "state_seed": seed}
         params = checks.parameters(params)
         self.rule, self.weights = rule, weights
         self.process_group = process_group
         self.timeout: float | None = None
         self._clip, self._nonfinite = clip, nonfinite
-        self._params = Parameters(rule, type(self).__name__)
+        self._params = Parameters(rule, type(self).__name__, halved)
         self._lineup = Lineup(self._params, rule, clip, nonfinite)
         self.early = EarlyPass(self._lineup, self._ready)
         self._first_steps = FirstSteps()
@@ -118,6 +135,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             ):
                 plain.check_param(name, param)
             bindings = self._params.describe(self.param_groups, self.settings())
+            self._params.check_halved(group, bindings)
         except Exception:
             self.param_groups.pop()
             raise
@@ -143,6 +161,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             "clip": self._clip,
             "nonfinite": self._nonfinite,
             "weights": self.weights.describe(),
+            "state_dtype": "bfloat16" if self._params.halved else "float32",
         }
         rule = [
             f"{k}={v}"
@@ -294,8 +313,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state keeps its dtype (float32 for bfloat16 parameters) and shares no
-        memory with `state_dict`.
+        """As in torch, but state has the dtype that this optimizer keeps it in, whatever the
+        parameters' and that of the state loaded, and shares no memory with `state_dict`.
 
         Args:
             state_dict: of the same optimizer in any layout: tensors are whole, or sharded so that
@@ -332,6 +351,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """
         loading.check_parts(loaded, type(self).__name__)
         loaded = loading.matched(loaded, self.param_groups, self.state)
+        loaded = loading.with_seeds_of(self.param_groups, loaded)
         self.check_groups(loaded["param_groups"])
         loading.check_group_state(loaded["param_groups"], self.rule)
         loading.check_states(loaded, self.param_groups, self.state, self._params)
@@ -339,7 +359,7 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
 
     def check_groups(self, groups: Groups) -> None:
         """As `check_state_dict`, of the parameter groups alone."""
-        settings = (name for name in self.defaults if name not in REFUSED)
+        settings = (name for name in self.defaults if name not in (*REFUSED, loading.SEED))
         keys = ("step", *self.group_keys, *self.rule.group_state(), *settings)
         loading.check_groups(
             groups,
@@ -401,8 +421,10 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         """One row per parameter: what it is, where it lies, which rule drives it, and the bytes of
         its state on this rank.
         """
+        seeds = dict.fromkeys(str(group.get(loading.SEED)) for group in self.param_groups)
+        halved = f", state in bfloat16 (seed {', '.join(seeds)})" if self._params.halved else ""
         return report_of(
-            f"{type(self).__name__}, {self.weights.describe()}",
+            f"{type(self).__name__}, {self.weights.describe()}{halved}",
             self.rule,
             (
                 (binding, param, self._params.fields[param], self.state.get(param, {}))

@@ -5,6 +5,7 @@ elements of it. Reads only; what it makes is new memory.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 import warnings
@@ -18,6 +19,7 @@ from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
 from ..core.state import StateField, state_dtype
 from ..layouts.plain import local_tensor
+from ..maths.rounding import to_nearest
 from ..weights import MetaNetwork
 from .checks import as_number, shown
 from .parameters import Groups, Parameters, State, names_of
@@ -36,6 +38,8 @@ EARLIER_MARKS = {
     "state_weights": "the state was saved by a version that knew weights by their tensors alone; "
     "whether they had the same decays cannot be told"
 }
+SEED = "state_seed"  # what groups have beside their settings where state is halved
+_log = logging.getLogger("pylo_dist")
 _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's, in front of every name
 
 
@@ -73,8 +77,10 @@ def unsharded(saved: dict[str, Any], groups: Groups, parameters: Parameters) -> 
 def own_state(
     loaded: dict[str, Any], groups: Groups, parameters: Parameters
 ) -> dict[Tensor, State]:
-    """This rank's elements of the loaded state per parameter, copied to its device."""
-    own = {}
+    """This rank's elements of the loaded state per parameter, copied to its device, in the dtype
+    they are kept in. Says so once where that is another one.
+    """
+    own, converted = {}, dict[str, tuple[torch.dtype, torch.dtype]]()
     for saved, param in _params_by_key(loaded["param_groups"], groups).items():
         entries = loaded["state"].get(saved)
         if entries:
@@ -83,8 +89,33 @@ def own_state(
                 name: local_part(entries[name], field, shard, param)
                 for name, field in parameters.fields[param].items()
             }
+            for name, field in parameters.fields[param].items():
+                found, kept = parts[name].dtype, field.dtype(param.dtype, parameters.halved)
+                if found != kept:
+                    rounded = kept == torch.bfloat16
+                    parts[name] = to_nearest(parts[name]) if rounded else parts[name].to(kept)
+                    converted[name] = found, kept
             own[param] = parameters.shown(param, parts)
+    if converted:
+        found, kept = next(iter(converted.values()))
+        how = "rounded to nearest" if kept == torch.bfloat16 else "exactly"
+        names = ", ".join(converted)
+        _log.warning("state was saved in %s and is kept in %s, %s: %s", found, kept, how, names)
     return own
+
+
+def with_seeds_of(groups: Groups, loaded: dict[str, Any]) -> dict[str, Any]:
+    """The same state dict for groups that have, or have no, seed for the rounding of their state:
+    one that was saved counts, and where none was, their own.
+    """
+    saved = loaded["param_groups"]
+    if len(saved) != len(groups):  # the checks say it
+        return loaded
+    taken = []
+    for theirs, own in zip(saved, groups, strict=True):
+        seed = {SEED: theirs.get(SEED, own[SEED])} if SEED in own else {}
+        taken.append({**{key: value for key, value in theirs.items() if key != SEED}, **seed})
+    return {**loaded, "param_groups": taken}
 
 
 def without_state(loaded: dict[str, Any], groups: Groups) -> dict[str, Any]:
@@ -311,7 +342,7 @@ def check_states(
         if not (entries or state.get(param)):
             continue
         fields, binding = parameters.fields[param], parameters.bindings[param]
-        shape, dtype = binding.shard.shape, state_dtype(param.dtype)
+        shape = binding.shard.shape
         kind = id(fields), shape
         if kind not in wanted:
             wanted[kind] = [
@@ -321,6 +352,7 @@ def check_states(
         for name, field, size in wanted[kind]:
             got = entries.get(name)
             # a tensor that is no part of another is whole: every rank's elements are in it
+            dtype = field.dtype(param.dtype, parameters.halved)
             if type(got) is not Tensor or got.dtype != dtype or got.shape != size:
                 _check_tensor(name, got, field, binding, param)
 
@@ -362,7 +394,8 @@ def _check_tensor(
 ) -> None:
     shard = binding.shard
     wanted, dtype = field.canonical_shape(shard.shape), state_dtype(param.dtype)
-    if isinstance(got, Tensor) and (tuple(got.shape), got.dtype) == (wanted, dtype):
+    fits = isinstance(got, Tensor) and field.loads(got.dtype, param.dtype)
+    if isinstance(got, Tensor) and fits and tuple(got.shape) == wanted:
         if gap := covering_gap(got, field.copies, field.part(shard)):
             raise ValueError(
                 f"state {name!r} of {shard.fqn!r}: {gap} elements of this rank are on other "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.pieces import ShardBinding
@@ -84,6 +85,7 @@ class Parameters:
     Args:
         rule: says which state a parameter has.
         kind: of the optimizer; ranks that build one together compare it.
+        halved: whether state is kept in bfloat16 where its field allows it.
 
     Attributes:
         bindings: where the elements of each parameter lie; another dict whenever they were
@@ -93,8 +95,8 @@ class Parameters:
             they or the bindings, which keep them alive, are others.
     """
 
-    def __init__(self, rule: LearnedRule, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, rule: LearnedRule, kind: str, halved: bool = False) -> None:
+        self.kind, self.halved = kind, halved
         self.bindings: dict[Tensor, ShardBinding] = {}
         self.fields: dict[Tensor, dict[str, StateField]] = {}
         self.ids: list[int] = []
@@ -104,7 +106,7 @@ class Parameters:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # of another process, or of a version that had none
-        self.__dict__.update({**state, "ids": [], "_whole": None})
+        self.__dict__.update({"halved": False, **state, "ids": [], "_whole": None})
 
     # ------------------------------------------------------------------------------ which there are
 
@@ -119,6 +121,24 @@ class Parameters:
         construction.meet(named, self.kind)
         bindings = describe_all(named, settings)
         return {param: binding for (_, param), binding in zip(named, bindings, strict=True)}
+
+    def check_halved(self, group: dict[str, Any], bindings: dict[Tensor, ShardBinding]) -> None:
+        """Raise ValueError for a parameter of a group whose state cannot be kept in bfloat16, where
+        that was asked for.
+        """
+        for param in group["params"] if self.halved else ():
+            shard = bindings[param].shard
+            fields = self._rule.state_fields(shard, group)
+            why = ""
+            if param.dtype == torch.float64:
+                why = f"{shard.fqn!r} is torch.float64, and so is all arithmetic with its state"
+            elif all(field.slot is None for field in fields.values()):
+                why = (
+                    f"the rule {self._rule.name!r} says of no state that it may be rounded "
+                    "(StateField.slot)"
+                )
+            if why:
+                raise ValueError(f"state_dtype='bfloat16': {why}; leave it out")
 
     def admit(self, groups: Groups, bindings: dict[Tensor, ShardBinding]) -> None:
         """Take over the last of these groups, which is new; the bindings are those of all, of which
@@ -279,7 +299,7 @@ class Parameters:
         self, params: Sequence[Tensor], shards: Sequence[TensorShard]
     ) -> Iterator[State]:
         fields = map(self.fields.__getitem__, params)
-        states = allocate_states(zip(fields, shards, params, strict=True))
+        states = allocate_states(zip(fields, shards, params, strict=True), self.halved)
         return map(self.shown, params, states) if any(map(plain.is_dtensor, params)) else states
 
     def enter(self, groups: Groups, state: MutableMapping[Tensor, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.rule import is_capturing
 from ..core.scalars import as_python
-from .checks import LARGEST, as_number, refused
+from .checks import LARGEST, LARGEST_SEED, as_number, refused, whole
 
 REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")  # modes of torch's own
 # what groups may say at most; an exponent of e is bounded by what float32 reaches
@@ -65,10 +65,17 @@ def check_group(group: dict[str, Any]) -> None:
         number = as_number(value)
         if not (number is not None and 0.0 <= number <= most):
             raise refused(key, value, f"a finite number >= 0, at most {most:g}")
+    if "state_seed" in group:
+        check_seed(group["state_seed"])
     limit = group.get("max_grad_norm")
     whole = isinstance(limit, int) and limit < 2**63
     if limit is not None and not ((whole or isinstance(limit, float)) and limit > 0):
         raise refused("max_grad_norm", limit, "a number > 0, or None for no clipping")
+
+
+def check_seed(seed: object) -> int:
+    """`seed` as an int. Raises ValueError for what is no seed of the rounding of state."""
+    return whole("state_seed", seed, "an int >= 0", 0, LARGEST_SEED)
 
 
 def check_device_numbers(group: dict[str, Any]) -> None:

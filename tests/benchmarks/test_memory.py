@@ -73,6 +73,16 @@ def test_formula_by_hand() -> None:
     assert computed.peak == computed.parameters + computed.state + scratch + 2 * 136 + 68
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_state_is_what_the_formula_says(state_dtype: str) -> None:
+    shapes = {"weight": (4, 6), "bias": (10,), "conv": (5, 2, 3, 3)}
+    params = [(fqn, nn.Parameter(torch.zeros(shape))) for fqn, shape in shapes.items()]
+    optimizer = pylo_dist.AdafacLO(params, weights="demo", state_dtype=state_dtype)
+    halved = state_dtype == "bfloat16"
+    computed = memory_formula(shapes, "AdafacLO", ranks=1, stage=0, halved=halved).state
+    assert sum(row["state_bytes"] for row in optimizer.report()) == computed
+
+
 def test_gpt2_124m_on_many_ranks_has_little_but_parameters() -> None:
     one, many = (formula_of(PRESETS["124m"], "AdafacLO", ranks=ranks, stage=2) for ranks in (1, 64))
     assert many.state < one.state / 50

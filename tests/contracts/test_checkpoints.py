@@ -18,11 +18,12 @@ from torch import nn
 
 from pylo_dist import checkpoint
 from support.optimizer_cases import EVERY, Named, build, everything, make_params, same, train
-from support.optimizers import OPTIMIZERS
+from support.optimizers import OPTIMIZERS, VARIANTS
 
 # rates are large here, so that settings show
 pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+HALVED = [name for name, case in VARIANTS.items() if case.halved]
 Pair = tuple[Any, Named]
 
 
@@ -73,12 +74,33 @@ def test_resume_is_bit_equal(
     """With settings that are not the constructor's, a rate that is a tensor, and a scheduler, which
     puts a function in the place of `optimizer.step` that no copy may carry.
     """
+    goes_on(name, way, tmp_path, dtype)
+
+
+@pytest.mark.parametrize("name", HALVED)
+@pytest.mark.parametrize("way", [copied, pickled, through_a_file, through_a_folder])
+def test_halved_state_resumes_bit_equal(
+    name: str, way: Callable[[str, Pair, Path], Pair], tmp_path: Path
+) -> None:
+    """The seed goes along: it is that of the state, and not the constructor's."""
+    twin = goes_on(name, way, tmp_path, state_seed=2**40 + 3)
+    assert twin.param_groups[0]["state_seed"] == 2**40 + 3
+
+
+def goes_on(
+    name: str,
+    way: Callable[[str, Pair, Path], Pair],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Any:
+    """A run and what came this way of it take the same steps; the latter."""
     named = make_params(EVERY, dtype)
-    group = {"params": named, "weight_decay": 0.25}
+    group = {"params": named, "weight_decay": 0.25, **settings}
     optimizer = build(name, named, [group], lr=torch.tensor(0.5), nonfinite="skip")
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     train(optimizer, named, 0, 3)
-    twin, twin_named = way(name, (optimizer, named), tmp_path)
+    twin, twin_named = way(name, (optimizer, named), folder)
     assert same(everything(twin), everything(optimizer))
     assert twin.param_groups[0]["weight_decay"] == 0.25
     train(optimizer, named, 3, 5)
@@ -86,6 +108,43 @@ def test_resume_is_bit_equal(
     train(twin, twin_named, 3, 5)
     assert same(everything(twin), everything(optimizer))
     assert str(twin.report()) == str(optimizer.report())
+    return twin
+
+
+@pytest.mark.parametrize("name", HALVED)
+@pytest.mark.parametrize("way", [through_a_file, through_a_folder])
+def test_state_loads_into_any_dtype(
+    name: str,
+    way: Callable[[str, Pair, Path], Pair],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """float32 is rounded to nearest, bfloat16 is as it was; both say so in one line, and go on as
+    what they are now.
+    """
+    whole, named = name.removesuffix("_halved"), make_params(EVERY)
+    optimizer = build(whole, named)
+    train(optimizer, named, 0, 3)
+    halved, halved_named = way(name, (optimizer, named), tmp_path / "wide")
+    widened, widened_named = way(whole, (halved, halved_named), tmp_path / "half")
+    said = [record.getMessage() for record in caplog.records if "was saved in" in record.message]
+    assert [" ".join(line.split()[:10]) for line in said] == [
+        "state was saved in torch.float32 and is kept in torch.bfloat16,",
+        "state was saved in torch.bfloat16 and is kept in torch.float32,",
+    ]
+    for before, half, wide in zip(
+        *(o.state.values() for o in (optimizer, halved, widened)), strict=True
+    ):
+        rounded = [key for key, tensor in half.items() if tensor.dtype == torch.bfloat16]
+        assert rounded
+        for key, tensor in before.items():
+            kept = tensor.to(torch.bfloat16) if key in rounded else tensor
+            assert torch.equal(half[key], kept), key
+            assert torch.equal(wide[key], kept.float()), key
+    assert [o.param_groups[0].get("state_seed") for o in (halved, widened)] == [7, None]
+    for taken, its in ((halved, halved_named), (widened, widened_named)):
+        train(taken, its, 3, 4)
+        assert int(taken.param_groups[0]["step"]) == 4
 
 
 @every_optimizer

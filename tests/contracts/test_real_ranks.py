@@ -53,7 +53,7 @@ def layouts(world: int) -> dict[str, list[str]]:
 RUN = ("loss_", "lstm_")  # entries of a group that belong to the run
 
 # test_checkpoint leaves them to others of the same kinds of state
-RESUMED = [name for name, case in SETTINGS.items() if case.state_as]
+RESUMED = [name for name, case in SETTINGS.items() if case.state_as or case.halved]
 
 
 def train(layout: str, world: int, names: list[str]) -> dict[str, Any]:
@@ -137,8 +137,15 @@ def zero(
 def resumed(name: str, rank: int, world: int, folder: str) -> dict[str, Tensor]:
     """What ZeRO-2 saved, gone on for a step under FSDP2, on the first gradients again."""
     model, called, _, _ = build("fsdp2", world)
-    optimizer = SETTINGS[name].build(trainable(model))
+    case = SETTINGS[name]
+    optimizer = case.build(trainable(model))
     checkpoint.load(f"{folder}/{name}", {"model": model, "optimizer": optimizer})
+    if case.halved:  # and in float32 it is the same
+        wide = case.build(trainable(model), state_dtype="float32")
+        checkpoint.load(f"{folder}/{name}", {"model": model, "optimizer": wide})
+        for mine, its in zip(optimizer.state.values(), wide.state.values(), strict=True):
+            assert {local(t).dtype for t in its.values()} == {torch.float32}
+            assert all(torch.equal(local(t).float(), local(its[key])) for key, t in mine.items())
     called(0, rank).backward()
     optimizer.step(torch.tensor(loss_of(0, rank)))
     return snapshot(model)
@@ -196,6 +203,7 @@ def test_layouts_equal_one_process(world: int, tmp_path: Path, figures: list[str
                 ).get(fqn, 0.0)
                 worst_state = max(worst_state, error)
                 assert error <= 1.0, (key, fqn, field, error)
+                assert tensor.dtype == torch.float32 or torch.equal(copies[0], tensor), (key, fqn)
         for other in mine:
             assert other["norm"] == pytest.approx(float(reference.grad_norm), rel=1e-9)
             for field, tensor in (

@@ -41,6 +41,8 @@ def check_boxes(shard: TensorShard) -> None:
     )
     for box in shard.boxes():
         assert torch.equal(box.view(indices), whole[slices(box)]), (shard, box)
+        own = box.indices(shard.shape, torch.device("cpu"))
+        assert torch.equal(own, whole[slices(box)]), (shard, box)
         box.view(seen).add_(1)
     assert bool((seen == 1).all()), shard
 

@@ -166,6 +166,10 @@ def test_a_missing_recipe_and_settings_that_do_not_go_together(tmp_path: Path) -
             ["--clip", "per_tensor", "--optimizer", "adamw", "--max-grad-norm", "1"],
             "--clip per_tensor is for learned optimizers",
         ),
+        (
+            ["--state-dtype", "bfloat16", "--optimizer", "adamw"],
+            "--state-dtype bfloat16 is for learned optimizers and means nothing to adamw",
+        ),
         (["--grad-scale", "0"], "--grad-scale is 0.0"),
         (
             ["--grad-scale", "2", "--deepspeed", "x.json"],
@@ -179,6 +183,12 @@ def test_a_missing_recipe_and_settings_that_do_not_go_together(tmp_path: Path) -
     ):
         with pytest.raises(WrongInput, match=said):
             parse(words)
+
+
+def test_the_dtype_of_state_reaches_the_optimizer() -> None:
+    given = parse(["--weights", "demo", "--state-dtype", "bfloat16"]).learned_arguments()
+    assert given["state_dtype"] == "bfloat16"
+    assert "state_dtype" not in parse(["--weights", "demo"]).learned_arguments()
 
 
 def test_the_scale_reaches_the_gradients_and_the_clipping(learned_weights: dict[str, Path]) -> None:

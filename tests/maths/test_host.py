@@ -55,6 +55,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # through a step: an optimizer 
         "CELO2",
         {"orthogonalize": False, "param_scale_mult": True},
     ),
+    "AdafacLO, halved": ("AdafacLO", {"state_dtype": "bfloat16"}),
+    "CELO2, halved": ("CELO2", {"state_dtype": "bfloat16"}),
 }
 # several, or not marked as what they are
 VIEWS = ("split", "split_with_sizes", "unbind", "_unsafe_view", "detach")

@@ -30,6 +30,7 @@ from support.optimizer_cases import (
     values,
 )
 from support.optimizers import small_fc
+from support.own_rule import Tide, tide_weights
 
 # ------------------------------------------------------------------------------------------- groups
 
@@ -326,11 +327,42 @@ def test_report() -> None:
             r"initial_momentum_decays=\(0.9,\): wanted 3 numbers in \[0, 1\)",
         ),
         ({"initial_rms_decays": ("a",)}, r"initial_rms_decays=\('a',\): wanted 1 number in"),
+        ({"state_dtype": "float16"}, "state_dtype='float16': wanted 'float32' .* or 'bfloat16'"),
+        ({"state_dtype": torch.float64}, "state_dtype=torch.float64: wanted 'float32'"),
+        ({"state_dtype": 16}, "state_dtype=16: wanted 'float32'"),
+        ({"state_seed": -1}, "state_seed=-1: wanted an int >= 0"),
+        ({"state_seed": 0.5}, "state_seed=0.5: wanted an int >= 0"),
+        ({"state_seed": True}, "state_seed=True: wanted an int >= 0"),
+        ({"state_dtype": "bfloat16", "state_seed": 2**53}, "state_seed=9007199254740992: wanted"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adafac(make_params(), **settings)
+
+
+def test_state_that_cannot_be_halved_is_refused() -> None:
+    double = [("w", nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)))]
+    with pytest.raises(ValueError, match=r"state_dtype='bfloat16': 'w' is torch.float64, and so"):
+        adafac(double, state_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"the rule 'tide' says of no state that it may be rounde"):
+        Tide(make_params(), weights=tide_weights(), state_dtype=torch.bfloat16)
+    optimizer = adafac(make_params(), state_dtype="bfloat16")
+    more = {"params": [("more", nn.Parameter(torch.zeros(2)))], "state_seed": "a"}
+    with pytest.raises(ValueError, match="state_seed='a': wanted an int >= 0"):
+        optimizer.add_param_group(more)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_halved_state_is_reported() -> None:
+    """A matrix of 3 x 7: 4 means of 2 bytes in place of 4, and the factors as they are."""
+    whole, halved = adafac(make_params()), adafac(make_params(), state_dtype="bfloat16")
+    rows = [{row["fqn"]: row["state_bytes"] for row in o.report()} for o in (whole, halved)]
+    assert rows[0]["wide"] - rows[1]["wide"] == 4 * 21 * 2
+    assert rows[1]["wide"] == 4 * 21 * 2 + 3 * (3 + 7) * 4
+    assert rows[1]["bias"] == 5 * (4 * 2 + 3 * 4)
+    assert "state in bfloat16 (seed 0)" in str(halved.report())
+    assert "bfloat16" not in str(whole.report())
 
 
 def test_arguments_after_params_are_keywords_only() -> None:

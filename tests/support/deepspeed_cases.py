@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist.core.pieces import bound_shard
-from support.optimizers import Roles, cases
+from support.optimizers import OPTIMIZERS, Roles, cases
 
 # Shapes that break sharded optimizers: uneven, [1, N], dims below the ranks, square, more than two
 # dims, one element. (DeepSpeed itself cannot broadcast a 0-d one.)
@@ -115,7 +115,7 @@ def mean_loss(step: int, micros: int, world: int) -> float:
 
 # DeepSpeed's JSON knows the optimizers of the package
 ROLES = Roles(widths={"square.weight": 4.0, "embedding.weight": 2.0}, embedding="^embedding")
-SERVED = cases(ROLES, built_in=True)
+SERVED = cases(ROLES, (*OPTIMIZERS, "AdafacLO_halved"), built_in=True)
 CLIPPING = ("clip_grad", "max_grad_norm", "clip")  # DeepSpeed's own, "gradient_clipping"
 
 

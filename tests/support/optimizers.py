@@ -93,12 +93,24 @@ class OptimizerCase:
         return self.shares[dtype == torch.float64]
 
     @property
+    def halved(self) -> bool:
+        """Whether its means of every element are kept in bfloat16."""
+        return "state_dtype" in self.arguments
+
+    @property
     def built_in(self) -> bool:
         """Whether the package has it, and with it DeepSpeed's JSON and compiled passes."""
         return self.face.__module__.startswith("pylo_dist.")
 
 
 _DECAYED = {"weight_decay": 0.1}
+_HALVED = {
+    "arguments": {"state_dtype": "bfloat16", "state_seed": 7},
+    "cannot": {
+        "float64": "its state is rounded to bfloat16, which float64 parameters have no use for",
+        "kernels": "how far it is from float64 is its rounding, not its arithmetic",
+    },
+}
 _LATE = {"late": "one LSTM serves the run, which a tensor that comes late joins"}
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "AdafacLO": OptimizerCase(
@@ -108,6 +120,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         variants={
             "clipped": {"arguments": {"max_grad_norm": 1.0}},
             "per_tensor": {"arguments": {"max_grad_norm": 0.05, "clip": "per_tensor"}},
+            "halved": _HALVED,
         },
     ),
     "MuLO": OptimizerCase(
@@ -123,7 +136,10 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         needs_loss=True,
         groups=(_DECAYED, {"max_grad_norm": 0.01}),
         # a run that goes beyond its end, too
-        variants={"clipped": {"arguments": {"num_steps": 15, "max_grad_norm": 1.0}}},
+        variants={
+            "clipped": {"arguments": {"num_steps": 15, "max_grad_norm": 1.0}},
+            "halved": _HALVED,
+        },
         cannot={
             "alone": "its LSTM mixes all tensors of an optimizer: none moves as it would alone",
             "rest": "its LSTM takes its step for tensors without a gradient too",
@@ -145,6 +161,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         groups=(_DECAYED, {"max_grad_norm": 0.01}, {"step_mult": 0.02}),
         reductions=1,
         state_as=("CELO2", "Celo"),
+        variants={"halved": _HALVED},
         cannot={**_LATE, "kernels": "it has no features and no network per element"},
     ),
     "ELO": OptimizerCase(
@@ -172,7 +189,8 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
                 "reductions": 3,  # the rms of directions that no Newton-Schulz gives
                 "exchanges": 0,
                 "shares": SHARES,
-            }
+            },
+            "halved": _HALVED,
         },
     ),
     "ELO_CELO2": OptimizerCase(

@@ -204,6 +204,6 @@ def unsharded(
 
 ROLES = Roles(widths={"blocks.0.up.weight": 4.0, "embedding.weight": 2.0}, embedding="^embedding")
 # VeLO_clipped, Celo_clipped and AdafacLO_per_tensor do all that the plain ones and AdafacLO_clipped
-# do
-LEFT_OUT = ("AdafacLO_clipped", "VeLO", "Celo", "Tide")
+# do; the halved ones have all kinds of state in two
+LEFT_OUT = ("AdafacLO_clipped", "VeLO", "Celo", "Tide", "VeLO_halved", "CeloAdam_halved")
 SETTINGS = cases(ROLES, [name for name in VARIANTS if name not in LEFT_OUT])

@@ -51,6 +51,7 @@ ON_3 = {
             },
         ),
     )
+    if stage in (1, 3) or not cases.SERVED[rule].halved
 }
 ON_2 = {
     "stage 1, velo": Case(

@@ -36,7 +36,7 @@ SAVED = {
     "stage 0": Case(0, "VeLO", steps=END),
     "stage 0, bfloat16": Case(0, extra=BF16, steps=END),
     "stage 1": Case(1, "VeLO", groups=True, steps=END, zero={"round_robin_gradients": True}),
-    "stage 1, fp32 sums": Case(1, groups=True, extra=FP32_SUMS, steps=END),
+    "stage 1, fp32 sums": Case(1, "AdafacLO_halved", groups=True, extra=FP32_SUMS, steps=END),
     "stage 2": Case(2, "ELO_CELO2", extra=SCHEDULER, steps=END),
     "stage 2, bfloat16": Case(2, "VeLO", extra=BF16, steps=END),
     "stage 3": Case(

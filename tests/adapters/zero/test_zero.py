@@ -118,8 +118,12 @@ def settings(world: int) -> dict[str, OptimizerCase]:
     names = {
         1: ("AdafacLO", "VeLO_clipped"),
         2: (),
-        # the clipped ones do all that the plain ones do
-        3: [name for name in VARIANTS if name not in ("VeLO", "Celo", "Tide")],
+        # the clipped ones do all that the plain ones do; other halved ones run on 2 and 4 ranks
+        3: [
+            name
+            for name in VARIANTS
+            if name not in ("VeLO", "Celo", "Tide", "AdafacLO_halved", "CELO2_halved")
+        ],
         4: ("AdafacLO", "VeLO_clipped", "CELO2"),
     }
     return cases(ROLES, names[world])
