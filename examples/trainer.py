@@ -32,7 +32,7 @@ trainer = Trainer(
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # else ranks on CPUs train a model each
     ),
     train_dataset=samples,
     optimizer_cls_and_kwargs=(pylo_dist.AdafacLO, {"weights": "demo"}),

@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = complain(error, code=1, aloud=first)
     except Stopped as error:
         code = complain(error, code=128 + signal.SIGTERM, aloud=first)
-    except KeyboardInterrupt:
-        code = complain(INTERRUPTED, code=128 + signal.SIGINT, aloud=first)
+    except KeyboardInterrupt as error:
+        code = complain(str(error) or INTERRUPTED, code=128 + signal.SIGINT, aloud=first)
         if place.world_size > 1:  # the others may be gone already
             os._exit(code)
     except Exception:

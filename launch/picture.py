@@ -43,10 +43,10 @@ def figure_of(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     labels = [(last_loss(rows)[1], name, OWN)]
-    _curve(axes, rows, OWN)
     if beside is not None and beside.rows:
         labels.append((last_loss(beside.rows)[1], f"{beside.name}, lr {beside.lr:g}", OTHER))
         _curve(axes, beside.rows, OTHER)
+    _curve(axes, rows, OWN)
     highest = max(row.loss for row in rows)
     if rows[0].step == 1:  # not where the first rows of a run are lost
         untrained = rows[0].loss
@@ -56,7 +56,7 @@ def figure_of(
     lowest = min([lowest, *(row.loss for row in rows)])
     room = 0.06 * (highest - lowest) or 0.1
     axes.set_ylim(lowest - room, highest + room)  # what diverges beside it leaves the picture
-    axes.set_xlim(0, rows[-1].step)
+    axes.set_xlim(0, 1.01 * rows[-1].step)
     for place, (value, text, colour) in zip(
         _apart([value for value, *_ in labels], room), labels, strict=True
     ):

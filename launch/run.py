@@ -21,6 +21,7 @@ import torch
 from checkpoints import (
     Keeper,
     Start,
+    Stopped,
     Unsaved,
     check,
     is_damaged,
@@ -221,7 +222,13 @@ def run(
         if options.beside is not None and is_drawn:
             if done.watch is not None:
                 draw(done, options)  # since a run may be killed while the other one trains
-            beside = run_beside(done, argv, options, place, plan)
+            try:
+                beside = run_beside(done, argv, options, place, plan)
+            except (KeyboardInterrupt, Stopped) as error:
+                if done.watch is not None:
+                    finish(done, options, plan, None)
+                kept = f"the run is done; {options.beside} beside it was stopped"
+                raise type(error)(kept) from None
         if done.watch is not None and is_drawn:
             finish(done, options, plan, beside)
         if done.unsaved is not None:

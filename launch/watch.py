@@ -74,12 +74,13 @@ def rows_until(folder: Path, step: int) -> list[Row]:
 
 def is_leftover(folder: Path) -> bool:
     """Whether all that lies in `folder` is what a run writes, as where one was killed before its
-    first checkpoint.
+    first checkpoint; not of a run that is done.
     """
     ours = {*WRITTEN, f"{METRICS}.part", FOLDER, BESIDE, claim.NAME, "tensorboard", "wandb"}
     checkpoints = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else ()
     return (
         folder.is_dir()
+        and not (folder / DONE).exists()
         and all(path.name in ours for path in folder.iterdir())
         and all(path.name.startswith(".") for path in checkpoints)  # unpublished
     )
@@ -105,6 +106,8 @@ def open_folder(folder: Path, *, overwrite: bool) -> None:
         for name in WRITTEN:
             (folder / name).unlink(missing_ok=True)
             (folder / BESIDE / name).unlink(missing_ok=True)
+        with suppress(OSError):  # none there, or with files that are none of ours
+            (folder / BESIDE).rmdir()
     except OSError as error:
         raise WrongInput(
             f"--out {folder} cannot be written ({error.strerror}); choose another folder."

@@ -327,7 +327,7 @@ def _demo(architecture: Architecture) -> _Found:
     if not demo.is_file():
         raise WeightsError(
             f"there are no demo weights for {architecture.name}; name a folder, a file or a Hub "
-            "repository"
+            f"repository, or try it out with pylo_dist.random_weights({architecture.name!r})"
         )
     with resources.as_file(demo) as path:
         return _Found("demo", *read_file(path), DEMO, "built into pylo_dist")
@@ -415,11 +415,13 @@ def _locate(
     except hub.HubError as error:
         has_demo = architecture is None or _demo_file(architecture).is_file()
         demo = '; or pass weights="demo" for the small hand-made ones' if has_demo else ""
+        # a folder of one part would lack the others
+        by_client = "" if "+" in name else f" or `hf download {repository}`"
         raise WeightsError(
             f"weights {name!r} could not be had from the Hub ({error}). Ways out: connect and try "
             f"again; on a machine with a network run `python -m pylo_dist weights fetch {name} "
-            f"--to FOLDER` or `hf download {repository}` and pass that folder; pass a .safetensors "
-            f"file or a mapping{demo}"
+            f"--to FOLDER`{by_client} and pass that folder; pass a .safetensors file or a mapping"
+            f"{demo}"
         ) from error
     return files.weights, files.config, f"{repository}@{files.commit}"
 

@@ -385,6 +385,7 @@ def test_folders_of_earlier_runs(
     # --resume auto where nothing was published starts afresh, over what a killed run has left and
     # over nothing else
     left = copy_of(finished, tmp_path / "left")
+    (left / "DONE").unlink()
     saved = list(published_in(left).values())
     for token, path in zip("01", saved, strict=False):
         unfinished(path, token)
@@ -398,6 +399,7 @@ def test_folders_of_earlier_runs(
             assert list(published_in(left)) == [2]
             assert tree(live) == content
             remove(published_in(left)[2])
+            (left / "DONE").unlink()
     assert gpt2.main(command(folder, left, "--resume", "auto")) == 0
     assert differences(finished, left, 8) == []
     remove(left / "checkpoints")
@@ -581,6 +583,34 @@ def test_ctrl_c_ends_with_a_code_of_its_own(
     assert gpt2.main(command(folder, tmp_path / "run")) == 128 + signal.SIGINT
     assert "interrupted; the same command" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "code").read_text() == "130\n"
+
+
+def test_a_run_that_is_done_stays_so_whatever_stops_what_trains_beside_it(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add = Watch.add
+
+    def interrupted(watch: Watch, row: Row) -> None:
+        if watch.folder.name == "beside":
+            raise KeyboardInterrupt
+        add(watch, row)
+
+    monkeypatch.setattr(Watch, "add", interrupted)
+    out, words = tmp_path / "run", command(folder, tmp_path / "run", "--beside", "adamw")
+    at = words.index("--save-every")
+    del words[at : at + 2]
+    assert gpt2.main(words) == 128 + signal.SIGINT
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].endswith("the run is done; adamw beside it was stopped")
+    assert "validation" in said.out  # its summary
+    before = tree(out)
+    # without a checkpoint there is nothing to go on from, and the run is no leftover
+    assert gpt2.main([*words, "--resume", "auto"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert tree(out) == before
 
 
 def test_a_stream_goes_on_in_the_middle(
