@@ -29,7 +29,7 @@ def keep_loss(
         model: whose forward pass returns the loss; passes in evaluation mode or without gradients
             are passed over. Under DDP or FSDP2 the module that computes the loss.
         optimizer: anything with `set_loss` and `register_step_pre_hook`: a learned optimizer, or
-            a `ZeroOptimizer`.
+            a `ZeroOptimizer`, or what accelerate made of one.
         loss_of: finds the loss in what the model returns; None: its `loss`, a 0-d tensor itself,
             or the first 0-d tensor in a tuple.
         adds_up: whether the losses of the micro-batches of a step add up; None: where the forward
@@ -67,6 +67,8 @@ class LossKeeper:
         self._loss_of, self._adds_up, self._scale = loss_of, adds_up, scale
         self._parts: list[Tensor] = []
         self._sums = False
+        while not hasattr(optimizer, "set_loss") and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # accelerate's holds it
         self._set_loss = optimizer.set_loss
         self._handles = (
             model.register_forward_hook(self._keep, with_kwargs=True),

@@ -202,6 +202,25 @@ def flat_of(unit: Any) -> Any:
     return None if _of_torch(_of_torch(handle, "flat"), "params") else _of_torch(handle, "flat")
 
 
+def left_behind(named: Sequence[tuple[str, Tensor]]) -> ValueError | None:
+    """What is wrong if `use_orig_params=False` copied these parameters into flat ones, and no
+    backward reaches them any more.
+
+    Looks through all objects of the process: ask only where no parameter has a gradient.
+    """
+    if not named or "torch.distributed.fsdp" not in sys.modules:
+        return None
+    units = [unit for unit in wrapped() if is_unit(unit) and flat_of(unit) is not None]
+    shapes = {shape_at(unit, i) for unit in units for i in range(len(names_in(unit)))}
+    if any(is_held(p) for _, p in named) or not all(tuple(p.shape) in shapes for _, p in named):
+        return None
+    return ValueError(
+        f"{named[0][0]!r} and all other parameters have no gradient: the model was given to "
+        "FullyShardedDataParallel (use_orig_params=False) after this optimizer was built, and has "
+        "flat parameters now; build the optimizer on the parameters of the wrapped model"
+    )
+
+
 def local_of(flat: Tensor) -> Tensor:
     """What this rank holds of a flat parameter, whatever torch has it stand for now; shares its
     memory.

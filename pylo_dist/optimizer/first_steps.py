@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import comm
 from ..core.pieces import ShardBinding
 from ..core.rule import LearnedRule
-from ..layouts import construction, ddp, dtensor
+from ..layouts import construction, ddp, dtensor, fsdp1
 from ..layouts.company import Company, company_of
 from .parameters import Parameters
 
@@ -96,7 +96,8 @@ class FirstSteps:
             if param.grad is not None and id(param) not in self._seen
         ]
         if not (first or self._seen) and problem is None:
-            return dtensor.left_behind([(binding.shard.fqn, param) for binding, param in bound])
+            named = [(binding.shard.fqn, param) for binding, param in bound]
+            return dtensor.left_behind(named) or fsdp1.left_behind(named)
         if first and comm.size(comm.default_group()) > 1:
             problem = problem or ddp.left_out(first)
         if problem is None:

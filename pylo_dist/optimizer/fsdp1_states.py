@@ -173,7 +173,7 @@ def _to_load(optimizer: Any, given: Mapping[str, Any]) -> States:
         name: _Target(param, bindings[id(param)], optimizer.state_fields(param))
         for name, param in ((name, params[i][1]) for name, i in numbers.items())
     }
-    elsewhere, among = set[tuple[str, str]](), given["group"] or comm.default_group()
+    elsewhere, among = set[tuple[str, str]](), given["group"] or _sharers(bindings)
     if not given["full_state_dict"]:
         elsewhere = _elsewhere(loaded["state"], targets, among)
     state: dict[Any, Any] = {}
@@ -249,6 +249,12 @@ def _elsewhere(
         if name in targets and targets[name].lacks(key, value)
     ]
     return {entry for theirs in comm.gather_objects(mine, group) for entry in theirs}
+
+
+def _sharers(bindings: Mapping[int, ShardBinding]) -> Any:
+    """The ranks that share these parameters; the world where none are."""
+    holders = (binding.holders for binding in bindings.values())
+    return next((group for group in holders if group is not None), comm.default_group())
 
 
 def _gathered(state: ShardedState, group: Any) -> Tensor:

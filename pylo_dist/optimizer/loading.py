@@ -81,16 +81,23 @@ def own_state(
     they are kept in. Says so once where that is another one.
     """
     own, converted = {}, dict[str, tuple[torch.dtype, torch.dtype]]()
+    kept_in: dict[Any, list[tuple[str, torch.dtype]]] = {}  # alike for many parameters
     for saved, param in _params_by_key(loaded["param_groups"], groups).items():
         entries = loaded["state"].get(saved)
         if entries:
-            shard = parameters.bindings[param].shard
+            shard, fields = parameters.bindings[param].shard, parameters.fields[param]
             parts = {
                 name: local_part(entries[name], field, shard, param)
-                for name, field in parameters.fields[param].items()
+                for name, field in fields.items()
             }
-            for name, field in parameters.fields[param].items():
-                found, kept = parts[name].dtype, field.dtype(param.dtype, parameters.halved)
+            kind = id(fields), param.dtype
+            if kind not in kept_in:
+                kept_in[kind] = [
+                    (name, field.dtype(param.dtype, parameters.halved))
+                    for name, field in fields.items()
+                ]
+            for name, kept in kept_in[kind]:
+                found = parts[name].dtype
                 if found != kept:
                     rounded = kept == torch.bfloat16
                     parts[name] = to_nearest(parts[name]) if rounded else parts[name].to(kept)
@@ -336,23 +343,28 @@ def check_states(
             "left out by torch's set_optimizer_state_dict: call that while the parameter is "
             "trainable and freeze it after it, or load with load_state_dict or pylo_dist.checkpoint"
         )
-    wanted: dict[Any, list[tuple[str, StateField, torch.Size]]] = {}  # alike for many parameters
+    # alike for many parameters
+    wanted: dict[Any, list[tuple[str, StateField, torch.Size, torch.dtype]]] = {}
     for saved, param in by_key.items():
         entries = loaded["state"].get(saved, {})
         if not (entries or state.get(param)):
             continue
         fields, binding = parameters.fields[param], parameters.bindings[param]
         shape = binding.shard.shape
-        kind = id(fields), shape
+        kind = id(fields), shape, param.dtype
         if kind not in wanted:
             wanted[kind] = [
-                (name, field, torch.Size(field.canonical_shape(shape)))
+                (
+                    name,
+                    field,
+                    torch.Size(field.canonical_shape(shape)),
+                    field.dtype(param.dtype, parameters.halved),
+                )
                 for name, field in fields.items()
             ]
-        for name, field, size in wanted[kind]:
+        for name, field, size, dtype in wanted[kind]:
             got = entries.get(name)
             # a tensor that is no part of another is whole: every rank's elements are in it
-            dtype = field.dtype(param.dtype, parameters.halved)
             if type(got) is not Tensor or got.dtype != dtype or got.shape != size:
                 _check_tensor(name, got, field, binding, param)
 

@@ -9,6 +9,7 @@ state says that it is in: state is made as it enters, saved, loaded and copied.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
@@ -201,19 +202,29 @@ class Parameters:
                 f"{name!r} of shape {shape} was exchanged in parameter group {i}, which held "
                 f"{len(given)} tensors and holds {len(params)} now: {found} is in its place. A "
                 "step needs whole tensors, or knows how they are cut; a flattened or reshaped one "
-                "it would move wrongly. DeepSpeed does this to an optimizer object: `import "
-                "pylo_dist.deepspeed` before deepspeed.initialize, which then serves it, or name "
-                f'it in the JSON ({{"optimizer": {{"type": "{self.kind}", "params": {{...}}}}}}). '
-                "Elsewhere change the model first and build the optimizer after it"
+                f"it would move wrongly. DeepSpeed does this to an optimizer object: "
+                f"{self._remedy()}"
+            )
+        name, new = next(
+            (name, p) for (name, _), p in zip(given, params, strict=True) if p not in self.bindings
+        )
+        if not plain.is_dtensor(new) and _deepspeed_alone():
+            raise ValueError(
+                f"{name!r} was exchanged for another tensor of its shape in parameter group {i}, "
+                f"as DeepSpeed does to an optimizer object in stage 0: {self._remedy()}"
             )
         if bool(group["step"] > 0):
-            name = next(
-                name for (name, _), p in zip(given, params, strict=True) if p not in self.bindings
-            )
             raise ValueError(
                 f"{name!r} was replaced by another tensor after {int(group['step'])} steps, and "
                 "its state belongs to the old one: shard the model before the first step"
             )
+
+    def _remedy(self) -> str:
+        return (
+            "`import pylo_dist.deepspeed` before deepspeed.initialize, which then serves it, or "
+            f'name it in the JSON ({{"optimizer": {{"type": "{self.kind}", "params": {{...}}}}}}). '
+            "Elsewhere change the model first and build the optimizer after it"
+        )
 
     def _fields_of(
         self, group: dict[str, Any], shards: Sequence[TensorShard]
@@ -337,3 +348,8 @@ class Parameters:
             name: canonical(tensor, fields[name], binding) if name in fields else tensor
             for name, tensor in state.items()
         }
+
+
+def _deepspeed_alone() -> bool:
+    """Whether DeepSpeed is there without our adapter, which keeps it from exchanging tensors."""
+    return "deepspeed" in sys.modules and "pylo_dist.deepspeed" not in sys.modules

@@ -427,12 +427,15 @@ def pinned() -> Iterator[None]:
 def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
     """What is refused, with how long it took: nobody waits for the timeout of the group."""
 
-    def built_before() -> None:
+    def built_before(orig: bool = True) -> None:
         model = Small()
         optimizer = adafac(model.named_parameters())
-        sharded = FSDP(model, use_orig_params=True, device_id=CPU)
+        sharded = FSDP(model, use_orig_params=orig, device_id=CPU)
         sharded(batch(rank)).backward()
         optimizer.step()
+
+    def built_before_flat() -> None:
+        built_before(orig=False)
 
     def torch_clips() -> None:
         model = small(use_orig_params=False)
@@ -568,8 +571,9 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
     found = {}
     for action in (
-        built_before, torch_clips, copied_flat, wrong_gradient, channels_last, channels_last_flat,
-        other_model, another_shape, unknown_to_torch, zero_flat, zero, shard, one_fails, unlike,
+        built_before, built_before_flat, torch_clips, copied_flat, wrong_gradient,
+        channels_last, channels_last_flat, other_model, another_shape, unknown_to_torch,
+        zero_flat, zero, shard, one_fails, unlike,
         gone, gone_on_one, gone_on_one_flat, collected_meanwhile, summoned, stepped_in_summoned,
         without_sync, without_sync_flat, beside_fsdp2, copied, other_torch,
     ):  # fmt: skip
@@ -585,6 +589,7 @@ def refused(rank: int, world: int) -> dict[str, tuple[str, float]]:
 
 REFUSALS = {
     "built_before": r"ValueError: .*'first.weight' has shape \(\d+,\) now.*build it after",
+    "built_before_flat": r"ValueError: 'first.weight' and all .*flat parameters now; build the",
     "torch_clips": r"ValueError: .*clip_grad_norm_.*pieces",
     "copied_flat": r"TypeError: a piece of a flat parameter",
     "wrong_gradient": r"ValueError: a gradient of shape \(3, 3, 3\)",

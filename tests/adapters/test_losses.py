@@ -57,7 +57,8 @@ def losses_of(model: Model, x: Tensor, items: int | None) -> list[Tensor]:
 def test_steps_are_those_that_were_given_the_loss(build: Any, items: Any, output: str) -> None:
     given, kept = Model(output), Model(output)
     first, second = build(given), build(kept)
-    keeper = pylo_dist.keep_loss(kept, second)
+    held = SimpleNamespace(optimizer=second)  # as accelerate's prepare does
+    keeper = pylo_dist.keep_loss(kept, held if output == "pair" else second)
     for step in range(3):
         x = batches(step)
         parts = losses_of(given, x, items)

@@ -5,8 +5,10 @@ frozen models, which go from layout to layout by name.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -294,6 +296,21 @@ def test_another_geometry_is_refused(
             optimizer.step()
     now = optimizer.param_groups[0]["params"]
     assert all(torch.equal(a, b) for a, b in zip(values, now, strict=True))
+
+
+def test_a_tensor_of_the_same_shape_is_refused_where_deepspeed_exchanges_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its stage 0 does in bfloat16, and then takes a step of zeros."""
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.delitem(sys.modules, "pylo_dist.deepspeed", raising=False)
+    optimizer = adafac([("w", nn.Parameter(torch.ones(3, 4)))])
+    clone = nn.Parameter(torch.ones(3, 4))
+    clone.grad = torch.zeros(3, 4)
+    optimizer.param_groups[0]["params"][0] = clone
+    with pytest.raises(ValueError, match=r"'w' was exchanged.*import pylo_dist\.deepspeed"):
+        optimizer.step()
+    assert int(optimizer.param_groups[0]["step"]) == 0
 
 
 def test_a_group_put_in_by_hand_is_refused() -> None:

@@ -67,6 +67,7 @@ def test_an_entry_brings_its_architecture_and_names() -> None:
 
 def test_arguments_are_those_of_the_constructors() -> None:
     others = {"clip": "global", "nonfinite": "error", "process_group": None}
+    others |= {"state_dtype": None, "state_seed": 0}
     assert entry().arguments == {"lr": REQUIRED, "weights": REQUIRED, "pace": 3, **others}
     entries = pylo_dist.registered_optimizers()
     assert entries["velo"].arguments["num_steps"] is REQUIRED

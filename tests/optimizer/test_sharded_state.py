@@ -187,9 +187,9 @@ def test_the_state_says_its_format_rule_and_weights() -> None:
 
 def test_state_of_another_dtype_or_order_is_refused() -> None:
     state = copy.deepcopy(whole().state_dict())
-    state["state"][0]["momentum"] = state["state"][0]["momentum"].to(torch.bfloat16)
+    state["state"][0]["momentum"] = state["state"][0]["momentum"].to(torch.float16)
     with pytest.raises(
-        ValueError, match=r"'momentum' of 'embedding': found torch.bfloat16, wanted torch.float32"
+        ValueError, match=r"'momentum' of 'embedding': found torch.float16, wanted torch.float32"
     ):
         whole().load_state_dict(state)
     state = whole().state_dict()
