@@ -10,6 +10,7 @@ torchrun --nproc_per_node=2 examples/deepspeed_json.py
 import deepspeed
 import tiny
 import torch
+import torch.distributed as dist
 
 import pylo_dist.deepspeed  # makes the names known to DeepSpeed
 
@@ -27,3 +28,4 @@ for step, batch in enumerate(tiny.batches(steps=40, rank=engine.global_rank)):
     engine.step()
     if step % 20 == 19 and engine.global_rank == 0:
         print(f"step {step + 1}: loss {loss.item():.3f}")
+dist.destroy_process_group()

@@ -14,11 +14,6 @@ from typing import Any, TypeVar
 import environment
 import torch
 import torch.distributed as dist
-
-# Imported before there is a process group: its default arguments hold the group that exists at its
-# first import, which optimizers cause. A group held so outlives leave(), and its threads now and
-# then abort the process at exit.
-import torch.distributed.nn.functional
 from environment import Environment
 from options import Options, WrongInput
 from torch import Tensor
@@ -74,7 +69,7 @@ class Place:
     def leave(self) -> None:
         """Part from the other ranks, once nothing of the run is held by name any more."""
         if self.world_size > 1:
-            # a hook and its optimizer hold each other, and so the group, see the imports
+            # a hook and its optimizer hold each other, and so the group
             gc.collect()
             dist.destroy_process_group()
 

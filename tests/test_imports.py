@@ -197,7 +197,10 @@ def test_rules_know_no_mesh() -> None:
 
 
 def test_importing_brings_in_nothing_optional_and_prints_nothing() -> None:
+    # imported later, while there is a process group, torch's own module would hold that to the end
+    early = "torch.distributed.nn.functional"
     code = f"import sys, pylo_dist; print([name for name in {OPTIONAL!r} if name in sys.modules])"
+    code += f"; assert {early!r} in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

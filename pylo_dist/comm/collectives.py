@@ -21,6 +21,12 @@ from ..core.requests import Transfer
 from .meeting import GRACE, CommunicationError, counted, digest, listed, lost, timeout_of
 from .store import Store, StoreError, within
 
+if dist.is_available():
+    # Before there is a process group: its default arguments hold the group that exists at its first
+    # import, which optimizers cause. One held so outlives destroy_process_group(), and its threads
+    # now and then abort the process at exit.
+    import torch.distributed.nn.functional
+
 # Renamed in newer torch, where the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

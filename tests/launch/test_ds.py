@@ -131,6 +131,7 @@ for stage in range(4):
         losses.append(loss.item())
     with open(f"{sys.argv[1]}/{stage}.{engine.global_rank}.json", "w") as file:
         json.dump(losses, file)
+torch.distributed.destroy_process_group()  # left to the interpreter, its threads may abort the exit
 """
 
 
