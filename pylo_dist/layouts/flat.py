@@ -207,8 +207,7 @@ def opened(groups: Sequence[Any], names: bool) -> list[Any]:
         groups: each a dict with a list of parameters or of (name, parameter), or such a list.
         names: give parameters their names in the outermost wrapped module where they have none.
     """
-    params = [param for _, param in map(_pair, _entries(groups))]
-    flats = [*filter(fsdp1.is_flat, params)]
+    flats = [param for _, param in map(_pair, _entries(groups)) if fsdp1.is_flat(param)]
     if not flats:
         return list(groups)
     tree = Tree(_outermost(list(map(fsdp1.unit_of, flats))))
