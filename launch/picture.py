@@ -39,6 +39,7 @@ def figure_of(
     The loss of step n is of a model after n - 1 updates, its validation of one after n.
     """
     from matplotlib.figure import Figure  # without pyplot: no display on servers
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -57,12 +58,13 @@ def figure_of(
     room = 0.06 * (highest - lowest) or 0.1
     axes.set_ylim(lowest - room, highest + room)  # what diverges beside it leaves the picture
     axes.set_xlim(0, 1.01 * rows[-1].step)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for place, (value, text, colour) in zip(
-        _apart([value for value, *_ in labels], room), labels, strict=True
+        _apart([value for value, *_ in labels], room, highest + room), labels, strict=True
     ):
         axes.annotate(
-            f"{text}  {value:.3f}",
-            (1, min(place, highest + room)),
+            f"{text}  {value:{'.3f' if value < 1e4 else '.3g'}}",
+            (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(6, 0),
             textcoords="offset points",
@@ -92,9 +94,12 @@ def _curve(axes: Any, rows: Sequence[Row], colour: str) -> None:
         axes.plot(*zip(*measured, strict=True), "o-", lw=2, ms=4, color=colour)
 
 
-def _apart(values: Sequence[float], least: float) -> list[float]:
-    """Places near `values`, each at least `least` above the one below it."""
-    places, below = list(values), -float("inf")
-    for i in sorted(range(len(values)), key=lambda i: values[i]):
-        below = places[i] = max(values[i], below + least)
+def _apart(values: Sequence[float], least: float, highest: float) -> list[float]:
+    """Places near `values`, none above `highest`, each at least `least` from the next."""
+    places, order = list(values), sorted(range(len(values)), key=lambda i: values[i])
+    below, above = -float("inf"), highest + least
+    for i in order:
+        below = places[i] = max(places[i], below + least)
+    for i in reversed(order):
+        above = places[i] = min(places[i], above - least)
     return places

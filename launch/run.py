@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -295,7 +296,8 @@ def run_beside(
     done: Trained, argv: Sequence[str], options: Options, place: Place, plan: BatchPlan
 ) -> Beside:
     """Train the optimizer of --beside on the samples of a run that is done, in a folder within its
-    own. What goes wrong there is one line: the run stays done. Call it on all ranks.
+    own, unless that was done before. What goes wrong there is one line: the run stays done. Call it
+    on all ranks.
     """
     gc.collect()  # a hook and its optimizer hold each other, and would be in memory with the next
     own = options.of_beside(done.folder / BESIDE)
@@ -304,6 +306,9 @@ def run_beside(
         place.together(lambda: folder.mkdir(exist_ok=True) if is_first else None)
         learner = Learner(own, place)
         config = describe(learner, done.data, own, place, plan, argv)
+        earlier = place.from_first(lambda: rows_of(folder, config, own.steps))
+        if earlier is not None:
+            return Beside(own.optimizer, own.base_lr(), earlier)
         said = [f"beside it, {own.optimizer} at lr {own.base_lr():g} on the same samples."]
         watch = place.together(lambda: Watch(own, folder, config, (), said) if is_first else None)
         train(learner, done.data, own, place, plan, watch)
@@ -314,6 +319,24 @@ def run_beside(
         if watch is not None:
             watch.close()
     return Beside(own.optimizer, own.base_lr(), watch.rows if watch is not None else ())
+
+
+def rows_of(folder: Path, config: Mapping[str, Any], steps: int) -> list[Row] | None:
+    """The rows of a run in `folder` that has done all its steps, if `config` says what it was but
+    for how it was started; else None.
+    """
+    how = ("command", "resume", "overwrite", "out")
+
+    def what(config: Any) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in how}
+
+    try:
+        then = json.loads((folder / "config.json").read_text())
+        is_same = what(then) == what(json.loads(json.dumps(config)))
+    except (OSError, ValueError, AttributeError):  # lost, or damaged
+        return None
+    rows = rows_until(folder, steps)
+    return rows if is_same and [row.step for row in rows] == list(range(1, steps + 1)) else None
 
 
 def resume(

@@ -152,8 +152,12 @@ def test_beside_it_adamw_sees_the_same_samples(
     assert (last.name, last.lr, len(last.rows)) == ("adamw", 1e-3, 12)
     assert f"beside it   validation {alone[-1]:.4f} of adamw, lr 0.001" in capsys.readouterr().out
 
-    # Killed while AdamW trained: the run is done, and the other one is trained again.
-    (out / "beside" / "metrics.jsonl").write_text("")
+    # Both are done: nothing is trained again. Killed while AdamW trained: that is.
+    before = (out / "beside" / "metrics.jsonl").read_bytes()
+    assert curve(out, tokens_folder, *command, "--resume", "auto") == both
+    assert (out / "beside" / "metrics.jsonl").read_bytes() == before  # with its times
+    assert len(drawn[-1]["beside"].rows) == 12
+    (out / "beside" / "metrics.jsonl").write_bytes(before[: len(before) // 2])
     assert curve(out, tokens_folder, *command, "--resume", "auto") == both
     assert len(rows_of(out / "beside")) == 12
 

@@ -129,7 +129,12 @@ def test_the_picture_names_its_curves() -> None:
     assert (velo, untrained) == (2.5, 5.0)
     assert list(texts(rows[1:], None)) == ["velo  2.500"]  # where the first row is lost
     far = [row(step, loss=10.0**step, val_loss=None) for step in (1, 2, 3)]
-    assert texts(rows, Beside("adamw", 1.0, far))["adamw, lr 1  370.000"] < 6.0
+    found = texts(
+        rows, Beside("adamw", 1.0, far)
+    )  # it has left the picture, and is named at its top
+    assert found["velo  2.500"] < found["untrained  5.000"] < found["adamw, lr 1  370.000"] < 5.6
+    far = [row(step, loss=1e9, val_loss=None) for step in (1, 2)]
+    assert "adamw, lr 1  1e+09" in texts(rows, Beside("adamw", 1.0, far))
     assert texts([row(1)], None) == {"velo  2.000": 2.0, "untrained  2.000": pytest.approx(2.1)}
 
 
