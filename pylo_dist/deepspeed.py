@@ -200,6 +200,11 @@ def _check_client(client: Any) -> None:
             "DeepSpeed was given a ZeroOptimizer, and shards parameters and state itself: give it "
             "the optimizer inside, such as AdafacLO(model.parameters(), ...)"
         )
+    if isinstance(client, DeepSpeedOptimizer) and client.attached:
+        raise ValueError(
+            f"{client.face.__name__} belongs to another DeepSpeed engine already, whose partitions "
+            "it updates: give every engine an optimizer of its own"
+        )
     groups = () if isinstance(client, LearnedOptimizer) else getattr(client, "param_groups", ())
     if any("state_rule" in group for group in groups):
         raise ValueError(

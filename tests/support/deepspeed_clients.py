@@ -42,6 +42,7 @@ REFUSED = {
     "ranks": '"process_group": False: DeepSpeed says which ranks',
     "unknown face": "DeepSpeed was given a Own, which is not registered",
     "zero": "DeepSpeed was given a ZeroOptimizer",
+    "twice": "AdafacLO belongs to another DeepSpeed engine already",
     "exchanged": "AdamW was made of the parameter groups of a learned optimizer",
     "setting": '"zero_optimization.elastic_checkpoint": True is not served',
 }
@@ -180,6 +181,10 @@ def refused(rank: int, files: dict[str, str]) -> dict[str, str]:
     try_out("unknown face", lambda model, _: Own(model.parameters(), **weights))
     try_out("exchanged", lambda _, own: torch.optim.AdamW(own.param_groups))
     try_out("setting", lambda *_: None)
+    model, optimizer, config = made(case, files)
+    engine = initialized(model, optimizer, config)
+    try_out("twice", lambda *_: optimizer)
+    engine.destroy()
     sharded = [torch.nn.Parameter(torch.ones(4, 3))]
     zero = pylo_dist.ZeroOptimizer(sharded, pylo_dist.AdafacLO, **weights)
     try_out("zero", lambda *_: zero)
