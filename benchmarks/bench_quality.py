@@ -12,10 +12,10 @@ interrupted goes on with the next call; a run of other settings or weights is do
 Nothing of the learned optimizers is tuned: their default lr and, where they plan, the length of the
 run. CELO2, which plans nothing, runs at a constant lr, and under the schedule of the others too.
 AdamW and Muon: linear warm-up over a twentieth of the steps, cosine to a tenth, weight decay 0.1 on
-matrices; the best rate is chosen by the very losses that are shown, which favours them. Muon takes
-hidden matrices, AdamW the rest, under one rate ("match_rms_adamw" of torch.optim.Muon). For each
-seed all see the same initial parameters, the same samples in the same order, and the same held-out
-samples.
+matrices; the best rate is chosen by the very losses that are shown, which favours them: those of
+the first seed, and the other seeds run at the best alone. Muon takes hidden matrices, AdamW the
+rest, under one rate ("match_rms_adamw" of torch.optim.Muon). For each seed all see the same initial
+parameters, the same samples in the same order, and the same held-out samples.
 
 Times are CPU seconds of one thread in forward, backward and step; validation is left out.
 """
@@ -46,7 +46,7 @@ from model import GPT, build
 from options import Options
 from place import Place
 from presets import EMBEDDINGS
-from quality import final, key, report
+from quality import final, key, report, wanted
 from record import RESULTS, environment, write
 from run import open_data
 from seed_figures import ViT
@@ -448,8 +448,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if all(word in str(run) for word in args.only)
         ]
         for i, run in enumerate(todo):
-            known = records(out).get(str(run))
-            if known is not None and known["asked"] == run.asked():
+            known = records(out)
+            own = [record for record in known.values() if record["task"] == str(run.task)]
+            if (run.name, run.seed) not in wanted(own, list(CONTENDERS), seeds):
+                continue
+            if str(run) in known and known[str(run)]["asked"] == run.asked():
                 continue
             where = {
                 "commit": found["commit"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -57,6 +58,26 @@ def family(name: str) -> str:
     """A name without its rate."""
     word = name.split()[0]
     return word if word in TUNED else name
+
+
+def wanted(
+    records: Sequence[Record], contenders: Sequence[str], seeds: Sequence[int]
+) -> set[tuple[str, int]]:
+    """(contender, seed) of the runs that a task wants, whose `records` there are so far: rates are
+    searched on the first seed, and the best of each goes on to the others, once all its rivals have
+    run.
+    """
+    first, *others = seeds
+    known = {record["name"]: final(record) for record in records if record["seed"] == first}
+    rates: dict[str, list[str]] = {}
+    for name in contenders:
+        rates.setdefault(family(name), []).append(name)
+    chosen = [
+        min(names, key=lambda name: known.get(name, 0.0))
+        for whole, names in rates.items()
+        if names == [whole] or all(name in known for name in names)
+    ]
+    return {*product(contenders, [first]), *product(chosen, others)}
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -149,13 +170,16 @@ def table(found: Mapping[str, Outcome]) -> str:
 def report(result: Record) -> str:
     """Markdown of all tasks of a result of bench_quality.py, and what has not been run."""
     parts, lacking = [], []
-    wanted = len(result["contenders"]) * len(result["seeds"])
+    contenders, seeds = result["contenders"], result["seeds"]
+    number = len(contenders) + len(set(map(family, contenders))) * (len(seeds) - 1)
     for task, what in result["tasks"].items():
         own = [record for record in result["runs"] if record["task"] == task]
         if own:
             parts.append(f"**{task}**: {what}.\n\n{table(outcomes(own))}")
-        if len(own) < wanted:
-            lacking.append(f"{task} ({len(own)} of {wanted} runs are there)")
+        done = {(record["name"], record["seed"]) for record in own}
+        done &= wanted(own, contenders, seeds)
+        if len(done) < number:
+            lacking.append(f"{task} ({len(done)} of {number} runs are there)")
     if lacking:
         parts.append(f"Not complete: {'; '.join(lacking)}.")
     return "\n\n".join(parts)

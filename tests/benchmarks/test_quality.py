@@ -134,6 +134,28 @@ def test_means_by_hand() -> None:
     assert (celo.steps, celo.losses, celo.cpu_s) == ((10, 20), (4.0, 2.0), (2.25, 4.5))
 
 
+def test_rates_are_searched_on_the_first_seed() -> None:
+    contenders = ["Celo", "AdamW 0.1", "AdamW 0.2", "Muon 1"]
+    losses: dict[str, float] = {}
+
+    def wanted() -> set[str]:
+        known = [
+            {"name": name, "seed": 5, "val_loss": {"9": loss}, "diverged_at": None}
+            for name, loss in losses.items()
+        ]
+        pairs = quality.wanted(known, contenders, (5, 6, 7))
+        assert {name for name, seed in pairs if seed == 5} == set(contenders)
+        later = {name for name, seed in pairs if seed == 6}
+        assert later == {name for name, seed in pairs if seed == 7}
+        return later
+
+    assert wanted() == {"Celo"}
+    losses["AdamW 0.1"] = 3.0
+    assert wanted() == {"Celo"}
+    losses |= {"AdamW 0.2": 2.0, "Muon 1": 1.0}
+    assert wanted() == {"Celo", "AdamW 0.2", "Muon 1"}
+
+
 def test_the_page_shows_what_the_json_holds() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
     assert quality.report(result) in (ROOT / "docs" / "quality.md").read_text()
