@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,16 +67,26 @@ def _only_one(kind: type, model: Any) -> Any:
     Raises:
         ValueError: there are several.
     """
-    tree, found = Tree([model]), []
-    for optimizer in living((kind,)):
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if params and all(tree.find(param) is not None for param in params):
-            found.append(optimizer)
+    found = _owners(kind, model)
+    if len(found) > 1:
+        found.clear()
+        gc.collect()  # of those that nobody keeps, ranks have collected different ones
+        found = _owners(kind, model)
     if len(found) > 1:
         raise ValueError(
             f"{len(found)} optimizers have parameters of this model: name the one meant, optim="
         )
     return found[0] if found else None
+
+
+def _owners(kind: type, model: Any) -> list[Any]:
+    """The optimizers of this kind whose parameters are all of this model."""
+    tree, found = Tree([model]), []
+    for optimizer in living((kind,)):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if params and all(tree.find(param) is not None for param in params):
+            found.append(optimizer)
+    return found
 
 
 def _by_key(state_dict: Mapping[str, Any], optimizer: Any) -> dict[Any, Tensor]:

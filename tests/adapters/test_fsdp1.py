@@ -250,6 +250,9 @@ def states(rank: int, world: int, folder: str) -> dict[str, Any]:
             elif how == "older":
                 state = FSDP.scatter_full_optim_state_dict(on_first, model, optim=optimizer)
             elif how == "oldest":  # which has no argument for the optimizer
+                case.build(trainable(model))  # that nobody keeps, and one rank has collected
+                if rank == 0:
+                    gc.collect()
                 state = FSDP.shard_full_optim_state_dict(full, model)
             else:
                 state = FSDP.optim_state_dict_to_load(model, optimizer, full)
