@@ -91,7 +91,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], texts: Seque
     for place, value, text in zip(places, values, texts, strict=True):
         axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", size=8)
     axes.set_yticks(list(places), names)
-    axes.set_xlim(0, 1.6 * max(values))  # room for the texts
+    axes.set_xlim(0, 1.85 * max(values))  # room for the texts
     axes.tick_params(left=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.xaxis.set_visible(False)
@@ -116,7 +116,7 @@ def at_the_end(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
 
 def seed_figures(result: Result) -> Figure:
     """ViT by batch size, one layer, GPT-2 sizes, the sharded step."""
-    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplots(2, 2, gridspec_kw={"wspace": 0.12})
     clock = "CPU time of one thread" if result["device"] == "cpu" else result["device"]
     _vit(panels[0][0], result["vit"], clock)
@@ -166,17 +166,20 @@ def seed_figures(result: Result) -> Figure:
     bars(panels[1][1], names, [r["cpu_ms_busiest_rank"] for r in rows.values()], texts)
     what = "CPU time" if result["device"] == "cpu" else "time"
     panels[1][1].set_title(
-        f"The step alone, shared by {run['ranks']} ranks\n{what} of the busiest one, "
-        f"{run['parameters'] / 1e6:.1f}M parameters"
+        f"A step of {run['parameters'] / 1e6:.1f}M parameters on {run['ranks']} ranks\n"
+        f"{what} of the busiest one"
     )
     return figure
 
 
 def _vit(axes: Axes, found: Result, clock: str) -> None:
-    """Stacked bars of an iteration, by batch size and optimizer."""
-    place, marks, groups = 0.0, [], []
+    """Stacked bars of an iteration, by batch size and optimizer; names in the highest."""
+    place, groups = 0.0, []
     by_batch = found["ms_by_batch"]
-    highest = max(sum(row.values()) for rows in by_batch.values() for row in rows.values())
+    heights = {
+        batch: max(sum(row.values()) for row in by_batch[batch].values()) for batch in by_batch
+    }
+    highest = max(heights.values())
     for batch, rows in by_batch.items():
         first = place
         for name, row in rows.items():
@@ -193,16 +196,15 @@ def _vit(axes: Axes, found: Result, clock: str) -> None:
                 size=8,
                 color=colour_of(name),
             )
-            marks.append((place, name))
+            if heights[batch] == highest:
+                axes.text(
+                    place, 0.03 * highest, name, ha="center", va="bottom", rotation=90, size=8
+                )
             place += 1
         groups.append(((first + place - 1) / 2, f"batch {batch}"))
         place += 0.7
-    axes.set_xticks(*map(list, zip(*marks, strict=True)), size=7)
+    axes.set_xticks(*map(list, zip(*groups, strict=True)))
     axes.tick_params(bottom=False)
-    for middle, text in groups:
-        axes.annotate(
-            text, (middle, 0), (0, -22), "data", "offset points", ha="center", va="top", size=8
-        )
     axes.set_ylabel("ms per iteration: forward, backward, step in colour")
     axes.set_title(f"The step's share of an iteration of {found['model']}\n{clock}")
 
