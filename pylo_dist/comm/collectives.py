@@ -369,19 +369,48 @@ def reduce_scatter(
 
 
 def all_gather(
-    full: Tensor, shard: Tensor, group: Any, what: str, timeout: float | None = None
+    full: Tensor,
+    shard: Tensor,
+    group: Any,
+    what: str,
+    timeout: float | None = None,
+    slices: Sequence[tuple[int, int]] = (),
 ) -> Pending:
     """Start full <- the shards of all ranks, in rank order (`full` is modified in place; `shard`
     may be a view of it).
+
+    Args:
+        slices: first and stop, in every shard, of what may be sent at a time where that is sent by
+            way of a copy, which then is no larger: by gloo.
     """
-    with trace.phase("collective: all_gather", full):
-        return _call(
-            lambda: _all_gather(full, shard, group=group, async_op=True),
-            what,
-            group,
-            [full, shard],
-            timeout,
+
+    def start() -> Any:
+        if len(slices) < 2 or not _is_gloo(group, full.device):
+            return _all_gather(full, shard, group=group, async_op=True)
+        parts = full.view(size(group), -1)
+        return _Works(
+            dist.all_gather(
+                [part[first:stop] for part in parts], shard[first:stop], group=group, async_op=True
+            )
+            for first, stop in slices
         )
+
+    with trace.phase("collective: all_gather", full):
+        return _call(start, what, group, [full, shard], timeout)
+
+
+class _Works:
+    """Several works of torch.distributed as one."""
+
+    def __init__(self, works: Iterable[Any]) -> None:
+        self._works = list(works)
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self, **timeout: timedelta) -> None:
+        for work in self._works:
+            work.wait(**timeout)
 
 
 def _is_gloo(group: Any, device: torch.device) -> bool:

@@ -5,6 +5,10 @@ Every parameter becomes a view of its bucket. The cuts fall anywhere, whatever t
 
     bucket   | b.weight ........ | b.bias | a.weight ............... | padding |
     ranks    |        rank 0       |        rank 1       |        rank 2       |
+    slices   |     0    |     1    |     0    |     1    |     0    |     1    |
+
+A parameter is in one bucket. One that is large makes a large bucket, which travels in slices: the
+same elements of every rank's part at a time, so that no copy on its way is as large as the bucket.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ T = TypeVar("T")
 # A shard of a bucket starts at a multiple of this many elements, so that kernels and NCCL find
 # aligned pointers.
 ALIGNMENT = 16
+
+# Slices below this many MB would save no memory that counts, and cost a message each.
+SMALLEST_SLICE_MB = 1.0
 
 Named = tuple[str, Tensor]
 
@@ -68,6 +75,7 @@ class Bucket:
         low: where this rank's begin.
         numel: elements without padding.
         members: in the order of their offsets.
+        slices: first and stop, in every rank's part, of what is sent at a time; see `sliced`.
         master: (shard_numel,) this rank's parameters in float32, where they are stored in less; the
             pieces are views of it then.
         grad: (shard_numel,) this rank's part of the mean gradient, or None before the first
@@ -79,6 +87,7 @@ class Bucket:
     low: int
     numel: int
     members: list[BucketParam]
+    slices: list[tuple[int, int]]
     master: Tensor | None = None
     grad: Tensor | None = None
 
@@ -105,12 +114,12 @@ class Bucket:
         """Where somebody else wrote a parameter (loading a model, say), its master follows;
         elsewhere it keeps its own bits.
         """
-        if self.master is not None:
+        if self.master is None:
+            return
+        for first, stop in self.slices:
+            master, stored = self.master[first:stop], self.shard[first:stop]
             torch.where(
-                self.master.to(self.flat.dtype) == self.shard,
-                self.master,
-                self.shard.to(self.master.dtype),
-                out=self.master,
+                master.to(stored.dtype) == stored, master, stored.to(master.dtype), out=master
             )
 
     def write_back(self) -> None:
@@ -140,11 +149,26 @@ def fill(named: Sequence[Named], cap_mb: float) -> list[list[Named]]:
     return [chunk for _, chunk in sorted(chunks, key=lambda entry: entry[0])]
 
 
+def sliced(shard_numel: int, ranks: int, size_mb: float, cap_mb: float) -> list[tuple[int, int]]:
+    """Where the slices of a rank's part begin and end: as many as `cap_mb` goes into the bucket,
+    alike but for ALIGNMENT, so that none has twice the cap.
+
+    Args:
+        shard_numel: elements of a rank's part. size_mb: of the bucket.
+    """
+    if ranks == 1 or shard_numel == 0:
+        return [(0, shard_numel)]
+    count = max(1, int(size_mb / max(cap_mb, SMALLEST_SLICE_MB)))
+    width = -(-shard_numel // (count * ALIGNMENT)) * ALIGNMENT
+    return [(first, min(first + width, shard_numel)) for first in range(0, shard_numel, width)]
+
+
 @torch.no_grad()
-def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket:
+def build(named: Sequence[Named], sharing: Sharing, cap_mb: float, with_master: bool) -> Bucket:
     """A bucket of these parameters, whose memory moves into it (`param.data` is replaced).
 
     Args:
+        cap_mb: see `sliced`.
         with_master: keep this rank's part in float32 too if the parameters are bfloat16 or float16.
     """
     ranks, rank = sharing.ranks, sharing.rank
@@ -160,7 +184,8 @@ def build(named: Sequence[Named], sharing: Sharing, with_master: bool) -> Bucket
         param.data = _own_storage(view)
         offsets.append(offset)
         offset += param.numel()
-    bucket = Bucket(flat, shard_numel, low, numel, [])
+    slices = sliced(shard_numel, ranks, numel * flat.element_size() / 2**20, cap_mb)
+    bucket = Bucket(flat, shard_numel, low, numel, [], slices)
     if with_master and first.dtype in (torch.bfloat16, torch.float16):
         bucket.master = bucket.shard.to(torch.float32)
     local = bucket.shard if bucket.master is None else bucket.master
@@ -203,12 +228,12 @@ def shard_group(
 
     Args:
         group: with its parameters as (fqn, tensor) pairs.
-        cap_mb: see `fill`.
+        cap_mb: see `fill` and `sliced`.
         with_master: see `build`.
     """
     pieces: dict[str, nn.Parameter] = {}
     for chunk in fill(group["params"], cap_mb):
-        bucket = build(chunk, sharing, with_master)
+        bucket = build(chunk, sharing, cap_mb, with_master)
         buckets.append(bucket)
         pieces.update({member.fqn: member.piece for member in bucket.members})
     named = [(fqn, pieces[fqn]) for fqn, _ in group["params"]]

@@ -118,7 +118,12 @@ class ParameterGatherer:
             bucket = self.buckets[b]
             what = f"the all-gather of parameters, bucket {b}"
             pending = comm.all_gather(
-                bucket.flat, bucket.shard, self._sharing.group, what, self._timeout
+                bucket.flat,
+                bucket.shard,
+                self._sharing.group,
+                what,
+                self._timeout,
+                bucket.slices,
             )
             if not self._may_wait(bucket, ran):
                 at_once.append(pending)

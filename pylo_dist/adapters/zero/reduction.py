@@ -1,10 +1,11 @@
 """Average gradients over ranks, bucket by bucket while backward goes on. Reads and frees gradients
 of the model's parameters.
 
-A round reduces every bucket once, strictly in order: one round per backward pass on every rank,
-whichever parameters had a gradient and whenever. It opens with the first gradient that arrives and
-is closed when backward ends; without overlap by what needs its result (the step, whoever looks at
-`param_groups`) or by the second gradient of one parameter, of another pass.
+A round reduces every bucket once, a large one slice by slice, strictly in order: one round per
+backward pass on every rank, whichever parameters had a gradient and whenever. It opens with the
+first gradient that arrives and is closed when backward ends; without overlap by what needs its
+result (the step, whoever looks at `param_groups`) or by the second gradient of one parameter, of
+another pass.
 
 With overlap the order in which several reducers send depends on the order in which gradients arrive
 on a rank, so that each has process groups of its own, and none makes backward wait for other ranks:
@@ -35,7 +36,7 @@ from .freed import FreedGradient, gradient_of, make_room
 from .others import LateAnswer, changed_after_it_left, maxima
 from .sharing import Sharing
 
-# Buckets whose gradients are on their way at the same time; more would only hold memory. Several
+# Slices of buckets that are on their way at the same time; more would only hold memory. Several
 # reducers on GPUs may have more. On a GPU backward's stream waits for the first of two where a
 # third is to leave. That costs little: where it does wait, the network is behind, has the second to
 # send meanwhile, and the pass takes as long as the network; without it, a copy of every gradient
@@ -47,11 +48,13 @@ MAX_IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class _Flight:
-    """The gradients of a bucket on their way: `mine` (shard_numel + ALIGNMENT,), the sum over ranks
-    once they have arrived.
+    """A slice of a bucket's gradients on its way: `mine` (stop - first + ALIGNMENT,), the sum over
+    ranks once it has arrived.
     """
 
     bucket: Bucket
+    first: int
+    stop: int
     mine: Tensor
     pending: comm.Pending
     over_replicas: bool = False  # whether these have been asked for theirs
@@ -99,7 +102,11 @@ class GradientReducer:
         self._timeout, self._landed = timeout, landed
         self._arrived: set[tuple[int, int]] = set()
         self._missing: list[int] = []
-        self._next = 0
+        # the bucket that leaves next, how many slices of it have left and, once one is to, its
+        # gradients by member: (numel,), None where nothing is copied
+        self._next, self._sent = 0, 0
+        self._leaving: list[Tensor | None] | None = None
+        self._landing: Tensor | None = None  # the shard's gradient of which slices have landed
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
         # id(parameter) -> the gradient that left, its version and its largest element then
@@ -161,7 +168,7 @@ class GradientReducer:
                 sum(member.param.requires_grad for member in bucket.members)
                 for bucket in self.buckets
             ]
-            self._next = 0
+            self._go_to(0)
             # at the end of this pass: then what a rank sends does not depend on what it does next
             if self._overlap:
                 self._pass = torch._C._current_graph_task_id()
@@ -221,7 +228,7 @@ class GradientReducer:
         left_before = self._rounds > 0 and not self._arrived
         self.flush()
         if self._rounds == 0:
-            self._next = 0
+            self._go_to(0)
             self._close_round()
         members = [member for bucket in self.buckets for member in bucket.members]
         for member in members:
@@ -231,6 +238,10 @@ class GradientReducer:
             changed = self._late.ask(*self._changed_unseen(members))
             if changed is not None:
                 self.problem = changed_after_it_left(changed.fqn, changed.param)
+
+    def _go_to(self, b: int) -> None:
+        """Bucket `b` leaves next, from its first slice on."""
+        self._next, self._sent, self._leaving = b, 0, None
 
     def _close_round(self) -> None:
         while self._next < len(self.buckets):
@@ -295,35 +306,48 @@ class GradientReducer:
     @trace.phased("reduce: launch")
     @torch.no_grad()
     def _launch_next(self) -> None:
+        """Send the next slice."""
         b, bucket = self._next, self.buckets[self._next]
-        if b == 0 and not self._frees:
+        if b == 0 and self._leaving is None and not self._frees:
             self._poison = None  # of gradients that this round replaces
-        _follow(self._streams.pop(b, set()), bucket)
+        found = self._leaving or [gradient_of(member.param) for member in bucket.members]
+        _follow(self._streams.get(b, set()), bucket.flat.device, found)
+        if self._leaving is None:
+            self._leaving = self._taken(bucket, found)
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
-        # per rank its shard and a warning: 0, or NaN if this rank's gradients of the bucket cannot
-        # be added
-        full = bucket.flat.new_empty(
-            self._sharing.ranks, bucket.shard_numel + ALIGNMENT, dtype=dtype
-        )
-        self._pack(bucket, full)
-        # one more reading of the copy, 4 bytes per element; the maxima of `_pack` cannot tell -inf
+        first, stop = bucket.slices[self._sent]
+        width = stop - first
+        # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
+        full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
+        self._pack(bucket, self._leaving, full, first, stop)
+        # one more reading of the copy, 4 bytes per element; the maxima of `_taken` cannot tell -inf
         ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
-        full[:, bucket.shard_numel] = (ends * 0.0).sum()
-        self._next += 1  # only now: an error above leaves the round as it was
-        if self._sharing.group is None:
-            self._flights.append(_Flight(bucket, full[0], comm.Pending(None, "", None, (), None)))
-            return
-        mine = full.new_empty(bucket.shard_numel + ALIGNMENT)
+        full[:, width] = (ends * 0.0).sum()
+        # only now: an error above leaves the round as it was
+        self._sent += 1
         what = f"the reduce-scatter of gradients, bucket {b}"
+        if len(bucket.slices) > 1:
+            what = f"{what}, slice {self._sent} of {len(bucket.slices)}"
+        if self._sent == len(bucket.slices):
+            self._streams.pop(b, None)
+            self._go_to(b + 1)
+        if self._sharing.group is None:
+            done = comm.Pending(None, "", None, (), None)
+            self._flights.append(_Flight(bucket, first, stop, full[0], done))
+            return
+        mine = full.new_empty(width + ALIGNMENT)
         pending = comm.reduce_scatter(mine, full.view(-1), self._sharing.group, what, self._timeout)
-        self._flights.append(_Flight(bucket, mine, pending))
+        self._flights.append(_Flight(bucket, first, stop, mine, pending))
 
-    def _pack(self, bucket: Bucket, full: Tensor) -> None:
-        """Write the gradients of a bucket to their places in `full` (ranks, ...), zeros elsewhere;
-        each is noted as having left.
+    def _taken(self, bucket: Bucket, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Note that the gradients of a bucket leave.
+
+        Args:
+            found: those of its members; None: there is none.
+
+        Returns:
+            Those that can be copied, (numel,) each, None in the place of the others.
         """
-        full[:, bucket.shard_numel :].zero_()
-        grads = [gradient_of(member.param) for member in bucket.members]
         dense = [
             grad
             if grad is not None
@@ -331,22 +355,33 @@ class GradientReducer:
             and grad.shape == member.param.shape
             and member.offset < member.end
             else None
-            for grad, member in zip(grads, bucket.members, strict=True)
+            for grad, member in zip(found, bucket.members, strict=True)
         ]
         # before they are copied: whatever changes one meanwhile is noticed
         left = [] if self._frees else maxima([grad for grad in dense if grad is not None])
         marks = iter(left)
+        for member, grad, copied in zip(bucket.members, found, dense, strict=True):
+            self._take(member, grad, None if copied is None else next(marks, None))
+        return [None if grad is None else grad.detach().reshape(-1) for grad in dense]
+
+    def _pack(
+        self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor, first: int, stop: int
+    ) -> None:
+        """Write a slice of the gradients that leave, the elements first .. stop of every rank's
+        part, to their places in `full` (ranks, stop - first and more), zeros elsewhere.
+        """
+        full[:, stop - first :].zero_()
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        empty = _places(full, bucket.shard_numel, bucket.numel, full.shape[0] * bucket.shard_numel)
-        for member, found, grad in zip(bucket.members, grads, dense, strict=True):
-            places = _places(full, bucket.shard_numel, member.offset, member.end)
+        part, columns = bucket.shard_numel, (first, stop)
+        empty = _places(full, part, columns, bucket.numel, full.shape[0] * part)[0]
+        for member, grad in zip(bucket.members, leaving, strict=True):
+            places, parts = _places(full, part, columns, member.offset, member.end, grad)
             if grad is None:
                 empty += places
             else:
                 targets += places
-                sources += _parts(grad.detach().reshape(-1), places)
-            self._take(member, found, None if grad is None else next(marks, None))
+                sources += parts
         for place in empty:
             place.zero_()
         if targets:
@@ -410,24 +445,35 @@ class GradientReducer:
             flight.pending.wait()
             if self._ask_replicas(flight):
                 flight.pending.wait()
-        bucket, mine = flight.bucket, flight.mine
+        bucket, mine, width = flight.bucket, flight.mine, flight.stop - flight.first
         copies = sharing.ranks * sharing.replicas
         if copies > 1:
             # once, after the sum: the rounding of an average then does not depend on the backend
             mine.div_(copies)
-        poison = mine[bucket.shard_numel].to(torch.float32)
+        poison = mine[width].to(torch.float32)
         self._poison = (
             poison.clone() if self._poison is None else self._poison.to(poison.device) + poison
         )
         dtype = bucket.flat.dtype if bucket.master is None else bucket.master.dtype
-        grad = mine[: bucket.shard_numel].to(dtype)
-        if self._frees and self._rounds > 0 and bucket.grad is not None:
-            bucket.grad.add_(grad)  # of an earlier backward pass of the same step
+        grad = mine[:width].to(dtype)
+        # of an earlier backward pass of the same step
+        earlier = bucket.grad if self._frees and self._rounds > 0 else None
+        if earlier is not None:
+            earlier[flight.first : flight.stop].add_(grad)
+        elif width < bucket.shard_numel:
+            if self._landing is None:
+                self._landing = grad.new_empty(bucket.shard_numel)
+            self._landing[flight.first : flight.stop] = grad
+            grad = self._landing
+        if flight.stop < bucket.shard_numel:
+            return
+        self._landing = None
+        if earlier is None:
+            bucket.show_gradient(grad)
+        else:
             for member in bucket.members:
                 if member.piece.grad is None:
-                    member.piece.grad = bucket.piece_of(member, bucket.grad)
-        else:
-            bucket.show_gradient(grad)
+                    member.piece.grad = bucket.piece_of(member, earlier)
         if self._landed is not None:
             self._landed(bucket)
 
@@ -461,48 +507,72 @@ class GradientReducer:
         return True
 
 
-def _follow(streams: set[torch.Stream], bucket: Bucket) -> None:
-    """Have what is queued from here on come after the gradients of a bucket, wherever backward made
+def _follow(
+    streams: set[torch.Stream], device: torch.device, grads: Sequence[Tensor | None]
+) -> None:
+    """Have what is queued from here on come after gradients of a device, wherever backward made
     them: a forward pass may have gone over several streams.
     """
-    now = stream_of(bucket.flat.device)
+    now = stream_of(device)
     others = streams - {now}
     if now is None or not others:
         return
     for stream in others:
         now.wait_stream(stream)
-    for member in bucket.members:
-        grad = gradient_of(member.param)
+    for grad in grads:
         if grad is not None:  # freed as it leaves, its memory would be another's at once
             grad.record_stream(now)
 
 
-def _places(full: Tensor, part: int, begin: int, end: int) -> list[Tensor]:
-    """Where the elements begin .. end of a bucket lie in `full` (ranks, part and more), views in
-    their order: the end of a rank's part, whole parts of ranks (n, part), the beginning of one.
-    Three at most, however many ranks they reach over.
+def _places(
+    full: Tensor,
+    part: int,
+    columns: tuple[int, int],
+    begin: int,
+    end: int,
+    flat: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where the elements begin .. end of a bucket lie in a slice of it, views in their order: the
+    end of a rank's part, whole parts of ranks, the beginning of one. Three at most, however many
+    ranks they reach over.
+
+    Args:
+        full: (ranks, stop - first and more), the slice of every rank.
+        part: elements of a rank's part.
+        columns: first and stop of the slice in it.
+        flat: (end - begin,) those elements, or None.
+
+    Returns:
+        Views of `full`, (n, m) each, and those of `flat` that belong there.
     """
+    (first, stop), places, parts = columns, [], []
+    for rows, low, high in _boxes(part, begin, end):
+        left, right = max(low, first), min(high, stop)
+        if left >= right:
+            continue
+        places.append(full[rows.start : rows.stop, left - first : right - first])
+        if flat is not None:
+            start = rows.start * part + low - begin
+            box = flat[start : start + len(rows) * (high - low)].view(len(rows), high - low)
+            parts.append(box if right - left == high - low else box[:, left - low : right - low])
+    return places, parts
+
+
+def _boxes(part: int, begin: int, end: int) -> list[tuple[range, int, int]]:
+    """The elements begin .. end as ranks and, of their parts, the elements from one to another."""
     if begin >= end:  # also where nobody has a part
         return []
     first, last = -(-begin // part), end // part  # ranks whose part is wholly inside
     if first > last:
-        return [full[last, begin - last * part : end - last * part]]
-    places = []
+        return [(range(last, last + 1), begin - last * part, end - last * part)]
+    boxes = []
     if begin < first * part:
-        places.append(full[first - 1, begin - (first - 1) * part : part])
+        boxes.append((range(first - 1, first), begin - (first - 1) * part, part))
     if first < last:
-        places.append(full[first:last, :part])
+        boxes.append((range(first, last), 0, part))
     if last * part < end:
-        places.append(full[last, : end - last * part])
-    return places
-
-
-def _parts(flat: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
-    """A 1-D tensor in parts of these shapes."""
-    if len(places) == 1:
-        return [flat.view(places[0].shape)]
-    sizes = [place.numel() for place in places]
-    return [part.view(place.shape) for part, place in zip(flat.split(sizes), places, strict=True)]
+        boxes.append((range(last, last + 1), 0, end - last * part))
+    return boxes
 
 
 def _arrival_hook(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
-from pylo_dist.adapters.zero.reduction import _parts, _places
+from pylo_dist.adapters.zero.reduction import _places
 from support.optimizers import OPTIMIZERS
 
 
@@ -101,17 +101,23 @@ def test_what_thousands_of_ranks_hold_takes_no_memory() -> None:
 
 def test_gradients_find_their_places_whatever_the_cuts() -> None:
     generator = torch.Generator().manual_seed(0)
+
+    def drawn(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
     for _ in range(300):
-        ranks, part, gap = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(3))
-        full = torch.full((ranks, part + gap), -1.0)
+        ranks, part, gap = drawn(1, 9), drawn(1, 9), drawn(1, 9)
         total = ranks * part
-        begin, end = sorted(torch.randint(0, total + 1, (2,), generator=generator).tolist())
+        begin, end = sorted(drawn(0, total + 1) for _ in range(2))
+        first, stop = sorted(drawn(0, part + 1) for _ in range(2))
         flat = torch.arange(float(begin), float(end))
-        places = _places(full, part, begin, end)
+        full = torch.full((ranks, stop - first + gap), -1.0)
+        places, parts = _places(full, part, (first, stop), begin, end, flat)
         assert len(places) <= 3
         if places:
-            torch._foreach_copy_(places, _parts(flat, places))
+            torch._foreach_copy_(places, parts)
         wanted = torch.full((total,), -1.0)
         wanted[begin:end] = flat
-        assert torch.equal(full[:, :part].reshape(-1), wanted), (ranks, part, begin, end)
-        assert torch.equal(full[:, part:], torch.full((ranks, gap), -1.0))
+        where = (ranks, part, gap, begin, end, first, stop)
+        assert torch.equal(full[:, : stop - first], wanted.view(ranks, part)[:, first:stop]), where
+        assert torch.equal(full[:, stop - first :], torch.full((ranks, gap), -1.0)), where
