@@ -18,7 +18,7 @@ import gc
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ import torch
 from model import GPT, build
 from presets import PRESETS, GPTConfig
 from record import environment, markdown, write
+from step_model import planned
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pylo_dist
-from pylo_dist.adapters.zero.buckets import fill
 from pylo_dist.adapters.zero.freed import FreedGradient
 from pylo_dist.maths import compiled
 from pylo_dist.maths.reference import CHUNK_CPU
@@ -85,7 +85,7 @@ def memory_formula(
     *,
     ranks: int,
     stage: int,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float | None = None,
     tied: int = 0,
     wire_copies: int = 0,
     halved: bool = False,
@@ -98,11 +98,13 @@ def memory_formula(
                      for tensors below two dims; where its means are bfloat16 8 N / R less
                      AdamW: 8 N / R
         peak         the larger of: all of these with the scratch of a step; and the worst moment of
-                     backward, when two buckets are on their way and a third one fills
+                     backward, when two buckets, or slices of a large one, are on their way and
+                     the gradients of a third are there
 
     Args:
         shapes: of the parameters by name, in the order of the model.
         optimizer: "AdafacLO" or "AdamW". stage: 0: not sharded.
+        bucket_cap_mb: as `ZeroOptimizer`.
         tied: elements of a parameter that is used at both ends of the model. Autograd holds its
             first gradient all through backward, until it has made the second one, of the same size.
         wire_copies: how many copies of a bucket the backend makes to send it: gloo, whose
@@ -115,11 +117,10 @@ def memory_formula(
     state = sum(_state_bytes(shape, ranks, learned, halved) for shape in shapes.values())
     full, shard = 4 * numel, 4 * numel // ranks
     gradients = {0: full, 1: full + shard, 2: shard}[stage]
+    buckets = [(4 * n, len(slices)) for n, slices in planned(shapes, bucket_cap_mb, ranks)]
     held = 4 * numel + state + (SCRATCH if learned else 0)
     backward = (
-        full + 4 * tied
-        if stage == 0
-        else _backward(_buckets(shapes, bucket_cap_mb), ranks, stage, 4 * tied, wire_copies)
+        full + 4 * tied if stage == 0 else _backward(buckets, ranks, stage, 4 * tied, wire_copies)
     )
     return Memory(full, gradients, state, held + max(gradients, backward))
 
@@ -134,31 +135,34 @@ def _state_bytes(shape: Sequence[int], ranks: int, learned: bool, halved: bool) 
     return round(means * elements) + 12 * rows_and_columns
 
 
-def _buckets(shapes: Shapes, cap_mb: float) -> list[int]:
-    """Bytes of every bucket in the order of their departure, by the rule of the package."""
-    named = [(fqn, torch.empty(tuple(shape), device="meta")) for fqn, shape in shapes.items()]
-    return [4 * sum(tensor.numel() for _, tensor in chunk) for chunk in fill(named, cap_mb)]
+def _backward(
+    buckets: Sequence[tuple[int, int]], ranks: int, stage: int, tied: int, wire_copies: int
+) -> int:
+    """The most that gradients and buckets on their way take in a backward pass, in bytes.
 
-
-def _backward(buckets: list[int], ranks: int, stage: int, tied: int, wire_copies: int) -> int:
-    """The most that gradients and buckets on their way take in a backward pass, in bytes."""
-    worst, kept, shards = 0, 0, 0.0
-    flights = [0, 0]  # full buckets on their way, with the copies of the backend
-    for i, size in enumerate(buckets):
-        last = i == len(buckets) - 1
+    Args:
+        buckets: in the order of their departure, bytes and the number of slices.
+    """
+    worst, kept, shards = 0.0, 0, 0.0
+    flights = [0.0, 0.0]  # full slices on their way, with the copies of the backend
+    for i, (size, slices) in enumerate(buckets):
+        part, last = size / slices, i == len(buckets) - 1
         # the first gradient of the tied parameter; at the end, where both are there, one is in the
         # bucket
-        other = tied
-        worst = max(worst, kept + size + other + sum(flights) + round(shards))
-        other = 0 if last else tied
+        worst = max(worst, kept + size + tied + sum(flights) + shards)
+        there = kept + size + (0 if last else tied)
         shards += size / ranks
-        flights = [flights[1], size]
-        # packed: the gradients are there twice
-        worst = max(worst, kept + size + other + sum(flights) + round(shards))
+        for left in reversed(range(slices)):
+            # what arrives of one slice of several is written to the gradient of the whole
+            flights = [flights[1], part if slices == 1 else part + part / ranks]
+            # packed: the gradients are there twice
+            worst = max(worst, there + sum(flights) + shards)
+            flights[1] += wire_copies * part
+            if stage == 2 and left == 0:
+                there -= size
+            worst = max(worst, there + sum(flights) + shards)
         kept += size if stage == 1 else 0
-        flights[1] += wire_copies * size
-        worst = max(worst, kept + other + sum(flights) + round(shards))
-    return worst
+    return round(worst)
 
 
 def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -187,24 +191,44 @@ class Measured(Memory):
 def measure(
     config: GPTConfig, optimizer: str, stage: int, bucket_cap_mb: float, steps: int = 3
 ) -> Measured:
-    """Train on one sequence of TOKENS tokens under the profiler.
+    """`measure_training` of a GPT on one sequence of TOKENS tokens."""
+    idx = torch.randint(
+        0, config.vocab_size, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0)
+    )
+    return measure_training(
+        lambda: build(config, 0),
+        lambda model: model(idx[:, :-1], idx[:, 1:])[1],
+        optimizer,
+        stage,
+        bucket_cap_mb,
+        steps,
+    )
+
+
+def measure_training(
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module], Tensor],
+    optimizer: str,
+    stage: int,
+    bucket_cap_mb: float,
+    steps: int = 3,
+) -> Measured:
+    """Train under the profiler.
 
     Args:
+        make: the model.
         optimizer: "AdafacLO" or "AdamW" (fused). stage: 0: not sharded.
         steps: the last is the one that counts; 0: one forward and backward pass, without a step.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function("memory: build"):
-            model = build(config, 0)
+            model = make()
             chosen = make_optimizer(model, optimizer, stage, bucket_cap_mb)
-        idx = torch.randint(
-            0, config.vocab_size, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0)
-        )
         gradients = 0
         for step in range(max(steps, 1)):
             suffix = "" if step == max(steps, 1) - 1 else ", earlier"
             with record_function(f"memory: forward{suffix}"):
-                loss = model(idx[:, :-1], idx[:, 1:])[1]
+                loss = loss_of(model)
             with record_function(f"memory: backward{suffix}"):
                 loss.backward()
                 groups = chosen.param_groups  # brings the gradients that are still on their way
@@ -484,7 +508,7 @@ def formula_of(
     *,
     ranks: int,
     stage: int,
-    cap_mb: float = 25.0,
+    cap_mb: float | None = None,
     wire_copies: int = 0,
     halved: bool = False,
 ) -> Memory:
@@ -642,7 +666,7 @@ def main() -> int:
         f"\n{args.layout_ranks} ranks, {result['layouts']['parameters']:,} "
         f"parameters:\n\n{layout_table(layout_rows)}"
     )
-    print("\nComputed, GB (NCCL, float32, buckets of 25 MB):\n")
+    print("\nComputed, GB (NCCL, float32, buckets of the default size):\n")
     print(computed_table(result["computed"]))
     return 0
 

@@ -264,7 +264,7 @@ def exchange_predictions(models: Sequence[str], ranks: Sequence[int]) -> list[di
             nothing = Parts(0.0, dict.fromkeys((*FEATURES, "AdamW"), 0.0))
             for world in ranks:
                 for optimizer in ("AdafacLO", "VeLO", "AdamW"):
-                    moved = zero_bytes(shapes, optimizer, world, 25.0)
+                    moved = zero_bytes(shapes, optimizer, world)
                     times = step_times(nothing, network, shapes, optimizer, ranks=world, tokens=0)
                     memory = (
                         {}

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pylo_dist.adapters.zero.buckets import ALIGNMENT, fill
+from pylo_dist.adapters.zero.buckets import ALIGNMENT, default_cap_mb, fill, sliced
 from pylo_dist.core.shards import factored_dims
 from pylo_dist.maths import reference
 
@@ -69,8 +69,8 @@ class Bytes:
     sends is (R - 1) / R of it.
 
     Attributes:
-        scatters, gathers: of every bucket. small: of the small all-reduces (of which a ring sends
-            twice that share).
+        scatters: of every slice of a bucket. gathers: of every bucket.
+        small: of the small all-reduces (of which a ring sends twice that share).
     """
 
     scatters: list[int]
@@ -83,20 +83,41 @@ class Bytes:
         return round(share * (sum(self.scatters) + sum(self.gathers) + 2 * sum(self.small)))
 
 
-def zero_bytes(shapes: Shapes, optimizer: str, ranks: int, bucket_cap_mb: float) -> Bytes:
+def planned(
+    shapes: Shapes, cap_mb: float | None, ranks: int
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Of ZeroOptimizer's buckets, in the order of their departure, elements without padding and
+    `Bucket.slices`; float32.
+
+    Args:
+        cap_mb: as its `bucket_cap_mb`.
+    """
+    named = [(fqn, torch.empty(tuple(shape), device="meta")) for fqn, shape in shapes.items()]
+    cap_mb = cap_mb or default_cap_mb(sum(t.nbytes for _, t in named) / 2**20, ranks)
+    found = []
+    for chunk in fill(named, cap_mb):
+        numel = sum(t.numel() for _, t in chunk)
+        part = math.ceil(numel / (ranks * ALIGNMENT)) * ALIGNMENT
+        found.append((numel, sliced(part, ranks, 4 * numel / 2**20, cap_mb)))
+    return found
+
+
+def zero_bytes(
+    shapes: Shapes, optimizer: str, ranks: int, bucket_cap_mb: float | None = None
+) -> Bytes:
     """Of ZeroOptimizer, either stage, float32. A rank's part is a multiple of ALIGNMENT; that of
     gradients ends with a flag.
     """
     if ranks == 1:
         return Bytes([], [], [])
-    named = [(fqn, torch.empty(tuple(shape), device="meta")) for fqn, shape in shapes.items()]
-    parts = [
-        math.ceil(sum(t.numel() for _, t in chunk) / (ranks * ALIGNMENT)) * ALIGNMENT
-        for chunk in fill(named, bucket_cap_mb)
-    ]
+    buckets = planned(shapes, bucket_cap_mb, ranks)
     return Bytes(
-        scatters=[4 * ranks * (part + ALIGNMENT) for part in parts],
-        gathers=[4 * ranks * part for part in parts],
+        scatters=[
+            4 * ranks * (stop - first + ALIGNMENT)
+            for _, slices in buckets
+            for first, stop in slices
+        ],
+        gathers=[4 * ranks * slices[-1][1] for _, slices in buckets],
         small=small_syncs(shapes, optimizer),
     )
 
@@ -233,7 +254,7 @@ def step_times(
     ranks: int,
     tokens: int,
     layout: str = "zero",
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float | None = None,
     slowdown: float = 1.0,
 ) -> Times:
     """A step of `tokens` per rank.

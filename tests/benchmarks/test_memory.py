@@ -12,10 +12,20 @@ import gc
 
 import pytest
 import torch
-from bench_memory import SMALL, Measured, formula_of, measure, memory_formula, shapes_of
+import torch.distributed as dist
+from bench_memory import (
+    SMALL,
+    Measured,
+    formula_of,
+    measure,
+    measure_training,
+    memory_formula,
+    shapes_of,
+)
 from presets import PRESETS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
 from pylo_dist.maths import compiled
@@ -48,6 +58,40 @@ def test_peak_and_state_are_as_promised() -> None:
         whole = memory_formula(shapes_of(SMALL), optimizer, ranks=1, stage=0).state
         replicated = 2 * computed.state - whole
         assert sum(measured.state for measured in found) == whole + replicated
+
+
+class Words(nn.Module):
+    """An embedding of 10.5 MB, and little else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40_960, 64)
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.table(tokens)).square().mean()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_large_embedding_is_in_memory_twice_and_no_more(stage: int) -> None:
+    """As parameter and as gradient; a copy of that on its way would be 10.5 MB, two of them may be
+    on their way, and they are there in slices of a tenth. Rank 0 of two that are not there, so that
+    no thread of a backend holds or frees memory.
+    """
+    tokens, table = torch.arange(8), 4 * 40_960 * 64
+    shapes = {fqn: tuple(p.shape) for fqn, p in Words().named_parameters()}
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        measured = measure_training(
+            Words, lambda model: model(tokens), "AdamW", stage, bucket_cap_mb=1.0, steps=2
+        )
+    finally:
+        dist.destroy_process_group()
+    computed = memory_formula(shapes, "AdamW", ranks=2, stage=stage, bucket_cap_mb=1.0)
+    assert measured.peak == pytest.approx(computed.peak, rel=0.02), (measured, computed)
+    # this rank's half of the gradient, and slices
+    beside = measured.peak - measured.parameters - measured.state - table
+    assert beside < (0.5 + 0.4) * table, measured
 
 
 def test_a_plain_optimizer_lets_go_of_gradients() -> None:

@@ -32,6 +32,15 @@ T = TypeVar("T")
 # aligned pointers.
 ALIGNMENT = 16
 
+# A ring passes on one rank's part of a bucket per hop. By the latencies in NCCL's tuning table, a
+# hop between GPUs, eight a node with a 400 Gb/s port each, takes as long as 0.17 MB do: parts of
+# 0.5 MB reach three quarters of the bandwidth; those of 25 MB on 512 ranks, 0.05 MB, a quarter.
+# Buckets beyond a share of the model would win little of that, leave in fewer pieces beside
+# backward, and hold memory: two copies are on their way while the gradients of a third one gather.
+SMALLEST_CAP_MB = 25.0
+MESSAGE_MB = 0.5
+LARGEST_SHARE = 1 / 32
+
 # Slices below this many MB would save no memory that counts, and cost a message each.
 SMALLEST_SLICE_MB = 1.0
 
@@ -128,6 +137,16 @@ class Bucket:
             self.shard.copy_(self.master)
 
 
+def default_cap_mb(model_mb: float, ranks: int) -> float:
+    """The size of buckets where none was asked for: 25 MB up to 50 ranks; beyond, what leaves
+    MESSAGE_MB for each, but no more than LARGEST_SHARE of the model.
+
+    Args:
+        model_mb: of all parameters. ranks: a bucket is cut over.
+    """
+    return max(SMALLEST_CAP_MB, min(MESSAGE_MB * ranks, LARGEST_SHARE * model_mb))
+
+
 def fill(named: Sequence[Named], cap_mb: float) -> list[list[Named]]:
     """Parameters of one dtype and device in chunks of about `cap_mb`, in about the order in which
     backward completes them.
@@ -154,7 +173,7 @@ def sliced(shard_numel: int, ranks: int, size_mb: float, cap_mb: float) -> list[
     alike but for ALIGNMENT, so that none has twice the cap.
 
     Args:
-        shard_numel: elements of a rank's part. size_mb: of the bucket.
+        shard_numel: elements of a rank's part. size_mb: of the bucket, by its parameters.
     """
     if ranks == 1 or shard_numel == 0:
         return [(0, shard_numel)]

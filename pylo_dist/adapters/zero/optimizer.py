@@ -24,7 +24,7 @@ from ...core.scalars import as_python, with_python_numbers
 from ...optimizer.callbacks import evaluate, with_hooks
 from ...optimizer.loading import matched
 from ...optimizer.report import Report
-from .buckets import Bucket, add_together, shard_group, share_first_values
+from .buckets import Bucket, add_together, default_cap_mb, shard_group, share_first_values
 from .freed import FreedGradient
 from .gathering import ParameterGatherer
 from .groups import check_params, named_group, named_groups, take_frozen
@@ -79,8 +79,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             rank alone.
         replicate_group: ranks that hold the same part of other replicas, as in HSDP; gradients are
             averaged over them too.
-        bucket_cap_mb: a bucket is closed when it reaches this size; a parameter is never split over
-            two.
+        bucket_cap_mb: a bucket is closed when it reaches this size in MB of parameters; one that is
+            twice as large, by a large parameter, travels in slices of about this size. None: 25 up
+            to 50 ranks, and more on more of them, see `report()`.
         reduce_dtype: dtype in which gradients are averaged; None: the parameter's, float32 for
             bfloat16 and float16.
         overlap: send gradients while backward goes on, and wait for parameters only where they are
@@ -120,7 +121,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         stage: int = 1,
         process_group: Any = None,
         replicate_group: Any = None,
-        bucket_cap_mb: float = 25,
+        bucket_cap_mb: float | None = None,
         reduce_dtype: torch.dtype | None = None,
         overlap: bool = True,
         master_weights: bool = True,
@@ -168,11 +169,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._settings, kind, groups, kwargs = comm.together(prepare, self.sharing.holders)
         frozen = take_frozen(groups)
         check_same_parameters(groups, self._settings, self.sharing)
+        self._cap_mb = self._settings.bucket_cap_mb or default_cap_mb(
+            sum(p.nbytes for group in groups for _, p in group["params"]) / 2**20,
+            self.sharing.ranks,
+        )
         self._sharded = partial(
             shard_group,
             buckets=self.buckets,
             sharing=self.sharing,
-            cap_mb=bucket_cap_mb,
+            cap_mb=self._cap_mb,
             with_master=master_weights,
         )
         self.inner = add_together(
@@ -428,7 +433,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             sum(bucket.elements_of(rank) for bucket in self.buckets) for rank in range(share.ranks)
         ]
         report.heading.append(
-            f"ZeRO-{self.stage}, rank {share.rank} of {share.ranks}, {len(self.buckets)} buckets"
+            f"ZeRO-{self.stage}, rank {share.rank} of {share.ranks}, {len(self.buckets)} buckets, "
+            f"closed at {self._cap_mb:.3g} MB"
         )
         if share.replicas > 1:
             report.heading.append(

@@ -93,7 +93,7 @@ class Settings:
         ValueError: one that cannot be served.
     """
 
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     reduce_dtype: torch.dtype | None
     stage: int
     overlap: bool
@@ -105,9 +105,9 @@ class Settings:
         every, dtype = self.check_replicas_every, self.reduce_dtype
         if type(self.stage) is not int or self.stage not in (1, 2):
             raise checks.refused("stage", self.stage, "1 or 2; for sharded parameters use FSDP2")
-        checks.number(
-            "bucket_cap_mb", self.bucket_cap_mb, "a number > 0", most=math.inf, above=True
-        )
+        if self.bucket_cap_mb is not None:
+            wanted = "a number > 0, or None"
+            checks.number("bucket_cap_mb", self.bucket_cap_mb, wanted, most=math.inf, above=True)
         if dtype is not None and not (
             isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         ):
