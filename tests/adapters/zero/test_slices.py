@@ -7,12 +7,15 @@ ranks' numbers are added in rank order wherever they lie.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
@@ -112,18 +115,51 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def ranks_in_slices(rank: int, world: int) -> dict[str, Any]:
-    buckets.SMALLEST_SLICE_MB = 0.0  # in this process
+def with_masters(cap_mb: float | None, seed: int) -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
+    model = Words(torch.bfloat16)
+    return model, pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights=small_fc(), bucket_cap_mb=cap_mb
+    )
+
+
+def saved_and_loaded(rank: int) -> dict[str, Any]:
+    """The whole state of an optimizer in many buckets, and of one in other buckets that has loaded
+    it.
+    """
+    (model, saver), (other, loader) = with_masters(CAP_MB / 8, seed=0), with_masters(None, seed=1)
+    for optimizer, of, steps in ((saver, model, 2), (loader, other, 1)):
+        for step in range(steps):
+            of(torch.arange(rank + step, 400, 3)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    saved = pylo_dist.full_state_dict(saver, rank0_only=False)
+    other.load_state_dict(model.state_dict())
+    loader.load_state_dict(saved)
     return {
-        name: [trained(rank, in_slices, case) for in_slices in (True, False)]
-        for name, case in CASES.items()
+        "buckets": [len(saver.buckets), len(loader.buckets)],
+        "states": [saved, pylo_dist.full_state_dict(loader, rank0_only=False)],
     }
 
 
-def test_slices_change_no_bit_and_nothing_large_is_sent() -> None:
+def ranks_in_slices(rank: int, world: int) -> dict[str, Any]:
+    buckets.SMALLEST_SLICE_MB = 0.0  # in this process
+    found: dict[str, Any] = {
+        name: [trained(rank, in_slices, case) for in_slices in (True, False)]
+        for name, case in CASES.items()
+    }
+    return {"trained": found, "loaded": saved_and_loaded(rank)}
+
+
+@pytest.fixture(scope="module")
+def outcome() -> list[dict[str, Any]]:
+    return run_ranks(3, ranks_in_slices)
+
+
+def test_slices_change_no_bit_and_nothing_large_is_sent(outcome: list[dict[str, Any]]) -> None:
     table = VOCABULARY * WIDTH
-    for per_case in run_ranks(3, ranks_in_slices):
-        for name, (parts, one) in per_case.items():
+    for result in outcome:
+        for name, (parts, one) in result["trained"].items():
             assert max(parts["slices"]) >= 6, name
             assert min(parts["slices"]) == 1, name
             for got, wanted in zip(parts["found"], one["found"], strict=True):
@@ -137,6 +173,48 @@ def test_slices_change_no_bit_and_nothing_large_is_sent() -> None:
             # parameters too, of which gloo makes a copy to send them
             assert one["largest"]["_allgather_base_"] > 2 * table, name
             assert max(parts["largest"][kind] for kind in GATHERS) < 2 * CAP_MB * 2**20, name
+
+
+def test_states_go_from_some_buckets_to_others(outcome: list[dict[str, Any]]) -> None:
+    for result in outcome:
+        many, one = result["loaded"]["buckets"]
+        assert many > one == 1
+        saved, loaded = result["loaded"]["states"]
+        assert saved["state"].keys() == loaded["state"].keys()
+        for i, entries in saved["state"].items():
+            assert "master" in entries
+            for name, tensor in entries.items():
+                assert torch.equal(loaded["state"][i][name], tensor), (i, name)
+
+
+@contextmanager
+def world_of(ranks: int) -> Iterator[None]:
+    """Rank 0 of ranks that are not there."""
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_buckets_grow_with_the_ranks_up_to_a_share_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = [buckets.default_cap_mb(6400.0, ranks) for ranks in (1, 8, 50, 64, 256, 512, 4096)]
+    assert sizes == [25, 25, 25, 32, 128, 200, 200]
+    assert buckets.default_cap_mb(500.0, 4096) == 25
+    # 128 tensors of 1 kB: 4 of them are 1/32
+    monkeypatch.setattr(buckets, "SMALLEST_CAP_MB", 1 / 2**10)
+    monkeypatch.setattr(buckets, "MESSAGE_MB", 1 / 2**13)
+    found = {}
+    for ranks, asked in ((4, None), (16, None), (1024, None), (1024, 2 / 2**10)):
+        params = [nn.Parameter(torch.zeros(256)) for _ in range(128)]
+        with world_of(ranks):
+            optimizer = pylo_dist.ZeroOptimizer(params, torch.optim.SGD, bucket_cap_mb=asked)
+            found[ranks, asked] = len(optimizer.buckets)
+            report = str(optimizer.report())
+        assert f"{len(optimizer.buckets)} buckets, closed at 0.00" in report
+    assert [*found.values()] == [128, 64, 32, 64]
 
 
 class Packed:
@@ -161,11 +239,8 @@ def test_a_gradient_that_comes_while_a_bucket_leaves_is_not_mixed_in(
     2 that leaves in a round of its own; under stage 1, where gradients add up on the parameter, the
     sum of both does.
     """
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
-
     monkeypatch.setattr(buckets, "SMALLEST_SLICE_MB", 0.0)
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
-    try:
+    with world_of(2):
         param, packed = nn.Parameter(torch.zeros(256)), Packed()
         optimizer = pylo_dist.ZeroOptimizer(
             [param], torch.optim.SGD, lr=1.0, stage=stage, bucket_cap_mb=256 / 2**20
@@ -180,8 +255,6 @@ def test_a_gradient_that_comes_while_a_bucket_leaves_is_not_mixed_in(
             own._close_round()
             own._go_to(0)
             own._close_round()
-    finally:
-        dist.destroy_process_group()
     slices = [copy[:, : -buckets.ALIGNMENT] for copy in packed.copies]
     assert [part.shape for part in slices] == [(2, 32)] * 8
     rounds = [torch.cat(slices[i : i + 4], 1).flatten() for i in (0, 4)]
