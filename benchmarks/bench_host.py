@@ -33,6 +33,7 @@ Figures = dict[str, float]
 # kind, and what it is of
 CASES = (
     *(("zero", "AdafacLO", str(world)) for world in (8, 512, 4096)),
+    *(("default", "AdafacLO", str(world)) for world in (8, 512, 4096)),
     ("zero", "CELO2", "4096"),
     ("zero", "AdamW", "512"),
     *(("plain", name, str(tensors)) for name in ("AdafacLO", "VeLO") for tensors in (10, 1000)),
@@ -86,19 +87,36 @@ class InCollectives:
             self.seconds += time.process_time() - self.begun
 
 
-def zero(name: str, world: int) -> Callable[[], Figures]:
-    """580 tensors in 145 buckets, as a model of 1.5B parameters has them in buckets of 25 MB."""
+TENSORS = 580
+LIKE_25_MB = 0.25  # of TENSORS tensors in 145 buckets, as 1.5B parameters are in buckets of 25 MB
+
+
+def default(name: str, world: int) -> Callable[[], Figures]:
+    """As `zero`, in as large a share of the tensors per bucket as ZeroOptimizer takes by itself for
+    1.5B parameters on so many ranks.
+    """
+    from pylo_dist.adapters.zero import buckets
+
+    if not hasattr(buckets, "default_cap_mb"):  # a checkout from before: 25 MB on any ranks
+        return zero(name, world)
+    model_mb, tensors_mb = 6230e6 / 2**20, TENSORS * 128 * 128 * 4 / 2**20
+    share = buckets.default_cap_mb(model_mb, world) / model_mb
+    return zero(name, world, max(LIKE_25_MB, share * tensors_mb))
+
+
+def zero(name: str, world: int, cap_mb: float = LIKE_25_MB) -> Callable[[], Figures]:
+    """TENSORS tensors in buckets of this size."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
     import pylo_dist
     from pylo_dist.core import trace
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=world)
-    named = [(f"p{i}", nn.Parameter(torch.zeros(128, 128))) for i in range(580)]
+    named = [(f"p{i}", nn.Parameter(torch.zeros(128, 128))) for i in range(TENSORS)]
     kind, settings = optimizer_of(name)
 
     def build() -> Any:
-        return pylo_dist.ZeroOptimizer(named, kind, stage=2, bucket_cap_mb=0.25, **settings)
+        return pylo_dist.ZeroOptimizer(named, kind, stage=2, bucket_cap_mb=cap_mb, **settings)
 
     def step() -> Figures:
         for _, param in named:
@@ -283,6 +301,7 @@ def worker(kind: str, name: str, count: str) -> None:
     torch.set_num_threads(1)
     makers: dict[str, Callable[[str, int], Callable[[], Figures]]] = {
         "zero": zero,
+        "default": default,
         "plain": plain,
         "deepspeed": deepspeed,
         "meet": meet,
