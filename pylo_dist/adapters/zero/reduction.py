@@ -172,7 +172,8 @@ class GradientReducer:
             # at the end of this pass: then what a rank sends does not depend on what it does next
             if self._overlap:
                 self._pass = torch._C._current_graph_task_id()
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(lambda: _end_of_pass(self))
         self._arrived.add((b, i))
         self._missing[b] -= 1
         stream = stream_of(self.buckets[b].flat.device)
@@ -204,19 +205,6 @@ class GradientReducer:
                 self._land()
                 return True
         return False
-
-    def _end_of_pass(self) -> None:
-        """Close the rounds of all reducers that this backward pass has opened: all send before any
-        waits, and they wait in an order that is the same on all ranks.
-        """
-        rounds = [r for r in _OVERLAPPING if r._arrived and r._pass == self._pass]
-        rounds.sort(key=lambda reducer: reducer._number)
-        if len(rounds) > 1:
-            for reducer in rounds:
-                while reducer._next < len(reducer.buckets):
-                    reducer._launch_next()
-        for reducer in rounds or [self]:
-            reducer.flush()
 
     def flush(self) -> None:
         """Close the round that is open, if one is: all its gradients are there then."""
@@ -573,6 +561,20 @@ def _boxes(part: int, begin: int, end: int) -> list[tuple[range, int, int]]:
     if last * part < end:
         boxes.append((range(last, last + 1), 0, end - last * part))
     return boxes
+
+
+def _end_of_pass(reducer: GradientReducer) -> None:
+    """Close the rounds of all reducers that this backward pass has opened, this one's among them:
+    all send before any waits, and they wait in an order that is the same on all ranks.
+    """
+    rounds = [r for r in _OVERLAPPING if r._arrived and r._pass == reducer._pass]
+    rounds.sort(key=lambda one: one._number)
+    if len(rounds) > 1:
+        for one in rounds:
+            while one._next < len(one.buckets):
+                one._launch_next()
+    for one in rounds or [reducer]:
+        one.flush()
 
 
 def _arrival_hook(
