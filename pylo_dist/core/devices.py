@@ -14,6 +14,11 @@ def stream_of(device: torch.device) -> torch.Stream | None:
     return torch.accelerator.current_stream(device)
 
 
+def new_stream(device: torch.device) -> torch.Stream | None:
+    """A further one on which work for a device can be queued; None for a CPU."""
+    return None if stream_of(device) is None else torch.Stream(device)
+
+
 def event_behind(device: torch.device) -> torch.Event | None:
     """An event behind all that is queued for a device now; None for a CPU."""
     stream = stream_of(device)

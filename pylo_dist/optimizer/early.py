@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.devices import stream_of
 from ..core.pieces import raw_grad
 from ..core.rule import LearnedRule
 from ..layouts import plain
@@ -35,11 +36,18 @@ class EarlyPass:
     def arrived(self, params: Iterable[Tensor]) -> None:
         """The gradients of these parameters are there; those that were there before are others
         now. What is no parameter of the optimizer is passed over.
+
+        On a GPU gradients may arrive on another stream than that of the step, on which nothing is
+        made that outlives steps; so all of the first one is left to it.
         """
         rule = self._lineup.rule
         if type(rule).gradient_pass is LearnedRule.gradient_pass:
             return  # all is left to the step
-        if self._lineup.engine is None:
+        params, engine = [*params], self._lineup.engine
+        queued = any(stream_of(param.device) is not None for param in params)
+        if queued and (engine is None or not engine.begun):
+            return
+        if engine is None:
             try:
                 self._ready()
             except ValueError:  # the step will say it

@@ -87,6 +87,7 @@ class Engine:
         idle: whether a step is known in which no tensor had a gradient on any rank; on a GPU with
             the step that follows, as errors are.
         grad_norm: float64 0-d, norm of the raw gradients of the last step over all tensors.
+        begun: whether a step was begun, which makes tables and buffers that outlive it.
         captured: whether a CUDA graph holds a step, which then reads and writes this engine's
             memory whenever it is replayed.
     """
@@ -105,7 +106,7 @@ class Engine:
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._stats = [_BatchStats(batch) for _, batch in self.work]
         self._pending = _PendingErrors([batch for _, batch in work if batch.items], device)
-        self._steps_begun = self.captured = False
+        self.begun = self.captured = False
         self.shared = any(
             item.param.holders is not None for _, batch in self.work for item in batch.items
         )
@@ -140,7 +141,7 @@ class Engine:
             self._check_capture(losses)
         else:
             self._pending.raise_last()
-        self._steps_begun = True
+        self.begun = True
         if problem is not None and not self.shared and (losses is None or losses.group is None):
             raise problem
         steps = [rule.step(batch) for rule, batch in self.work]
@@ -328,7 +329,7 @@ class Engine:
 
     def _check_capture(self, losses: LossSum | None) -> None:
         """Raise ValueError for a step that a CUDA graph would replay wrongly."""
-        if not self._steps_begun:
+        if not self.begun:
             raise ValueError(
                 "a CUDA graph captures a step before the first one: take one outside of it, which "
                 "makes the tables"

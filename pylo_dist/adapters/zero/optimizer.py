@@ -217,7 +217,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._built:
             self._reducer.flush()
-            if self._reducer.spread_nonfinite():
+            if self._reducer.nonfinite.spread():
                 # whoever looks may change them, not always in a way that leaves a trace
                 self._inner.forget_gradients()
                 if self._inner.scaling is not None:
@@ -288,7 +288,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             problem = problem or failed
         self._gatherer.wait()
         self._reducer.finish()
-        if self._inner.scaling is not None and self._reducer.unseen:
+        if self._inner.scaling is not None and self._reducer.nonfinite.unseen:
             self._inner.scaling.forget()
         problem = problem or self._watch.problem() or self._reducer.problem
         for bucket in self.buckets:

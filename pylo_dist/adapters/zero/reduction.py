@@ -31,18 +31,23 @@ from ...core import trace
 from ...core.devices import stream_of
 from ...core.pieces import raw_grad, set_raw_grad
 from ...core.state import state_dtype
+from .aside import Aside
 from .buckets import ALIGNMENT, Bucket, BucketParam
 from .freed import FreedGradient, gradient_of, make_room
+from .nonfinite import Nonfinite
 from .others import LateAnswer, changed_after_it_left, maxima
 from .sharing import Sharing
 
 # Slices of buckets that are on their way at the same time; more would only hold memory. Several
-# reducers on GPUs may have more. On a GPU backward's stream waits for the first of two where a
-# third is to leave. That costs little: where it does wait, the network is behind, has the second to
-# send meanwhile, and the pass takes as long as the network; without it, a copy of every gradient
-# would be in memory. Pass A of what has landed runs on that stream too: it reads 4 bytes per
-# element of this rank's part alone, and on a stream of its own every buffer would have to be kept
-# for two.
+# reducers on GPUs may have more.
+#
+# On a GPU all that a slice goes through (its copy, the network, the division, pass A) is queued on
+# a stream of the reducer's own, in the order of the slices. There the first of two is waited for
+# where a third is to leave, so that no more copies are in memory at a time however far ahead the
+# host is; the stream of backward waits for nothing before the round is closed. Gradients that are
+# freed as they leave (ZeRO-2) must stay until they have been copied, and behind a slow network they
+# would pile up; so before a bucket leaves the host waits until those of the last but one have been.
+# What it has queued by then keeps the GPU busy meanwhile, and the network has the last one to send.
 MAX_IN_FLIGHT = 2
 
 
@@ -81,6 +86,7 @@ class GradientReducer:
     Attributes:
         synchronizing: whether gradients that arrive open a round; see `no_sync`.
         problem: why this rank's gradients cannot be used, or None.
+        nonfinite: what the ranks have said of their gradients.
         lock: held by the thread of autograd whose gradient is being noted.
     """
 
@@ -98,13 +104,15 @@ class GradientReducer:
         self.buckets = buckets
         self.synchronizing = True
         self.problem: ValueError | None = None
+        self.nonfinite = Nonfinite(buckets, sharing)
         self._sharing, self._frees, self._overlap, self._dtype = sharing, frees, overlap, dtype
         self._timeout, self._landed = timeout, landed
         self._arrived: set[tuple[int, int]] = set()
         self._missing: list[int] = []
         # the bucket that leaves next, how many slices of it have left and, once one is to, its
-        # gradients by member: (numel,), None where nothing is copied
+        # gradients by member: as they were found, and (numel,), None where nothing is copied
         self._next, self._sent = 0, 0
+        self._found: list[Tensor | None] = []
         self._leaving: list[Tensor | None] | None = None
         self._landing: Tensor | None = None  # the shard's gradient of which slices have landed
         self._rounds = 0
@@ -114,11 +122,11 @@ class GradientReducer:
         self._late = LateAnswer()
         self._freed: dict[int, FreedGradient] = {}  # by id(parameter)
         self._standing: set[int] = set()  # of these, those that should be on their parameter
-        self._poison: Tensor | None = None
         self._pass = -1  # the backward pass in which the round was opened
         # autograd has a thread for every device, and each calls the hooks of its parameters
         self.lock = threading.RLock()
         self._streams: dict[int, set[torch.Stream]] = {}  # on which a bucket's gradients arrived
+        self._aside = Aside(apart=overlap)
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
         if overlap and sharing.group is not None:
@@ -192,13 +200,16 @@ class GradientReducer:
         if len(self._flights) < MAX_IN_FLIGHT:
             return True
         flight = self._flights[0]
-        queued = flight.mine.device.type != "cpu"  # what comes: the host does not wait on a GPU
-        # Gradients that are freed as they leave would pile up on a CPU, so it waits for them; but
-        # not beside another optimizer of ours, which on another rank may wait for this one.
+        queued = self._aside.is_apart(flight.mine.device)  # what waits is not the host
+        # Gradients that are freed as they leave would pile up, so the host waits for them; but not
+        # beside another optimizer of ours, which on another rank may wait for this one.
         if len(_OVERLAPPING) <= 1 and (queued or self._frees):
             self._land()
+            freed_before = 1 if self._frees and self._leaving is None else None  # by bucket
+            self._aside.let_go(most=freed_before)
             return True
         if queued:
+            self._aside.let_go()
             return True
         while flight.pending.done():
             if not self._ask_replicas(flight):
@@ -229,15 +240,18 @@ class GradientReducer:
 
     def _go_to(self, b: int) -> None:
         """Bucket `b` leaves next, from its first slice on."""
-        self._next, self._sent, self._leaving = b, 0, None
+        self._next, self._sent, self._found, self._leaving = b, 0, [], None
 
     def _close_round(self) -> None:
-        while self._next < len(self.buckets):
-            while len(self._flights) >= MAX_IN_FLIGHT:
+        try:
+            while self._next < len(self.buckets):
+                while len(self._flights) >= MAX_IN_FLIGHT:
+                    self._land()
+                self._launch_next()
+            while self._flights:
                 self._land()
-            self._launch_next()
-        while self._flights:
-            self._land()
+        finally:  # whoever reads gradients now, or changes those that are still being copied
+            self._aside.join()
         self._arrived.clear()
         self._rounds += 1
 
@@ -252,7 +266,8 @@ class GradientReducer:
                     member.binding.present = False
                     if type(raw_grad(member.param)) is FreedGradient:
                         set_raw_grad(member.param, None)
-        self._rounds, self._poison = 0, None
+        self._rounds = 0
+        self.nonfinite.forget()
         self._left.clear()
         self._standing.clear()
         self.problem = None
@@ -291,17 +306,25 @@ class GradientReducer:
 
     # -------------------------------------------------------------------------------------- buckets
 
+    def _launch_next(self) -> None:
+        """Queue the next slice behind the gradients of its bucket, wherever backward made them: a
+        forward pass may have gone over several streams.
+        """
+        b, bucket = self._next, self.buckets[self._next]
+        if self._leaving is None:
+            self._found = [gradient_of(member.param) for member in bucket.members]
+        read = self._found if self._sent + 1 == len(bucket.slices) else []
+        with self._aside.behind(bucket.flat.device, self._streams.get(b, ()), read):
+            self._send_next()
+
     @trace.phased("reduce: launch")
     @torch.no_grad()
-    def _launch_next(self) -> None:
-        """Send the next slice."""
+    def _send_next(self) -> None:
         b, bucket = self._next, self.buckets[self._next]
-        if b == 0 and self._leaving is None and not self._frees:
-            self._poison = None  # of gradients that this round replaces
-        found = self._leaving or [gradient_of(member.param) for member in bucket.members]
-        _follow(self._streams.get(b, set()), bucket.flat.device, found)
         if self._leaving is None:
-            self._leaving = self._taken(bucket, found)
+            if b == 0 and not self._frees:
+                self.nonfinite.forget()  # of gradients that this round replaces
+            self._leaving = self._taken(bucket, self._found)
         dtype = self._dtype or state_dtype(bucket.flat.dtype)
         first, stop = bucket.slices[self._sent]
         width = stop - first
@@ -425,9 +448,13 @@ class GradientReducer:
                 own.broken = True
             raise
 
+    def _land(self) -> None:
+        with self._aside.behind(self._flights[0].mine.device):
+            self._receive_first()
+
     @trace.phased("reduce: land")
     @torch.no_grad()
-    def _land(self) -> None:
+    def _receive_first(self) -> None:
         flight, sharing = self._flights.popleft(), self._sharing
         with trace.phase("reduce: wait"), self._broken_by_errors():
             flight.pending.wait()
@@ -438,10 +465,7 @@ class GradientReducer:
         if copies > 1:
             # once, after the sum: the rounding of an average then does not depend on the backend
             mine.div_(copies)
-        poison = mine[width].to(torch.float32)
-        self._poison = (
-            poison.clone() if self._poison is None else self._poison.to(poison.device) + poison
-        )
+        self.nonfinite.heard(mine[width])
         dtype = bucket.flat.dtype if bucket.master is None else bucket.master.dtype
         grad = mine[:width].to(dtype)
         # of an earlier backward pass of the same step
@@ -464,52 +488,6 @@ class GradientReducer:
                     member.piece.grad = bucket.piece_of(member, earlier)
         if self._landed is not None:
             self._landed(bucket)
-
-    @property
-    def unseen(self) -> bool:
-        """Whether gradients have arrived since the last `spread_nonfinite`."""
-        return self._poison is not None
-
-    @torch.no_grad()
-    def spread_nonfinite(self) -> bool:
-        """Let a NaN or inf of any rank be seen in the gradients of every rank that holds anything,
-        once per reduction.
-
-        For code outside that decides from its own gradients whether to step, such as
-        torch.amp.GradScaler: to decide otherwise than the other ranks would be a hang. Exact: 0 is
-        added where all gradients are finite.
-
-        Returns:
-            Whether gradients have arrived since the last call.
-        """
-        poison, self._poison = self._poison, None
-        if poison is None:
-            return False
-        if self._sharing.holders is None:
-            return True
-        for bucket in self.buckets:
-            for member in bucket.members:
-                if member.piece.numel() and member.piece.grad is not None:
-                    member.piece.grad[:1].add_(poison.to(member.piece.device))
-                    return True
-        return True
-
-
-def _follow(
-    streams: set[torch.Stream], device: torch.device, grads: Sequence[Tensor | None]
-) -> None:
-    """Have what is queued from here on come after gradients of a device, wherever backward made
-    them: a forward pass may have gone over several streams.
-    """
-    now = stream_of(device)
-    others = streams - {now}
-    if now is None or not others:
-        return
-    for stream in others:
-        now.wait_stream(stream)
-    for grad in grads:
-        if grad is not None:  # freed as it leaves, its memory would be another's at once
-            grad.record_stream(now)
 
 
 def _places(

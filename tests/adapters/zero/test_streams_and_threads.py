@@ -1,36 +1,32 @@
 """Gradients that arrive on several streams and threads of autograd, as with several devices.
 
 Background: on one CPU autograd has one thread, and streams do not exist. Here the reducer's own
-hooks are called from two threads, and streams are objects that write down who waits for whom.
+hooks are called from two threads, and streams are stand-ins that write down who waits for whom and
+find memory that two of them could touch in either order (support/streams.py).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
-from pylo_dist.adapters.zero import gathering, reduction
+from pylo_dist import comm
+from pylo_dist.adapters.zero import aside, gathering, reduction
+from pylo_dist.adapters.zero.aside import Aside
+from pylo_dist.optimizer import early
 from support.optimizers import small_fc
-
-
-class FakeStream:
-    """Waits for others, and remembers for which."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.waited_for = device, list[Any]()
-
-    def wait_stream(self, other: Any) -> None:
-        self.waited_for.append(other)
-
-
-CPU = torch.device("cpu")
+from support.streams import Machine, Stream
 
 
 @pytest.fixture
@@ -65,43 +61,295 @@ def test_two_threads_enter_one_after_the_other(
     assert noted == ["0 in", "0 out", "1 in", "1 out"]
 
 
-def test_a_bucket_follows_the_streams_of_its_gradients(
-    reducer: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its copy is queued on the last one's stream, behind those of the others; their memory is
-    kept until that has read it.
+class Branches(nn.Module):
+    """Two chains of layers, which backward takes one after the other.
+
+    Attributes:
+        second: (machine, stream) on which the one is that backward takes first, if not on that of
+            the other.
     """
-    model, own = reducer
-    streams = [FakeStream(CPU), FakeStream(CPU)]
-    params = list(model.parameters())
-    arrivals, kept = iter([0, 0, 0, 1]), list[Any]()
-    now = streams[0]
 
-    def record(grad: torch.Tensor, stream: Any) -> None:
-        kept.append((grad.shape, stream))
+    second: tuple[Machine, Stream] | None = None
 
-    monkeypatch.setattr(reduction, "stream_of", lambda device: now)
-    monkeypatch.setattr(torch.Tensor, "record_stream", record)
-    arrive: Callable[[int, int], None] = own._arrive
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
+        self.right = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
 
-    def on_its_stream(b: int, i: int) -> None:
-        nonlocal now
-        now = streams[next(arrivals)]
-        arrive(b, i)
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), self.right(x)
+        if self.second is not None:
+            left.register_hook(self._on_compute)
+            right.register_hook(self._on_second)
+        return (left + right).square().sum()
 
-    monkeypatch.setattr(own, "_arrive", on_its_stream)
-    model(torch.ones(2, 4)).sum().backward()
-    assert streams[1].waited_for == [streams[0]]
-    assert streams[0].waited_for == []
-    assert len(kept) == len(params)
-    assert {stream for _, stream in kept} == {streams[1]}
-    model.optimizer[0].step()  # type: ignore[index]
+    def _on_second(self, _: Tensor) -> None:
+        assert self.second is not None
+        machine, stream = self.second
+        stream.wait_stream(machine.now)  # as autograd does where a gradient comes from another one
+        machine.now = stream
+
+    def _on_compute(self, _: Tensor) -> None:
+        assert self.second is not None
+        self.second[0].now = self.second[0].compute
+
+
+@dataclass
+class Trained:
+    machine: Machine
+    params: list[Tensor]
+    begun: int = 0  # where the last backward pass begins in the log, and where it ends
+    ended: int = 0
+
+    def backward(self, stream: str) -> list[str]:
+        """What was noted on a stream in the last backward pass."""
+        log = self.machine.log[self.begun : self.ended]
+        return [what for name, what in log if name.startswith(stream)]
+
+
+def trained(
+    stage: int,
+    patch: pytest.MonkeyPatch,
+    *,
+    streams: bool = True,
+    optimizers: int = 1,
+    second: bool = False,
+    overlap: bool = True,
+    then: Callable[[Branches, Any], object] = lambda model, optimizer: None,
+    **further: Any,
+) -> Trained:
+    """Three steps of one of two ranks; two layers are a bucket, those between branches too.
+
+    Args:
+        then: after each backward pass, with the first optimizer.
+        further: of ZeroOptimizer.
+    """
+    torch.manual_seed(0)
+    machine = Machine()
+    machine.install(patch)
+    if not streams:
+        for module in (aside, early, gathering, reduction):
+            patch.setattr(module, "stream_of", lambda device: None)
+    with machine:
+        model = Branches()
+        result = Trained(machine, [*model.parameters()])
+        for param in result.params:
+            param.register_post_accumulate_grad_hook(lambda p: machine.given_back(p.grad))
+        parts = [model] if optimizers == 1 else [model.left, model.right]
+        own = [
+            pylo_dist.ZeroOptimizer(
+                part,
+                pylo_dist.AdafacLO,
+                weights=small_fc(),
+                stage=stage,
+                overlap=overlap,
+                **further,
+                bucket_cap_mb=2 * 64 * 4 / 2**20,
+                nonfinite="skip",  # nothing is received in the step: the sums hold anything
+            )
+            for part in parts
+        ]
+        if second:
+            _share_streams(model, machine, patch)
+        for _ in range(3):
+            loss = model(torch.randn(4, 8))
+            result.begun = len(machine.log)
+            loss.backward()
+            result.ended = len(machine.log)
+            then(model, own[0])
+            for optimizer in own:
+                optimizer.step()
+            if model.second is not None:  # before memory that was allocated there is used again
+                model.second[1].wait_stream(machine.compute)
+            for optimizer in own:
+                optimizer.zero_grad()
+        assert [len(o.buckets) for o in own] == ([5] if optimizers == 1 else [3, 3])
+    return result
+
+
+def _share_streams(model: Branches, machine: Machine, patch: pytest.MonkeyPatch) -> None:
+    """One of the branches goes over a second stream."""
+    second = Stream(machine, "second")
+    model.second = machine, second
+    end = reduction._end_of_pass
+
+    def end_of_pass(reducer: Any) -> None:
+        machine.now = machine.compute  # autograd's callbacks are on the stream of the caller ...
+        machine.compute.wait_stream(second)  # ... which has waited for those of all gradients
+        end(reducer)
+
+    patch.setattr(reduction, "_end_of_pass", end_of_pass)
+
+
+@contextmanager
+def world_of(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    with world_of(2):
+        yield
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_stream_of_backward_waits_once_when_all_is_queued(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a bucket goes through is queued aside, two copies at a time; pass A is among it. No two
+    streams touch the same memory without having waited, and the step is that without streams.
+    """
+    run = trained(stage, monkeypatch)
+    assert run.machine.races == []
+    assert run.backward("compute") == ["waits for aside 0"]
+    assert run.machine.log[run.ended - 1] == ("compute", "waits for aside 0")
+    queued = run.backward("aside 0")
+    known = ("sends", "has", "pylo_dist.gradient_pass")
+    assert [what.split(".default")[0] for what in queued if what.startswith(known)] == [
+        *("sends 0", "sends 1"),
+        *("has 0", "pylo_dist.gradient_pass", "sends 2"),
+        *("has 1", "pylo_dist.gradient_pass", "sends 3"),
+        *("has 2", "pylo_dist.gradient_pass", "sends 4"),
+        *("has 3", "pylo_dist.gradient_pass", "has 4", "pylo_dist.gradient_pass"),
+    ]
+    sent = [i for i, what in enumerate(queued) if what.startswith("sends")]
+    assert all(queued[i - 1] == "waits for compute" for i in sent)
+    with monkeypatch.context() as patch:
+        plain = trained(stage, patch, streams=False)
+    assert plain.backward("aside") == []
+    assert all(map(torch.equal, run.params, plain.params))
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_the_host_waits_for_gradients_that_are_freed_and_for_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In ZeRO-2, before each bucket but the first two, until those two before it were copied."""
+    with monkeypatch.context() as patch:
+        assert trained(1, patch).machine.host == {}
+    run = trained(2, monkeypatch)
+    log = run.machine.log[run.begun : run.ended]
+    places = [i for i, (stream, _) in enumerate(log) if stream == "host"]
+    before = [[what for _, what in log[:i] if what.startswith("sends")][-1] for i in places]
+    after = [next(what for _, what in log[i:] if what.startswith("sends")) for i in places]
+    assert before == ["sends 1", "sends 2", "sends 3"]
+    assert after == ["sends 2", "sends 3", "sends 4"]
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_of_two_reducers_each_has_a_stream_and_no_host_waits(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank may send in another order: here nobody waits for it in mid-backward."""
+    run = trained(stage, monkeypatch, optimizers=2)
+    assert run.machine.races == []
+    assert run.machine.host == {}
+    assert sorted(run.backward("compute")) == ["waits for aside 0", "waits for aside 1"]
+    for stream in ("aside 0", "aside 1"):
+        queued = [w for w in run.backward(stream) if w.startswith(("sends", "has"))]
+        assert queued == ["sends 0", "sends 1", "sends 2", "has 0", "has 1", "has 2"]
+
+
+def one_more_pass(model: Branches, _: Any) -> None:
+    model(torch.ones(4, 8)).backward()
+
+
+def look_and_scale(_: Branches, optimizer: Any) -> None:
+    """As torch's GradScaler does, then clipping."""
+    for group in optimizer.param_groups:
+        for piece in group["params"]:
+            piece.grad.mul_(0.5)
+    pylo_dist.clip_grad_norm_(optimizer, 0.1)
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("then", [one_more_pass, look_and_scale])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_whoever_comes_after_backward_sees_its_gradients(
+    stage: int, then: Callable[[Branches, Any], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(stage, monkeypatch, then=then)
+    assert run.machine.races == []
+    with monkeypatch.context() as patch:
+        plain = trained(stage, patch, then=then, streams=False)
+    assert all(map(torch.equal, run.params, plain.params))
+
+
+def test_sums_over_replicas_are_waited_for_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    with world_of(4):
+        groups = [dist.new_group(ranks) for ranks in ([0, 1], [0, 2])]
+        # the other ranks, who are not there, do not say where they are
+        monkeypatch.setattr(comm, "union", lambda *_: dist.group.WORLD)
+        run = trained(2, monkeypatch, process_group=groups[0], replicate_group=groups[1])
+    assert run.machine.races == []
+    assert run.backward("compute") == ["waits for aside 0"]
+    queued = [w for w in run.backward("aside 0") if w.startswith(("sends", "has", "adds"))]
+    assert queued[:6] == ["sends 0", "sends 1", "has 0", "adds", "has added", "sends 2"]
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_bucket_follows_the_streams_of_its_gradients(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(stage, monkeypatch, second=True)
+    assert run.machine.races == []
+    assert run.backward("compute") == ["waits for second", "waits for aside 0"]
+    assert run.backward("second") == ["waits for compute", "waits for aside 0"]
+    queued = run.backward("aside 0")
+    mixed = queued[queued.index("has 0") : queued.index("sends 2")]
+    assert sorted(mixed[-2:]) == ["waits for compute", "waits for second"]
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_without_overlap_all_is_queued_where_the_step_is(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(stage, monkeypatch, second=True, overlap=False)
+    assert run.machine.races == []
+    assert {name for name, _ in run.machine.log} == {"compute", "second", "network"}
+    assert {*run.machine.kept.values()} == {("compute",)}  # whose memory is that of the second
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of what waits."""
+
+
+BEHIND, LET_GO = Aside.behind, Aside.let_go
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(
+    ("part", "name", "less", "found"),
+    [
+        (Aside, "join", nothing, "on compute beside"),
+        (Stream, "wait_stream", nothing, "on aside 0 beside"),
+        (Aside, "behind", lambda self, device, *_: BEHIND(self, device), "on aside 0 beside"),
+        (Aside, "behind", lambda self, device, on=(), _=(): BEHIND(self, device, on), "given back"),
+        (Aside, "let_go", lambda self, most=None: self._held.clear(), "given back"),
+    ],
+)
+def test_what_is_left_out_is_found(
+    part: Any, name: str, less: Any, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the tests above say that it is done."""
+    monkeypatch.setattr(part, name, less)
+    races = trained(2, monkeypatch, second=True).machine.races
+    assert [race for race in races if found in race]
 
 
 def test_values_are_there_for_the_first_reader_and_for_the_stream_of_the_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home, here = FakeStream(CPU), FakeStream(CPU)
+    machine = Machine()
+    home, here = Stream(machine, "home"), Stream(machine, "here")
     param = nn.Parameter(torch.ones(3))
     monkeypatch.setattr(gathering, "stream_of", lambda device: here)
     waited: list[None] = []
@@ -116,5 +364,4 @@ def test_values_are_there_for_the_first_reader_and_for_the_stream_of_the_step(
     assert float(param.detach().sum()) == 3.0
     assert len(waited) == 1
     assert type(param) is nn.Parameter
-    assert home.waited_for == [here]
-    assert here.waited_for == []
+    assert machine.log == [("home", "waits for here")]
