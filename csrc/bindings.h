@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "packing.h"
 #include "pylo_dist/mlp.h"
 
 namespace pylo_dist {
@@ -199,6 +200,39 @@ inline FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
     sizes.squares = std::max(sizes.squares, item.squares_at + 4 * K * item.leads);
   }
   return sizes;
+}
+
+inline int64_t pitch_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 1 || x.dim() == 2, name, " has ", x.dim(), " dims, wanted 1 or 2");
+  const int64_t inner = x.dim() - 1;
+  STD_TORCH_CHECK(x.size(inner) == 1 || x.stride(inner) == 1, name, " has neighbours far apart");
+  return x.dim() == 1 ? x.size(0) : x.stride(0);
+}
+
+// None of them is empty.
+inline std::vector<Pair> pairs_of(const Tensors_& targets, const Tensors_& sources) {
+  check_list(sources, static_cast<int64_t>(targets.size()), "sources");
+  std::vector<Pair> pairs;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Tensor &to = targets[i], &from = sources[i];
+    const int64_t from_pitch = pitch_of(from, "a source"), to_pitch = pitch_of(to, "a target");
+    const int64_t columns = to.size(to.dim() - 1), rows = to.dim() == 1 ? 1 : to.size(0);
+    STD_TORCH_CHECK(from.dim() == to.dim() && from.size(from.dim() - 1) == columns &&
+                        from.size(0) == to.size(0),
+                    "source ", i, " has another shape than its target");
+    STD_TORCH_CHECK(rows * columns > 0, "target ", i, " is empty");
+    const bool together = from_pitch == columns && to_pitch == columns;
+    pairs.push_back(Pair{from.data_ptr(), to.data_ptr(), together ? 1 : rows,
+                         together ? rows * columns : columns, from_pitch, to_pitch,
+                         static_cast<int32_t>(dtype_of(from, "a source")),
+                         static_cast<int32_t>(dtype_of(to, "a target"))});
+  }
+  return pairs;
+}
+
+// One for each of so many, and room for another.
+inline Ends* ends_of(const Tensor& ends, size_t pairs) {
+  return reinterpret_cast<Ends*>(floats(ends, 2 * static_cast<int64_t>(pairs) + 2, "ends"));
 }
 
 inline RuleConstants rule_of(const std::vector<double>& rule) {

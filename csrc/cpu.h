@@ -2,6 +2,7 @@
 // to each other. No torch.
 #pragma once
 
+#include "packing.h"
 #include "pylo_dist/mlp.h"
 #include "rounding.h"
 
@@ -67,6 +68,8 @@ struct Kernels {
   void (*pack)(const float* packed, bool vector_is_row, int hidden, void* to);
   // pass C; gives the sum of (p_new - p)^2
   double (*updates)(const PassArgs&, const Job&, int hidden);
+  // elements from the given ones on, of which the ends are noted
+  void (*copy)(const Pair&, int64_t from_at, int64_t to_at, int64_t count, Ends&);
 };
 
 #if defined(__x86_64__)

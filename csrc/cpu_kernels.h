@@ -4,4 +4,5 @@
 
 #include "cpu_features.h"
 #include "cpu_gradients.h"
+#include "cpu_packing.h"
 #include "cpu_updates.h"

@@ -8,6 +8,7 @@
 // (an argument holds 4000 gradients, 2000 where directions are written; one more launch per 4000
 // after that).
 #include "bindings.h"
+#include "cuda_packing.cuh"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
 #include "schemas.h"
@@ -28,6 +29,7 @@ using HostTables = pylo_dist::Tables;
 constexpr size_t MOST_ARGUMENT_BYTES = 32764;
 static_assert(sizeof(Head) + sizeof(UpdateArgs) <= MOST_ARGUMENT_BYTES,
               "UPLOAD_WORDS leaves too little room for a kernel's other arguments");
+static_assert(sizeof(Copies) <= MOST_ARGUMENT_BYTES, "MOST_PAIRS are too many for an argument");
 
 #if defined(PYLO_FIBERS)
 #define PYLO_LAUNCH(kernel, blocks, threads, ...) \
@@ -354,6 +356,28 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
                                     : scalar_kernel<true, 4>;
   const int threads = scalar_threads(static_cast<int>(hidden));
   PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
+}
+
+// Not a pass of a batch: it needs no tables. One launch, and one more per MOST_PAIRS after that.
+void copy_pass(Tensors_ targets, Tensors_ sources, Tensor ends) {
+  if (targets.empty()) return;
+  const Device device(targets[0]);
+  const std::vector<Pair> pairs = pairs_of(targets, sources);
+  Ends* const all = ends_of(ends, pairs.size());
+  for (size_t first = 0; first < pairs.size(); first += MOST_PAIRS) {
+    Copies copies{};
+    copies.count = static_cast<int64_t>(std::min<size_t>(MOST_PAIRS, pairs.size() - first));
+    int64_t jobs = 0;
+    for (int64_t p = 0; p < copies.count; ++p) {
+      copies.pairs[p] = pairs[first + static_cast<size_t>(p)];
+      copies.first_job[p] = jobs;
+      jobs += copies.pairs[p].rows * jobs_of_row(copies.pairs[p]);
+    }
+    copies.first_job[copies.count] = jobs;
+    copies.ends = reinterpret_cast<unsigned*>(all + first);
+    copies.counter = reinterpret_cast<unsigned*>(all + pairs.size());
+    PYLO_LAUNCH(copy_kernel, device.blocks(copy_kernel, COPY_THREADS, jobs), COPY_THREADS, copies);
+  }
 }
 
 // Bytes on the device and pinned on the host, both zeroed by the caller.

@@ -545,6 +545,38 @@ void rounded_update_pass(Tensor items, Tensor boxes, Ints active, std::vector<do
          update_squares, directions, workspace, &shards, &keys);
 }
 
+void copy_pass(Tensors_ targets, Tensors_ sources, Tensor ends) {
+  struct Part {
+    size_t pair;
+    int64_t row, first, last;
+  };
+  const std::vector<Pair> pairs = pairs_of(targets, sources);
+  Ends* const all = ends_of(ends, pairs.size());
+  std::vector<Part> parts;
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    for (int64_t row = 0; row < pairs[p].rows; ++row) {
+      for (int64_t at = 0; at < pairs[p].columns; at += LARGEST_JOB)
+        parts.push_back(Part{p, row, at, std::min(pairs[p].columns, at + LARGEST_JOB)});
+    }
+  }
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  std::vector<Ends> found(parts.size(), Ends{infinity, -infinity});
+  const Kernels& k = kernels();
+  for_each(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const Part& part = parts[i];
+    const Pair& pair = pairs[part.pair];
+    k.copy(pair, part.row * pair.from_pitch + part.first, part.row * pair.to_pitch + part.first,
+           part.last - part.first, found[i]);
+  });
+  std::fill(all, all + pairs.size(), Ends{infinity, -infinity});
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Ends& here = all[parts[i].pair];
+    if (here.lowest != here.lowest) continue;  // NaN, and the other end too
+    here.lowest = min_(found[i].lowest, here.lowest);
+    here.highest = max_(found[i].highest, here.highest);
+  }
+}
+
 Ints workspace_sizes(Tensor items, Tensor boxes, Tensor like) {
   return Ints{workspace_size(Tables(items, boxes))};
 }

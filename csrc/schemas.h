@@ -25,6 +25,7 @@
      "Tensor(b!)[] col, Tensor[] sums_a, Tensor moves, Tensor scale, Tensor(c!) factors, "        \
      "Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()")                    \
   OP(update_pass, "(" PYLO_DIST_UPDATE_ARGUMENTS ") -> ()")                                       \
+  OP(copy_pass, "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!) ends) -> ()")                \
   OP(workspace_sizes,                                                                             \
      "(Tensor items, Tensor boxes, Tensor like) -> int[]") /* for the device of `like` */
 

@@ -71,6 +71,7 @@ def library(device_type: str) -> str:
         return f"{found[-1].name} cannot be loaded: {error.__cause__ or error}"
     try:
         row_orders(device_type)
+        _ = torch.ops.pylo_dist.copy_pass
     except (AttributeError, RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
         return (
@@ -97,7 +98,7 @@ def row_orders(device_type: str) -> dict[str, RowOrder]:
 
 def _register_fakes() -> None:
     passes = ("gradient_pass", "moment_pass", "feature_pass", "update_pass", "rounded_update_pass")
-    for name in passes:
+    for name in (*passes, "copy_pass"):
         torch.library.register_fake(f"pylo_dist::{name}", lambda *args: None)
     torch.library.register_fake("pylo_dist::workspace_sizes", lambda items, boxes, like: [])
 

@@ -211,6 +211,12 @@ inline unsigned atomicAdd(unsigned* at, unsigned by) {
   return old;
 }
 
+inline unsigned atomicMax(unsigned* at, unsigned x) {
+  const unsigned old = *at;
+  if (x > old) *at = x;
+  return old;
+}
+
 // The 16 bits of a number as a number of that type, and back; the types are their bits here.
 struct __half {
   uint16_t bits;

@@ -16,7 +16,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Kernels that go over elements; the others work on factors, once per item.
-HOT = ("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel")
+HOT = (
+    "copy_kernel",
+    "gradient_kernel",
+    "moment_kernel",
+    "feature_kernel",
+    "scalar_kernel",
+    "tensor_core_kernel",
+)
 
 
 def nvcc() -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pylo_dist.core.requests import SQUARES
 from pylo_dist.maths import compiled
-from support import cuda_checks
+from support import copies, cuda_checks
 from support.cuda_checks import EPS
 from support.kernels import Problem, run
 from support.virtual import COMPILED, SETTINGS
@@ -288,3 +288,17 @@ def test_a_machine_that_is_slow_in_double(library: ctypes.CDLL, figures: list[st
         f"CUDA passes on fibers, two floats | CELO2_base | high: largest error {error:.1e}, "
         f"PyTorch {own:.1e}"
     )
+
+
+def test_copies_into_a_bucket_are_those_of_torch(library: ctypes.CDLL) -> None:
+    """Vectors, tails, addresses aligned alike or not, 16 bits to 32 and back, rows apart."""
+    for blocks in (3, 1):
+        library.fibers_machine(blocks, False)
+        copies.check_pairs(torch.ops.pylo_dist_fibers.copy_pass, "cpu")
+    library.fibers_machine(3, False)
+
+
+def test_many_tensors_are_copied_in_few_launches(library: ctypes.CDLL) -> None:
+    before = library.fibers_launches()
+    copies.check_many(torch.ops.pylo_dist_fibers.copy_pass, "cpu")
+    assert library.fibers_launches() - before == 3

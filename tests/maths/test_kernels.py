@@ -29,6 +29,7 @@ from pylo_dist.core.pieces import bind_shard
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import VirtualGroup, largest_changes, layout_error, run_virtual
+from support import copies
 from support.golden import velo_weights
 from support.kernels import (
     FLOOR,
@@ -662,3 +663,49 @@ def test_cuda_without_a_toolkit_is_an_error_at_once() -> None:
     )
     assert done.returncode != 0
     assert "PYLO_DIST_CUDA=1, but there is no nvcc" in done.stderr
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_copies_into_a_bucket_are_those_of_torch(
+    instruction_set: str, auto: Callable[[str], str]
+) -> None:
+    try:
+        auto(instruction_set)
+    except RuntimeError:
+        pytest.skip(f"this machine has no {instruction_set}")
+    copies.check_pairs(torch.ops.pylo_dist.copy_pass, "cpu")
+    copies.check_many(torch.ops.pylo_dist.copy_pass, "cpu")
+
+
+def test_copies_of_many_elements_are_dealt_to_threads() -> None:
+    """A row in several jobs: its ends are those of all of them, NaN of any."""
+    source = torch.randn(3 << 20)
+    source[[5, 2 << 20]] = torch.tensor([9.0, -9.0])
+    target, ends = torch.empty_like(source), torch.zeros(2, 2)
+    torch.ops.pylo_dist.copy_pass([target], [source], ends)
+    assert torch.equal(target, source)
+    assert ends[0].tolist() == [-9.0, 9.0]
+    source[(2 << 20) + 7] = torch.nan
+    torch.ops.pylo_dist.copy_pass([target], [source], ends)
+    assert bool(ends[0].isnan().all())
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    ends, x = torch.zeros(2, 2), torch.zeros(4, 6)
+    for targets, sources, words in (
+        ([x], [x, x], "sources has 2 tensors, wanted 1"),
+        ([x], [x[:3]], "source 0 has another shape than its target"),
+        ([x], [x[0]], "source 0 has another shape than its target"),
+        ([x.t()], [x.t()], "a source has neighbours far apart"),
+        ([x[:0]], [x[:0]], "target 0 is empty"),
+        ([x.double()], [x.double()], "a source has a dtype without a kernel"),
+        ([x.view(2, 2, 6)], [x.view(2, 2, 6)], "a source has 3 dims, wanted 1 or 2"),
+        ([x, x], [x, x], "ends has 4 elements, wanted 6"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.pylo_dist.copy_pass(targets, sources, ends)
+
+
+def test_opcheck_of_copies() -> None:
+    args = ([torch.empty(3), torch.empty(2, 4)], [torch.ones(3), torch.ones(2, 4)])
+    torch.library.opcheck(torch.ops.pylo_dist.copy_pass.default, (*args, torch.zeros(3, 2)))
