@@ -1,5 +1,5 @@
-"""Tensors copied to their places in one reading, in which the least and the largest number of each
-are noted. Writes the places.
+"""Tensors copied to their places, with the least and the largest number of each noted in the same
+reading. Writes the places.
 """
 
 from __future__ import annotations
@@ -14,33 +14,29 @@ from . import compiled
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def copy_with_ends(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor | None:
-    """targets[i] <- sources[i], of the same shape (modified in place).
+def serves(sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether there is a kernel that copies these, all of one device, to places of this dtype."""
+    return (
+        bool(sources)
+        and compiled.enabled()
+        and dtype in DTYPES
+        and sources[0].device.type in ("cpu", "cuda")
+        and not compiled.library(sources[0].device.type)
+        and all(source.dtype in DTYPES and not source.is_neg() for source in sources)
+    )
+
+
+def copy_with_ends(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    """targets[i] <- sources[i], of the same shape (modified in place), where a kernel serves.
 
     Args:
-        targets: all of one device, not empty, with 1 or 2 dims, neighbours of the last one beside
-            each other; sources likewise.
+        targets: none of them empty, of 1 or 2 dims, the numbers of the last one beside each other;
+            sources likewise.
 
     Returns:
-        float32 (len, 2): the least and the largest number of each source, NaN where it holds one;
-        None where no kernel serves, and torch has copied them.
+        float32 (len, 2): the least and the largest number of each source, NaN where it holds one.
     """
-    if targets and _served(targets, sources):
-        # zeros, and a row more: what a GPU counts in
-        ends = torch.zeros(len(targets) + 1, 2, device=targets[0].device)
-        torch.ops.pylo_dist.copy_pass(list(targets), list(sources), ends)
-        return ends[:-1]
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
-    return None
-
-
-def _served(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
-    device = targets[0].device
-    return (
-        compiled.enabled()
-        and device.type in ("cpu", "cuda")
-        and not compiled.library(device.type)
-        and all(x.dtype in DTYPES and x.device == device for x in (*targets, *sources))
-        and not any(x.is_neg() for x in sources)
-    )
+    # zeros, and a row more: what a GPU counts in
+    ends = torch.zeros(len(targets) + 1, 2, dtype=torch.float32, device=targets[0].device)
+    torch.ops.pylo_dist.copy_pass(list(targets), list(sources), ends)
+    return ends[:-1]

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +30,13 @@ from ...core import trace
 from ...core.devices import stream_of
 from ...core.pieces import raw_grad, set_raw_grad
 from ...core.state import state_dtype
+from ...maths import copies
 from .aside import Aside
 from .buckets import ALIGNMENT, Bucket, BucketParam
+from .departed import Departed
 from .freed import FreedGradient, gradient_of, make_room
 from .nonfinite import Nonfinite
-from .others import LateAnswer, changed_after_it_left, maxima
+from .others import changed_after_it_left, maxima
 from .sharing import Sharing
 
 # Slices of buckets that are on their way at the same time; more would only hold memory. Several
@@ -65,7 +66,6 @@ class _Flight:
     over_replicas: bool = False  # whether these have been asked for theirs
 
 
-_NEVER_LEFT = (None, 0, None)  # of a gradient that stands nowhere
 _COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
 _OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
@@ -117,11 +117,8 @@ class GradientReducer:
         self._landing: Tensor | None = None  # the shard's gradient of which slices have landed
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
-        # id(parameter) -> the gradient that left, its version and its largest element then
-        self._left: dict[int, tuple[Tensor, int, Tensor | None]] = {}
-        self._late = LateAnswer()
+        self._departed = Departed()
         self._freed: dict[int, FreedGradient] = {}  # by id(parameter)
-        self._standing: set[int] = set()  # of these, those that should be on their parameter
         self._pass = -1  # the backward pass in which the round was opened
         # autograd has a thread for every device, and each calls the hooks of its parameters
         self.lock = threading.RLock()
@@ -151,7 +148,7 @@ class GradientReducer:
             for i, member in enumerate(bucket.members):
                 member.param.register_post_accumulate_grad_hook(_arrival_hook(this, b, i))
                 if self._frees:
-                    make_room(member.param, self._standing)
+                    make_room(member.param, self._departed.standing)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -231,10 +228,10 @@ class GradientReducer:
             self._close_round()
         members = [member for bucket in self.buckets for member in bucket.members]
         for member in members:
-            if self._is_other(member.param):
+            if self._departed.is_other(member.param):
                 self.problem = self.problem or changed_after_it_left(member.fqn, member.param)
         if left_before and self._sharing.holders is not None and self.problem is None:
-            changed = self._late.ask(*self._changed_unseen(members))
+            changed = self._departed.changed_unseen(members)
             if changed is not None:
                 self.problem = changed_after_it_left(changed.fqn, changed.param)
 
@@ -268,41 +265,8 @@ class GradientReducer:
                         set_raw_grad(member.param, None)
         self._rounds = 0
         self.nonfinite.forget()
-        self._left.clear()
-        self._standing.clear()
+        self._departed.forget()
         self.problem = None
-
-    def _is_other(self, param: Tensor) -> bool:
-        """Whether something happened to a parameter's gradient after it had been reduced, and would
-        be lost. Asked of every parameter in every step.
-        """
-        grad = raw_grad(param)
-        if type(grad) is FreedGradient:
-            return False
-        left, version, _ = self._left.get(id(param), _NEVER_LEFT)
-        if grad is None:
-            return left is not None or id(param) in self._standing
-        return grad is not left or grad._version != version
-
-    @torch.no_grad()
-    def _changed_unseen(
-        self, members: Sequence[BucketParam]
-    ) -> tuple[list[BucketParam], list[Tensor]]:
-        """What raises no version counter, such as a collective: members whose gradient may be
-        another than the one that left, and per dtype and device, in their order, whether it is
-        (bool).
-        """
-        kinds: dict[Any, list[tuple[BucketParam, Tensor, Tensor]]] = {}
-        for member in members:
-            grad, _, mark = self._left.get(id(member.param), _NEVER_LEFT)
-            if grad is not None and mark is not None:
-                kinds.setdefault((mark.dtype, mark.device), []).append((member, grad, mark))
-        flags = []
-        for some in kinds.values():
-            now = torch.stack(maxima([grad for _, grad, _ in some]))
-            then = torch.stack([mark for _, _, mark in some])
-            flags.append((now != then) & ~(now.isnan() & then.isnan()))
-        return [member for some in kinds.values() for member, _, _ in some], flags
 
     # -------------------------------------------------------------------------------------- buckets
 
@@ -325,15 +289,14 @@ class GradientReducer:
             if b == 0 and not self._frees:
                 self.nonfinite.forget()  # of gradients that this round replaces
             self._leaving = self._taken(bucket, self._found)
-        dtype = self._dtype or state_dtype(bucket.flat.dtype)
+        dtype = _dtype_of_sums(bucket, self._dtype)
         first, stop = bucket.slices[self._sent]
         width = stop - first
         # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
         full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
-        self._pack(bucket, self._leaving, full, first, stop)
-        # one more reading of the copy, 4 bytes per element; the maxima of `_taken` cannot tell -inf
-        ends = torch.stack(torch.aminmax(full)) * (self._sharing.ranks * self._sharing.replicas)
-        full[:, width] = (ends * 0.0).sum()
+        ends = self._pack(bucket, self._leaving, full, first, stop)
+        added = self._sharing.ranks * self._sharing.replicas
+        full[:, width] = (ends.abs() * added * 0.0).sum()
         # only now: an error above leaves the round as it was
         self._sent += 1
         what = f"the reduce-scatter of gradients, bucket {b}"
@@ -368,22 +331,28 @@ class GradientReducer:
             else None
             for grad, member in zip(found, bucket.members, strict=True)
         ]
-        # before they are copied: whatever changes one meanwhile is noticed
-        left = [] if self._frees else maxima([grad for grad in dense if grad is not None])
-        marks = iter(left)
-        for member, grad, copied in zip(bucket.members, found, dense, strict=True):
+        flat = [None if grad is None else grad.detach().reshape(-1) for grad in dense]
+        left = [grad for grad in flat if grad is not None]
+        # before they are copied, or in that reading: whatever changes one meanwhile is noticed
+        later = self._frees or copies.serves(left, _dtype_of_sums(bucket, self._dtype))
+        marks = iter([] if later else maxima(left))
+        for member, grad, copied in zip(bucket.members, found, flat, strict=True):
             self._take(member, grad, None if copied is None else next(marks, None))
-        return [None if grad is None else grad.detach().reshape(-1) for grad in dense]
+        return flat
 
     def _pack(
         self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor, first: int, stop: int
-    ) -> None:
+    ) -> Tensor:
         """Write a slice of the gradients that leave, the elements first .. stop of every rank's
         part, to their places in `full` (ranks, stop - first and more), zeros elsewhere.
+
+        Returns:
+            Numbers of `full`, of its dtype; one of them is as large as any, or NaN if any is.
         """
         full[:, stop - first :].zero_()
         targets: list[Tensor] = []
         sources: list[Tensor] = []
+        of_member: list[tuple[BucketParam, int]] = []  # where the sources of each end
         part, columns = bucket.shard_numel, (first, stop)
         empty = _places(full, part, columns, bucket.numel, full.shape[0] * part)[0]
         for member, grad in zip(bucket.members, leaving, strict=True):
@@ -393,16 +362,26 @@ class GradientReducer:
             else:
                 targets += places
                 sources += parts
+                of_member.append((member, len(sources)))
         for place in empty:
             place.zero_()
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        if not copies.serves(sources, full.dtype):
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            return torch.stack(torch.aminmax(full))
+        ends = copies.copy_with_ends(targets, sources)
+        begin = 0
+        for member, end in of_member if not self._frees else ():
+            if begin < end:
+                self._departed.note_parts(member.param, ends[begin:end, 1])
+            begin = end
+        return ends.to(full.dtype)
 
     def _take(self, member: BucketParam, grad: Tensor | None, mark: Tensor | None) -> None:
         """Note that a parameter's gradient leaves, or that there is none.
 
         Args:
-            mark: its maximum, 0-d, to compare with later.
+            mark: see `Departed.note`.
         """
         param = member.param
         present = grad is not None
@@ -410,7 +389,7 @@ class GradientReducer:
             self._frees and self._rounds > 0 and member.binding.present
         )
         if grad is None:
-            self._left.pop(id(param), None)
+            self._departed.note(param, None, None)
             return
         if grad.layout != torch.strided:
             self.problem = self.problem or ValueError(
@@ -419,12 +398,12 @@ class GradientReducer:
         if self._frees:
             if id(param) not in self._freed:
                 self._freed[id(param)] = FreedGradient.of(param, grad.dtype)
-            if id(param) in self._standing:  # and is not: this pass should have removed it
+            if id(param) in self._departed.standing:  # and is not: this pass should have removed it
                 self.problem = self.problem or changed_after_it_left(member.fqn, param)
-            self._standing.add(id(param))
+            self._departed.standing.add(id(param))
             param.grad = self._freed[id(param)]
         else:
-            self._left[id(param)] = (grad, grad._version, mark)
+            self._departed.note(param, grad, mark)
 
     def _ask_replicas(self, flight: _Flight) -> bool:
         """Once a flight is done, whether it goes on over the replicas."""
@@ -488,6 +467,11 @@ class GradientReducer:
                     member.piece.grad = bucket.piece_of(member, earlier)
         if self._landed is not None:
             self._landed(bucket)
+
+
+def _dtype_of_sums(bucket: Bucket, wanted: torch.dtype | None) -> torch.dtype:
+    """In which a bucket's gradients are added."""
+    return wanted or state_dtype(bucket.flat.dtype)
 
 
 def _places(
