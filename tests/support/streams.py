@@ -116,7 +116,7 @@ class Machine(TorchDispatchMode):
             return _Pending(self, what, network.record_event(), x)
 
         def reduce_scatter(shard: Tensor, full: Tensor, group: Any, what: str, *_: Any) -> _Pending:
-            bucket = what.split()[-1]
+            bucket = what.partition("bucket ")[2].split(",")[0]
             self.note(f"sends {bucket}")
             return over_network(f"has {bucket}", shard, full.view(-1, len(shard))[0], group)
 

@@ -7,6 +7,7 @@ find memory that two of them could touch in either order (support/streams.py).
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -115,6 +116,7 @@ def trained(
     optimizers: int = 1,
     second: bool = False,
     overlap: bool = True,
+    slices: bool = False,
     then: Callable[[Branches, Any], object] = lambda model, optimizer: None,
     **further: Any,
 ) -> Trained:
@@ -149,6 +151,9 @@ def trained(
             )
             for part in parts
         ]
+        for bucket in own[0].buckets if slices else ():
+            cuts = [0, 16, 32, bucket.shard_numel]
+            bucket.slices = [*itertools.pairwise(cuts)]
         if second:
             _share_streams(model, machine, patch)
         for _ in range(3):
@@ -240,6 +245,30 @@ def test_the_host_waits_for_gradients_that_are_freed_and_for_no_others(
     after = [next(what for _, what in log[i:] if what.startswith("sends")) for i in places]
     assert before == ["sends 1", "sends 2", "sends 3"]
     assert after == ["sends 2", "sends 3", "sends 4"]
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_slices_are_queued_in_turn_and_the_host_waits_for_buckets(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a bucket it does not: its gradients stay until the last slice has been copied."""
+    run = trained(stage, monkeypatch, slices=True)
+    assert run.machine.races == []
+    assert run.backward("compute") == ["waits for aside 0"]
+    queued = [w for w in run.backward("aside 0") if w.startswith(("sends", "has"))]
+    on_their_way = [0]
+    for what in queued:
+        on_their_way.append(on_their_way[-1] + (1 if what.startswith("sends") else -1))
+    assert len(queued) == 2 * 3 * 5
+    assert max(on_their_way) == 2
+    log = run.machine.log[run.begun : run.ended]
+    places = [i for i, (stream, _) in enumerate(log) if stream == "host"]
+    after = [next(what for _, what in log[i:] if what.startswith("sends")) for i in places]
+    assert after == (["sends 2", "sends 3", "sends 4"] if stage == 2 else [])
+    with monkeypatch.context() as patch:
+        plain = trained(stage, patch, streams=False)
+    assert all(map(torch.equal, run.params, plain.params))
 
 
 @pytest.mark.usefixtures("two_ranks")
