@@ -79,6 +79,9 @@ UNITS = "for (int h = 0; h < H; ++h) {"
 STRIPS = "for (; r < runs.count; r += warps_per_strip) {"
 ROWS = "for (int row = 4 * warp; row < rows; row += 4 * TILE_WARPS) {"
 RUNS = "for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {"
+EIGHTS = (
+    "for (; e + (COPIES_AT_ONCE - 1) * COPY_THREADS < eights; e += COPIES_AT_ONCE * COPY_THREADS) {"
+)
 # Rows in which something is beyond its limits, runs with another vector side, directions written.
 RARE = (
     "for (int i = 0; i < 4 && row + i < rows; ++i) {",
@@ -98,6 +101,7 @@ PASSES = {
     "C high": Pass((Loop("tensor_core_kernel 2", STRIPS, 1, never=RARE),), 44),
     "C medium": Pass((Loop("tensor_core_kernel 1", STRIPS, 1, never=RARE),), 44),
     "C highest": Pass((Loop("scalar_kernel 0 32", UPDATES, 1, EACH, 32),), 44),
+    "copy": Pass((Loop("copy_kernel", EIGHTS, 32),), 8),  # of unsharded gradients, into a bucket
 }
 RULES = {  # the passes of a step
     "VeLO": ("A", "B VeLO", "C VeLO"),
@@ -344,6 +348,7 @@ def compile_passes(arch: str, folder: Path) -> tuple[str, str]:
 
 # threads of a block; csrc/cuda.cu launches them
 THREADS = {
+    "copy_kernel": 256,
     "gradient_kernel": 256,
     "feature_kernel": 256,
     "feature_kernel 1 1": 128,

@@ -1,5 +1,5 @@
-// Gradients copied into a bucket on a GPU, with the least and the largest number of each in the same
-// reading. The order of a minimum does not matter: these are the same bits in every run.
+// Gradients copied into a bucket on a GPU, with the least and the largest number of each in the
+// same reading. The order of a minimum does not matter: these are the same bits in every run.
 #pragma once
 
 #include "cuda_platform.cuh"
@@ -49,6 +49,15 @@ __device__ __forceinline__ float smaller(float x, float y) {
 #endif
 }
 
+// As `store_words`, of what is read again at once: by the network.
+__device__ __forceinline__ void store_to_send(const uint32_t (&from)[4], void* to) {
+#if defined(PYLO_FIBERS)
+  fibers::copy_aligned(to, from, to, 16);
+#else
+  *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+#endif
+}
+
 // Eight neighbours, in accesses of 128 bits.
 template <int Type>
 struct Eight {
@@ -57,11 +66,12 @@ struct Eight {
 
   __device__ __forceinline__ void load(const void* from) {
 #pragma unroll
-    for (int a = 0; a < ACCESSES; ++a) load_words(words[a], static_cast<const char*>(from) + 16 * a);
+    for (int a = 0; a < ACCESSES; ++a)
+      load_words(words[a], static_cast<const char*>(from) + 16 * a);
   }
   __device__ __forceinline__ void store(void* to) const {
 #pragma unroll
-    for (int a = 0; a < ACCESSES; ++a) store_words(words[a], static_cast<char*>(to) + 16 * a);
+    for (int a = 0; a < ACCESSES; ++a) store_to_send(words[a], static_cast<char*>(to) + 16 * a);
   }
   __device__ __forceinline__ float get(int j) const {
     if constexpr (Type == FLOAT32) {
@@ -157,8 +167,7 @@ __device__ __forceinline__ void copy_run_to(const void* from, void* to, int to_t
   }
 }
 
-__global__ void __launch_bounds__(COPY_THREADS)
-    copy_kernel(const __grid_constant__ Copies copies) {
+__global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const __grid_constant__ Copies copies) {
   for (int64_t job = blockIdx.x; job < copies.first_job[copies.count]; job += gridDim.x) {
     int64_t p = 0, beyond = copies.count;  // the last pair that begins at this job or before it
     while (beyond - p > 1) {

@@ -1,4 +1,5 @@
-// Tensors that are copied to their places in a bucket, and what is noted of them in the same reading.
+// Tensors that are copied to their places in a bucket, and what is noted of them in the same
+// reading.
 #pragma once
 
 #include "pylo_dist/geometry.h"

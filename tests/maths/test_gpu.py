@@ -1,11 +1,14 @@
 """The CUDA passes on a GPU: every rule, precision and dtype against float64 on the CPU, graphs,
-streams, bits.
+streams, bits; and gradients that are averaged beside backward.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pylo_dist
+from pylo_dist.adapters.zero.aside import Aside
 from pylo_dist.core.pieces import bind_shard
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support import copies as copy_checks
 from support import cuda_checks
 from support.kernels import in_float64, relative, run
 from support.optimizers import Roles, cases
@@ -457,3 +462,191 @@ def test_real_ranks_on_one_gpu(backend: str, world: int, tmp_path: Path) -> None
     history = [{fqn: p.cuda() for fqn, p in params.items()}, *whole.history]
     errors = layout_error(joined, whole.params, largest_changes(history))
     assert max(errors.values()) <= 1.0, errors
+
+
+def test_copies_into_a_bucket_are_those_of_torch() -> None:
+    copy_checks.check_pairs(torch.ops.pylo_dist.copy_pass, "cuda")
+    copy_checks.check_many(torch.ops.pylo_dist.copy_pass, "cuda")
+
+
+def test_a_row_of_more_than_2_to_the_31_elements_is_copied() -> None:
+    numel = (1 << 31) + 100_003
+    if torch.cuda.mem_get_info()[0] < 5 * numel:
+        pytest.skip("10 GB are not free")
+    source = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    source[[7, 1 << 31, numel - 1]] = torch.tensor([3.0, 5.0, -2.0]).to(source)
+    target, ends = torch.ones_like(source), torch.zeros(2, 2, device="cuda")
+    torch.ops.pylo_dist.copy_pass([target], [source], ends)
+    assert torch.equal(target, source)
+    assert ends[0].tolist() == [-2.0, 5.0]
+
+
+DEEP, SLOW = 8, 20_000_000  # layers, and cycles: some 10 ms
+
+
+class Deep(torch.nn.Module):
+    """Layers of about 1 MB each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(DEEP))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x.square().mean()
+
+
+def batch_of(step: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(32, 512, generator=generator).cuda()
+
+
+def sharded(model: Deep, **settings: Any) -> pylo_dist.ZeroOptimizer:
+    """A bucket per layer."""
+    return pylo_dist.ZeroOptimizer(
+        model, pylo_dist.AdafacLO, weights="demo", bucket_cap_mb=1, **settings
+    )
+
+
+def wait_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued beside backward begins late, or backward does."""
+    behind = Aside.behind
+
+    @contextmanager
+    def late(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if name == "backward":
+            torch.cuda._sleep(SLOW)
+        with behind(*args, **kwargs):
+            if name == "aside":
+                torch.cuda._sleep(SLOW)
+            yield
+
+    monkeypatch.setattr(Aside, "behind", late)
+
+
+@pytest.mark.parametrize("late", ["aside", "backward", ""])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_beside_backward_give_the_bits_of_those_in_the_step(
+    stage: int, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes late; also with gradients of two passes, and after somebody has scaled them."""
+    ends = []
+    for overlap in (False, True):
+        model = Deep().cuda()
+        optimizer = sharded(model, stage=stage, overlap=overlap)
+        if overlap:
+            wait_before(late, monkeypatch)
+        for step in range(4):
+            for rank in range(1 + step % 2):
+                model(batch_of(step, rank)).backward()
+            if step == 2:
+                for group in optimizer.param_groups:
+                    torch._foreach_mul_([p.grad for p in group["params"]], 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_the_stream_of_backward_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last gradient is there long before all buckets are; whoever comes after backward waits
+    for these.
+    """
+    model, x = Deep().cuda(), batch_of(0, 0).requires_grad_()
+    optimizer = sharded(model, stage=1)
+    model(x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    wait_before("aside", monkeypatch)
+    begin, last, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    x.register_hook(lambda _: last.record())
+    loss = model(x)
+    begin.record()
+    loss.backward()
+    end.record()
+    torch.cuda.synchronize()
+    assert begin.elapsed_time(last) < 0.5 * begin.elapsed_time(end)
+    assert begin.elapsed_time(end) > DEEP * 5.0  # ms, of the waits
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_backward_and_step_replay_in_a_graph(stage: int) -> None:
+    """The reducer's stream joins the one that is captured, and parts from it again."""
+    ends = []
+    for captured in (False, True):
+        model = Deep().cuda()
+        optimizer, x = sharded(model, stage=stage), batch_of(0, 0)
+
+        def step(model: Deep = model, optimizer: Any = optimizer, x: torch.Tensor = x) -> None:
+            model(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        apart = torch.cuda.Stream()
+        apart.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(apart):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(apart)
+        run = step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            run = graph.replay
+        for number in range(1, 4):
+            x.copy_(batch_of(number, 0))
+            run()
+        torch.cuda.synchronize()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    # cuBLAS may take other kernels inside a graph
+    for want, got in zip(*ends, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def one_averaging_rank(rank: int, world: int, backend: str, folder: str, stage: int) -> None:
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    try:
+        model = Deep().cuda()
+        optimizer = sharded(model, stage=stage)
+        for step in range(4):
+            model(batch_of(step, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        params = {fqn: p.detach().cpu() for fqn, p in model.named_parameters()}
+        torch.save(params, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("backend", "world"), [("gloo", 2), ("nccl", 1)])
+def test_real_ranks_average_beside_backward(
+    backend: str, world: int, stage: int, tmp_path: Path
+) -> None:
+    """Hooks, overlap and gathering: the layout tolerance beside one process that has all
+    gradients.
+    """
+    model = Deep().cuda()
+    optimizer = pylo_dist.AdafacLO(list(model.named_parameters()), weights="demo")
+
+    def now() -> dict[str, torch.Tensor]:
+        return {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+
+    history = [now()]
+    for step in range(4):
+        for rank in range(world):
+            (model(batch_of(step, rank)) / world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(now())
+    mp.spawn(one_averaging_rank, args=(world, backend, str(tmp_path), stage), nprocs=world)
+    for rank in range(world):
+        theirs = {fqn: p.cuda() for fqn, p in torch.load(tmp_path / f"{rank}.pt").items()}
+        errors = layout_error(theirs, history[-1], largest_changes(history))
+        assert max(errors.values()) <= 1.0, errors
