@@ -202,29 +202,34 @@ inline FactorSizes factor_sizes(const Tables& tables, const Ints& active) {
   return sizes;
 }
 
-inline int64_t pitch_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 1 || x.dim() == 2, name, " has ", x.dim(), " dims, wanted 1 or 2");
-  const int64_t inner = x.dim() - 1;
-  STD_TORCH_CHECK(x.size(inner) == 1 || x.stride(inner) == 1, name, " has neighbours far apart");
-  return x.dim() == 1 ? x.size(0) : x.stride(0);
+// Of a tensor of 1 or 2 dims: rows, columns, and elements from row to row.
+struct Rows {
+  int64_t rows, columns, pitch;
+};
+
+inline Rows rows_of(const Tensor& x, const char* name) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims == 1 || dims == 2, name, " has ", dims, " dims, wanted 1 or 2");
+  const int64_t columns = x.size(dims - 1);
+  STD_TORCH_CHECK(columns == 1 || x.stride(dims - 1) == 1, name, " has neighbours far apart");
+  return dims == 1 ? Rows{1, columns, columns} : Rows{x.size(0), columns, x.stride(0)};
 }
 
 // None of them is empty.
 inline std::vector<Pair> pairs_of(const Tensors_& targets, const Tensors_& sources) {
   check_list(sources, static_cast<int64_t>(targets.size()), "sources");
   std::vector<Pair> pairs;
+  pairs.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
     const Tensor &to = targets[i], &from = sources[i];
-    const int64_t from_pitch = pitch_of(from, "a source"), to_pitch = pitch_of(to, "a target");
-    const int64_t columns = to.size(to.dim() - 1), rows = to.dim() == 1 ? 1 : to.size(0);
-    STD_TORCH_CHECK(from.dim() == to.dim() && from.size(from.dim() - 1) == columns &&
-                        from.size(0) == to.size(0),
-                    "source ", i, " has another shape than its target");
-    STD_TORCH_CHECK(rows * columns > 0, "target ", i, " is empty");
-    const bool together = from_pitch == columns && to_pitch == columns;
-    pairs.push_back(Pair{from.data_ptr(), to.data_ptr(), together ? 1 : rows,
-                         together ? rows * columns : columns, from_pitch, to_pitch,
-                         static_cast<int32_t>(dtype_of(from, "a source")),
+    const Rows read = rows_of(from, "a source"), written = rows_of(to, "a target");
+    STD_TORCH_CHECK(read.rows == written.rows && read.columns == written.columns, "source ", i,
+                    " has another shape than its target");
+    STD_TORCH_CHECK(read.rows * read.columns > 0, "target ", i, " is empty");
+    const bool together = read.pitch == read.columns && written.pitch == written.columns;
+    pairs.push_back(Pair{from.data_ptr(), to.data_ptr(), together ? 1 : read.rows,
+                         together ? read.rows * read.columns : read.columns, read.pitch,
+                         written.pitch, static_cast<int32_t>(dtype_of(from, "a source")),
                          static_cast<int32_t>(dtype_of(to, "a target"))});
   }
   return pairs;

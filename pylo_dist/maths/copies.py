@@ -22,7 +22,8 @@ def serves(sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
         and dtype in DTYPES
         and sources[0].device.type in ("cpu", "cuda")
         and not compiled.library(sources[0].device.type)
-        and all(source.dtype in DTYPES and not source.is_neg() for source in sources)
+        and {source.dtype for source in sources} <= DTYPES
+        and not any(map(Tensor.is_neg, sources))
     )
 
 

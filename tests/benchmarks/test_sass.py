@@ -23,6 +23,7 @@ MOST = {
     "C high": 760.0,
     "C medium": 400.0,
     "C highest": 3500.0,
+    "copy": 5.0,
 }
 
 
