@@ -82,7 +82,8 @@ RUNS = "for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {"
 EIGHTS = (
     "for (; e + (COPIES_AT_ONCE - 1) * COPY_THREADS < eights; e += COPIES_AT_ONCE * COPY_THREADS) {"
 )
-# Rows in which something is beyond its limits, runs with another vector side, directions written.
+# Rows in which something is beyond its limits, runs with another vector side, directions written,
+# means that are too large to be rounded by an addition.
 RARE = (
     "for (int i = 0; i < 4 && row + i < rows; ++i) {",
     "const int64_t held = ",
@@ -90,17 +91,39 @@ RARE = (
     "const bool here = i < left",
     "along.at(i >> 2, i & 3) = ",
     "runs.direction[",
+    "constexpr uint32_t largest",
+    "const Word magnitude = ",
+    "const Word upper = ",
+    "return magnitude > infinite",
 )
+HALVED = ", bfloat16"  # a pass or rule with momentum and rms in it
+
+
+def passes(state: int, bytes_b: int, bytes_c: int) -> dict[str, Pass]:
+    """Passes B and C for state in a dtype (`DType` of geometry.h)."""
+
+    def runs(kernel: str, number: int) -> Pass:
+        return Pass((Loop(f"{kernel} {state}", RUNS, 4, never=RARE),), number)
+
+    def strips(kernel: str) -> Pass:
+        return Pass((Loop(f"{kernel} {state}", STRIPS, 1, never=RARE),), bytes_c)
+
+    return {
+        "B small_fc": runs("feature_kernel 0 0", bytes_b),
+        "B VeLO": runs("feature_kernel 1 1", bytes_b),
+        "B CELO2": runs("feature_kernel 1 0", bytes_b),
+        "C VeLO": runs("scalar_kernel 1 4", bytes_c),
+        "C CELO2": runs("scalar_kernel 1 8", bytes_c),
+        "C high": strips("tensor_core_kernel 2"),
+        "C medium": strips("tensor_core_kernel 1"),
+        "C highest": Pass((Loop(f"scalar_kernel 0 32 {state}", UPDATES, 1, EACH, 32),), bytes_c),
+    }
+
+
 PASSES = {
     "A": Pass((Loop("gradient_kernel", ROWS, 16, never=RARE),), 4),
-    "B small_fc": Pass((Loop("feature_kernel 0 0", RUNS, 4, never=RARE),), 24),
-    "B VeLO": Pass((Loop("feature_kernel 1 1", RUNS, 4, never=RARE),), 24),
-    "B CELO2": Pass((Loop("feature_kernel 1 0", RUNS, 4, never=RARE),), 24),
-    "C VeLO": Pass((Loop("scalar_kernel 1 4", RUNS, 4, never=RARE),), 44),
-    "C CELO2": Pass((Loop("scalar_kernel 1 8", RUNS, 4, never=RARE),), 44),
-    "C high": Pass((Loop("tensor_core_kernel 2", STRIPS, 1, never=RARE),), 44),
-    "C medium": Pass((Loop("tensor_core_kernel 1", STRIPS, 1, never=RARE),), 44),
-    "C highest": Pass((Loop("scalar_kernel 0 32", UPDATES, 1, EACH, 32),), 44),
+    **passes(0, 24, 44),
+    **{name + HALVED: of_pass for name, of_pass in passes(1, 16, 28).items()},
     "copy": Pass((Loop("copy_kernel", EIGHTS, 32),), 8),  # of unsharded gradients, into a bucket
 }
 RULES = {  # the passes of a step
@@ -108,6 +131,10 @@ RULES = {  # the passes of a step
     "CELO2": ("A", "B CELO2", "C CELO2"),
     "high": ("A", "B small_fc", "C high"),
     "medium": ("A", "B small_fc", "C medium"),
+}
+RULES |= {
+    rule + HALVED: (first, *(name + HALVED for name in others))
+    for rule, (first, *others) in RULES.items()
 }
 
 
@@ -358,7 +385,7 @@ THREADS = {
 
 def residency(kernel: str, registers: int, shared: int, arch: str) -> int:
     """Warps that an SM holds."""
-    threads = THREADS.get(kernel, THREADS.get(kernel.split()[0], 128))
+    threads = THREADS.get(kernel.rpartition(" ")[0], THREADS.get(kernel.split()[0], 128))
     most = 48 if arch in ("89", "120") else 64
     memory = {"80": 164, "89": 100, "120": 100}.get(arch, 228) << 10
     of_warp = (registers * 32 + 255) // 256 * 256

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -167,6 +168,19 @@ inline std::vector<Tensors> pointers_of(const Tables& tables, const Ints& active
   std::vector<Tensors> all(tables.num_items, Tensors{});
   fill_pointers(tables, active, lists, all.data(), state_type);
   return all;
+}
+
+// The keys that state of this dtype is rounded with, one per item; null where it is float32.
+inline const int64_t* keys_of(const std::optional<Tensor>& keys, int64_t state_type,
+                              const Tables& tables, const Ints& active) {
+  STD_TORCH_CHECK((state_type == BFLOAT16) == keys.has_value(),
+                  "state is rounded with keys where it is bfloat16, and nowhere else");
+  if (!keys) return nullptr;
+  for (int64_t i : active) {
+    STD_TORCH_CHECK(tables.items[i].shard_run > 0 || !tables.items[i].numel, "item ", i,
+                    " has runs of no element");
+  }
+  return static_cast<const int64_t*>(memory(*keys, tables.num_items, ScalarType::Long, "keys"));
 }
 
 // The float64 buffers of a Sum; `needed(item)` gives the end of what an item has in its buffer.

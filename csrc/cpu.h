@@ -4,7 +4,7 @@
 
 #include "packing.h"
 #include "pylo_dist/mlp.h"
-#include "rounding.h"
+#include "pylo_dist/rounding.h"
 
 namespace pylo_dist {
 
@@ -30,9 +30,8 @@ struct PassArgs {
   const Item* items;
   const Box* boxes;
   const Tensors* tensors;
-  int64_t state_type;  // of momentum and rms: where it is BFLOAT16, so is what they point to
-  const ShardIntegers* shards;  // per item, and the key of its seed and step: of bfloat16 state
-  const int64_t* keys;
+  int64_t state_type;   // of momentum and rms: where it is BFLOAT16, so is what they point to
+  const int64_t* keys;  // per item, of its seed and step, where state is bfloat16
   RuleConstants rule;
   const double* scale;  // per item
   const float* factors;

@@ -57,15 +57,14 @@ PYLO_HD void scatter(const Tile& tile, void* to, int64_t type, int64_t offset, c
   }
 }
 
-// A vector of bfloat16 numbers as floats, and back, rounded with one half of its random words.
+// A vector of bfloat16 numbers as floats, and back, rounded with random bits.
 PYLO_HD Vec load_bfloat(const uint16_t* at) {
   RawHalf half;
   __builtin_memcpy(&half, at, sizeof half);
   return {(RawVec)(__builtin_convertvector(half, RawUint) << 16)};
 }
 
-PYLO_HD void store_rounded(uint16_t* at, Vec x, RawUint words, bool odd) {
-  const RawUint random = odd ? words >> 16 : words & 0xffffu;
+PYLO_HD void store_rounded(uint16_t* at, Vec x, RawUint random) {
   const RawHalf half = __builtin_convertvector(round_to_bfloat16((RawUint)x.raw, random), RawHalf);
   __builtin_memcpy(at, &half, sizeof half);
 }
@@ -140,10 +139,10 @@ PYLO_HD void prefetch(const Tensors& t, int64_t state_type, int64_t numel, int64
 }
 
 // The random words of a tile, for the pairs of slots.
-PYLO_HD void words_of(const Tile& tile, const ShardIntegers& shard, uint32_t key,
+PYLO_HD void words_of(const Tile& tile, const Item& item, uint32_t key,
                       uint32_t (&words)[2][TILE]) {
-  if (in_place(tile) && neighbours(shard, tile.piece[0].local, TILE)) {
-    const int64_t first = global_index(shard, tile.piece[0].local);
+  if (in_place(tile) && neighbours(item, tile.piece[0].local, TILE)) {
+    const int64_t first = global_index(item, tile.piece[0].local);
     for (uint32_t pair = 0; pair < 2; ++pair) {
       const uint32_t start = static_cast<uint32_t>(first) + key_of(key, pair, first);
       for (int o = 0; o < TILE; o += W) {
@@ -153,30 +152,24 @@ PYLO_HD void words_of(const Tile& tile, const ShardIntegers& shard, uint32_t key
     }
     return;
   }
-  int64_t high = -1;  // that the keys are for
-  uint32_t keys[2] = {};
+  Words of(key);
   for (int i = 0; i < tile.pieces; ++i) {
     const Piece& piece = tile.piece[i];
     for (int j = 0; j < piece.count; ++j) {
-      const int64_t index = global_index(shard, piece.local + j);
-      if (index >> 32 != high) {
-        high = index >> 32;
-        for (uint32_t pair = 0; pair < 2; ++pair) keys[pair] = key_of(key, pair, index);
-      }
-      for (int pair = 0; pair < 2; ++pair)
-        words[pair][piece.at + j] = mix(static_cast<uint32_t>(index) + keys[pair]);
+      uint32_t of_one[2];
+      of.get(global_index(item, piece.local + j), of_one);
+      for (int pair = 0; pair < 2; ++pair) words[pair][piece.at + j] = of_one[pair];
     }
   }
 }
 
-// Write momentum and rms in bfloat16. Slots of their random bits: momenta 0 to 2, rms 3.
-PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
-                         const ShardIntegers& shard, uint32_t key) {
+// Write momentum and rms in bfloat16.
+PYLO_HD void round_state(const Tile& tile, const Tensors& t, const Item& item, uint32_t key) {
   const float* const from[K + 1] = {tile.new_m[0], tile.new_m[1], tile.new_m[2], tile.new_v};
   uint16_t *m = reinterpret_cast<uint16_t*>(t.momentum), *v = reinterpret_cast<uint16_t*>(t.rms);
-  uint16_t* const to[K + 1] = {m, m + numel, m + 2 * numel, v};
+  uint16_t* const to[K + 1] = {m, m + item.numel, m + 2 * item.numel, v};
   alignas(64) uint32_t words[2][TILE];
-  words_of(tile, shard, key, words);
+  words_of(tile, item, key, words);
   for (int s = 0; s <= K; ++s) {
     for (int i = 0; i < tile.pieces; ++i) {
       const Piece& piece = tile.piece[i];
@@ -185,11 +178,10 @@ PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
       for (int o = 0; o < whole; o += W) {
         RawUint word;
         __builtin_memcpy(&word, words[s / 2] + piece.at + o, sizeof word);
-        store_rounded(at + o, load(from[s] + piece.at + o), word, s % 2);
+        store_rounded(at + o, load(from[s] + piece.at + o), random_of(word, s));
       }
       for (int o = whole; o < piece.count; ++o) {
-        const uint32_t word = words[s / 2][piece.at + o];
-        const uint32_t random = s % 2 ? word >> 16 : word & 0xffffu;
+        const uint32_t random = random_of(words[s / 2][piece.at + o], s);
         at[o] = static_cast<uint16_t>(round_to_bfloat16(to_bits(from[s][piece.at + o]), random));
       }
     }
@@ -198,9 +190,11 @@ PYLO_HD void round_state(const Tile& tile, const Tensors& t, int64_t numel,
 
 // Write what is not in place yet.
 PYLO_HD void unstage(const Tile& tile, const Tensors& t, const PassArgs& args, int64_t i,
-                     int64_t numel, bool moves) {
+                     bool moves) {
+  const Item& item = args.items[i];
+  const int64_t numel = item.numel;
   const bool halved = args.state_type != FLOAT32;
-  if (halved) round_state(tile, t, numel, args.shards[i], static_cast<uint32_t>(args.keys[i]));
+  if (halved) round_state(tile, t, item, static_cast<uint32_t>(args.keys[i]));
   if (!in_place(tile)) {
     for (int k = 0; k < K; ++k) {
       if (!halved) scatter(tile, t.momentum, FLOAT32, k * numel, tile.new_m[k]);

@@ -146,7 +146,7 @@ struct Updater {
       }
       squares = sum;
     }
-    unstage(tile, t, args, box.item, item.numel, !t.direction);
+    unstage(tile, t, args, box.item, !t.direction);
   }
 
   // Tiles side by side whose u is kept for the next rows: as much as the caches have room for. A

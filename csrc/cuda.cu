@@ -192,11 +192,11 @@ struct Workspace {
 };
 
 // What the first kernel of a pass gets. The rows go ahead if one of the active items is not as it
-// was in the last call.
+// was in the last call. To `state_type`, unless it is null: the dtype of momentum and rms.
 Head head_of(const Device& device, const HostTables& host, const Ints& active,
              const TensorLists& lists, const std::vector<double*>* a, const std::vector<double*>* b,
-             const Workspace& space) {
-  const std::vector<Tensors> tensors = pointers_of(host, active, lists);
+             const Workspace& space, int64_t* state_type) {
+  const std::vector<Tensors> tensors = pointers_of(host, active, lists, state_type);
   const size_t num_items = static_cast<size_t>(host.num_items);
   const bool writes_directions = lists.directions && !lists.directions->empty();
   std::vector<Live> rows(num_items, Live{});
@@ -247,7 +247,7 @@ void gradient_pass(Tensor items, Tensor boxes, Ints active, Tensors_ grads, Tens
   lists.grads = &grads;
   const std::vector<double*> a = buffers_of_a(host, sums, active);
   const Workspace space(device, workspace, host, GRADIENTS);
-  const Head head = head_of(device, host, active, lists, &a, nullptr, space);
+  const Head head = head_of(device, host, active, lists, &a, nullptr, space, nullptr);
   const GradientArgs args{space.tables(), doubles(limits, 2 * host.num_items, "limits"), replace};
   PYLO_LAUNCH(gradient_kernel, device.blocks(gradient_kernel, 256, space.plan.num_side_jobs), 256,
               head, args);
@@ -267,12 +267,34 @@ void moment_pass(Tensor items, Tensor boxes, Ints active, Tensors_ values, Tenso
   for (int64_t i : active)
     STD_TORCH_CHECK(host.items[i].moments_at >= 0, "item ", i, " has no moments");
   const Workspace space(device, workspace, host, MOMENTS);
-  const Head head = head_of(device, host, active, lists, nullptr, &b, space);
+  int64_t state_type = -1;
+  const Head head = head_of(device, host, active, lists, nullptr, &b, space, &state_type);
   const Plan& plan = space.plan;
-  PYLO_LAUNCH(moment_kernel, device.blocks(moment_kernel, 256, plan.num_moment_jobs), 256, head,
-              space.tables(), space.at<int64_t>(plan.first_moment_job),
+  const auto sums_of = state_type == FLOAT32 ? moment_kernel<FLOAT32> : moment_kernel<BFLOAT16>;
+  PYLO_LAUNCH(sums_of, device.blocks(sums_of, 256, plan.num_moment_jobs), 256, head, space.tables(),
+              space.at<int64_t>(plan.first_moment_job),
               space.at<unsigned>(plan.counters) + host.num_items,
               space.at<double>(plan.moment_partials));
+}
+
+// The kernels for a rule, of state in this dtype.
+template <int State>
+auto feature_kernel_for(bool extended, bool moments) {
+  return moments    ? feature_kernel<true, true, State>
+         : extended ? feature_kernel<true, false, State>
+                    : feature_kernel<false, false, State>;
+}
+
+template <int State>
+auto scalar_kernel_for(bool extended, int64_t hidden) {
+  return !extended     ? scalar_kernel<false, 32, State>
+         : hidden == 8 ? scalar_kernel<true, 8, State>
+                       : scalar_kernel<true, 4, State>;
+}
+
+template <int State>
+auto tensor_core_kernel_for(int64_t precision) {
+  return precision == 1 ? tensor_core_kernel<2, State> : tensor_core_kernel<1, State>;
 }
 
 void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
@@ -287,7 +309,8 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
   const std::vector<double*> b = buffers_of_b(host, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(host, active);
   const Workspace space(device, workspace, host, FEATURES);
-  const Head head = head_of(device, host, active, lists, &a, &b, space);
+  int64_t state_type = -1;
+  const Head head = head_of(device, host, active, lists, &a, &b, space, &state_type);
   const PassArgs args{space.tables(),
                       rule_of(rule),
                       bools(moves, host.num_items, "moves"),
@@ -302,9 +325,8 @@ void feature_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> r
   const bool moments = extended && host.items[active[0]].moments_at >= 0;
   for (int64_t i : active)
     STD_TORCH_CHECK(moments == (host.items[i].moments_at >= 0), "only some items have moments");
-  const auto features = moments    ? feature_kernel<true, true>
-                        : extended ? feature_kernel<true, false>
-                                   : feature_kernel<false, false>;
+  const auto features = state_type == FLOAT32 ? feature_kernel_for<FLOAT32>(extended, moments)
+                                              : feature_kernel_for<BFLOAT16>(extended, moments);
   const int threads = feature_threads(moments);
   PYLO_LAUNCH(features, device.blocks(features, threads, jobs), threads, args);
 }
@@ -314,7 +336,8 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
                  Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
                  Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
                  Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
-                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
+                 Tensor update_squares, Tensors_ directions, Tensors_ workspace,
+                 std::optional<Tensor> keys) {
   if (active.empty()) return;
   const Device device(values[0]);
   const HostTables host(items, boxes);
@@ -323,7 +346,8 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
   const FactorSizes sizes = factor_sizes(host, active);
   const int64_t num_networks = networks.numel() / network_size(extended, hidden);
   const Workspace space(device, workspace, host, UPDATES);
-  const Head head = head_of(device, host, active, lists, nullptr, &b, space);
+  int64_t state_type = -1;
+  const Head head = head_of(device, host, active, lists, nullptr, &b, space, &state_type);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
   const PassArgs pass{space.tables(),
                       rule_of(rule),
@@ -338,22 +362,23 @@ void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> ru
                         reinterpret_cast<const Step*>(floats(steps, 4 * host.num_items, "steps")),
                         doubles(param_squares, host.num_items, "param_squares"),
                         doubles(update_squares, host.num_items, "update_squares"),
-                        squares_};
+                        squares_,
+                        keys_of(keys, state_type, host, active)};
   const int64_t jobs = space.plan.num_jobs;
   const int slices = static_cast<int>(SLICES * host.num_items);
   if (!extended && precision > 0) {
     STD_TORCH_CHECK(num_networks <= host.num_items, "there are more networks than items");
     const auto prepare = precision == 1 ? prepare_kernel<false, 2> : prepare_kernel<false, 1>;
-    const auto update = precision == 1 ? tensor_core_kernel<2> : tensor_core_kernel<1>;
+    const auto update = state_type == FLOAT32 ? tensor_core_kernel_for<FLOAT32>(precision)
+                                              : tensor_core_kernel_for<BFLOAT16>(precision);
     PYLO_LAUNCH(prepare, slices + static_cast<int>(num_networks), 128, head, args);
     PYLO_LAUNCH(update, device.blocks(update, 128, jobs), 128, args);
     return;
   }
   const auto prepare = extended ? prepare_kernel<true, 0> : prepare_kernel<false, 0>;
   PYLO_LAUNCH(prepare, slices, 128, head, args);
-  const auto update = !extended     ? scalar_kernel<false, 32>
-                      : hidden == 8 ? scalar_kernel<true, 8>
-                                    : scalar_kernel<true, 4>;
+  const auto update = state_type == FLOAT32 ? scalar_kernel_for<FLOAT32>(extended, hidden)
+                                            : scalar_kernel_for<BFLOAT16>(extended, hidden);
   const int threads = scalar_threads(static_cast<int>(hidden));
   PYLO_LAUNCH(update, device.blocks(update, threads, jobs), threads, args);
 }

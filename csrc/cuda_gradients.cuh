@@ -281,8 +281,8 @@ __device__ __forceinline__ void sum_both(const Tables& tables, const SideJob& jo
       in_fours(static_cast<const char*>(live.grad) + at * size_of(type), type, columns) &&
       step % 4 == 0;
   const auto sum = [&](auto of_type) {
-    sum_tile<decltype(of_type)::value, Double>(live.grad, type, at, step, rows, columns, limits, row_sums,
-                                       row_step, column_sums, scratch, sums);
+    sum_tile<decltype(of_type)::value, Double>(live.grad, type, at, step, rows, columns, limits,
+                                               row_sums, row_step, column_sums, scratch, sums);
   };
   if (!fours)
     sum(std::integral_constant<int, ANY_TYPE>{});
@@ -414,6 +414,7 @@ __device__ __forceinline__ void add_old(Sum<Double> (&sums)[N], const float (&m)
   sums[first + 2 * K + 1].add_square(v);
 }
 
+template <int State>
 __global__ void __launch_bounds__(256)
     moment_kernel(const __grid_constant__ Head head, const Tables tables, const int64_t* first_job,
                   unsigned* counters, double* partials) {
@@ -438,9 +439,9 @@ __global__ void __launch_bounds__(256)
       for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
         float m[K];
 #pragma unroll
-        for (int k = 0; k < K; ++k) m[k] = it.momentum[k * numel + i];
+        for (int k = 0; k < K; ++k) m[k] = load_as_float(it.momentum, State, k * numel + i);
         sums[0].add_square(load_as_float(it.value, value_type(it), i));
-        add_old<1>(sums, m, it.rms[i]);
+        add_old<1>(sums, m, load_as_float(it.rms, State, i));
 #pragma unroll
         for (int s = 0; s < NUM_MOMENTS; ++s) sums[s].settle();
       }

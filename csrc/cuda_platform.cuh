@@ -130,6 +130,12 @@ struct Four {
       memcpy(&x, &words[j], 4);
       return x;
     }
+    if constexpr (Type == BFLOAT16) {  // the number is one half of the float
+      const uint32_t whole = j & 1 ? words[j >> 1] & 0xffff0000u : words[j >> 1] << 16;
+      float x;
+      memcpy(&x, &whole, 4);
+      return x;
+    }
     const uint16_t bits = static_cast<uint16_t>(words[j >> 1] >> (j & 1) * 16);
     return type_of(type) == BFLOAT16 ? from_bfloat(bits) : from_half(bits);
   }
@@ -145,8 +151,8 @@ struct Four {
 };
 
 // A sum over elements, of a thread, as the card computes it: in double where that is at half the
-// rate of float (QUICK_DOUBLE), else in two floats, of which an addition is ten instructions and not
-// one that takes the time of sixty-four.
+// rate of float (QUICK_DOUBLE), else in two floats, of which an addition is ten instructions and
+// not one that takes the time of sixty-four.
 template <bool Double>
 struct Sum;
 
@@ -165,11 +171,11 @@ struct Sum<true> {
   __device__ __forceinline__ double get() const { return whole; }
 };
 
-// With u = 2^-24: a square is high + low to the last bit unless it is below 2^-102 (then to 2^-149),
-// and high + low of a sum lose nothing but in `low`, which is rounded: of n additions, settled after
-// every four at most, 8 n u^2 of the sum of all sizes (n^2 u^2 where it never is), 2^-38 for the 128
-// of a thread in pass B, 2^-40 for the 16 in a tile of A. What does not fit in a float leaves a sum
-// that is not good, which must be made again in double, or goes to `large`.
+// With u = 2^-24: a square is high + low to the last bit unless it is below 2^-102 (then to
+// 2^-149), and high + low of a sum lose nothing but in `low`, which is rounded: of n additions,
+// settled after every four at most, 8 n u^2 of the sum of all sizes (n^2 u^2 where it never is),
+// 2^-38 for the 128 of a thread in pass B, 2^-40 for the 16 in a tile of A. What does not fit in a
+// float leaves a sum that is not good, which must be made again in double, or goes to `large`.
 template <>
 struct Sum<false> {
   float high = 0.0f, low = 0.0f;

@@ -11,6 +11,17 @@ namespace gpu {
 // spilled.
 __device__ __forceinline__ void keep_in_memory() { asm volatile("" ::: "memory"); }
 
+// threadIdx.x, read anew: where registers are full it is not kept for this.
+__device__ __forceinline__ unsigned thread_again() {
+#if defined(__CUDA_ARCH__)
+  unsigned x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // K numbers of the four columns of every lane of a warp, out of the registers' way: two neighbours
 // are one access. Of the scales the squares, where sums are in double.
 using KeptNumber = std::conditional_t<QUICK_DOUBLE, double, float>;
@@ -38,7 +49,8 @@ template <int N>
 struct Runs {
   const void* grad;
   void* value;
-  float *momentum[K], *rms, *direction;
+  void* means[K + 1];  // momenta, and last the mean square
+  float* direction;
   // the factor that changes along a run, from the job's first column on, and the other: scales, and
   // the features of a side
   const float *vector[K], *constant[K], *vector_side[2 * K], *constant_side[2 * K];
@@ -58,7 +70,7 @@ struct Runs {
   }
 
   // By a whole block. number(constant, numbers): those of a run, from where its constant factor is.
-  template <class Number>
+  template <int State, class Number>
   __device__ __forceinline__ void set(const Live& live, const Item& item, const Box& box,
                                       const Job& job, const Factors& factors, float of_item,
                                       const Number& number) {
@@ -67,7 +79,7 @@ struct Runs {
     if (threadIdx.x == 0) {
       grad = live.grad;
       value = live.value;
-      rms = live.rms;
+      means[K] = live.rms;
       direction = live.direction;
       vector_step = row_varies ? box.row[INNER] : box.col[INNER];
       scale = of_item;
@@ -82,7 +94,7 @@ struct Runs {
           along = (row_varies ? of_row + row : of_col + col) + job.first * vector_step;
           across = row_varies ? of_col + col : of_row + row;
         };
-        momentum[k] = live.momentum + k * item.numel;
+        means[k] = static_cast<char*>(live.momentum) + k * item.numel * size_of(State);
         sides(vector[k], constant[k], factors.row_scale, factors.col_scale);
         sides(vector_side[k], constant_side[k], factors.row, factors.col);
         sides(vector_side[K + k], constant_side[K + k], factors.row_rsqrt, factors.col_rsqrt);
@@ -100,30 +112,31 @@ struct Runs {
 };
 
 // What a lane reads of four neighbours.
-template <int Type>
+template <int Type, int State>
 struct ElementFours {
   Four<Type> g, p;
-  Four<FLOAT32> v, m[K];
+  Four<State> v, m[K];
 
   // from element `at` on
   template <int N>
   __device__ __forceinline__ void load(const Runs<N>& runs, int g_type, int p_type, int64_t at) {
     g.load(runs.grad, g_type, at);
     p.load(runs.value, p_type, at);
-    v.load(runs.rms, FLOAT32, at);
+    v.load(runs.means[K], State, at);
 #pragma unroll
-    for (int k = 0; k < K; ++k) m[k].load(runs.momentum[k], FLOAT32, at);
+    for (int k = 0; k < K; ++k) m[k].load(runs.means[k], State, at);
   }
 };
 
 // Whether all four-element accesses of a job are aligned, in state and, of their types, value and
 // gradient.
+template <int State>
 __device__ __forceinline__ bool in_fours(const Live& live, const Item& item, const Box& box,
                                          const Job& job) {
   int64_t all = item.numel | (box.local_at + job.first) | (job.last - job.first);
   for (int d = 0; d < INNER; ++d) all |= box.sizes[d] > 1 ? box.local[d] : 0;
   return in_fours(live.value, value_type(live), all) && in_fours(live.grad, grad_type(live), all) &&
-         in_fours(live.momentum, FLOAT32, all) && in_fours(live.rms, FLOAT32, all);
+         in_fours(live.momentum, State, all) && in_fours(live.rms, State, all);
 }
 
 }  // namespace gpu

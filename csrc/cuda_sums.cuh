@@ -194,7 +194,7 @@ struct FactorScales {
 };
 
 // New accumulators and element features of one element. Gives the scales they are made with.
-template <bool Extended, bool Diag>
+template <bool Extended, bool Diag, int State>
 __device__ __forceinline__ FactorScales read_element(Element<float, Extended>& e, const Live& live,
                                                      const Item& item, const Factors& factors,
                                                      const Place& at, float scale,
@@ -202,10 +202,10 @@ __device__ __forceinline__ FactorScales read_element(Element<float, Extended>& e
   float m[K];
   FactorScales scales;
 #pragma unroll
-  for (int k = 0; k < K; ++k) m[k] = live.momentum[k * item.numel + at.local];
+  for (int k = 0; k < K; ++k) m[k] = load_as_float(live.momentum, State, k * item.numel + at.local);
   const float g = used_gradient(load_as_float(live.grad, grad_type(live), at.local), scale, rule);
   const float p = load_as_float(live.value, value_type(live), at.local);
-  common_features<Extended>(e, g, p, m, live.rms[at.local], rule);
+  common_features<Extended>(e, g, p, m, load_as_float(live.rms, State, at.local), rule);
   if constexpr (Diag) {
     float d[K];
 #pragma unroll
@@ -328,16 +328,16 @@ __device__ __forceinline__ constexpr int num_feature_sums() {
   return Diag ? Layout<Extended>::SUMS_DIAG : Layout<Extended>::SUMS_FACTORED;
 }
 
-template <int first, bool Double, int N>
+template <int first, int State, bool Double, int N>
 __device__ __forceinline__ void add_old(Sum<Double> (&sums)[N], const Live& live, const Item& item,
                                         int64_t at) {
   float m[K];
 #pragma unroll
-  for (int k = 0; k < K; ++k) m[k] = live.momentum[k * item.numel + at];
-  add_old<first>(sums, m, live.rms[at]);
+  for (int k = 0; k < K; ++k) m[k] = load_as_float(live.momentum, State, k * item.numel + at);
+  add_old<first>(sums, m, load_as_float(live.rms, State, at));
 }
 
-template <bool Extended, bool Diag, bool Double, int N>
+template <bool Extended, bool Diag, int State, bool Double, int N>
 __device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, const Box& box,
                                         const Item& item, const Live& live,
                                         Sum<Double> (&sums)[N]) {
@@ -349,13 +349,13 @@ __device__ __forceinline__ void sum_job(const PassArgs& args, const Job& job, co
     const Place at = shape.place(box, i);
     Element<float, Extended> e;
     const FactorScales scales =
-        read_element<Extended, Diag>(e, live, item, factors, at, scale, args.rule);
+        read_element<Extended, Diag, State>(e, live, item, factors, at, scale, args.rule);
     add_element<Extended, Diag>(sums, e, scales);
   }
 }
 
 // The same of a job with long runs, by warps; with `Moments` those too, behind the others.
-template <bool Extended, bool Moments, int Type, bool Fours, bool Double, int N>
+template <bool Extended, bool Moments, int State, int Type, bool Fours, bool Double, int N>
 __device__ __forceinline__ void sum_runs(const RuleConstants& rule, const Runs<4>& runs,
                                          Kept& along, Sum<Double> (&sums)[N]) {
   using L = Layout<Extended>;
@@ -404,22 +404,22 @@ __device__ __forceinline__ void sum_runs(const RuleConstants& rule, const Runs<4
       if constexpr (Moments) add_old<L::SUMS_FACTORED>(sums, m, v);
     };
     if constexpr (Fours) {
-      ElementFours<Type> x;
+      ElementFours<Type, State> x;
       x.load(runs, g_type, p_type, at);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float old[K] = {x.m[0].get(j, FLOAT32), x.m[1].get(j, FLOAT32),
-                              x.m[2].get(j, FLOAT32)};
-        add(j, x.g.get(j, g_type), x.p.get(j, p_type), old, x.v.get(j, FLOAT32));
+        const float old[K] = {x.m[0].get(j, State), x.m[1].get(j, State), x.m[2].get(j, State)};
+        add(j, x.g.get(j, g_type), x.p.get(j, p_type), old, x.v.get(j, State));
       }
     } else {
 #pragma unroll 1
       for (int j = 0; 32 * j < left; ++j) {
         const int64_t here = at + 32 * j;
-        const float old[K] = {runs.momentum[0][here], runs.momentum[1][here],
-                              runs.momentum[2][here]};
+        float old[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) old[k] = load_as_float(runs.means[k], State, here);
         add(j, load_as_float(runs.grad, g_type, here), load_as_float(runs.value, p_type, here), old,
-            runs.rms[here]);
+            load_as_float(runs.means[K], State, here));
       }
     }
     if constexpr (Double) {
@@ -437,13 +437,13 @@ __device__ __forceinline__ void sum_runs(const RuleConstants& rule, const Runs<4
 
 // Those sums alone. All but long runs in fours take a turn of their own for them, since the
 // registers are full without.
-template <bool Double>
+template <int State, bool Double>
 __device__ __forceinline__ void sum_old(const Job& job, const Box& box, const Item& item,
                                         const Live& live, Sum<Double> (&sums)[NUM_MOMENTS - 1]) {
   const JobShape shape(job);
   const uint32_t numel = job_numel(job);
   for (uint32_t i = threadIdx.x; i < numel; i += blockDim.x) {
-    add_old<0>(sums, live, item, shape.place(box, i).local);
+    add_old<0, State>(sums, live, item, shape.place(box, i).local);
 #pragma unroll
     for (int s = 0; s < NUM_MOMENTS - 1; ++s) sums[s].settle();
   }
@@ -507,7 +507,7 @@ __device__ __forceinline__ void sum_groups(const PassArgs& args, const Item& ite
 }
 
 // The sums of a lead of an item, by a thread, over all boxes that hold a part of it.
-template <bool Extended, bool Double, int N>
+template <bool Extended, int State, bool Double, int N>
 __device__ __forceinline__ void sum_lead(const PassArgs& args, const Item& item, const Live& live,
                                          int64_t lead, float scale, Sum<Double> (&sums)[N]) {
 #pragma unroll 1
@@ -541,7 +541,7 @@ __device__ __forceinline__ void sum_lead(const PassArgs& args, const Item& item,
       }
       keep_in_memory();
       Element<float, Extended> e;
-      const FactorScales scales = read_element<Extended, false>(
+      const FactorScales scales = read_element<Extended, false, State>(
           e, live, item, factors_on_device(item, live, args.factors), at, scale, args.rule);
       add_element<Extended, false>(sums, e, scales);
     }
@@ -549,7 +549,7 @@ __device__ __forceinline__ void sum_lead(const PassArgs& args, const Item& item,
 }
 
 // Matrices so small that a thread sums one.
-template <bool Extended>
+template <bool Extended, int State>
 __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
   const Tables& tables = args.tables;
   for (int j = blockIdx.x; j < static_cast<int>(tables.num_lead_jobs); j += gridDim.x) {
@@ -562,7 +562,7 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
       make_sums([&](auto is_double) {
         constexpr bool Double = decltype(is_double)::value;
         Sum<Double> sums[num_feature_sums<Extended, false>()];
-        sum_lead<Extended>(args, item, live, lead, scale, sums);
+        sum_lead<Extended, State>(args, item, live, lead, scale, sums);
         if (!are_good(sums)) return false;
 #pragma unroll
         for (int s = 0; s < Layout<Extended>::SUMS_FACTORED; ++s)
@@ -577,7 +577,7 @@ __device__ __forceinline__ void sum_small_leads(const PassArgs& args) {
 constexpr int feature_threads(bool moments) { return moments ? 128 : 256; }
 constexpr int feature_blocks(bool moments) { return moments ? 3 : 2; }
 
-template <bool Extended, bool Moments>
+template <bool Extended, bool Moments, int State>
 __global__ void __launch_bounds__(feature_threads(Moments), feature_blocks(Moments))
     feature_kernel(const PassArgs args) {
   constexpr int further = Moments ? NUM_MOMENTS - 1 : 0;
@@ -597,33 +597,34 @@ __global__ void __launch_bounds__(feature_threads(Moments), feature_blocks(Momen
     if (!is_active(live) || has_small_leads(item)) continue;
     const int features = item.factored ? factored : diag, num = features + further;
     const bool long_runs = has_long_runs(item, box),
-               together = long_runs && in_fours(live, item, box, job);
+               together = long_runs && in_fours<State>(live, item, box, job);
     if (long_runs) {
-      runs.set(live, item, box, job, factors_on_device(item, live, args.factors),
-               static_cast<float>(args.scale[box.item]), [&](int64_t at, float (&scales)[4]) {
-                 for (int k = 0; k < K; ++k) scales[k] = runs.constant[k][at];
-               });
+      runs.set<State>(live, item, box, job, factors_on_device(item, live, args.factors),
+                      static_cast<float>(args.scale[box.item]),
+                      [&](int64_t at, float (&scales)[4]) {
+                        for (int k = 0; k < K; ++k) scales[k] = runs.constant[k][at];
+                      });
     }
     make_sums([&](auto is_double) {
       constexpr bool Double = decltype(is_double)::value;
       Sum<Double> sums[most];
       Kept& kept = along[threadIdx.x >> 5];
       if (!item.factored)
-        sum_job<Extended, true>(args, job, box, item, live, sums);
+        sum_job<Extended, true, State>(args, job, box, item, live, sums);
       else if (!long_runs)
-        sum_job<Extended, false>(args, job, box, item, live, sums);
+        sum_job<Extended, false, State>(args, job, box, item, live, sums);
       else if (!together)
-        sum_runs<Extended, false, ANY_TYPE, false>(args.rule, runs, kept, sums);
+        sum_runs<Extended, false, State, ANY_TYPE, false>(args.rule, runs, kept, sums);
       else if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
-        sum_runs<Extended, Moments, ANY_TYPE, true>(args.rule, runs, kept, sums);
+        sum_runs<Extended, Moments, State, ANY_TYPE, true>(args.rule, runs, kept, sums);
       else
-        sum_runs<Extended, Moments, FLOAT32, true>(args.rule, runs, kept, sums);
+        sum_runs<Extended, Moments, State, FLOAT32, true>(args.rule, runs, kept, sums);
       if (!Double && __syncthreads_or(!are_good(sums))) return false;
       store_sums(sums, warp_sums, tables, j, 0, together ? num : features);
       if constexpr (Moments) {
         if (!together) {
           Sum<Double> old[further];
-          sum_old(job, box, item, live, old);
+          sum_old<State>(job, box, item, live, old);
           if (!Double && __syncthreads_or(!are_good(old))) return false;
           store_sums(old, warp_sums, tables, j, features, further);
         }
@@ -636,7 +637,7 @@ __global__ void __launch_bounds__(feature_threads(Moments), feature_blocks(Momen
       sum_groups<Extended, Moments>(args, item, live, range, num, features);
     }
   }
-  if constexpr (!Moments) sum_small_leads<Extended>(args);  // moments are of whole tensors
+  if constexpr (!Moments) sum_small_leads<Extended, State>(args);  // moments are of whole tensors
 }
 
 }  // namespace gpu

@@ -49,10 +49,12 @@ struct LeadJob {
 };
 
 // What a pass is told about an item: pointers, and value_type | grad_type << 2 | active << 4.
+// Momentum and rms are of the type that a kernel is made for.
 struct Live {
   void* value;
   const void* grad;
-  float *momentum, *rms, *row_or_diag, *col, *direction;
+  void *momentum, *rms;
+  float *row_or_diag, *col, *direction;
   double *a, *b;  // the item's buffers of the two Sums
   int64_t types;
 };
@@ -118,30 +120,6 @@ PYLO_HD int64_t chunk_length(const Box& box, int dim) {
 PYLO_HD int64_t num_chunks(const Box& box, int dim) {
   const int64_t length = chunk_length(box, dim);
   return (along(box, dim) + length - 1) / length;
-}
-
-// index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a
-// function call on a GPU, which costs registers around it even where it is never made, so the rest
-// is done bit by bit.
-PYLO_HD int64_t divide(int64_t index, int64_t size, int64_t& rest) {
-  if (static_cast<uint64_t>(index | size) <= 0xffffffffull) {
-    const uint32_t i = static_cast<uint32_t>(index), by = static_cast<uint32_t>(size),
-                   quotient = i / by;
-    rest = i - quotient * by;
-    return quotient;
-  }
-  uint64_t quotient = 0, left = 0;
-#pragma unroll 1
-  for (int bit = 62; bit >= 0; --bit) {
-    left = left << 1 | (static_cast<uint64_t>(index) >> bit & 1);
-    quotient <<= 1;
-    if (left >= static_cast<uint64_t>(size)) {
-      left -= static_cast<uint64_t>(size);
-      quotient |= 1;
-    }
-  }
-  rest = static_cast<int64_t>(left);
-  return static_cast<int64_t>(quotient);
 }
 
 // run_of, quick for boxes of which one or two dims matter.

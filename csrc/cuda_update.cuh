@@ -7,6 +7,7 @@
 // lane, what is constant along a column in shared memory.
 #pragma once
 
+#include "cuda_rounding.cuh"
 #include "cuda_sums.cuh"
 
 namespace pylo_dist {
@@ -19,6 +20,7 @@ struct UpdateArgs {
   const Step* steps;
   double *param_squares, *update_squares;
   const double* squares;
+  const int64_t* keys;  // of the items, where state is rounded
 };
 
 // ------------------------------------------------------------------------------------------ before
@@ -195,16 +197,16 @@ __device__ __forceinline__ void hidden_and_output(const SharedNetwork<Extended, 
 
 // One element of a job: features, network, new state and value. norm: normalisers of the element's
 // lead.
-template <bool Extended, int H, bool Diag>
+template <bool Extended, int H, bool Diag, int State>
 __device__ __forceinline__ void update_element(const UpdateArgs& args,
-                                               const SharedNetwork<Extended, H>& net,
+                                               const SharedNetwork<Extended, H>& net, int64_t i,
                                                const Item& item, const Live& live,
                                                const Factors& factors, const Place& at,
                                                const float* norm, float scale, const Step& step,
                                                LastingSum& change) {
   using L = Layout<Extended>;
   Element<float, Extended> e;
-  read_element<Extended, Diag>(e, live, item, factors, at, scale, args.pass.rule);
+  read_element<Extended, Diag, State>(e, live, item, factors, at, scale, args.pass.rule);
   float acc[H], constant[H];
 #pragma unroll
   for (int h = 0; h < H; ++h) {
@@ -233,14 +235,24 @@ __device__ __forceinline__ void update_element(const UpdateArgs& args,
 #pragma unroll
   for (int f = 0; f < L::ELEMENT; ++f)
     feed<H>(acc, e.x[f] * norm[L::input_of(f)], net.input[L::input_of(f)]);
+  const auto store = [&](const uint32_t (&words)[2]) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    live.momentum[k * item.numel + at.local] = e.m[k];
-    if constexpr (Diag) live.row_or_diag[k * item.numel + at.local] = e.d[k];
-  }
-  live.rms[at.local] = e.v;
+    for (int k = 0; k < K; ++k) {
+      store_state<State>(live.momentum, k * item.numel + at.local, e.m[k],
+                         random_of(words[k / 2], k));
+      if constexpr (Diag) live.row_or_diag[k * item.numel + at.local] = e.d[k];
+    }
+    store_state<State>(live.rms, at.local, e.v, random_of(words[K / 2], K));
+  };
+  if constexpr (State == FLOAT32) store({});
   float o0, o1;
   hidden_and_output<Extended, H>(net, acc, o0, o1);
+  if constexpr (State == BFLOAT16) {  // when fewer registers are taken
+    keep_in_memory();
+    uint32_t words[2];
+    Words(static_cast<uint32_t>(args.keys[i])).get(global_index(item, at.local), words);
+    store(words);
+  }
   move_element(live, at.local, e.x[L::P], o0, o1, step, change);
 }
 
@@ -255,13 +267,13 @@ struct KeptColumns {
   __device__ __forceinline__ int64_t& vector() { return vectors[threadIdx.x & 31]; }
 };
 
-// C elements of a lane: what was read, then what is written.
+// C elements of a lane: what was read, then what is written; means in the order of their slots.
 template <int C>
 struct Elements {
-  float g[C], p[C], v[C], m[K][C];
+  float g[C], p[C], means[K + 1][C];
 };
 
-// From elements to their two outputs; x.m and x.v become new. numbers: of their run. The
+// From elements to their two outputs; x.means become new. numbers: of their run. The
 // normalisers are in the weights.
 template <int H, int C>
 __device__ __forceinline__ void outputs_of(Elements<C>& x, float (&o0)[C], float (&o1)[C],
@@ -276,15 +288,15 @@ __device__ __forceinline__ void outputs_of(Elements<C>& x, float (&o0)[C], float
     float m[K], row[K], col[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      m[k] = x.m[k][c];
+      m[k] = x.means[k][c];
       row[k] = numbers[k];
       col[k] = kept.at(k)[column + c];
     }
-    common_features<true>(e[c], used_gradient(x.g[c], scale, rule), x.p[c], m, x.v[c], rule);
+    common_features<true>(e[c], used_gradient(x.g[c], scale, rule), x.p[c], m, x.means[K][c], rule);
     factored_features<true>(e[c], row, col);
-    x.v[c] = e[c].v;
 #pragma unroll
-    for (int k = 0; k < K; ++k) x.m[k][c] = e[c].m[k];
+    for (int k = 0; k < K; ++k) x.means[k][c] = e[c].m[k];
+    x.means[K][c] = e[c].v;
 #pragma unroll
     for (int h = 0; h < H; ++h) acc[c][h] = kept.at(K + h)[column + c] + numbers[4 + h];
   }
@@ -319,10 +331,11 @@ __device__ __forceinline__ void outputs_of(Elements<C>& x, float (&o0)[C], float
 }
 
 // The elements of a job with long runs, by warps; gives the sum of the squares of the change.
-template <int H, int Type, bool Fours>
+template <int H, int State, int Type, bool Fours>
 __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
-                                              const Runs<4 + H>& runs, KeptColumns<H>& kept,
-                                              bool row_varies, bool bias_along, const Step& step,
+                                              const UpdateRuns<4 + H, State>& runs,
+                                              KeptColumns<H>& kept, bool row_varies,
+                                              bool bias_along, const Step& step,
                                               const RuleConstants& rule) {
   const int left = runs.columns - lane_column<Fours>(0);
   LastingSum change;
@@ -357,28 +370,20 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
     const int64_t at = runs.at[r].local + lane_column<Fours>(0);
     const int g_type = runs.grad_type, p_type = runs.value_type;
     if constexpr (Fours) {
-      ElementFours<Type> of;
+      ElementFours<Type, State> of;
       of.load(runs, g_type, p_type, at);
       Elements<4> x;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         x.g[j] = of.g.get(j, g_type);
         x.p[j] = of.p.get(j, p_type);
-        x.v[j] = of.v.get(j, FLOAT32);
 #pragma unroll
-        for (int k = 0; k < K; ++k) x.m[k][j] = of.m[k].get(j, FLOAT32);
+        for (int k = 0; k < K; ++k) x.means[k][j] = of.m[k].get(j, State);
+        x.means[K][j] = of.v.get(j, State);
       }
       float o0[4], o1[4];
       outputs_of<H, 4>(x, o0, o1, net, runs.numbers[r], kept, 0, runs.scale, rule);
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) of.m[k].set(j, x.m[k][j], FLOAT32);
-        of.m[k].store(runs.momentum[k], FLOAT32, at);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) of.v.set(j, x.v[j], FLOAT32);
-      of.v.store(runs.rms, FLOAT32, at);
+      store_means(runs, r, lane_column<Fours>(0), at, x.means);
       if (runs.direction) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -392,16 +397,26 @@ __device__ __forceinline__ double update_runs(const SharedNetwork<true, H>& net,
 #pragma unroll 1
       for (int j = 0; 32 * j < left; ++j) {
         const int64_t here = at + 32 * j;
-        Elements<1> x{
-            {load_as_float(runs.grad, g_type, here)},
-            {load_as_float(runs.value, p_type, here)},
-            {runs.rms[here]},
-            {{runs.momentum[0][here]}, {runs.momentum[1][here]}, {runs.momentum[2][here]}}};
+        Elements<1> x{{load_as_float(runs.grad, g_type, here)},
+                      {load_as_float(runs.value, p_type, here)},
+                      {{load_as_float(runs.means[0], State, here)},
+                       {load_as_float(runs.means[1], State, here)},
+                       {load_as_float(runs.means[2], State, here)},
+                       {load_as_float(runs.means[K], State, here)}}};
         float o0[1], o1[1];
         outputs_of<H, 1>(x, o0, o1, net, runs.numbers[r], kept, j, runs.scale, rule);
+        uint32_t words[2] = {};
+        if constexpr (State == BFLOAT16) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) runs.momentum[k][here] = x.m[k][0];
-        runs.rms[here] = x.v[0];
+          for (int pair = 0; pair < 2; ++pair) {
+            words[pair] = runs.are_neighbours() ? runs.word(pair, r, lane_column<Fours>(j))
+                                                : runs.word_at(pair, here);
+          }
+        }
+#pragma unroll
+        for (int s = 0; s <= K; ++s) {
+          store_state<State>(runs.means[s], here, x.means[s][0], random_of(words[s / 2], s));
+        }
         if (runs.direction)
           runs.direction[here] = direction_of(o0[0], o1[0], step.exp_mult) * step.step_size;
         else
@@ -419,46 +434,49 @@ struct ScalarShared {
 };
 
 // What the small networks need beside, for long runs.
-template <int H>
+template <int H, int State>
 struct RunsShared {
-  Runs<4 + H> runs;
+  UpdateRuns<4 + H, State> runs;
   KeptColumns<H> kept[4];
 };
-template <>
-struct RunsShared<32> {};
+template <int State>
+struct RunsShared<32, State> {};
 
 // A job of a rule with a small network: the normalisers are folded into its weights.
-template <int H>
+template <int H, int State>
 __device__ __forceinline__ double update_small(const UpdateArgs& args, const Job& job,
                                                const Box& box, const Item& item, const Live& live,
                                                const SharedNetwork<true, H>& net,
-                                               RunsShared<H>& shared) {
+                                               RunsShared<H, State>& shared) {
   const bool row_varies = box.row[INNER] != 0, bias_along = row_varies == (item.vector_is_row != 0);
-  Runs<4 + H>& runs = shared.runs;
+  UpdateRuns<4 + H, State>& runs = shared.runs;
   const Step step = args.steps[box.item];
+  const auto number = [&](int64_t at, float (&numbers)[4 + H]) {
+    for (int k = 0; k < K; ++k) numbers[k] = runs.constant[k][at];
+    for (int h = 0; h < H; ++h) numbers[4 + h] = bias_along ? 0.0f : net.input_bias[h];
+    for (int s = 0; s < SIDE; ++s) {
+      const float x = runs.constant_side[s][at];
+      const float* weights = net.input[side_input<true>(!row_varies, s)];
+      for (int h = 0; h < H; ++h) numbers[4 + h] = fma_(x, weights[h], numbers[4 + h]);
+    }
+  };
   runs.set(live, item, box, job, factors_on_device(item, live, args.pass.factors),
-           static_cast<float>(args.pass.scale[box.item]), [&](int64_t at, float (&numbers)[4 + H]) {
-             for (int k = 0; k < K; ++k) numbers[k] = runs.constant[k][at];
-             for (int h = 0; h < H; ++h) numbers[4 + h] = bias_along ? 0.0f : net.input_bias[h];
-             for (int s = 0; s < SIDE; ++s) {
-               const float x = runs.constant_side[s][at];
-               const float* weights = net.input[side_input<true>(!row_varies, s)];
-               for (int h = 0; h < H; ++h) numbers[4 + h] = fma_(x, weights[h], numbers[4 + h]);
-             }
-           });
+           static_cast<float>(args.pass.scale[box.item]), args.keys, number);
   KeptColumns<H>& kept = shared.kept[threadIdx.x >> 5];
   const RuleConstants& rule = args.pass.rule;
-  if (!in_fours(live, item, box, job))
-    return update_runs<H, ANY_TYPE, false>(net, runs, kept, row_varies, bias_along, step, rule);
+  if (!in_fours<State>(live, item, box, job) || !runs.are_neighbours())
+    return update_runs<H, State, ANY_TYPE, false>(net, runs, kept, row_varies, bias_along, step,
+                                                  rule);
   if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
-    return update_runs<H, ANY_TYPE, true>(net, runs, kept, row_varies, bias_along, step, rule);
-  return update_runs<H, FLOAT32, true>(net, runs, kept, row_varies, bias_along, step, rule);
+    return update_runs<H, State, ANY_TYPE, true>(net, runs, kept, row_varies, bias_along, step,
+                                                 rule);
+  return update_runs<H, State, FLOAT32, true>(net, runs, kept, row_varies, bias_along, step, rule);
 }
 
-template <bool Extended, int H>
+template <bool Extended, int H, int State>
 __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, const Job& job,
                                            ScalarShared<Extended, H>& shared,
-                                           RunsShared<H>& of_runs, int64_t& loaded,
+                                           RunsShared<H, State>& of_runs, int64_t& loaded,
                                            double* scratch) {
   constexpr int INPUTS = PackedNetwork<Extended, H>::INPUTS;
   const Tables& tables = args.pass.tables;
@@ -483,12 +501,12 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
     __syncthreads();
     if constexpr (Extended) {
       if (folded && has_long_runs(item, box)) {
-        change = update_small<H>(args, job, box, item, live, shared.network, of_runs);
+        change = update_small<H, State>(args, job, box, item, live, shared.network, of_runs);
         finish_job(args, j, i, change, scratch);
         return;
       }
     }
-    const Factors factors = factors_on_device(item, live, args.pass.factors);
+    const Factors of_item = factors_on_device(item, live, args.pass.factors);
     const float scale = static_cast<float>(args.pass.scale[i]);
     const Step step = args.steps[i];
     const JobShape shape(job);
@@ -496,14 +514,17 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
     LastingSum sum;
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {
+      if constexpr (State == BFLOAT16) keep_in_memory();
+      const Factors factors =
+          State == FLOAT32 ? of_item : factors_on_device(item, live, args.pass.factors);
       const Place at = shape.place(box, e);
       const float* norm = item.leads > 1 && !folded ? norms + at.lead * INPUTS : shared.norm;
       if (item.factored)
-        update_element<Extended, H, false>(args, shared.network, item, live, factors, at, norm,
-                                           scale, step, sum);
+        update_element<Extended, H, false, State>(args, shared.network, i, item, live, factors, at,
+                                                  norm, scale, step, sum);
       else
-        update_element<Extended, H, true>(args, shared.network, item, live, factors, at, norm,
-                                          scale, step, sum);
+        update_element<Extended, H, true, State>(args, shared.network, i, item, live, factors, at,
+                                                 norm, scale, step, sum);
     }
     change = sum.get();
   }
@@ -514,18 +535,18 @@ __device__ __forceinline__ void scalar_job(const UpdateArgs& args, int64_t j, co
 constexpr int scalar_threads(int hidden) { return hidden == 32 ? 256 : 128; }
 constexpr int scalar_blocks(int hidden) { return hidden == 32 ? 0 : hidden == 8 ? 3 : 4; }
 
-template <bool Extended, int H>
+template <bool Extended, int H, int State>
 __global__ void __launch_bounds__(scalar_threads(H), scalar_blocks(H))
     scalar_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<Extended, H> shared;
-  __shared__ RunsShared<H> of_runs;
+  __shared__ RunsShared<H, State> of_runs;
   __shared__ double scratch[MOST_WARPS];
   int64_t loaded = -1;
   const Tables& tables = args.pass.tables;
   for (int64_t j = blockIdx.x; j < tables.num_jobs; j += gridDim.x) {
     const Job& job = tables.jobs[j];
     if (!is_active(tables.live[tables.boxes[job.box].item])) continue;
-    scalar_job<Extended, H>(args, j, job, shared, of_runs, loaded, scratch);
+    scalar_job<Extended, H, State>(args, j, job, shared, of_runs, loaded, scratch);
   }
 }
 
@@ -544,6 +565,9 @@ template <int kParts>
 struct RunSides {
   LaneSide<kParts> of[4];
 };
+
+template <int kParts, int State>
+using LaneRuns = UpdateRuns<sizeof(RunSides<kParts>) / 4, State>;
 
 // A lane's sides of its four columns, out of the registers' way: words, and last the scale.
 template <int kParts>
@@ -578,63 +602,118 @@ struct KeptNumbers {
   }
 };
 
-// What a lane reads of four neighbours: its own stream (p in lane 0 of a quad, m_k in lane k), g
-// and v; and of the one that it moves, p.
-template <int Type>
-struct LaneElements {
-  Four<Type> x, g;
-  Four<FLOAT32> v;
-  float p;
+// The stream of a lane: p in lane 0 of a quad, m_k in lane k; lane 0 writes v.
+struct Stream {
+  int slot;
+  const void* from;
+  void* to;
+  int type;
+
+  template <int N>
+  __device__ __forceinline__ Stream(const Runs<N>& runs, int t, int k, int state)
+      : slot(t == 0 ? K : t - 1),
+        from(t == 0 ? runs.value : runs.means[k]),
+        to(t == 0 ? runs.means[K] : runs.means[k]),
+        type(t == 0 ? runs.value_type : state) {}
 };
 
-// Quad q of a warp holds columns 4 q .. 4 q + 3 of a strip of 32: rows q and q + 8 of two products.
-// Lane t of it moves column 4 q + t.
-template <int kParts, int Type, bool Fours>
-__device__ __forceinline__ double tensor_core_runs(
-    const Runs<sizeof(RunSides<kParts>) / 4>& runs, KeptSides<kParts>& kept_sides,
-    const KeptNumbers& numbers, const float* norms, bool row_varies, const RuleConstants& rule,
-    const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane >> 2, t = lane & 3,
-            k = t > 0 ? t - 1 : 0;
-  const int strips = (runs.columns + 31) / 32, warps = blockDim.x >> 5;
-  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, turn = warp / strips;
-  const int column = 32 * (warp % strips) + 4 * q;
-  const int left = turn < warps_per_strip ? runs.columns - column : 0;
-  const void* own = t == 0 ? runs.value : runs.momentum[k];
-  float* const to = t == 0 ? runs.rms : runs.momentum[k];
-  const int own_type = t == 0 ? runs.value_type : static_cast<int>(FLOAT32);
-  const float old = rule.momentum_old[k], now = rule.momentum_new[k];
-  const auto read = [&](LaneElements<Type>& e, int64_t at) {
+// What a lane reads of four neighbours: its own stream, g and v; and of the one that it moves, p.
+template <int Type, int State, bool Fours>
+struct LaneElements {
+  Four<Type> own, g;
+  Four<State> v;
+  float p;
+
+  template <int N>
+  __device__ __forceinline__ void load(const Runs<N>& runs, const Stream& stream, int64_t at, int t,
+                                       int left) {
     const int g_type = runs.grad_type;
-    e = LaneElements<Type>{};
     if constexpr (Fours) {
       if (left > 0) {
-        e.x.load(own, own_type, at);
-        e.g.load(runs.grad, g_type, at);
-        e.v.load(runs.rms, FLOAT32, at);
+        own.load(stream.from, stream.type, at);
+        g.load(runs.grad, g_type, at);
+        v.load(runs.means[K], State, at);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i >= left) continue;
-        e.x.set(i, load_as_float(own, own_type, at + i), own_type);
-        e.g.set(i, load_as_float(runs.grad, g_type, at + i), g_type);
-        e.v.set(i, runs.rms[at + i], FLOAT32);
+        own.set(i, load_as_float(stream.from, stream.type, at + i), stream.type);
+        g.set(i, load_as_float(runs.grad, g_type, at + i), g_type);
+        v.set(i, load_as_float(runs.means[K], State, at + i), State);
       }
     }
-    if (t < left) e.p = load_as_float(runs.value, Four<Type>::type_of(runs.value_type), at + t);
+    if (t < left) p = load_as_float(runs.value, Four<Type>::type_of(runs.value_type), at + t);
+  }
+  __device__ __forceinline__ float get(int i, const Stream& stream, int, int) const {
+    return own.get(i, stream.type);
+  }
+  __device__ __forceinline__ float get_p(int, int) const { return p; }
+};
+
+// Fours of means in 16 bits are not read as those of values are: all lanes of a quad read p, and
+// lane 0 what lane 1 does.
+template <int Type>
+struct LaneElements<Type, BFLOAT16, true> {
+  Four<Type> p, g;
+  Four<BFLOAT16> m, v;
+
+  template <int N>
+  __device__ __forceinline__ void load(const Runs<N>& runs, const Stream&, int64_t at, int t,
+                                       int left) {
+    if (left <= 0) return;
+    p.load(runs.value, runs.value_type, at);
+    g.load(runs.grad, runs.grad_type, at);
+    m.load(runs.means[t > 0 ? t - 1 : 0], BFLOAT16, at);
+    v.load(runs.means[K], BFLOAT16, at);
+  }
+  __device__ __forceinline__ float get(int i, const Stream&, int t, int p_type) const {
+    const float of_p = p.get(i, p_type), of_m = m.get(i, BFLOAT16);
+    return t > 0 ? of_m : of_p;
+  }
+  // value by value, so that they stay in registers
+  __device__ __forceinline__ float get_p(int t, int p_type) const {
+    float mine = p.get(0, p_type);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      const float other = p.get(i, p_type);
+      mine = t == i ? other : mine;
+    }
+    return mine;
+  }
+};
+
+// Quad q of a warp holds columns 4 q .. 4 q + 3 of a strip of 32: rows q and q + 8 of two products.
+// Lane t of it moves column 4 q + t.
+template <int kParts, int State, int Type, bool Fours>
+__device__ __forceinline__ double tensor_core_runs(
+    const LaneRuns<kParts, State>& runs, KeptSides<kParts>& kept_sides, const KeptNumbers& numbers,
+    const float* norms, bool row_varies, const RuleConstants& rule,
+    const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
+  const unsigned thread = State == FLOAT32 ? threadIdx.x : thread_again();
+  const int lane = thread & 31, warp = thread >> 5, q = lane >> 2, t = lane & 3,
+            k = t > 0 ? t - 1 : 0;
+  const int strips = (runs.columns + 31) / 32, warps = blockDim.x >> 5;
+  const int warps_per_strip = warps / strips > 0 ? warps / strips : 1, turn = warp / strips;
+  const int column = 32 * (warp % strips) + 4 * q;
+  const int left = turn < warps_per_strip ? runs.columns - column : 0;
+  const Stream stream(runs, t, k, State);
+  const float old = rule.momentum_old[k], now = rule.momentum_new[k];
+  const auto read = [&](LaneElements<Type, State, Fours>& e, int64_t at) {
+    e = LaneElements<Type, State, Fours>{};
+    e.load(runs, stream, at, t, left);
   };
 
   LastingSum change;
   kept_sides.vectors[lane] = -1;
-  LaneElements<Type> next;
+  LaneElements<Type, State, Fours> next;
   int r = turn < warps_per_strip ? turn : runs.count;
   if (r < runs.count) read(next, runs.at[r].local + column);
 #pragma unroll 1
   for (; r < runs.count; r += warps_per_strip) {
     keep_in_memory();
     const int64_t at = runs.at[r].local + column;
-    const LaneElements<Type> e = next;
+    const LaneElements<Type, State, Fours> e = next;
     if (r + warps_per_strip < runs.count)
       read(next, runs.at[r + warps_per_strip].local + column);  // on its way meanwhile
     __syncwarp();  // what a lane overwrites below, the others have read
@@ -664,6 +743,7 @@ __device__ __forceinline__ double tensor_core_runs(
     }
     const LaneSide<kParts> across =
         reinterpret_cast<const RunSides<kParts>&>(runs.numbers[r]).of[t];
+    const float p = e.get_p(t, runs.value_type);
     lanes::DeviceWarp::Each<lanes::Accumulator> out[2];
     Four<FLOAT32> kept;
 #pragma unroll
@@ -675,9 +755,10 @@ __device__ __forceinline__ double tensor_core_runs(
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * tile + half;
         const float g = used_gradient(e.g.get(i, runs.grad_type), runs.scale, rule);
-        const float v = fma_(g * rule.rms_new, g, e.v.get(i, FLOAT32) * rule.rms_old);
+        const float v = fma_(g * rule.rms_new, g, e.v.get(i, State) * rule.rms_old);
         const float rs = rsqrt_(v + rule.eps_rms);
-        const float x = e.x.get(i, own_type), m = t == 0 ? x : fma_(g, now, x * old);
+        const float x = e.get(i, stream, t, runs.value_type),
+                    m = t == 0 ? x : fma_(g, now, x * old);
         const float f = along[i].scale * across.scale;
         slots[half][0] = (t == 0 ? g : m) * norm[0];
         slots[half][1] = (t == 0 ? m : m * rs) * norm[1];
@@ -698,12 +779,33 @@ __device__ __forceinline__ double tensor_core_runs(
           weights, in, out[tile],
           [&](int of_lane, int layer, int i) { return numbers.get(of_lane, layer, i); });
     }
-    if constexpr (Fours) {
-      if (left > 0) kept.store(to, FLOAT32, at);
-    } else {
+    if constexpr (State == FLOAT32 && Fours) {
+      if (left > 0) kept.store(stream.to, FLOAT32, at);
+    } else if constexpr (State == FLOAT32) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (i < left) to[at + i] = kept.get(i, FLOAT32);
+        if (i < left) static_cast<float*>(stream.to)[at + i] = kept.get(i, FLOAT32);
+    } else if constexpr (Fours) {
+      keep_in_memory();  // words are made when they are used
+      Four<BFLOAT16> halved;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float x = kept.get(i, FLOAT32), y = kept.get(i + 1, FLOAT32);
+        const uint32_t of_x = half_of(runs.word(stream.slot / 2, r, column + i), stream.slot % 2),
+                       of_y =
+                           half_of(runs.word(stream.slot / 2, r, column + i + 1), stream.slot % 2);
+        halved.words[i / 2] = is_usual(x) & is_usual(y) ? round_two<true>(x, y, of_x, of_y)
+                                                        : round_two<false>(x, y, of_x, of_y);
+      }
+      if (left > 0) halved.store(runs.means[stream.slot], BFLOAT16, at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i >= left) continue;
+        const uint32_t word = runs.are_neighbours() ? runs.word(stream.slot / 2, r, column + i)
+                                                    : runs.word_at(stream.slot / 2, at + i);
+        store_state<State>(stream.to, at + i, kept.get(i, FLOAT32), half_of(word, stream.slot % 2));
+      }
     }
     float mine[2];  // value by value: a choice between accumulators would put them into memory
 #pragma unroll
@@ -717,19 +819,19 @@ __device__ __forceinline__ double tensor_core_runs(
       if (runs.direction) {
         runs.direction[at + t] = direction * numbers.step.step_size;
       } else {
-        const float moved_to = moved(e.p, direction, numbers.step);
+        const float moved_to = moved(p, direction, numbers.step);
         store_float(runs.value, Four<Type>::type_of(runs.value_type), at + t, moved_to);
-        change.add_square(moved_to - e.p);
+        change.add_square(moved_to - p);
       }
     }
   }
   return change.get();
 }
 
-template <int kParts>
+template <int kParts, int State>
 __device__ __forceinline__ double tensor_core_job(
     const UpdateArgs& args, const Job& job, const Box& box, const Item& item, const Live& live,
-    Runs<sizeof(RunSides<kParts>) / 4>& runs, KeptSides<kParts>& kept, KeptNumbers& numbers,
+    LaneRuns<kParts, State>& runs, KeptSides<kParts>& kept, KeptNumbers& numbers,
     const lanes::DeviceWarp::Each<lanes::LaneWeights<kParts>>& weights) {
   const bool row_varies = box.row[INNER] != 0;
   const float* norms = args.pass.tables.normalisers + args.pass.tables.normalisers_at[box.item];
@@ -739,34 +841,34 @@ __device__ __forceinline__ double tensor_core_job(
     numbers.norm[t][slot] = norms[lanes::feature_of_slot(false, t, slot)];
   }
   if (threadIdx.x == 0) numbers.step = args.steps[box.item];
+  const auto number = [&](int64_t at, float (&of_run)[sizeof(RunSides<kParts>) / 4]) {
+    RunSides<kParts>& sides = reinterpret_cast<RunSides<kParts>&>(of_run);
+    sides.of[0] = LaneSide<kParts>{};
+    for (int k = 0; k < K; ++k) {
+      lanes::split<kParts>(
+          runs.constant_side[k][at] * norms[side_input<false>(!row_varies, k)],
+          runs.constant_side[K + k][at] * norms[side_input<false>(!row_varies, K + k)],
+          sides.of[1 + k].packed);
+      sides.of[1 + k].scale = runs.constant[k][at];
+    }
+  };
   runs.set(live, item, box, job, factors_on_device(item, live, args.pass.factors),
-           static_cast<float>(args.pass.scale[box.item]),
-           [&](int64_t at, float (&of_run)[sizeof(RunSides<kParts>) / 4]) {
-             RunSides<kParts>& sides = reinterpret_cast<RunSides<kParts>&>(of_run);
-             sides.of[0] = LaneSide<kParts>{};
-             for (int k = 0; k < K; ++k) {
-               lanes::split<kParts>(
-                   runs.constant_side[k][at] * norms[side_input<false>(!row_varies, k)],
-                   runs.constant_side[K + k][at] * norms[side_input<false>(!row_varies, K + k)],
-                   sides.of[1 + k].packed);
-               sides.of[1 + k].scale = runs.constant[k][at];
-             }
-           });
-  if (!in_fours(live, item, box, job))
-    return tensor_core_runs<kParts, ANY_TYPE, false>(runs, kept, numbers, norms, row_varies, rule,
-                                                     weights);
+           static_cast<float>(args.pass.scale[box.item]), args.keys, number);
+  if (!in_fours<State>(live, item, box, job) || !runs.are_neighbours())
+    return tensor_core_runs<kParts, State, ANY_TYPE, false>(runs, kept, numbers, norms, row_varies,
+                                                            rule, weights);
   if (runs.grad_type != FLOAT32 || runs.value_type != FLOAT32)
-    return tensor_core_runs<kParts, ANY_TYPE, true>(runs, kept, numbers, norms, row_varies, rule,
-                                                    weights);
-  return tensor_core_runs<kParts, FLOAT32, true>(runs, kept, numbers, norms, row_varies, rule,
-                                                 weights);
+    return tensor_core_runs<kParts, State, ANY_TYPE, true>(runs, kept, numbers, norms, row_varies,
+                                                           rule, weights);
+  return tensor_core_runs<kParts, State, FLOAT32, true>(runs, kept, numbers, norms, row_varies,
+                                                        rule, weights);
 }
 
-template <int kParts>
+template <int kParts, int State>
 __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs args) {
   __shared__ ScalarShared<false, 32> shared;
-  __shared__ RunsShared<32> none;
-  __shared__ Runs<sizeof(RunSides<kParts>) / 4> runs;
+  __shared__ RunsShared<32, State> none;
+  __shared__ LaneRuns<kParts, State> runs;
   __shared__ KeptSides<kParts> kept[4];
   __shared__ KeptNumbers numbers;
   __shared__ double scratch[MOST_WARPS];
@@ -789,8 +891,8 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
       // the side that changes along a run comes first
       if (box.row[INNER] == 0) lanes::swap_sides<kParts>(weights[lane]);
       numbers.set<kParts>(weights[lane]);
-      change = tensor_core_job<kParts>(args, job, box, item, live, runs, kept[threadIdx.x >> 5],
-                                       numbers, weights);
+      change = tensor_core_job<kParts, State>(args, job, box, item, live, runs,
+                                              kept[threadIdx.x >> 5], numbers, weights);
     }
     finish_job(args, j, box.item, change, scratch);
   }
@@ -800,7 +902,7 @@ __global__ void __launch_bounds__(128, 2) tensor_core_kernel(const UpdateArgs ar
     const Job& job = tables.jobs[j];
     const Box& box = tables.boxes[job.box];
     if (!is_active(tables.live[box.item]) || has_long_runs(tables.items[box.item], box)) continue;
-    scalar_job<false, 32>(args, j, job, shared, none, loaded, scratch);
+    scalar_job<false, 32, State>(args, j, job, shared, none, loaded, scratch);
   }
 }
 

@@ -147,8 +147,8 @@ Kept kept_pointers(const Tables& tables, const Ints& active, TensorLists lists,
   int64_t* state_type = reinterpret_cast<int64_t*>(all + tables.num_items);
   tables.check_active(active);
   for (int64_t i : active) all[i].direction = nullptr;
-  for (const Tensors_** list : {&lists.values, &lists.momentum, &lists.rms, &lists.row_or_diag,
-                                &lists.col, &lists.grads}) {
+  for (const Tensors_** list :
+       {&lists.values, &lists.momentum, &lists.rms, &lists.row_or_diag, &lists.col, &lists.grads}) {
     if (*list && (*list)->empty()) *list = nullptr;
   }
   int64_t seen = -1;
@@ -419,21 +419,17 @@ void fill_normalisers(const Item& item, bool extended, const double* sums, const
   }
 }
 
-// `shards` and `keys` per item, where state is bfloat16, else null.
-void update(const Tensor& items, const Tensor& boxes, const Ints& active,
-            const std::vector<double>& rule, bool extended, int64_t hidden, const Tensors_& values,
-            const Tensors_& grads, const Tensors_& momentum, const Tensors_& rms,
-            const Tensors_& row_or_diag, const Tensors_& col, const Tensor& factors,
-            const Tensor& squares, const Tensors_& sums_b, const Tensor& moves, const Tensor& scale,
-            const Tensor& networks, const Tensor& network_of, const Tensor& steps,
-            const Tensor& param_squares, const Tensor& update_squares, const Tensors_& directions,
-            const Tensors_& workspace, const Tensor* shards, const Tensor* keys) {
+void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
+                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
+                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
+                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
+                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
+                 Tensor update_squares, Tensors_ directions, Tensors_ workspace,
+                 std::optional<Tensor> keys) {
   const Tables tables(items, boxes);
   const TensorLists lists{&values, &momentum, &rms, &row_or_diag, &col, &directions, &grads};
   const Kept kept = kept_pointers(tables, active, lists, workspace);
   Tensors* tensors = kept.tensors;
-  STD_TORCH_CHECK((kept.state_type == FLOAT32) == !keys,
-                  "state is rounded with keys where it is bfloat16, and nowhere else");
   const std::vector<double*> b_buffers = buffers_of_b(tables, sums_b, active, extended);
   const FactorSizes sizes = factor_sizes(tables, active);
   const double* squares_ = doubles(squares, sizes.squares, "squares");
@@ -452,15 +448,7 @@ void update(const Tensor& items, const Tensor& boxes, const Ints& active,
   args.state_type = kept.state_type;
   args.rule = rule_of(rule);
   args.scale = doubles(scale, tables.num_items, "scale");
-  if (keys) {
-    args.keys = static_cast<int64_t*>(memory(*keys, tables.num_items, ScalarType::Long, "keys"));
-    args.shards = static_cast<ShardIntegers*>(
-        memory(*shards, 3 * tables.num_items, ScalarType::Long, "shards"));
-    for (int64_t i : active) {
-      STD_TORCH_CHECK(args.shards[i].run > 0 || !tables.items[i].numel, "item ", i,
-                      " has runs of no element");
-    }
-  }
+  args.keys = keys_of(keys, kept.state_type, tables, active);
   args.factors = floats(factors, sizes.factors, "factors");
   const float* packed = floats(networks, 0, "networks");
   args.steps = reinterpret_cast<const Step*>(floats(steps, 4 * tables.num_items, "steps"));
@@ -522,29 +510,6 @@ void update(const Tensor& items, const Tensor& boxes, const Ints& active,
   for (int64_t i : active) tensors[i].grad = nullptr;  // it may be gone before the next call
 }
 
-void update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule, bool extended,
-                 int64_t hidden, int64_t precision, Tensors_ values, Tensors_ grads,
-                 Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag, Tensors_ col,
-                 Tensor factors, Tensor squares, Tensors_ sums_b, Tensor moves, Tensor scale,
-                 Tensor networks, Tensor network_of, Tensor steps, Tensor param_squares,
-                 Tensor update_squares, Tensors_ directions, Tensors_ workspace) {
-  update(items, boxes, active, rule, extended, hidden, values, grads, momentum, rms, row_or_diag,
-         col, factors, squares, sums_b, moves, scale, networks, network_of, steps, param_squares,
-         update_squares, directions, workspace, nullptr, nullptr);
-}
-
-void rounded_update_pass(Tensor items, Tensor boxes, Ints active, std::vector<double> rule,
-                         bool extended, int64_t hidden, int64_t precision, Tensors_ values,
-                         Tensors_ grads, Tensors_ momentum, Tensors_ rms, Tensors_ row_or_diag,
-                         Tensors_ col, Tensor factors, Tensor squares, Tensors_ sums_b,
-                         Tensor moves, Tensor scale, Tensor networks, Tensor network_of,
-                         Tensor steps, Tensor param_squares, Tensor update_squares,
-                         Tensors_ directions, Tensors_ workspace, Tensor shards, Tensor keys) {
-  update(items, boxes, active, rule, extended, hidden, values, grads, momentum, rms, row_or_diag,
-         col, factors, squares, sums_b, moves, scale, networks, network_of, steps, param_squares,
-         update_squares, directions, workspace, &shards, &keys);
-}
-
 void copy_pass(Tensors_ targets, Tensors_ sources, Tensor ends) {
   struct Part {
     size_t pair;
@@ -595,7 +560,6 @@ std::string instruction_set(std::string name) {
 
 STABLE_TORCH_LIBRARY(pylo_dist, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
-  PYLO_DIST_CPU_PASSES(PYLO_DIST_DEFINE)
   m.def("instruction_set(str name) -> str");
   m.def("table_fields(str table) -> str");
 }
@@ -603,7 +567,6 @@ STABLE_TORCH_LIBRARY(pylo_dist, m) {
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
   using namespace pylo_dist;
   PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
-  PYLO_DIST_CPU_PASSES(PYLO_DIST_IMPLEMENT)
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {

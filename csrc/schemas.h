@@ -2,16 +2,8 @@
 // backends that implement them and the tests. csrc/README.md says what each reads and writes.
 #pragma once
 
-// clang-format off
-#define PYLO_DIST_UPDATE_ARGUMENTS                                                                \
-     "Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, "        \
-     "int precision, Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, "                \
-     "Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, Tensor factors, Tensor "          \
-     "squares, Tensor[] sums_b, Tensor moves, Tensor scale, Tensor networks, Tensor "             \
-     "network_of, Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, "            \
-     "Tensor(g!)[] directions, Tensor(w!)[] workspace"
-
 // OP(name, schema) for every pass.
+// clang-format off
 #define PYLO_DIST_PASSES(OP)                                                                      \
   OP(gradient_pass,                                                                               \
      "(Tensor items, Tensor boxes, int[] active, Tensor[] grads, Tensor limits, bool "            \
@@ -24,15 +16,16 @@
      "values, Tensor[] grads, Tensor[] momentum, Tensor[] rms, Tensor(a!)[] row_or_diag, "        \
      "Tensor(b!)[] col, Tensor[] sums_a, Tensor moves, Tensor scale, Tensor(c!) factors, "        \
      "Tensor(d!) squares, Tensor(e!)[] sums_b, Tensor(w!)[] workspace) -> ()")                    \
-  OP(update_pass, "(" PYLO_DIST_UPDATE_ARGUMENTS ") -> ()")                                       \
+  OP(update_pass,                                                                                 \
+     "(Tensor items, Tensor boxes, int[] active, float[] rule, bool extended, int hidden, "       \
+     "int precision, Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] momentum, "                \
+     "Tensor(c!)[] rms, Tensor(d!)[] row_or_diag, Tensor[] col, Tensor factors, Tensor "          \
+     "squares, Tensor[] sums_b, Tensor moves, Tensor scale, Tensor networks, Tensor "             \
+     "network_of, Tensor steps, Tensor(e!) param_squares, Tensor(f!) update_squares, "            \
+     "Tensor(g!)[] directions, Tensor(w!)[] workspace, Tensor? keys) -> ()")                      \
   OP(copy_pass, "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!) ends) -> ()")                \
   OP(workspace_sizes,                                                                             \
      "(Tensor items, Tensor boxes, Tensor like) -> int[]") /* for the device of `like` */
-
-// The same for passes that a CPU alone has.
-#define PYLO_DIST_CPU_PASSES(OP)                                                                  \
-  OP(rounded_update_pass,                                                                         \
-     "(" PYLO_DIST_UPDATE_ARGUMENTS ", Tensor shards, Tensor keys) -> ()")
 // clang-format on
 
 // In a block of STABLE_TORCH_LIBRARY or STABLE_TORCH_LIBRARY_IMPL, where the functions of those

@@ -97,8 +97,8 @@ def row_orders(device_type: str) -> dict[str, RowOrder]:
 
 
 def _register_fakes() -> None:
-    passes = ("gradient_pass", "moment_pass", "feature_pass", "update_pass", "rounded_update_pass")
-    for name in (*passes, "copy_pass"):
+    passes = ("gradient_pass", "moment_pass", "feature_pass", "update_pass", "copy_pass")
+    for name in passes:
         torch.library.register_fake(f"pylo_dist::{name}", lambda *args: None)
     torch.library.register_fake("pylo_dist::workspace_sizes", lambda items, boxes, like: [])
 
@@ -257,12 +257,7 @@ class Kernels:
         self.rms = [state.get("rms", nothing[1]) for state in states]
         self.row_or_diag = [state.get("row", state.get("diag", nothing[2])) for state in states]
         self.col = [state.get("col", torch.empty(0, device=device)) for state in states]
-        # which elements of the whole tensors they are of, where their state is rounded by that
-        self.shards: Tensor | None = None
-        if any(map(is_halved, (*self.momentum, *self.rms))):
-            shards = [item.param.shard for item in batch.items]
-            numbers = [(shard.start, shard.run, shard.pitch) for shard in shards]
-            self.shards = torch.tensor(numbers, dtype=torch.int64)
+        self.rounds = any(map(is_halved, (*self.momentum, *self.rms)))
         self.a = [packed.buffer for packed in a.buffers]
         self.b = [packed.buffer for packed in b.buffers]
         sizes = torch.ops.pylo_dist.workspace_sizes(self.items, self.boxes, self.squares)
@@ -356,16 +351,15 @@ class Kernels:
         """Pass C of some items; into `directions`, one per index, where they are given, instead of
         the values. `roundings`: of this step, where state is bfloat16.
         """
-        update_pass, more = torch.ops.pylo_dist.update_pass, list[Tensor]()
-        if self.shards is not None:
+        keys: Tensor | None = None
+        if self.rounds:
             assert roundings is not None
-            update_pass = torch.ops.pylo_dist.rounded_update_pass
-            more = [self.shards, roundings.keys(batch)]
+            keys = roundings.keys(batch)
         values, grads, momentum, rms, row_or_diag, col = self._tensors(batch, indices)
         held, self._grads = self._grads, []
         if self._omits() and [*map(id, grads)] == [*map(id, held)]:  # alive since the pass before
             grads = []
-        update_pass(
+        torch.ops.pylo_dist.update_pass(
             *(
                 self.items,
                 self.boxes,
@@ -392,7 +386,7 @@ class Kernels:
                 batch.param_squares,
                 batch.update_squares,
             ),
-            *(list(directions), self.workspace, *more),
+            *(list(directions), self.workspace, keys),
         )
         self._note(indices)
 
@@ -439,9 +433,6 @@ def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
     names = ("momentum", "rms", "row", "col", "diag")
     states = [(n, item.state[n]) for item in batch.items for n in names if n in item.state]
     halved = any(is_halved(tensor) for _, tensor in states)
-    if halved and batch.device.type != "cpu":
-        _say_once(batch.device.type, "no kernels for state in bfloat16")
-        return False
     means = torch.bfloat16 if halved else torch.float32
     return (
         (features.extended, hidden) in HIDDEN

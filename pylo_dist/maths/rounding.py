@@ -7,8 +7,8 @@ average. The bits come from no generator but from a hash of (seed, step, slot, g
 element), so that any cut, any number of ranks and threads and any device write the same state. The
 idea is that of counter-based generators (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3", SC'11); the hash is a finaliser of two multiplications between shifted exclusive ors, as
-MurmurHash3 has one, with multipliers that C. Wellons' search for low bias found. csrc/rounding.h is
-the same for the compiled passes, bit by bit.
+MurmurHash3 has one, with multipliers that C. Wellons' search for low bias found.
+csrc/include/pylo_dist/rounding.h is the same for the compiled passes, bit by bit.
 """
 
 from __future__ import annotations

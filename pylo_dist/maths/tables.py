@@ -31,7 +31,9 @@ FIELDS: dict[str, dict[str, int]] = {
         **dict.fromkeys(("local_at", "row_at", "col_at", "lead_at"), 1),
     },
     "items": {
-        **dict.fromkeys(("numel", "global_numel", "factored", "rows", "cols"), 1),
+        **dict.fromkeys(("numel", "global_numel"), 1),
+        **dict.fromkeys(("shard_start", "shard_run", "shard_pitch"), 1),
+        **dict.fromkeys(("factored", "rows", "cols"), 1),
         **dict.fromkeys(("size_d0", "size_d1", "row_outer", "row_inner", "vector_is_row"), 1),
         **dict.fromkeys(("leads", "lead_numel"), 1),
         **dict.fromkeys(("lead_sizes", "lead_row", "lead_col"), MAX_LEAD_DIMS),
@@ -171,13 +173,17 @@ def box_row(
 
 def item_row(item: Item, features: FeatureSet) -> Row:
     """The geometry of a tensor, by its GLOBAL shape; where its numbers lie is for the caller."""
-    shape, dims = item.param.shard.shape, item.dims if "row" in item.state else None
+    shard, dims = item.param.shard, item.dims if "row" in item.state else None
+    shape = shard.shape
     lead = features.lead(shape) if "momentum" in item.state else ()
     global_numel, leads = math.prod(shape), math.prod(lead)
     none, one = [0] * MAX_LEAD_DIMS, [1] * MAX_LEAD_DIMS
     row: Row = {
-        "numel": item.param.shard.numel,
+        "numel": shard.numel,
         "global_numel": global_numel,
+        "shard_start": shard.start,
+        "shard_run": shard.run,
+        "shard_pitch": shard.pitch,
         "factored": int(dims is not None),
         "rows": 0,
         "cols": 0,

@@ -50,6 +50,17 @@ extern "C" double fibers_sum(const float* x, int64_t count, bool squares, int64_
   return sum.get();
 }
 
+// Numbers as bfloat16, two and two, rounded with 16 random bits each.
+extern "C" void fibers_round(const float* x, const uint32_t* random, int64_t count, uint16_t* to) {
+  using namespace pylo_dist::gpu;
+  for (int64_t i = 0; i < count; i += 2) {
+    const uint32_t two = is_usual(x[i]) & is_usual(x[i + 1])
+                             ? round_two<true>(x[i], x[i + 1], random[i], random[i + 1])
+                             : round_two<false>(x[i], x[i + 1], random[i], random[i + 1]);
+    std::memcpy(to + i, &two, sizeof two);
+  }
+}
+
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
   m.def("table_fields(str table) -> str");

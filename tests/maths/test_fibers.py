@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from pylo_dist.core.requests import SQUARES
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
+from pylo_dist.maths.rounding import to_bfloat16
 from support import copies, cuda_checks
 from support.cuda_checks import EPS
-from support.kernels import Problem, run
+from support.kernels import Problem, random_cuts, run
 from support.virtual import COMPILED, SETTINGS
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +50,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "-shared",
         "-fPIC",
     ]
+    if "AVX" in torch.backends.cpu.get_cpu_capability():
+        flags.append("-mfma")  # else every fma_ is a call
     flags += ["-DPYLO_SMALL_JOBS", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
     include = [
         f"-I{folder}"
@@ -155,6 +159,68 @@ def test_elements_in_fours_and_one_by_one_give_the_same_bits(name: str, dtype: t
     grads["t0"][7, 9] = 2e3
     problem: Problem = (params, [dict(grads)], [1.0])
     cuda_checks.same_bits(run(name, problem), run(name, problem, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("AdafacLO_halved", 5), ("VeLO_halved", 11), ("CELO2_halved", 5)]
+)
+def test_halved_state_has_the_same_bits_on_every_cut(
+    name: str, ranks: int, figures: list[str]
+) -> None:
+    """Ten tensors in so many pieces each, at random: flat, blocks along a dim, grids."""
+    rng = random.Random(f"{name} high")
+    problem = cuda_checks.matrix_problem(rng, "cpu")
+    cuts = random_cuts(rng, problem[0], ranks)
+    compared = cuda_checks.check_halved(name, "high", problem, "cpu", cuts)
+    figures.append(f"CUDA passes on fibers | {name}: {compared} means bit-equal, {10 * ranks} cuts")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_halved_state_in_single_columns(precision: str) -> None:
+    """Neighbours in a rank's memory that are none in the whole matrix."""
+    generator = torch.Generator().manual_seed(3)
+    params = {"t0": torch.randn(40, 5, generator=generator)}
+    grads = [{"t0": torch.randn(40, 5, generator=generator)} for _ in range(2)]
+    cuts = {"t0": [TensorShard.block("t0", (40, 5), 1, c, c + 1) for c in range(5)]}
+    problem: Problem = (params, [*grads], [1.0, 1.0])
+    cuda_checks.check_halved("AdafacLO_halved", precision, problem, "cpu", cuts)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("AdafacLO_halved", torch.bfloat16), ("VeLO_halved", torch.float16)]
+)
+def test_halved_state_of_parameters_of_16_bits(name: str, dtype: torch.dtype) -> None:
+    cuda_checks.check_dtype("high", "cpu", dtype, name)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_halved_state_beyond_the_largest_numbers(precision: str) -> None:
+    cuda_checks.check_extreme_means(precision, "cpu")
+
+
+def test_fours_are_rounded_as_one_by_one(library: ctypes.CDLL) -> None:
+    """Every bfloat16 number and those around it, with random bits that are smallest, largest, and
+    between; by which it is the four with a large number that is looked at.
+    """
+    every = torch.arange(1 << 16, dtype=torch.int64) << 16
+    numbers = torch.cat([every, every + 1, every + 0x8000, every + 0xFFFF])
+    for extent in (0, 1, 0x7FFF, 0x8000, 0xFFFF):
+        x = numbers.to(torch.int32).view(torch.float32)
+        random_bits = torch.full(x.shape, extent, dtype=torch.int32)
+        got = torch.empty(x.shape, dtype=torch.int16)
+        library.fibers_round(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(random_bits.data_ptr()),
+            ctypes.c_int64(x.numel()),
+            ctypes.c_void_p(got.data_ptr()),
+        )
+        wanted = to_bfloat16(x, random_bits.long()).view(torch.int16)
+        assert torch.equal(got, wanted), extent
+
+
+@pytest.mark.parametrize("shape", [(1 << 33,), (66_000, 66_000)])
+def test_elements_beyond_32_bits_are_rounded_alike(shape: tuple[int, ...]) -> None:
+    cuda_checks.check_beyond_32_bits(shape, "cpu")
 
 
 def test_launches_do_not_grow_with_the_tensors(library: ctypes.CDLL) -> None:

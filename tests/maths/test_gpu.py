@@ -23,7 +23,7 @@ from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from support import copies as copy_checks
 from support import cuda_checks
-from support.kernels import in_float64, relative, run
+from support.kernels import in_float64, random_cuts, random_problem, relative, run
 from support.optimizers import Roles, cases
 from support.virtual import COMPILED
 
@@ -62,6 +62,35 @@ def test_nan_and_extremes(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_parameters_of_16_bits(dtype: torch.dtype, precision: str) -> None:
     cuda_checks.check_dtype(precision, "cuda", dtype)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("name", cuda_checks.HALVED)
+def test_halved_state_has_the_bits_of_a_cpu(name: str, precision: str, figures: list[str]) -> None:
+    """What is stored in bfloat16, on any cut, beside the PyTorch path on a CPU."""
+    compared = 0
+    for seed in range(4):
+        rng = random.Random(f"{name} {seed}")
+        problem = random_problem(rng) if seed % 2 else cuda_checks.matrix_problem(rng, "cuda")
+        cuts = random_cuts(rng, problem[0], (1, 2, 3, 7)[seed])
+        compared += cuda_checks.check_halved(name, precision, problem, "cuda", cuts)
+    figures.append(f"CUDA passes | {name} | {precision}: {compared} means bit-equal")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["AdafacLO_halved", "VeLO_halved"])
+def test_halved_state_of_parameters_of_16_bits(name: str, dtype: torch.dtype) -> None:
+    cuda_checks.check_dtype("high", "cuda", dtype, name)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_halved_state_beyond_the_largest_numbers(precision: str) -> None:
+    cuda_checks.check_extreme_means(precision, "cuda")
+
+
+@pytest.mark.parametrize("shape", [(1 << 33,), (66_000, 66_000)])
+def test_elements_beyond_32_bits_are_rounded_alike(shape: tuple[int, ...]) -> None:
+    cuda_checks.check_beyond_32_bits(shape, "cuda")
 
 
 @pytest.mark.parametrize("name", ["AdafacLO", "VeLO", "CELO2_base"])
@@ -202,7 +231,8 @@ def test_launches_of_a_step() -> None:
     assert counts[0] == counts[1] <= 6, counts
 
 
-BUILD = cases(Roles(widths={"t0": 2.0}, embedding="^$"), able="kernels")
+ROLES = Roles(widths={"t0": 2.0}, embedding="^$")
+BUILD = cases(ROLES, able="kernels") | cases(ROLES, cuda_checks.HALVED)
 GRAPH_SHAPES = [(96, 200), (200, 96), (96, 200), (64,), (64,), (), (8, 4, 3, 3), (300, 20)]
 
 

@@ -41,6 +41,9 @@ constexpr int NUM_MOMENTS = 9;  // VeLO's sums of a tensor: p^2, m_k, m_k^2, v, 
 // clang-format off
 // One tensor of a batch, by its GLOBAL shape:
 //   numel                   N
+//   shard_start, shard_run, shard_pitch
+//                           local element i is number start + i / run * pitch + i % run of the
+//                           whole tensor (pylo_dist/core/shards.py); run > 0 unless N = 0
 //   factored                1: row and col; 0: diag (K, N)
 //   rows, cols              R, C; 0 without factors
 //   size_d0, size_d1        a row mean is over size_d0 elements, a column mean over size_d1
@@ -61,6 +64,7 @@ constexpr int NUM_MOMENTS = 9;  // VeLO's sums of a tensor: p^2, m_k, m_k^2, v, 
 //   first_box, num_boxes    its rows of the other table
 #define PYLO_DIST_ITEM_FIELDS(ONE, MANY)                             \
   ONE(numel) ONE(global_numel)                                       \
+  ONE(shard_start) ONE(shard_run) ONE(shard_pitch)                   \
   ONE(factored)                                                      \
   ONE(rows) ONE(cols)                                                \
   ONE(size_d0) ONE(size_d1)                                          \
@@ -101,7 +105,7 @@ static_assert(sizeof(Box) == 8 * BOX_WIDTH && sizeof(Item) == 8 * ITEM_WIDTH,
 constexpr int AUDIT_NONFINITE = 1;
 constexpr int AUDIT_SQUARES = 2;
 
-// Dtypes of values and gradients. State is float32.
+// Dtypes of values and gradients. State is float32, momentum and rms also bfloat16.
 enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // The tensors of one item in a step; those a pass has no use for are null.
@@ -132,6 +136,32 @@ struct Run {  // a row of a box: all its elements along the innermost dim
 };
 
 inline namespace PYLO_ISA {
+
+// index / size, and the remainder in `rest`. Without a 64-bit division where 32 bits do; that is a
+// function call on a GPU, which costs registers around it even where it is never made, so the rest
+// is done bit by bit.
+PYLO_HD int64_t divide(int64_t index, int64_t size, int64_t& rest) {
+  if (static_cast<uint64_t>(index | size) <= 0xffffffffull) {
+    const uint32_t i = static_cast<uint32_t>(index), by = static_cast<uint32_t>(size),
+                   quotient = i / by;
+    rest = i - quotient * by;
+    return quotient;
+  }
+  uint64_t quotient = 0, left = 0;
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
+  for (int bit = 62; bit >= 0; --bit) {
+    left = left << 1 | (static_cast<uint64_t>(index) >> bit & 1);
+    quotient <<= 1;
+    if (left >= static_cast<uint64_t>(size)) {
+      left -= static_cast<uint64_t>(size);
+      quotient |= 1;
+    }
+  }
+  rest = static_cast<int64_t>(left);
+  return static_cast<int64_t>(quotient);
+}
 
 PYLO_HD int64_t factors_size(const Item& item) { return 2 * K * (item.rows + item.cols); }
 

@@ -23,10 +23,10 @@
 namespace pylo_dist {
 inline namespace PYLO_ISA {
 
-// a * b + c, rounded once where the machine can (always on a GPU and with AVX2 or AVX-512; twice on
-// a baseline CPU, where the fused operation would be a library call).
+// a * b + c, rounded once where the machine can (always on a GPU, emulated ones too, and with AVX2
+// or AVX-512; twice on a baseline CPU, where the fused operation would be a library call).
 PYLO_HD float fma_(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__) || defined(PYLO_FIBERS) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
