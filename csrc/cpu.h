@@ -2,8 +2,9 @@
 // to each other. No torch.
 #pragma once
 
+#include "pylo_dist/adamw.h"
 #include "pylo_dist/mlp.h"
-#include "rounding.h"
+#include "pylo_dist/rounding.h"
 
 namespace pylo_dist {
 
@@ -67,11 +68,19 @@ struct Kernels {
   void (*pack)(const float* packed, bool vector_is_row, int hidden, void* to);
   // pass C; gives the sum of (p_new - p)^2
   double (*updates)(const PassArgs&, const Job&, int hidden);
+  // AdamW's step of elements first .. last of a tensor, whose state is bfloat16 where there is the
+  // key of seed and step; gives the sum of (p_new - p)^2
+  double (*adamw)(const AdamWTensors&, const AdamWRule&, const AdamWNumbers&, float scale,
+                  const int64_t* key, int64_t first, int64_t last);
+  double (*squares)(const void* x, int64_t type, int64_t first, int64_t last);
 };
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx512, kernels_avx2;
 #endif
 extern const Kernels kernels_baseline;
+
+// Those of the chosen instruction set.
+const Kernels& kernels();
 
 }  // namespace pylo_dist

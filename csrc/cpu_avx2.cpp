@@ -3,5 +3,5 @@
 
 namespace pylo_dist {
 extern const Kernels kernels_avx2 = {"avx2", gradients,     moments, features,
-                                  network_bytes, pack,    updates};
+                                  network_bytes, pack,    updates, adamw, squares};
 }

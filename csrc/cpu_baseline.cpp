@@ -3,5 +3,5 @@
 
 namespace pylo_dist {
 extern const Kernels kernels_baseline = {"baseline", gradients,     moments, features,
-                                  network_bytes, pack,    updates};
+                                  network_bytes, pack,    updates, adamw, squares};
 }

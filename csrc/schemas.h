@@ -28,6 +28,15 @@
   OP(workspace_sizes,                                                                             \
      "(Tensor items, Tensor boxes, Tensor like) -> int[]") /* for the device of `like` */
 
+// The same for AdamW's step of some tensors, which has no tables.
+#define PYLO_DIST_ADAMW(OP)                                                                       \
+  OP(square_sums, "(Tensor[] values, Tensor(a!) sums, Tensor(w!)[] workspace) -> ()")             \
+  OP(adamw_pass,                                                                                  \
+     "(int[] active, Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] "      \
+     "squares, float[] rule, Tensor numbers, Tensor moves, Tensor scale, Tensor(d!) "             \
+     "update_squares, Tensor[] rounding, Tensor(w!)[] workspace) -> ()")                          \
+  OP(adamw_workspace, "(Tensor[] values) -> int") /* bytes, for the device of `values` */
+
 // The same for passes that a CPU alone has.
 #define PYLO_DIST_CPU_PASSES(OP)                                                                  \
   OP(rounded_update_pass,                                                                         \

@@ -52,6 +52,7 @@ extern "C" double fibers_sum(const float* x, int64_t count, bool squares, int64_
 
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
+  PYLO_DIST_ADAMW(PYLO_DIST_DEFINE)
   m.def("table_fields(str table) -> str");
 }
 
@@ -62,4 +63,5 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CPU, m) {
   using namespace pylo_dist::gpu;
   PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
+  PYLO_DIST_ADAMW(PYLO_DIST_IMPLEMENT)
 }

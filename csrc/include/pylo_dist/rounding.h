@@ -1,9 +1,9 @@
 // Stochastic rounding of state to bfloat16, as pylo_dist/maths/rounding.py has it, bit by bit: the
 // random bits are a hash of (seed, step, slot, global index of the element), in words of 32 bits.
-// No torch. (Not in include/ as long as no CUDA source uses it.)
+// No torch, no CUDA include.
 #pragma once
 
-#include "pylo_dist/geometry.h"
+#include "geometry.h"
 
 namespace pylo_dist {
 
