@@ -52,9 +52,8 @@ void adamw_pass(Ints active, Tensors_ values, Tensors_ grads, Tensors_ means, Te
                 Tensor update_squares, Tensors_ rounding, Tensors_ workspace) {
   const AdamWCall call(active, values, grads, means, squares, rule, numbers, moves, scale,
                        update_squares, rounding);
-  const std::vector<Part> parts = parts_of(active.size(), [&](size_t a) {
-    return call.moves[active[a]] ? call.tensors[a].numel : 0;
-  });
+  const std::vector<Part> parts = parts_of(
+      active.size(), [&](size_t a) { return call.moves[active[a]] ? call.tensors[a].numel : 0; });
   std::vector<double> partials(parts.size());
   const Kernels& k = kernels();
   for_each(static_cast<int64_t>(parts.size()), [&](int64_t j) {
@@ -74,7 +73,7 @@ int64_t adamw_workspace(Tensors_ values) { return 0; }
 }  // namespace
 }  // namespace pylo_dist
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m) { PYLO_DIST_ADAMW(PYLO_DIST_DEFINE) }
+STABLE_TORCH_LIBRARY_FRAGMENT(pylo_dist, m){PYLO_DIST_ADAMW(PYLO_DIST_DEFINE)}
 
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CPU, m) {
   using namespace pylo_dist;

@@ -26,8 +26,7 @@ struct AdamWCall {
     check_list(grads, count, "grads");
     check_list(means, count, "means");
     check_list(squares, count, "squares");
-    for (int64_t i : active)
-      STD_TORCH_CHECK(0 <= i && i < num_items, "there is no item ", i);
+    for (int64_t i : active) STD_TORCH_CHECK(0 <= i && i < num_items, "there is no item ", i);
     STD_TORCH_CHECK(rule_.size() == ADAMW_RULE_WIDTH, "rule has ", rule_.size(),
                     " numbers, wanted ", ADAMW_RULE_WIDTH);
     float* const to = &rule.beta_1;
@@ -41,8 +40,8 @@ struct AdamWCall {
     if (!rounding.empty()) {
       check_list(rounding, 2, "rounding");
       STD_TORCH_CHECK(rounding[0].is_cpu(), "shards must be on the host");
-      shards = static_cast<AdamWShard*>(
-          memory(rounding[0], 3 * num_items, ScalarType::Long, "shards"));
+      shards =
+          static_cast<AdamWShard*>(memory(rounding[0], 3 * num_items, ScalarType::Long, "shards"));
       keys = static_cast<int64_t*>(memory(rounding[1], num_items, ScalarType::Long, "keys"));
     }
     for (int64_t a = 0; a < count; ++a) {

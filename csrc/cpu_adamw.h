@@ -40,8 +40,7 @@ PYLO_HD void write_rounded(void* to, int64_t at, int count, const float* from,
     for (int o = 0; o < TILE; o += W) {
       RawUint word;
       __builtin_memcpy(&word, words + o, sizeof word);
-      const RawUint bits = (RawUint)load(from + o).raw,
-                    random = odd ? word >> 16 : word & 0xffffu;
+      const RawUint bits = (RawUint)load(from + o).raw, random = odd ? word >> 16 : word & 0xffffu;
       const RawHalf rounded = __builtin_convertvector(round_to_bfloat16(bits, random), RawHalf);
       __builtin_memcpy(half + o, &rounded, sizeof rounded);
     }

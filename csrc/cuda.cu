@@ -369,7 +369,8 @@ Ints workspace_sizes(Tensor items, Tensor boxes, Tensor) {
 
 // AdamW's launches: launch(head) of up to ADAMW_ENTRIES tensors at a time.
 template <class Launch>
-void for_entries(const Ints& items, const std::vector<AdamWTensors>& tensors, const Launch& launch) {
+void for_entries(const Ints& items, const std::vector<AdamWTensors>& tensors,
+                 const Launch& launch) {
   AdamWHead head;
   head.num_entries = head.num_jobs = 0;
   for (size_t a = 0; a < tensors.size(); ++a) {

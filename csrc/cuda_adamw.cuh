@@ -48,8 +48,8 @@ inline int64_t adamw_jobs(int64_t numel) {
 inline int64_t adamw_bytes(int64_t jobs) { return 8 * jobs + 4 * ADAMW_ENTRIES; }
 
 // Sums of work(entry, first, last), the part of a thread, over the jobs of every entry, to
-// args.sums[place(entry)]: in the order of threads and jobs, so that bits do not depend on the number
-// of blocks.
+// args.sums[place(entry)]: in the order of threads and jobs, so that bits do not depend on the
+// number of blocks.
 template <class Place, class Work>
 __device__ __forceinline__ void sum_jobs(const AdamWHead& head, const AdamWArgs& args,
                                          const Place& place, const Work& work) {

@@ -184,7 +184,6 @@ class _Passes:
         self.means = [state["exp_avg"] for state in self.states]
         self.squares = [state["exp_avg_sq"] for state in self.states]
         device = batch.device
-        self.places = torch.tensor(self.items, dtype=torch.int64).to(device)
         # which elements of the whole tensors those of every item of the batch are
         self.shards: Tensor | None = None
         if any(map(is_halved, self.means)):
@@ -198,11 +197,10 @@ class _Passes:
     @staticmethod
     def serve(batch: Batch, items: Sequence[int]) -> bool:
         """Whether there are compiled passes for these items, on their device."""
-        device = batch.device.type
-        if device not in HALVED_ON or compiled.library(device):
+        if batch.device.type not in ("cpu", "cuda") or compiled.library(batch.device.type):
             return False
-        kinds = {torch.float32, torch.bfloat16} if HALVED_ON[device] else {torch.float32}
         states = [batch.items[i].state[name] for i in items for name in ("exp_avg", "exp_avg_sq")]
+        kinds = (torch.float32, torch.bfloat16)
         return all(state.dtype in kinds and state.is_contiguous() for state in states) and all(
             batch.items[i].param.value.dtype in compiled.DTYPES for i in items
         )
@@ -227,8 +225,9 @@ class _Passes:
             return rate.lr, rate.weight_decay, rate.decay_after
 
         params = [batch.items[i].param for i in self.items]
-        counters, steps_B = self._counted(how, batch)
-        moving_B3 = batch.numbers("adamw", numbers_of).index_select(0, self.places)
+        places_B = batch.on_device("adamw", tuple(self.items), torch.int64)
+        counters, steps_B = self._counted(how, batch, places_B)
+        moving_B3 = batch.numbers("adamw", numbers_of).index_select(0, places_B)
         if size is not None:
             moving_B3[:, 0] *= size
         corrections_B = [1.0 - beta**steps_B for beta in how.betas]
@@ -248,10 +247,10 @@ class _Passes:
             self.workspace,
         )
         if counters:
-            moves = batch.moves.index_select(0, self.places).to(counters[0].dtype)
+            moves = batch.moves.index_select(0, places_B).to(counters[0].dtype)
             torch._foreach_add_(counters, list(moves.unbind()))
 
-    def _counted(self, how: AdamW, batch: Batch) -> tuple[list[Tensor], Tensor]:
+    def _counted(self, how: AdamW, batch: Batch, places_B: Tensor) -> tuple[list[Tensor], Tensor]:
         """The items' own counters of steps, if they have them, and the number of this step by item,
         float64.
         """
@@ -260,12 +259,8 @@ class _Passes:
             return counters, torch.stack(counters).view(-1).to(torch.float64) + 1.0
         groups, group_of = batch.hypers()
         steps = torch.stack([group["step"].to(batch.device) for group in groups])
-        chosen = group_of.index_select(0, self.places)
+        chosen = group_of.index_select(0, places_B)
         return [], steps.view(-1).to(torch.float64).index_select(0, chosen) + 1.0
-
-
-# the devices that have compiled passes, and whether they serve state in bfloat16
-HALVED_ON = {"cpu": True, "cuda": True}
 
 
 @cache

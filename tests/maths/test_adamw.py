@@ -64,7 +64,7 @@ def test_one_step_everywhere(
         same_bits(ours, usual)
         check_state(ours, oracle)
         moved += check_near(ours, oracle, problem)
-    assert moved > 5_000
+    assert moved > 4_000
     figures.append(f"kernels | {instruction_set}, AdamW | {moved} elements, means bit-equal")
 
 
@@ -99,7 +99,7 @@ def test_threads_and_long_tensors() -> None:
         torch.set_num_threads(1)
     same_bits(two, one)
     check_state(one, oracle)
-    assert check_near(one, oracle, problem) > 100_000
+    assert check_near(one, oracle, problem) > 50_000
     for mine, other, theirs in zip(
         *(r.optimizers[0].stats().values() for r in (one, two, oracle)), strict=True
     ):
@@ -194,9 +194,8 @@ def test_one_call_for_any_number_of_tensors() -> None:
     assert many.others - few.others <= 50, (few.others, many.others)
 
 
-@pytest.mark.parametrize("name", ["CeloAdam", "CeloAdam_halved"])
-def test_opcheck(name: str) -> None:
-    for func, args in recorded(name, 3).calls.values():
+def test_opcheck() -> None:
+    for func, args in recorded("CeloAdam_halved", 3).calls.values():
         torch.library.opcheck(func, args)
 
 
