@@ -78,6 +78,7 @@ UPDATES = "for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {"
 UNITS = "for (int h = 0; h < H; ++h) {"
 STRIPS = "for (; r < runs.count; r += warps_per_strip) {"
 ROWS = "for (int row = 4 * warp; row < rows; row += 4 * TILE_WARPS) {"
+MOVES = "for (int64_t i = first + N * threadIdx.x; i + N <= last; i += N * blockDim.x) {"
 RUNS = "for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {"
 # Rows in which something is beyond its limits, runs with another vector side, directions written.
 RARE = (
@@ -97,6 +98,7 @@ PASSES = {
     "C CELO2": Pass((Loop("scalar_kernel 1 8", RUNS, 4, never=RARE),), 44),
     "C high": Pass((Loop("tensor_core_kernel 2", STRIPS, 1, never=RARE),), 44),
     "C medium": Pass((Loop("tensor_core_kernel 1", STRIPS, 1, never=RARE),), 44),
+    "AdamW": Pass((Loop("adamw_kernel 0", MOVES, 4),), 28),
     "C highest": Pass((Loop("scalar_kernel 0 32", UPDATES, 1, EACH, 32),), 44),
 }
 RULES = {  # the passes of a step
@@ -348,6 +350,7 @@ THREADS = {
     "feature_kernel": 256,
     "feature_kernel 1 1": 128,
     "scalar_kernel 0 32": 256,
+    "adamw_kernel": 256,
 }
 
 

@@ -16,7 +16,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Kernels that go over elements; the others work on factors, once per item.
-HOT = ("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel")
+HOT = (
+    *("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel"),
+    *("adamw_kernel", "square_kernel"),
+)
 
 
 def nvcc() -> str | None:
