@@ -20,7 +20,7 @@ COMMON = ["-std=c++17", "-O3", "-g0", "-Wall", "-ffp-contract=off", "-fno-math-e
 PER_FILE = {"cpu_avx2": ["-mavx2", "-mfma"]}
 PER_FILE["cpu_avx512"] = [*PER_FILE["cpu_avx2"], *(f"-mavx512{x}" for x in ("f", "dq", "bw", "vl")), "-Wno-uninitialized"]
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
-CPU_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu_baseline", *(PER_FILE if IS_X86 else ()))]
+CPU_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "adamw", "cpu_baseline", *(PER_FILE if IS_X86 else ()))]
 # nvcc may be a script that calls another; that one says where it is, and of which CUDA.
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc")
 SAID = subprocess.run(["sh", "-c", '"$0" --dryrun -E -x cu /dev/null 2>&1', NVCC or ":"], capture_output=True, text=True).stdout

@@ -78,6 +78,7 @@ UPDATES = "for (uint32_t e = threadIdx.x; e < numel; e += blockDim.x) {"
 UNITS = "for (int h = 0; h < H; ++h) {"
 STRIPS = "for (; r < runs.count; r += warps_per_strip) {"
 ROWS = "for (int row = 4 * warp; row < rows; row += 4 * TILE_WARPS) {"
+MOVES = "for (int64_t i = first + N * threadIdx.x; i + N <= last; i += N * blockDim.x) {"
 RUNS = "for (int r = threadIdx.x >> 5; r < runs.count; r += blockDim.x >> 5) {"
 EIGHTS = (
     "for (; e + (COPIES_AT_ONCE - 1) * COPY_THREADS < eights; e += COPIES_AT_ONCE * COPY_THREADS) {"
@@ -125,6 +126,7 @@ PASSES = {
     **passes(0, 24, 44),
     **{name + HALVED: of_pass for name, of_pass in passes(1, 16, 28).items()},
     "copy": Pass((Loop("copy_kernel", EIGHTS, 32),), 8),  # of unsharded gradients, into a bucket
+    "AdamW": Pass((Loop("adamw_kernel 0", MOVES, 4),), 28),
 }
 RULES = {  # the passes of a step
     "VeLO": ("A", "B VeLO", "C VeLO"),
@@ -380,6 +382,7 @@ THREADS = {
     "feature_kernel": 256,
     "feature_kernel 1 1": 128,
     "scalar_kernel 0 32": 256,
+    "adamw_kernel": 256,
 }
 
 

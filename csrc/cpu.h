@@ -3,6 +3,7 @@
 #pragma once
 
 #include "packing.h"
+#include "pylo_dist/adamw.h"
 #include "pylo_dist/mlp.h"
 #include "pylo_dist/rounding.h"
 
@@ -69,11 +70,19 @@ struct Kernels {
   double (*updates)(const PassArgs&, const Job&, int hidden);
   // elements from the given ones on, of which the ends are noted
   void (*copy)(const Pair&, int64_t from_at, int64_t to_at, int64_t count, Ends&);
+  // AdamW's step of elements first .. last of a tensor, whose state is bfloat16 where there is the
+  // key of seed and step; gives the sum of (p_new - p)^2
+  double (*adamw)(const AdamWTensors&, const AdamWRule&, const AdamWNumbers&, float scale,
+                  const int64_t* key, int64_t first, int64_t last);
+  double (*squares)(const void* x, int64_t type, int64_t first, int64_t last);
 };
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx512, kernels_avx2;
 #endif
 extern const Kernels kernels_baseline;
+
+// Those of the chosen instruction set.
+const Kernels& kernels();
 
 }  // namespace pylo_dist

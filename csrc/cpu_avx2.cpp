@@ -2,6 +2,6 @@
 #include "cpu_kernels.h"
 
 namespace pylo_dist {
-extern const Kernels kernels_avx2 = {"avx2",        gradients, moments, features,
-                                     network_bytes, pack,      updates, copy};
+extern const Kernels kernels_avx2 = {"avx2", gradients, moments, features, network_bytes,
+                                     pack,   updates,   copy,    adamw,    squares};
 }

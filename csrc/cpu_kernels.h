@@ -2,6 +2,7 @@
 // cpu_avx2.cpp, cpu_baseline.cpp).
 #pragma once
 
+#include "cpu_adamw.h"
 #include "cpu_features.h"
 #include "cpu_gradients.h"
 #include "cpu_packing.h"

@@ -7,7 +7,9 @@
 // captured a step keeps its own. Launches of a step: A 2, B 2, C 2, whatever the number of tensors
 // (an argument holds 4000 gradients, 2000 where directions are written; one more launch per 4000
 // after that).
+#include "adamw_bindings.h"
 #include "bindings.h"
+#include "cuda_adamw.cuh"
 #include "cuda_packing.cuh"
 #include "cuda_sums.cuh"
 #include "cuda_update.cuh"
@@ -30,6 +32,8 @@ constexpr size_t MOST_ARGUMENT_BYTES = 32764;
 static_assert(sizeof(Head) + sizeof(UpdateArgs) <= MOST_ARGUMENT_BYTES,
               "UPLOAD_WORDS leaves too little room for a kernel's other arguments");
 static_assert(sizeof(Copies) <= MOST_ARGUMENT_BYTES, "MOST_PAIRS are too many for an argument");
+static_assert(sizeof(AdamWHead) + sizeof(AdamWArgs) <= MOST_ARGUMENT_BYTES,
+              "ADAMW_ENTRIES leaves too little room for a kernel's other arguments");
 
 #if defined(PYLO_FIBERS)
 #define PYLO_LAUNCH(kernel, blocks, threads, ...) \
@@ -412,6 +416,78 @@ Ints workspace_sizes(Tensor items, Tensor boxes, Tensor) {
               Workspace::host_bytes(host.num_items)};
 }
 
+// AdamW's launches: launch(head) of up to ADAMW_ENTRIES tensors at a time.
+template <class Launch>
+void for_entries(const Ints& items, const std::vector<AdamWTensors>& tensors,
+                 const Launch& launch) {
+  AdamWHead head;
+  head.num_entries = head.num_jobs = 0;
+  for (size_t a = 0; a < tensors.size(); ++a) {
+    head.entries[head.num_entries++] =
+        AdamWEntry{tensors[a], items[a], static_cast<int64_t>(a), head.num_jobs};
+    head.num_jobs += adamw_jobs(tensors[a].numel);
+    if (head.num_entries < ADAMW_ENTRIES && a + 1 < tensors.size()) continue;
+    launch(head);
+    head.num_entries = head.num_jobs = 0;
+  }
+}
+
+// Partial sums, and counters after them.
+AdamWArgs adamw_room(const Tensors_& values, const Tensors_& workspace) {
+  check_list(workspace, 1, "workspace");
+  int64_t jobs = 0;
+  for (const Tensor& x : values) jobs += adamw_jobs(x.numel());
+  AdamWArgs args{};
+  args.partials = static_cast<double*>(
+      memory(workspace[0], adamw_bytes(jobs), ScalarType::Byte, "workspace[0]"));
+  args.counters = reinterpret_cast<unsigned*>(args.partials + jobs);
+  return args;
+}
+
+int64_t adamw_workspace(Tensors_ values) {
+  int64_t jobs = 0;
+  for (const Tensor& x : values) jobs += adamw_jobs(x.numel());
+  return adamw_bytes(jobs);
+}
+
+void square_sums(Tensors_ values, Tensor sums, Tensors_ workspace) {
+  if (values.empty()) return;
+  const Device device(values[0]);
+  AdamWArgs args = adamw_room(values, workspace);
+  args.sums = doubles(sums, static_cast<int64_t>(values.size()), "sums");
+  std::vector<AdamWTensors> tensors;
+  for (const Tensor& x : values) {
+    AdamWTensors t{};
+    t.numel = x.numel();
+    t.value_type = dtype_of(x, "a value");
+    t.value = memory(x, t.numel, x.scalar_type(), "a value");
+    tensors.push_back(t);
+  }
+  for_entries(Ints(values.size(), 0), tensors, [&](const AdamWHead& head) {
+    PYLO_LAUNCH(square_kernel, device.blocks(square_kernel, 256, head.num_jobs), 256, head, args);
+  });
+}
+
+void adamw_pass(Ints active, Tensors_ values, Tensors_ grads, Tensors_ means, Tensors_ squares,
+                std::vector<double> rule, Tensor numbers, Tensor moves, Tensor scale,
+                Tensor update_squares, Tensors_ rounding, Tensors_ workspace) {
+  if (active.empty()) return;
+  const Device device(moves);
+  const AdamWCall call(active, values, grads, means, squares, rule, numbers, moves, scale,
+                       update_squares, rounding);
+  AdamWArgs args = adamw_room(values, workspace);
+  args.rule = call.rule;
+  args.numbers = call.numbers;
+  args.moves = call.moves;
+  args.scale = call.scale;
+  args.keys = call.keys;
+  args.sums = call.update_squares;
+  const auto kernel = call.keys ? adamw_kernel<BFLOAT16> : adamw_kernel<FLOAT32>;
+  for_entries(active, call.tensors, [&](const AdamWHead& head) {
+    PYLO_LAUNCH(kernel, device.blocks(kernel, 256, head.num_jobs), 256, head, args);
+  });
+}
+
 #if !defined(PYLO_FIBERS)
 #define PYLO_TEXT_(...) #__VA_ARGS__
 #define PYLO_TEXT(...) PYLO_TEXT_(__VA_ARGS__)
@@ -440,5 +516,6 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist, CUDA, m) {
   using namespace pylo_dist::gpu;
   PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
+  PYLO_DIST_ADAMW(PYLO_DIST_IMPLEMENT)
 }
 #endif

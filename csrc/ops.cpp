@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "cpu.h"
+#include "cpu_threads.h"
 #include "schemas.h"
 
 namespace pylo_dist {
@@ -30,6 +31,8 @@ const Kernels* supported(const std::string& name) {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+}  // namespace
+
 const Kernels& kernels() {
   const Kernels* now = chosen.load();
   if (!now) {
@@ -39,22 +42,7 @@ const Kernels& kernels() {
   return *now;
 }
 
-// ----------------------------------------------------------------------------------------- threads
-
-// Calls work(i) for every i < count, on torch's threads. Which thread takes which i is open; what
-// is computed is not.
-template <class Work>
-void for_each(int64_t count, const Work& work) {
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) work(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i);
-  });
-}
+namespace {
 
 // -------------------------------------------------------------------------------------------- jobs
 

@@ -26,6 +26,15 @@
   OP(copy_pass, "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!) ends) -> ()")                \
   OP(workspace_sizes,                                                                             \
      "(Tensor items, Tensor boxes, Tensor like) -> int[]") /* for the device of `like` */
+
+// The same for AdamW's step of some tensors, which has no tables.
+#define PYLO_DIST_ADAMW(OP)                                                                       \
+  OP(square_sums, "(Tensor[] values, Tensor(a!) sums, Tensor(w!)[] workspace) -> ()")             \
+  OP(adamw_pass,                                                                                  \
+     "(int[] active, Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] "      \
+     "squares, float[] rule, Tensor numbers, Tensor moves, Tensor scale, Tensor(d!) "             \
+     "update_squares, Tensor[] rounding, Tensor(w!)[] workspace) -> ()")                          \
+  OP(adamw_workspace, "(Tensor[] values) -> int") /* bytes, for the device of `values` */
 // clang-format on
 
 // In a block of STABLE_TORCH_LIBRARY or STABLE_TORCH_LIBRARY_IMPL, where the functions of those

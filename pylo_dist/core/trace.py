@@ -22,6 +22,8 @@ an optimizer, in the order of a step:
     kernels: moment_pass        ... within B
     kernels: feature_pass       ... within B
     kernels: update_pass        ... within C
+    kernels: square_sums        of what AdamW moves, within A
+    kernels: adamw_pass         ... within the last of the rule's passes, or B
 
 of `ZeroOptimizer`, around and beside them:
 

@@ -34,7 +34,7 @@ HIDDEN = {
     (True, 4),
 }
 PRECISION = {"highest": 0, "high": 1, "medium": 2}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("pylo_dist")
 _enabled = True
 
@@ -98,9 +98,10 @@ def row_orders(device_type: str) -> dict[str, RowOrder]:
 
 def _register_fakes() -> None:
     passes = ("gradient_pass", "moment_pass", "feature_pass", "update_pass", "copy_pass")
-    for name in passes:
+    for name in (*passes, "square_sums", "adamw_pass"):
         torch.library.register_fake(f"pylo_dist::{name}", lambda *args: None)
     torch.library.register_fake("pylo_dist::workspace_sizes", lambda items, boxes, like: [])
+    torch.library.register_fake("pylo_dist::adamw_workspace", lambda values: 0)
 
 
 @cache
@@ -436,7 +437,7 @@ def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
     means = torch.bfloat16 if halved else torch.float32
     return (
         (features.extended, hidden) in HIDDEN
-        and all(item.param.value.dtype in _DTYPES for item in batch.items)
+        and all(item.param.value.dtype in DTYPES for item in batch.items)
         and all(
             tensor.dtype == (means if name in ("momentum", "rms") else torch.float32)
             and tensor.is_contiguous()

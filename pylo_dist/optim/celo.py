@@ -20,7 +20,7 @@ from ..core.rule import Batch, Item
 from ..core.shards import Shape, TensorShard
 from ..core.state import StateField
 from ..maths import adamw, lstm, mixed, reference, stacks
-from ..maths.adamw import AdamW
+from ..maths.adamw import AdamW, Rates
 from ..maths.factored import LARGEST, FactoredRule
 from ..maths.lstm import LSTM, RunLSTM
 from ..maths.mixed import MixedRule
@@ -124,7 +124,7 @@ class Celo(SingleRunOptimizer, FactoredOptimizer):
     With the MLP's outputs (o_0, o_1) for an element and the LSTM's step size l, the same for all
     tensors: :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot o_0 \exp(exp\_mult \cdot o_1)
     \sqrt{\langle p^2 \rangle + 10^{-9}}`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot
-    p`.
+    p`. So a tensor that starts at zero hardly moves, and nothing behind it learns.
 
     State of a parameter: that of `AdafacLO`. Of the run, in every parameter group: `num_steps`,
     `loss_means` and `loss_minima` (10,), and the LSTM's row, `lstm_hidden` and `lstm_cell` (H,);
@@ -256,17 +256,12 @@ class CeloAdamRule(FactoredRule):
         adamw.keep_param_squares(batch, equal, a)
         size = step_size(self.run.advance(batch))
         batch.figures["lr_mult"] = size.expand(len(batch.items))
-        roundings = Roundings(batch.device)
-        for stack in equal:
-            hyper = batch.items[stack.items[0]].hyper
-            lr = wide(hyper["lr"])
-            self.adamw.step(
-                batch,
-                stack,
-                lr * hyper["step_mult"] * size,
-                decay_after=lr * hyper["weight_decay"],
-                roundings=roundings,
-            )
+        self.adamw.step(batch, equal, self._rates, Roundings(batch.device), size)
+
+    @staticmethod
+    def _rates(hyper: dict[str, Any]) -> Rates:
+        lr = wide(hyper["lr"])
+        return Rates(lr * hyper["step_mult"], decay_after=lr * hyper["weight_decay"])
 
 
 class CeloAdam(SingleRunOptimizer):

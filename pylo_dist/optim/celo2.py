@@ -173,8 +173,7 @@ class CELO2Rule(FactoredRule):
                 tensors[i] = self.step_tensors(batch, i, batch.items[i], a.vectors[i], roundings)
                 reference.feature_sums(tensors[i], b.vectors[i], self._scratch)
         adamw.keep_param_squares(batch, others, a)
-        for stack in others:
-            self._adamw(batch, stack, roundings)
+        self.settings.adamw.step(batch, others, self._adamw_rates, roundings)
         yield b
 
         # C: the network's direction, orthogonal or not, at a fixed rms
@@ -425,15 +424,12 @@ class CELO2Rule(FactoredRule):
         for packed in c.buffers:
             packed.buffer.add_(EPS_STEP).rsqrt_()
 
-    def _adamw(self, batch: Batch, stack: Stack, roundings: Roundings) -> None:
-        hyper = batch.items[stack.items[0]].hyper
+    @staticmethod
+    def _adamw_rates(hyper: dict[str, Any]) -> adamw.Rates:
         decay = hyper["adam_weight_decay"]
-        self.settings.adamw.step(
-            batch,
-            stack,
+        return adamw.Rates(
             wide(hyper["lr"]) * hyper["adam_lr_mult"],
             hyper["weight_decay"] if decay is None else decay,
-            roundings=roundings,
         )
 
     def _network(self, dtype: torch.dtype, device: torch.device) -> Network:

@@ -208,7 +208,7 @@ class VeLO(PlannedOptimizer, FactoredOptimizer):
     With the MLP's outputs (o_0, o_1) for an element and the LSTM's step size l for its tensor:
     :math:`p \leftarrow p - lr \cdot step\_mult \cdot l \cdot o_0 \exp(exp\_mult \cdot o_1)
     \sqrt{\langle p^2 \rangle + 10^{-9}}`, then :math:`p \leftarrow p - lr \cdot weight\_decay \cdot
-    p`.
+    p`. So a tensor that starts at zero hardly moves, and nothing behind it learns.
 
     State of a parameter: that of `AdafacLO`, and its LSTM row, `lstm_hidden` and `lstm_cell` (H,),
     which ranks without elements of it neither compute nor keep (FSDP2: all do); `stats()` has its

@@ -22,6 +22,7 @@ MOST = {
     "C CELO2": 450.0,
     "C high": 760.0,
     "C medium": 400.0,
+    "AdamW": 100.0,
     "C highest": 3500.0,
     "B small_fc, bfloat16": 70.0,
     "B VeLO, bfloat16": 88.0,

@@ -63,6 +63,7 @@ extern "C" void fibers_round(const float* x, const uint32_t* random, int64_t cou
 
 STABLE_TORCH_LIBRARY(pylo_dist_fibers, m) {
   PYLO_DIST_PASSES(PYLO_DIST_DEFINE)
+  PYLO_DIST_ADAMW(PYLO_DIST_DEFINE)
   m.def("table_fields(str table) -> str");
 }
 
@@ -73,4 +74,5 @@ STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(pylo_dist_fibers, CPU, m) {
   using namespace pylo_dist::gpu;
   PYLO_DIST_PASSES(PYLO_DIST_IMPLEMENT)
+  PYLO_DIST_ADAMW(PYLO_DIST_IMPLEMENT)
 }

@@ -17,12 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # Kernels that go over elements; the others work on factors, once per item.
 HOT = (
-    "copy_kernel",
-    "gradient_kernel",
-    "moment_kernel",
-    "feature_kernel",
-    "scalar_kernel",
-    "tensor_core_kernel",
+    *("gradient_kernel", "moment_kernel", "feature_kernel", "scalar_kernel", "tensor_core_kernel"),
+    *("adamw_kernel", "square_kernel", "copy_kernel"),
 )
 
 

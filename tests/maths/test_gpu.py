@@ -21,8 +21,8 @@ from pylo_dist.core.pieces import bind_shard
 from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
 from pylo_dist.testing import largest_changes, layout_error, run_virtual
+from support import adamw_checks, cuda_checks
 from support import copies as copy_checks
-from support import cuda_checks
 from support.kernels import in_float64, random_cuts, random_problem, relative, run
 from support.optimizers import Roles, cases
 from support.virtual import COMPILED
@@ -56,6 +56,18 @@ def test_nan_and_extremes(precision: str) -> None:
     torch.manual_seed(0)
     cuda_checks.check_nan(precision, "cuda")
     cuda_checks.check_extremes(precision, "cuda")
+
+
+@pytest.mark.parametrize("name", ["CeloAdam", "CeloAdam_halved"])
+def test_adamw(name: str) -> None:
+    """Nothing is fused: a CPU's means to the bit, its parameters but for the LSTM's last bits."""
+    problem = random_problem(random.Random(name), steps=2)
+    ours = run(name, cuda_checks.on(problem, "cuda"), lr=50.0)
+    wanted = run(name, problem, lr=50.0)
+    for fqn in adamw_checks.moved_by_adamw(wanted):
+        torch.testing.assert_close(ours.params[fqn].cpu(), wanted.params[fqn], rtol=1e-6, atol=1e-7)
+        for key, value in wanted.state[fqn].items():
+            assert torch.equal(ours.state[fqn][key].cpu(), value), (fqn, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

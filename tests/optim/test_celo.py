@@ -121,6 +121,32 @@ def test_celo_adam_follows_its_equations(seed: int) -> None:
             ours.detach().copy_(torch.tensor(wanted))
 
 
+@pytest.mark.parametrize(
+    ("face", "weights"), [(pylo_dist.Celo, CELO), (pylo_dist.VeLO, VELO)], ids=["Celo", "VeLO"]
+)
+def test_a_tensor_that_starts_at_zero_hardly_moves(face: Any, weights: Any) -> None:
+    """A step is in proportion to sqrt(<p^2> + 1e-9), 3e-5 of a tensor of zeros: as published, see
+    docs/coming-from-adamw.md.
+    """
+    generator = torch.Generator().manual_seed(0)
+    starts = {
+        "zero": torch.zeros(40, 30, dtype=torch.float64),
+        "other": torch.randn(40, 30, generator=generator, dtype=torch.float64),
+    }
+    params = {name: nn.Parameter(start.clone()) for name, start in starts.items()}
+    optimizer = face(list(params.items()), num_steps=100, weights=weights)
+    for _ in range(20):
+        grad = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+        for p in params.values():
+            p.grad = grad.clone()
+        optimizer.step(1.0)
+    moved = {
+        name: float((p.detach() - starts[name]).square().mean().sqrt())
+        for name, p in params.items()
+    }
+    assert 0.0 < moved["zero"] < 1e-4 * moved["other"]
+
+
 # --------------------------------------------------------------------------------- a run, and ranks
 
 

@@ -10,11 +10,15 @@ namespace pylo_dist {
 
 inline namespace PYLO_ISA {
 
-// The number of a local element in the whole tensor.
+// The number of a local element in the whole tensor (pylo_dist/core/shards.py).
+PYLO_HD int64_t global_index(int64_t start, int64_t run, int64_t pitch, int64_t local) {
+  int64_t rest = local, runs = 0;
+  if (local >= run) runs = divide(local, run, rest);
+  return start + runs * pitch + rest;
+}
+
 PYLO_HD int64_t global_index(const Item& item, int64_t local) {
-  int64_t rest = local, run = 0;
-  if (local >= item.shard_run) run = divide(local, item.shard_run, rest);
-  return item.shard_start + run * item.shard_pitch + rest;
+  return global_index(item.shard_start, item.shard_run, item.shard_pitch, local);
 }
 
 // Whether indices from `first` to `last` have the same upper word.
