@@ -362,28 +362,41 @@ def measure(run: Run, weights: Path | None) -> dict[str, Any]:
     }
 
 
-def runs(tasks: Sequence[Task], seeds: Sequence[int], weights: Path | None) -> list[Run]:
-    """All that can be run, in order: a task, a seed, an optimizer. Of optimizers whose weights are
-    not in the folder `weights` a line.
+def at_hand(
+    contenders: Mapping[str, Mapping[str, Any]], task: Task, weights: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Flags by name, with the digests of weights; `task`: any that they train. Of optimizers whose
+    weights are not in the folder `weights` a line.
     """
-    contenders = {}
-    for name, flags in CONTENDERS.items():
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in contenders.items():
         file = flags.get("weights", "demo")
         if file != "demo" and not (weights and (weights / file).is_file()):
             where = f"in {weights}" if weights else "given: --weights FOLDER"
             print(f"{name}: skipped, no {file} {where}", file=sys.stderr)
             continue
-        contenders[name] = flags
+        found[name] = dict(flags)
         if "weights" in flags:
-            options = Run(tasks[0], name, flags, 0).options(weights)
-            found = try_out(options.chosen().entry.face, options.learned_arguments())
-            contenders[name] = {**flags, "digest": found["hash"]}
+            options = Run(task, name, flags, 0).options(weights)
+            tried = try_out(options.chosen().entry.face, options.learned_arguments())
+            found[name]["digest"] = tried["hash"]
+    return found
+
+
+def runs(tasks: Sequence[Task], seeds: Sequence[int], weights: Path | None) -> list[Run]:
+    """All that can be run, in order: a task, a seed, an optimizer."""
+    contenders = at_hand(CONTENDERS, tasks[0], weights)
     return [
         Run(task, name, flags, seed)
         for task in tasks
         for seed in seeds
         for name, flags in contenders.items()
     ]
+
+
+def chosen(todo: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """Those whose names hold all of these words."""
+    return [run for run in todo if all(word in str(run) for word in words)]
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -396,31 +409,54 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
     return {key(record): record for record in json.loads(out.read_text())["runs"]}
 
 
-def save(
-    out: Path,
-    found: Mapping[str, Any],
-    tasks: Sequence[Task],
-    seeds: Sequence[int],
-    new: dict[str, Any],
-) -> None:
-    """Write the runs of `out` and a `new` one, which another process may have added to since."""
-    known = {**records(out), key(new): new}
-    order = {(str(task), name): i for i, (task, name) in enumerate(product(tasks, CONTENDERS))}
-    kept = sorted(
-        (r for r in known.values() if (r["task"], r["name"]) in order),
-        key=lambda r: (order[r["task"], r["name"]], r["seed"]),
-    )
-    result: dict[str, Any] = {
-        "what": "held-out loss, nats per byte or image, of learned optimizers at their defaults "
-        "beside tuned AdamW and Muon, by step and CPU second",
-        **found,
-        "quick": tasks is QUICK,
-        "tasks": {str(task): task.what for task in tasks},
-        "contenders": list(CONTENDERS),
-        "seeds": list(seeds),
-        "runs": kept,
-    }
-    write(result, out)
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A JSON of runs, to which every run is added as it ends.
+
+    Attributes:
+        head: what stands before the runs, with `environment()`: the commit that is measured.
+        order: of tasks and names; what is not among them is not kept.
+    """
+
+    out: Path
+    head: Mapping[str, Any]
+    order: Sequence[tuple[str, str]]
+
+    def go_on(self, todo: Sequence[Run], weights: Path | None) -> None:
+        """Train what is not there, or with other settings."""
+        where = {
+            "commit": self.head["commit"],
+            "cpu": self.head["hardware"]["cpu"],
+            "torch": self.head["versions"]["torch"],
+        }
+        for i, run in enumerate(todo):
+            known = records(self.out).get(str(run))
+            if known is not None and known["asked"] == run.asked():
+                continue
+            new = {**measure(run, weights), "measured": where}
+            self.add(new)
+            print(
+                f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
+                f"{list(new['cpu_s'].values())[-1:]} CPU s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def add(self, new: dict[str, Any]) -> None:
+        """Write the runs of `out` and a `new` one, and what else it holds; another process may have
+        added to it since.
+        """
+        others = json.loads(self.out.read_text()) if self.out.is_file() else {}
+        known = {**records(self.out), key(new): new}
+        place = {of: i for i, of in enumerate(self.order)}
+        kept = sorted(
+            (r for r in known.values() if (r["task"], r["name"]) in place),
+            key=lambda r: (place[r["task"], r["name"]], r["seed"]),
+        )
+        write(
+            {**self.head, **{k: others[k] for k in others if k not in self.head}, "runs": kept},
+            self.out,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -441,29 +477,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "quality.json"
     tasks, seeds = (QUICK, SEEDS[:1]) if args.quick else (TASKS, SEEDS)
     if not args.table:
-        found = environment()  # before the runs: the commit that was measured
-        todo = [
-            run
-            for run in runs(tasks, seeds, args.weights)
-            if all(word in str(run) for word in args.only)
-        ]
-        for i, run in enumerate(todo):
-            known = records(out).get(str(run))
-            if known is not None and known["asked"] == run.asked():
-                continue
-            where = {
-                "commit": found["commit"],
-                "cpu": found["hardware"]["cpu"],
-                "torch": found["versions"]["torch"],
-            }
-            new = {**measure(run, args.weights), "measured": where}
-            save(out, found, tasks, seeds, new)
-            print(
-                f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
-                f"{list(new['cpu_s'].values())[-1:]} CPU s",
-                file=sys.stderr,
-                flush=True,
-            )
+        head = {
+            "what": "held-out loss, nats per byte or image, of learned optimizers at their "
+            "defaults beside tuned AdamW and Muon, by step and CPU second",
+            **environment(),
+            "quick": args.quick,
+            "tasks": {str(task): task.what for task in tasks},
+            "contenders": list(CONTENDERS),
+            "seeds": list(seeds),
+        }
+        ledger = Ledger(out, head, list(product(map(str, tasks), CONTENDERS)))
+        ledger.go_on(chosen(runs(tasks, seeds, args.weights), args.only), args.weights)
     if not out.is_file():
         parser.error(f"nothing was run, and there is no {out}")
     print(report(json.loads(out.read_text())))

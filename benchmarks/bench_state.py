@@ -1,0 +1,175 @@
+"""What state in bfloat16 trains to, beside float32 state; write results/state.json, a run at a
+time, and print its tables.
+
+    python benchmarks/bench_state.py --weights FOLDER     all that is not there yet; an hour
+    python benchmarks/bench_state.py --table              of what is there; trains nothing
+
+FOLDER holds celo2.safetensors and celo.safetensors, whose numbers are no part of this repository.
+The runs are those of bench_quality.py: one seed gives the same initial parameters, the same samples
+in the same order and the same held-out samples to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_quality import (
+    LEARNED,
+    MICRO,
+    QUICK,
+    SEEDS,
+    Ledger,
+    Run,
+    Task,
+    at_hand,
+    bytes_task,
+    chosen,
+)
+from quality import final, mean_sd
+from record import RESULTS, environment, markdown
+
+HALVED = ", bfloat16"  # after the name of an optimizer
+LOSS_SHARE = 0.005  # of the float32 loss, that bfloat16's may be apart
+
+Case = tuple[Task, str]  # and a name of LEARNED
+
+
+def micro(steps: int) -> Task:
+    """One of bench_quality.py's."""
+    return bytes_task("bytes", MICRO, steps, preset="micro", batch_size=4)
+
+
+CASES: tuple[Case, ...] = (
+    (micro(300), "AdafacLO, demo"),
+    (
+        bytes_task(
+            "nano bytes",
+            "byte-level GPT-2 of 0.12M parameters (preset nano), 8 x 64 bytes a step, built-in "
+            "text",
+            3000,
+            preset="nano",
+            batch_size=8,
+        ),
+        "AdafacLO, demo",
+    ),
+    (micro(1000), "CELO2"),
+    (micro(1000), "Celo"),
+)
+QUICK_CASES: tuple[Case, ...] = ((QUICK[0], "AdafacLO, demo"),)
+
+
+def runs(cases: Sequence[Case], seeds: Sequence[int], weights: Path | None) -> Iterator[Run]:
+    """All of the gate: of a case and seed float32 state and bfloat16 state."""
+    for task, name in cases:
+        pair = {name: LEARNED[name], name + HALVED: {**LEARNED[name], "state_dtype": "bfloat16"}}
+        found = at_hand(pair, task, weights)
+        for seed in seeds:
+            for one, flags in found.items():
+                yield Run(task, one, flags, seed)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the seeds of a task and optimizer came to.
+
+    Attributes:
+        full, halved: mean and standard deviation of the last held-out losses.
+        apart: of halved minus full, seed by seed.
+        allowed: how far the means may be apart: 0.5 % of the loss, or one standard deviation of
+            the seeds with float32 state, whichever is more.
+    """
+
+    seeds: int
+    full: tuple[float, float]
+    halved: tuple[float, float]
+    apart: tuple[float, float]
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.apart[0]) <= self.allowed
+
+
+def verdict(records: Sequence[Mapping[str, Any]], task: str, name: str) -> Verdict:
+    """Of the seeds that ran with both."""
+
+    def losses(of: str) -> dict[int, float]:
+        return {r["seed"]: final(r) for r in records if (r["task"], r["name"]) == (task, of)}
+
+    full, halved = losses(name), losses(name + HALVED)
+    both = sorted(full.keys() & halved.keys())
+    own = mean_sd([full[seed] for seed in both])
+    return Verdict(
+        len(both),
+        own,
+        mean_sd([halved[seed] for seed in both]),
+        mean_sd([halved[seed] - full[seed] for seed in both]),
+        max(LOSS_SHARE * own[0], 0.0 if math.isnan(own[1]) else own[1]),
+    )
+
+
+def gate_table(result: Mapping[str, Any]) -> str:
+    lines: list[Sequence[str]] = [
+        (
+            *("task", "optimizer", "float32 (sd)", "bfloat16 (sd)"),
+            *("difference, seed by seed (sd)", "allowed", "seeds", "holds"),
+        )
+    ]
+    pairs = dict.fromkeys((r["task"], r["name"].removesuffix(HALVED)) for r in result["runs"])
+    for task, name in pairs:
+        v = verdict(result["runs"], task, name)
+        if v.seeds:
+            cells = (f"{m:.4f} ({sd:.4f})" for m, sd in (v.full, v.halved))
+            apart = f"{v.apart[0]:+.4f} ({v.apart[1]:.4f})"
+            last = (f"{v.allowed:.4f}", str(v.seeds), "yes" if v.holds else "no")
+            lines.append((task, name, *cells, apart, *last))
+    return markdown(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Training with state in bfloat16 beside float32; goes on where it was "
+        "interrupted."
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="folder of celo2.safetensors, celo.safetensors"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
+    )
+    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "state.json"
+    cases, seeds = (QUICK_CASES, SEEDS[:1]) if args.quick else (CASES, SEEDS)
+    if not args.table:
+        head = {
+            "what": "held-out loss, nats per byte, of learned optimizers with state in bfloat16 "
+            "beside float32",
+            **environment(),
+            "quick": args.quick,
+            "tasks": {str(task): task.what for task, _ in cases},
+            "seeds": list(seeds),
+        }
+        names = [(str(task), one) for task, name in cases for one in (name, name + HALVED)]
+        todo = chosen(list(runs(cases, seeds, args.weights)), args.only)
+        Ledger(out, head, names).go_on(todo, args.weights)
+    if not out.is_file():
+        parser.error(f"nothing was run, and there is no {out}")
+    print(gate_table(json.loads(out.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
