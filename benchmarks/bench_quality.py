@@ -442,6 +442,14 @@ class Ledger:
                 flush=True,
             )
 
+    def adopt(self, todo: Sequence[Run], others: Path) -> None:
+        """Take over what the ledger `others` has of these runs, if its settings were the same."""
+        own, known = records(self.out), records(others)
+        for run in todo:
+            found = None if str(run) in own else known.get(str(run))
+            if found is not None and found["asked"] == run.asked():
+                self.add(found)
+
     def add(self, new: dict[str, Any]) -> None:
         """Write the runs of `out` and a `new` one, and what else it holds; another process may have
         added to it since.

@@ -6,7 +6,8 @@ time, and print its tables.
 
 FOLDER holds celo2.safetensors and celo.safetensors, whose numbers are no part of this repository.
 The runs are those of bench_quality.py: one seed gives the same initial parameters, the same samples
-in the same order and the same held-out samples to both.
+in the same order and the same held-out samples to both. float32 runs that are in its JSON count
+here, where settings and weights are the same; each says which commit it measured.
 """
 
 from __future__ import annotations
@@ -147,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
     )
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        default=RESULTS / "quality.json",
+        help="JSON of bench_quality.py, whose float32 runs count",
+    )
     parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model")
     parser.add_argument("--out", type=Path)
@@ -164,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         names = [(str(task), one) for task, name in cases for one in (name, name + HALVED)]
         todo = chosen(list(runs(cases, seeds, args.weights)), args.only)
-        Ledger(out, head, names).go_on(todo, args.weights)
+        ledger = Ledger(out, head, names)
+        ledger.adopt(todo, args.quality)
+        ledger.go_on(todo, args.weights)
     if not out.is_file():
         parser.error(f"nothing was run, and there is no {out}")
     print(gate_table(json.loads(out.read_text())))
