@@ -422,18 +422,22 @@ class Ledger:
     head: Mapping[str, Any]
     order: Sequence[tuple[str, str]]
 
-    def go_on(self, todo: Sequence[Run], weights: Path | None) -> None:
-        """Train what is not there, or with other settings."""
-        where = {
+    @property
+    def where(self) -> dict[str, str]:
+        """What is noted of each run: others may have been done elsewhere."""
+        return {
             "commit": self.head["commit"],
             "cpu": self.head["hardware"]["cpu"],
             "torch": self.head["versions"]["torch"],
         }
+
+    def go_on(self, todo: Sequence[Run], weights: Path | None) -> None:
+        """Train what is not there, or with other settings."""
         for i, run in enumerate(todo):
             known = records(self.out).get(str(run))
             if known is not None and known["asked"] == run.asked():
                 continue
-            new = {**measure(run, weights), "measured": where}
+            new = {**measure(run, weights), "measured": self.where}
             self.add(new)
             print(
                 f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
@@ -451,20 +455,20 @@ class Ledger:
                 self.add(found)
 
     def add(self, new: dict[str, Any]) -> None:
-        """Write the runs of `out` and a `new` one, and what else it holds; another process may have
-        added to it since.
-        """
-        others = json.loads(self.out.read_text()) if self.out.is_file() else {}
+        """Write what `out` holds and a `new` run; another process may have added one since."""
         known = {**records(self.out), key(new): new}
         place = {of: i for i, of in enumerate(self.order)}
         kept = sorted(
             (r for r in known.values() if (r["task"], r["name"]) in place),
             key=lambda r: (place[r["task"], r["name"]], r["seed"]),
         )
-        write(
-            {**self.head, **{k: others[k] for k in others if k not in self.head}, "runs": kept},
-            self.out,
-        )
+        self.put("runs", kept)
+
+    def put(self, part: str, value: Any) -> None:
+        """Write what `out` holds, and this part of it."""
+        there = json.loads(self.out.read_text()) if self.out.is_file() else {}
+        others = {name: there[name] for name in there if name not in self.head}
+        write({**self.head, **others, part: value}, self.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

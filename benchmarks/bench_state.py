@@ -1,8 +1,9 @@
-"""What state in bfloat16 trains to, beside float32 state; write results/state.json, a run at a
-time, and print its tables.
+"""What state in bfloat16 trains to, beside float32 state, and the figures of state_figures.py;
+write results/state.json, a run or a figure at a time, and print its tables.
 
     python benchmarks/bench_state.py --weights FOLDER     all that is not there yet; an hour
-    python benchmarks/bench_state.py --table              of what is there; trains nothing
+    python benchmarks/bench_state.py --parts means step   these alone
+    python benchmarks/bench_state.py --table              of what is there; measures nothing
 
 FOLDER holds celo2.safetensors and celo.safetensors, whose numbers are no part of this repository.
 The runs are those of bench_quality.py: one seed gives the same initial parameters, the same samples
@@ -16,11 +17,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import state_figures
 from bench_quality import (
     LEARNED,
     MICRO,
@@ -33,8 +36,11 @@ from bench_quality import (
     bytes_task,
     chosen,
 )
+from place import Place
+from presets import PRESETS
 from quality import final, mean_sd
 from record import RESULTS, environment, markdown
+from run import open_data
 
 HALVED = ", bfloat16"  # after the name of an optimizer
 LOSS_SHARE = 0.005  # of the float32 loss, that bfloat16's may be apart
@@ -126,9 +132,10 @@ def gate_table(result: Mapping[str, Any]) -> str:
             *("difference, seed by seed (sd)", "allowed", "seeds", "holds"),
         )
     ]
-    pairs = dict.fromkeys((r["task"], r["name"].removesuffix(HALVED)) for r in result["runs"])
+    records = result.get("runs", ())
+    pairs = dict.fromkeys((r["task"], r["name"].removesuffix(HALVED)) for r in records)
     for task, name in pairs:
-        v = verdict(result["runs"], task, name)
+        v = verdict(records, task, name)
         if v.seeds:
             cells = (f"{m:.4f} ({sd:.4f})" for m, sd in (v.full, v.halved))
             apart = f"{v.apart[0]:+.4f} ({v.apart[1]:.4f})"
@@ -137,13 +144,75 @@ def gate_table(result: Mapping[str, Any]) -> str:
     return markdown(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What stands beside the runs in the JSON: how it is measured (of the folder of weights and of
+    whether it is quick), and its table.
+    """
+
+    what: str
+    measure: Callable[[Path | None, bool], dict[str, Any]]
+    table: Callable[[Mapping[str, Any]], str]
+
+
+def batches(steps: int) -> list[np.ndarray]:
+    """The first windows of the gate's runs of preset micro, seed 0."""
+    task, name = CASES[0]
+    run = Run(task, name, LEARNED[name], 0)
+    options = run.options(None)
+    tokens, _ = open_data(options, Place.find(options))
+    size = task.flags["batch_size"]
+    return [tokens.read(tokens.windows(0, 0, step, size)) for step in range(steps)]
+
+
+PARTS = {
+    "updates": Part(
+        "distance of updates from those of float32 state, the same gradients (preset micro)",
+        lambda weights, quick: state_figures.updates(
+            PRESETS["micro"], batches(2 if quick else 20), weights
+        ),
+        state_figures.updates_table,
+    ),
+    "means": Part(
+        "error of a mean m <- b m + (1 - b) x of normal numbers n in the long run, in units of "
+        "the root mean square of the exact one",
+        lambda _, quick: state_figures.means(*(((0.9,), 256) if quick else ())),
+        state_figures.means_table,
+    ),
+    "peak": Part(
+        "peak of a rank of ZeRO-2, 6.4M parameters in float32, gloo",
+        lambda _, quick: state_figures.peak((2,) if quick else (2, 4)),
+        state_figures.peak_table,
+    ),
+    "step": Part(
+        "a step of VeLO in turns: CPU time of all threads, wall clock, CPU time of the passes",
+        lambda _, quick: state_figures.step(quick),
+        state_figures.step_table,
+    ),
+}
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Markdown of all tables of a result."""
+    told = [f"**gate**: held-out loss after the last step.\n\n{gate_table(result)}"]
+    for name, part in PARTS.items():
+        if name in result:
+            told.append(f"**{name}**: {part.what}.\n\n{part.table(result[name])}")
+    return "\n\n".join(told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Training with state in bfloat16 beside float32; goes on where it was "
-        "interrupted."
+        description="Training with state in bfloat16 beside float32, and figures of it; goes on "
+        "where it was interrupted."
     )
     parser.add_argument(
-        "--weights", type=Path, help="folder of celo2.safetensors, celo.safetensors"
+        "--weights",
+        type=Path,
+        help="folder of celo2.safetensors, celo.safetensors, celo_adam.safetensors",
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=("runs", *PARTS), choices=("runs", *PARTS), metavar="PART"
     )
     parser.add_argument(
         "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
@@ -154,29 +223,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=RESULTS / "quality.json",
         help="JSON of bench_quality.py, whose float32 runs count",
     )
-    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model")
+    parser.add_argument("--table", action="store_true", help="print what is there, do nothing")
+    parser.add_argument("--quick", action="store_true", help="a few steps of tiny models")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "state.json"
     cases, seeds = (QUICK_CASES, SEEDS[:1]) if args.quick else (CASES, SEEDS)
     if not args.table:
         head = {
-            "what": "held-out loss, nats per byte, of learned optimizers with state in bfloat16 "
-            "beside float32",
+            "what": "learned optimizers with state in bfloat16 beside float32: held-out loss, nats "
+            "per byte, and figures of updates, means, memory and time",
             **environment(),
             "quick": args.quick,
             "tasks": {str(task): task.what for task, _ in cases},
             "seeds": list(seeds),
         }
         names = [(str(task), one) for task, name in cases for one in (name, name + HALVED)]
-        todo = chosen(list(runs(cases, seeds, args.weights)), args.only)
         ledger = Ledger(out, head, names)
-        ledger.adopt(todo, args.quality)
-        ledger.go_on(todo, args.weights)
+        for name in args.parts:
+            if name != "runs":
+                measured = {**ledger.where, "load": head["load_average_before"]}
+                found = PARTS[name].measure(args.weights, args.quick)
+                ledger.put(name, {**found, "measured": measured})
+        if "runs" in args.parts:
+            todo = chosen(list(runs(cases, seeds, args.weights)), args.only)
+            ledger.adopt(todo, args.quality)
+            ledger.go_on(todo, args.weights)
     if not out.is_file():
         parser.error(f"nothing was run, and there is no {out}")
-    print(gate_table(json.loads(out.read_text())))
+    print(report(json.loads(out.read_text())))
     return 0
 
 
