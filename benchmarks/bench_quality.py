@@ -406,7 +406,7 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
     """What was run so far, by `key`."""
     if not out.is_file():
         return {}
-    return {key(record): record for record in json.loads(out.read_text())["runs"]}
+    return {key(record): record for record in json.loads(out.read_text()).get("runs", ())}
 
 
 @dataclass(frozen=True, slots=True)

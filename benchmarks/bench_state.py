@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import state_figures
 from bench_quality import (
     LEARNED,
@@ -37,7 +36,6 @@ from bench_quality import (
     chosen,
 )
 from place import Place
-from presets import PRESETS
 from quality import final, mean_sd
 from record import RESULTS, environment, markdown
 from run import open_data
@@ -155,22 +153,20 @@ class Part:
     table: Callable[[Mapping[str, Any]], str]
 
 
-def batches(steps: int) -> list[np.ndarray]:
-    """The first windows of the gate's runs of preset micro, seed 0."""
-    task, name = CASES[0]
-    run = Run(task, name, LEARNED[name], 0)
-    options = run.options(None)
+def updates(weights: Path | None, quick: bool) -> dict[str, Any]:
+    """On the model and the first samples of the first case, seed 0."""
+    task, name = (QUICK_CASES if quick else CASES)[0]
+    options = Run(task, name, LEARNED[name], 0).options(None)
     tokens, _ = open_data(options, Place.find(options))
     size = task.flags["batch_size"]
-    return [tokens.read(tokens.windows(0, 0, step, size)) for step in range(steps)]
+    batches = [tokens.read(tokens.windows(0, 0, i, size)) for i in range(2 if quick else 20)]
+    return state_figures.updates(options.config(), batches, weights)
 
 
 PARTS = {
     "updates": Part(
         "distance of updates from those of float32 state, the same gradients (preset micro)",
-        lambda weights, quick: state_figures.updates(
-            PRESETS["micro"], batches(2 if quick else 20), weights
-        ),
+        updates,
         state_figures.updates_table,
     ),
     "means": Part(
