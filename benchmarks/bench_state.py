@@ -25,9 +25,9 @@ from typing import Any
 import state_figures
 from bench_quality import (
     LEARNED,
-    MICRO,
     QUICK,
     SEEDS,
+    TASKS,
     Ledger,
     Run,
     Task,
@@ -46,13 +46,9 @@ LOSS_SHARE = 0.005  # of the float32 loss, that bfloat16's may be apart
 Case = tuple[Task, str]  # and a name of LEARNED
 
 
-def micro(steps: int) -> Task:
-    """One of bench_quality.py's."""
-    return bytes_task("bytes", MICRO, steps, preset="micro", batch_size=4)
-
-
+_TASKS = {str(task): task for task in TASKS}
 CASES: tuple[Case, ...] = (
-    (micro(300), "AdafacLO, demo"),
+    (_TASKS["bytes, 300 steps"], "AdafacLO, demo"),
     (
         bytes_task(
             "nano bytes",
@@ -64,8 +60,8 @@ CASES: tuple[Case, ...] = (
         ),
         "AdafacLO, demo",
     ),
-    (micro(1000), "CELO2"),
-    (micro(1000), "Celo"),
+    (_TASKS["bytes, 1000 steps"], "CELO2"),
+    (_TASKS["bytes, 1000 steps"], "Celo"),
 )
 QUICK_CASES: tuple[Case, ...] = ((QUICK[0], "AdafacLO, demo"),)
 
