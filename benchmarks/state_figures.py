@@ -287,7 +287,7 @@ def peak_table(found: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------- step
 
 VELO_PASSES = ("gradient_pass", "feature_pass", "update_pass")
-IN_CACHE, OUT_OF_CACHE = [(64, 512)], [(2048, 2048)] * 16  # 32 Ki and 64 Mi elements
+IN_CACHE, OUT_OF_CACHE = [(512, 512)], [(2048, 2048)] * 16  # 256 Ki and 64 Mi elements
 
 
 def step(quick: bool, rounds: int = 7) -> dict[str, Any]:
