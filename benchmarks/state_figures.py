@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def updates(
             moved = []
             for params, optimizer in zip((full, halved), optimizers, strict=True):
                 before = [p.detach().double() for p in params]
-                optimizer.step(loss.detach())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", pylo_dist.RandomWeightsWarning)
+                    optimizer.step(loss.detach())
                 optimizer.zero_grad()
                 moved.append([p.detach().double() - q for p, q in zip(params, before, strict=True)])
             apart += sum(float((a - b).square().sum()) for a, b in zip(*moved, strict=True))
