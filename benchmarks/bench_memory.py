@@ -60,6 +60,7 @@ LAYOUTS = (
 LAYOUT_CASES = [(layout, optimizer) for layout in LAYOUTS for optimizer in ("AdafacLO", "AdamW")]
 SMALL = GPTConfig(vocab_size=256, block_size=32, n_layer=8, n_head=4, n_embd=256, init_std=0.03)
 TOKENS = 8
+HALVED = "AdafacLO, bfloat16"  # an optimizer: with state in it
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -88,7 +89,6 @@ def memory_formula(
     bucket_cap_mb: float | None = None,
     tied: int = 0,
     wire_copies: int = 0,
-    halved: bool = False,
 ) -> Memory:
     """What a rank holds with float32 parameters, N of them in all, on R ranks.
 
@@ -103,18 +103,17 @@ def memory_formula(
 
     Args:
         shapes: of the parameters by name, in the order of the model.
-        optimizer: "AdafacLO" or "AdamW". stage: 0: not sharded.
+        optimizer: "AdafacLO", HALVED or "AdamW". stage: 0: not sharded.
         bucket_cap_mb: as `ZeroOptimizer`.
         tied: elements of a parameter that is used at both ends of the model. Autograd holds its
             first gradient all through backward, until it has made the second one, of the same size.
         wire_copies: how many copies of a bucket the backend makes to send it: gloo, whose
             reduce-scatter is an all-reduce of a copy, 1; NCCL 0.
-        halved: with state_dtype="bfloat16".
     """
     numel = sum(math.prod(shape) for shape in shapes.values())
     ranks = ranks if stage else 1
     learned = optimizer != "AdamW"
-    state = sum(_state_bytes(shape, ranks, learned, halved) for shape in shapes.values())
+    state = sum(_state_bytes(shape, ranks, optimizer) for shape in shapes.values())
     full, shard = 4 * numel, 4 * numel // ranks
     gradients = {0: full, 1: full + shard, 2: shard}[stage]
     buckets = [(4 * n, len(slices)) for n, slices in planned(shapes, bucket_cap_mb, ranks)]
@@ -125,9 +124,9 @@ def memory_formula(
     return Memory(full, gradients, state, held + max(gradients, backward))
 
 
-def _state_bytes(shape: Sequence[int], ranks: int, learned: bool, halved: bool) -> int:
-    elements, means = math.prod(shape) / ranks, 8 if halved else 16
-    if not learned:
+def _state_bytes(shape: Sequence[int], ranks: int, optimizer: str) -> int:
+    elements, means = math.prod(shape) / ranks, 8 if optimizer == HALVED else 16
+    if optimizer == "AdamW":
         return round(8 * elements)
     if len(shape) < 2:
         return round((means + 12) * elements)
@@ -217,7 +216,7 @@ def measure_training(
 
     Args:
         make: the model.
-        optimizer: "AdafacLO" or "AdamW" (fused). stage: 0: not sharded.
+        optimizer: "AdafacLO", HALVED or "AdamW" (fused). stage: 0: not sharded.
         steps: the last is the one that counts; 0: one forward and backward pass, without a step.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -261,6 +260,7 @@ def measure_training(
 def make_optimizer(model: nn.Module, optimizer: str, stage: int, bucket_cap_mb: float) -> Any:
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "AdafacLO": (pylo_dist.AdafacLO, {"weights": "demo"}),
+        HALVED: (pylo_dist.AdafacLO, {"weights": "demo", "state_dtype": "bfloat16"}),
         "AdamW": (torch.optim.AdamW, {"fused": True}),
     }
     optimizer_class, arguments = kinds[optimizer]
@@ -510,7 +510,6 @@ def formula_of(
     stage: int,
     cap_mb: float | None = None,
     wire_copies: int = 0,
-    halved: bool = False,
 ) -> Memory:
     """`memory_formula` of launch/model.py's GPT, whose token embedding is its output layer too."""
     tied = config.vocab_size * config.n_embd
@@ -522,7 +521,6 @@ def formula_of(
         bucket_cap_mb=cap_mb,
         tied=tied,
         wire_copies=wire_copies,
-        halved=halved,
     )
 
 

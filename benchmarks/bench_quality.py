@@ -362,28 +362,41 @@ def measure(run: Run, weights: Path | None) -> dict[str, Any]:
     }
 
 
-def runs(tasks: Sequence[Task], seeds: Sequence[int], weights: Path | None) -> list[Run]:
-    """All that can be run, in order: a task, a seed, an optimizer. Of optimizers whose weights are
-    not in the folder `weights` a line.
+def at_hand(
+    contenders: Mapping[str, Mapping[str, Any]], task: Task, weights: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Flags by name, with the digests of weights; `task`: any that they train. Of optimizers whose
+    weights are not in the folder `weights` a line.
     """
-    contenders = {}
-    for name, flags in CONTENDERS.items():
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in contenders.items():
         file = flags.get("weights", "demo")
         if file != "demo" and not (weights and (weights / file).is_file()):
             where = f"in {weights}" if weights else "given: --weights FOLDER"
             print(f"{name}: skipped, no {file} {where}", file=sys.stderr)
             continue
-        contenders[name] = flags
+        found[name] = dict(flags)
         if "weights" in flags:
-            options = Run(tasks[0], name, flags, 0).options(weights)
-            found = try_out(options.chosen().entry.face, options.learned_arguments())
-            contenders[name] = {**flags, "digest": found["hash"]}
+            options = Run(task, name, flags, 0).options(weights)
+            tried = try_out(options.chosen().entry.face, options.learned_arguments())
+            found[name]["digest"] = tried["hash"]
+    return found
+
+
+def runs(tasks: Sequence[Task], seeds: Sequence[int], weights: Path | None) -> list[Run]:
+    """All that can be run, in order: a task, a seed, an optimizer."""
+    contenders = at_hand(CONTENDERS, tasks[0], weights)
     return [
         Run(task, name, flags, seed)
         for task in tasks
         for seed in seeds
         for name, flags in contenders.items()
     ]
+
+
+def chosen(todo: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """Those whose names hold all of these words."""
+    return [run for run in todo if all(word in str(run) for word in words)]
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -393,34 +406,80 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
     """What was run so far, by `key`."""
     if not out.is_file():
         return {}
-    return {key(record): record for record in json.loads(out.read_text())["runs"]}
+    return {key(record): record for record in json.loads(out.read_text()).get("runs", ())}
 
 
-def save(
-    out: Path,
-    found: Mapping[str, Any],
-    tasks: Sequence[Task],
-    seeds: Sequence[int],
-    new: dict[str, Any],
-) -> None:
-    """Write the runs of `out` and a `new` one, which another process may have added to since."""
-    known = {**records(out), key(new): new}
-    order = {(str(task), name): i for i, (task, name) in enumerate(product(tasks, CONTENDERS))}
-    kept = sorted(
-        (r for r in known.values() if (r["task"], r["name"]) in order),
-        key=lambda r: (order[r["task"], r["name"]], r["seed"]),
-    )
-    result: dict[str, Any] = {
-        "what": "held-out loss, nats per byte or image, of learned optimizers at their defaults "
-        "beside tuned AdamW and Muon, by step and CPU second",
-        **found,
-        "quick": tasks is QUICK,
-        "tasks": {str(task): task.what for task in tasks},
-        "contenders": list(CONTENDERS),
-        "seeds": list(seeds),
-        "runs": kept,
-    }
-    write(result, out)
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A JSON of runs, to which every run is added as it ends.
+
+    Attributes:
+        head: what stands before the runs, with `environment()`: the commit that is measured.
+        order: of tasks and names; what is not among them is not kept.
+    """
+
+    out: Path
+    head: Mapping[str, Any]
+    order: Sequence[tuple[str, str]]
+
+    @property
+    def where(self) -> dict[str, str]:
+        """What is noted of each run: others may have been done elsewhere."""
+        return {
+            "commit": self.head["commit"],
+            "cpu": self.head["hardware"]["cpu"],
+            "torch": self.head["versions"]["torch"],
+        }
+
+    def go_on(
+        self,
+        todo: Sequence[Run],
+        weights: Path | None,
+        is_wanted: Callable[[Run, Sequence[dict[str, Any]]], bool] = lambda *_: True,
+    ) -> None:
+        """Train what is not there, or with other settings.
+
+        Args:
+            is_wanted: of a run, and what there is of its task by then.
+        """
+        for i, run in enumerate(todo):
+            known = records(self.out)
+            if not is_wanted(run, [r for r in known.values() if r["task"] == str(run.task)]):
+                continue
+            if str(run) in known and known[str(run)]["asked"] == run.asked():
+                continue
+            new = {**measure(run, weights), "measured": self.where}
+            self.add(new)
+            print(
+                f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
+                f"{list(new['cpu_s'].values())[-1:]} CPU s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def adopt(self, todo: Sequence[Run], others: Path) -> None:
+        """Take over what the ledger `others` has of these runs, if its settings were the same."""
+        own, known = records(self.out), records(others)
+        for run in todo:
+            found = None if str(run) in own else known.get(str(run))
+            if found is not None and found["asked"] == run.asked():
+                self.add(found)
+
+    def add(self, new: dict[str, Any]) -> None:
+        """Write what `out` holds and a `new` run; another process may have added one since."""
+        known = {**records(self.out), key(new): new}
+        place = {of: i for i, of in enumerate(self.order)}
+        kept = sorted(
+            (r for r in known.values() if (r["task"], r["name"]) in place),
+            key=lambda r: (place[r["task"], r["name"]], r["seed"]),
+        )
+        self.put("runs", kept)
+
+    def put(self, part: str, value: Any) -> None:
+        """Write what `out` holds, and this part of it."""
+        there = json.loads(self.out.read_text()) if self.out.is_file() else {}
+        others = {name: there[name] for name in there if name not in self.head}
+        write({**self.head, **others, part: value}, self.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -441,32 +500,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "quality.json"
     tasks, seeds = (QUICK, SEEDS[:1]) if args.quick else (TASKS, SEEDS)
     if not args.table:
-        found = environment()  # before the runs: the commit that was measured
-        todo = [
-            run
-            for run in runs(tasks, seeds, args.weights)
-            if all(word in str(run) for word in args.only)
-        ]
-        for i, run in enumerate(todo):
-            known = records(out)
-            own = [record for record in known.values() if record["task"] == str(run.task)]
-            if (run.name, run.seed) not in wanted(own, list(CONTENDERS), seeds):
-                continue
-            if str(run) in known and known[str(run)]["asked"] == run.asked():
-                continue
-            where = {
-                "commit": found["commit"],
-                "cpu": found["hardware"]["cpu"],
-                "torch": found["versions"]["torch"],
-            }
-            new = {**measure(run, args.weights), "measured": where}
-            save(out, found, tasks, seeds, new)
-            print(
-                f"{i + 1} of {len(todo)}: {run}: {final(new):.4f}, "
-                f"{list(new['cpu_s'].values())[-1:]} CPU s",
-                file=sys.stderr,
-                flush=True,
-            )
+        head = {
+            "what": "held-out loss, nats per byte or image, of learned optimizers at their "
+            "defaults beside tuned AdamW and Muon, by step and CPU second",
+            **environment(),
+            "quick": args.quick,
+            "tasks": {str(task): task.what for task in tasks},
+            "contenders": list(CONTENDERS),
+            "seeds": list(seeds),
+        }
+        ledger = Ledger(out, head, list(product(map(str, tasks), CONTENDERS)))
+
+        def is_wanted(run: Run, own: Sequence[dict[str, Any]]) -> bool:
+            return (run.name, run.seed) in wanted(own, list(CONTENDERS), seeds)
+
+        todo = chosen(runs(tasks, seeds, args.weights), args.only)
+        ledger.go_on(todo, args.weights, is_wanted)
     if not out.is_file():
         parser.error(f"nothing was run, and there is no {out}")
     print(report(json.loads(out.read_text())))

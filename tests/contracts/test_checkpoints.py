@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from pylo_dist import checkpoint
@@ -145,6 +146,40 @@ def test_state_loads_into_any_dtype(
     for taken, its in ((halved, halved_named), (widened, widened_named)):
         train(taken, its, 3, 4)
         assert int(taken.param_groups[0]["step"]) == 4
+
+
+def test_float32_state_that_torch_reads_itself_has_no_seed_to_ask_for(tmp_path: Path) -> None:
+    """docs/checkpoints.md has the way around; everything else goes on being asked for."""
+    named = make_params(EVERY)
+    optimizer, halved = build("AdafacLO", named), build("AdafacLO_halved", make_params(EVERY))
+    train(optimizer, named, 0, 3)
+
+    def save(saved: Any, folder: str) -> None:
+        contents = {"optimizer": saved.state_dict()}
+        dcp.save(contents, checkpoint_id=tmp_path / folder, no_dist=True)
+
+    def read(state: dict[str, Any], folder: str) -> None:
+        dcp.load({"optimizer": state}, checkpoint_id=tmp_path / folder, no_dist=True)
+
+    save(optimizer, "wide")
+    with pytest.raises(dcp.api.CheckpointException, match=r"Missing key .*0\.state_seed"):
+        read(halved.state_dict(), "wide")
+    state = halved.state_dict()
+    for group in state["param_groups"]:
+        group.pop("state_seed")
+    read(state, "wide")
+    halved.load_state_dict(state)
+    assert halved.param_groups[0]["state_seed"] == 7
+    assert int(halved.param_groups[0]["step"]) == 3
+    for before, half in zip(optimizer.state.values(), halved.state.values(), strict=True):
+        assert {key: t.to(half[key].dtype).tolist() for key, t in before.items()} == {
+            key: t.tolist() for key, t in half.items()
+        }
+    save(halved, "half")
+    state = optimizer.state_dict()  # the other way round as it is
+    read(state, "half")
+    optimizer.load_state_dict(state)
+    assert "state_seed" not in optimizer.param_groups[0]
 
 
 @every_optimizer
