@@ -198,9 +198,9 @@ def test_halved_state_beyond_the_largest_numbers(precision: str) -> None:
     cuda_checks.check_extreme_means(precision, "cpu")
 
 
-def test_fours_are_rounded_as_one_by_one(library: ctypes.CDLL) -> None:
-    """Every bfloat16 number and those around it, with random bits that are smallest, largest, and
-    between; by which it is the four with a large number that is looked at.
+def test_two_at_a_time_are_rounded_as_one_by_one(library: ctypes.CDLL) -> None:
+    """Every bfloat16 number and those between it and the next, NaN and inf among them, with random
+    bits that are smallest, largest, and between.
     """
     every = torch.arange(1 << 16, dtype=torch.int64) << 16
     numbers = torch.cat([every, every + 1, every + 0x8000, every + 0xFFFF])

@@ -112,7 +112,7 @@ enum DType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 struct Tensors {
   void* value;
   const void* grad;
-  float* momentum;   // (K, N)
+  float* momentum;   // (K, N); what it points to may be bfloat16, as rms
   float* rms;        // (N,)
   float* diag;       // (K, N), unless factored
   float* row;        // (K, R)
