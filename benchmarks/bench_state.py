@@ -204,7 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of celo2.safetensors, celo.safetensors, celo_adam.safetensors",
     )
     parser.add_argument(
-        "--parts", nargs="+", default=("runs", *PARTS), choices=("runs", *PARTS), metavar="PART"
+        "--parts",
+        nargs="+",
+        choices=("runs", *PARTS),
+        metavar="PART",
+        help=f"of runs, {', '.join(PARTS)} these alone; figures also where they are there",
     )
     parser.add_argument(
         "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
@@ -232,12 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         names = [(str(task), one) for task, name in cases for one in (name, name + HALVED)]
         ledger = Ledger(out, head, names)
-        for name in args.parts:
+        there = json.loads(out.read_text()) if out.is_file() else {}
+        parts = args.parts or ["runs", *(name for name in PARTS if name not in there)]
+        for name in parts:
             if name != "runs":
                 measured = {**ledger.where, "load": head["load_average_before"]}
                 found = PARTS[name].measure(args.weights, args.quick)
                 ledger.put(name, {**found, "measured": measured})
-        if "runs" in args.parts:
+        if "runs" in parts:
             todo = chosen(list(runs(cases, seeds, args.weights)), args.only)
             ledger.adopt(todo, args.quality)
             ledger.go_on(todo, args.weights)
