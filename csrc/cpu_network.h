@@ -43,8 +43,8 @@ constexpr int BLOCK_VECTORS = W == 16 ? 4 : 2;
 constexpr int OUT = 4;
 
 // sums[j][i] += sum over `count` inputs of x[input][o + i W] weights[input][h + j]
-template <int V, int H>
-PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], int o,
+template <int V, int H, int N>
+PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[N], int o,
                         const float (*weights)[H], int h) {
 #pragma GCC unroll 2
   for (int input = 0; input < count; ++input) {
@@ -62,9 +62,9 @@ PYLO_HD void add_inputs(Vec (&sums)[OUT][V], int count, const float (*x)[TILE], 
 
 // The first layer of V vectors from o on. It starts from u + r (see mlp.h), where r has one number
 // per hidden unit, and adds `count` features x by their weights.
-template <int V, int H>
+template <int V, int H, int U, int N>
 PYLO_HD void first_layer(int count, const float (*x)[TILE], const float (*weights)[H],
-                         const float (*u)[TILE], const float* r, int o, float (*first)[TILE]) {
+                         const float (*u)[U], const float* r, int o, float (*first)[N]) {
   for (int h = 0; h < H; h += OUT) {
     Vec sums[OUT][V];
 #pragma GCC unroll 4
@@ -72,7 +72,7 @@ PYLO_HD void first_layer(int count, const float (*x)[TILE], const float (*weight
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) sums[j][i] = load(u[h + j] + o + i * W) + splat_<Vec>(r[h + j]);
     }
-    add_inputs<V, H>(sums, count, x, o, weights, h);
+    add_inputs<V>(sums, count, x, o, weights, h);
 #pragma GCC unroll 4
     for (int j = 0; j < OUT; ++j) {
 #pragma GCC unroll 4
@@ -82,15 +82,11 @@ PYLO_HD void first_layer(int count, const float (*x)[TILE], const float (*weight
 }
 
 // The network's two outputs for V vectors from o on, from their first layer.
-template <int V, bool Extended, int H>
-PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TILE], int o,
-                        float (*out)[TILE]) {
-  Vec o0[V], o1[V];
-#pragma GCC unroll 4
-  for (int i = 0; i < V; ++i) {
-    o0[i] = splat_<Vec>(net.output_bias[0]);
-    o1[i] = splat_<Vec>(net.output_bias[1]);
-  }
+template <int V, bool Extended, int H, int N>
+PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[N], int o,
+                        Vecs<V>& o0, Vecs<V>& o1) {
+  o0 = splat_<Vecs<V>>(net.output_bias[0]);
+  o1 = splat_<Vecs<V>>(net.output_bias[1]);
   for (int h = 0; h < H; h += OUT) {
     Vec sums[OUT][V];
 #pragma GCC unroll 4
@@ -98,35 +94,30 @@ PYLO_HD void outputs_of(const Network<Extended, H>& net, const float (*first)[TI
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) sums[j][i] = splat_<Vec>(net.hidden_bias[h + j]);
     }
-    add_inputs<V, H>(sums, H, first, o, net.hidden, h);
+    add_inputs<V>(sums, H, first, o, net.hidden, h);
 #pragma GCC unroll 4
     for (int j = 0; j < OUT; ++j) {
       const Vec w0 = splat_<Vec>(net.output[0][h + j]), w1 = splat_<Vec>(net.output[1][h + j]);
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) {
         const Vec hidden = relu_(sums[j][i]);
-        o0[i] = fma_(hidden, w0, o0[i]);
-        o1[i] = fma_(hidden, w1, o1[i]);
+        o0.v[i] = fma_(hidden, w0, o0.v[i]);
+        o1.v[i] = fma_(hidden, w1, o1.v[i]);
       }
     }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < V; ++i) {
-    store(out[0] + o + i * W, o0[i]);
-    store(out[1] + o + i * W, o1[i]);
   }
 }
 
 // u or r along a tile: a chain from `start` over a side's normalised features.
-template <int H>
+template <int H, int N>
 PYLO_HD void side_layer(const float* bias, const float (*side)[TILE], const float (*weights)[H],
-                        float (*out)[TILE]) {
+                        float (*out)[N], int at = 0) {
   for (int h = 0; h < H; ++h) {
     for (int o = 0; o < TILE; o += W) {
       Vec sum = splat_<Vec>(bias ? bias[h] : 0.0f);
 #pragma GCC unroll 6
       for (int s = 0; s < SIDE; ++s) sum = fma_(load(side[s] + o), splat_<Vec>(weights[s][h]), sum);
-      store(out[h] + o, sum);
+      store(out[h] + at + o, sum);
     }
   }
 }

@@ -30,6 +30,7 @@ struct Piece {  // `count` elements of one run, from `at` on in the tile
 
 struct Tile {
   int count, pieces;
+  int64_t later = 0;  // how far from here memory is asked for, in elements; 0: elsewhere
   int64_t lead;
   Piece piece[TILE];
   // inputs and outputs, TILE each
@@ -69,14 +70,32 @@ PYLO_HD void store_rounded(uint16_t* at, Vec x, RawUint random) {
   __builtin_memcpy(at, &half, sizeof half);
 }
 
+// Means that are floats, where they lie.
+PYLO_HD void point_to_means(Tile& tile, const Tensors& t, int64_t numel, int64_t at) {
+  for (int k = 0; k < K; ++k) {
+    tile.m[k] = tile.new_m[k] = t.momentum + k * numel + at;
+    if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
+  }
+  tile.v = tile.new_v = t.rms + at;
+}
+
+// Whether values, gradients and means are all float32: then any number of whole vectors can be read
+// and written where they lie, without staging.
+PYLO_HD bool all_floats(const Tensors& t, int64_t state_type) {
+  return state_type == FLOAT32 && t.grad_type == FLOAT32 && t.value_type == FLOAT32;
+}
+
+// A tile of whole vectors of these, however many, from `at` on.
+PYLO_HD void point(Tile& tile, const Tensors& t, int64_t numel, int64_t at) {
+  point_to_means(tile, t, numel, at);
+  tile.g = static_cast<const float*>(t.grad) + at;
+  tile.p = tile.new_p = static_cast<float*>(t.value) + at;
+}
+
 PYLO_HD void stage(Tile& tile, const Tensors& t, int64_t state_type, int64_t numel, Buffers& b) {
   const int64_t at = tile.piece[0].local;
   if (in_place(tile) && state_type == FLOAT32) {
-    for (int k = 0; k < K; ++k) {
-      tile.m[k] = tile.new_m[k] = t.momentum + k * numel + at;
-      if (t.diag) tile.d[k] = tile.new_d[k] = t.diag + k * numel + at;
-    }
-    tile.v = tile.new_v = t.rms + at;
+    point_to_means(tile, t, numel, at);
   } else if (in_place(tile)) {
     const uint16_t *m = reinterpret_cast<const uint16_t*>(t.momentum) + at,
                    *v = reinterpret_cast<const uint16_t*>(t.rms) + at;
@@ -136,6 +155,14 @@ PYLO_HD void prefetch(const Tensors& t, int64_t state_type, int64_t numel, int64
     if (t.value_type == FLOAT32) __builtin_prefetch(static_cast<float*>(t.value) + at + i);
     if (t.grad_type == FLOAT32) __builtin_prefetch(static_cast<const float*>(t.grad) + at + i);
   }
+}
+
+PYLO_HD void prefetch_later(const Tile& tile, int o) {
+  const int64_t at = o + tile.later;
+  __builtin_prefetch(tile.g + at);
+  __builtin_prefetch(tile.p + at);
+  __builtin_prefetch(tile.v + at);
+  for (int k = 0; k < K; ++k) __builtin_prefetch(tile.m[k] + at);
 }
 
 // The random words of a tile, for the pairs of slots.
@@ -279,9 +306,25 @@ PYLO_HD void vector_scales(Scales& scales, const Side& vector, int64_t at, int c
   }
 }
 
-// Calls work(tile, scales) for all tiles of a job, in order. The arrays that both point to are its
-// own or where the data lies.
-template <bool Diag, bool Dense, class Work>
+constexpr int ROWS = 16;  // runs that share what depends on the vector side alone
+
+// The runs of a job of dense boxes from `first` on that have the same vector side and lead, at most
+// ROWS; gives their number.
+PYLO_HD int runs_alike(const Item& item, const Box& box, const Job& job, int64_t first,
+                       Run (&runs)[ROWS]) {
+  int count = 0;
+  for (; count < ROWS && first + count < job.last_run; ++count) {
+    const Run run = run_of(box, first + count);
+    runs[count] = run;
+    const bool same = item.vector_is_row ? run.row == runs[0].row : run.col == runs[0].col;
+    if (!same || run.lead != runs[0].lead) break;
+  }
+  return count;
+}
+
+// Calls work(tile, scales) for all tiles of a job of any box, in order. The arrays that both point
+// to are its own or where the data lies.
+template <bool Diag, class Work>
 PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
   const Box& box = args.boxes[job.box];
   const Item& item = args.items[box.item];
@@ -291,47 +334,35 @@ PYLO_HD void for_tiles(const PassArgs& args, const Job& job, const Work& work) {
              constant = side_of(factors, !item.vector_is_row);
   Buffers buffers;
   alignas(64) float vector_scale[K][TILE], constant_scale[K][TILE];
-  Scales scales{{vector_scale[0], vector_scale[1], vector_scale[2]},
-                {constant_scale[0], constant_scale[1], constant_scale[2]}};
+  const Scales scales{{vector_scale[0], vector_scale[1], vector_scale[2]},
+                      {constant_scale[0], constant_scale[1], constant_scale[2]}};
   Tile tile;
-  if constexpr (Dense) {
-    tile.pieces = 1;
-    for (int64_t index = job.first_run; index < job.last_run; ++index) {
-      const Run run = run_of(box, index);
-      tile.lead = run.lead;
-      const int64_t vector_at = item.vector_is_row ? run.row : run.col,
-                    constant_at = item.vector_is_row ? run.col : run.row;
-      for (int k = 0; k < K; ++k)
-        scales.constant[k] = constant.scale + k * constant.size + constant_at;
-      for (int64_t j = job.first; j < job.last; j += TILE) {
-        tile.count = static_cast<int>(job.last - j < TILE ? job.last - j : TILE);
-        tile.piece[0] = Piece{run.local + j, run.row, run.col, 0, tile.count};
-        prefetch(t, args.state_type, item.numel, run.local + j + AHEAD);
-        stage(tile, t, args.state_type, item.numel, buffers);
-        vector_scales(scales, vector, vector_at + j, tile.count, vector_scale);
-        work(tile, scales);
-      }
+  Cursor cursor{job.first_run, job.first};
+  while (next_tile(box, job, cursor, tile)) {
+    stage(tile, t, args.state_type, item.numel, buffers);
+    if constexpr (!Diag) {
+      fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
+      fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);
     }
-  } else {
-    Cursor cursor{job.first_run, job.first};
-    while (next_tile(box, job, cursor, tile)) {
-      stage(tile, t, args.state_type, item.numel, buffers);
-      if constexpr (!Diag) {
-        fill_side(tile, box, item.vector_is_row, vector.scale, vector.size, vector_scale);
-        fill_side(tile, box, !item.vector_is_row, constant.scale, constant.size, constant_scale);
-      }
-      work(tile, scales);
-    }
+    work(tile, scales);
   }
+}
+
+// An element's new accumulators and the features that need no factor.
+template <bool Extended>
+PYLO_HD Element<Vec, Extended> common_at(const Tile& tile, int o, float scale,
+                                         const RuleConstants& rule) {
+  Element<Vec, Extended> e;
+  const Vec m[K] = {load(tile.m[0] + o), load(tile.m[1] + o), load(tile.m[2] + o)};
+  const Vec g = used_gradient(load(tile.g + o), scale, rule);
+  common_features<Extended>(e, g, load(tile.p + o), m, load(tile.v + o), rule);
+  return e;
 }
 
 template <bool Extended, bool Diag, bool Dense>
 PYLO_HD Element<Vec, Extended> features_at(const Tile& tile, int o, float scale,
                                            const RuleConstants& rule, const Scales& s) {
-  Element<Vec, Extended> e;
-  const Vec m[K] = {load(tile.m[0] + o), load(tile.m[1] + o), load(tile.m[2] + o)};
-  const Vec g = used_gradient(load(tile.g + o), scale, rule);
-  common_features<Extended>(e, g, load(tile.p + o), m, load(tile.v + o), rule);
+  Element<Vec, Extended> e = common_at<Extended>(tile, o, scale, rule);
   if constexpr (Diag) {
     const Vec d[K] = {load(tile.d[0] + o), load(tile.d[1] + o), load(tile.d[2] + o)};
     diag_features<Extended>(e, d, rule);

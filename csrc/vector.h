@@ -58,6 +58,11 @@ PYLO_HD Vec load(const float* at) {
   __builtin_memcpy(&x.raw, at, sizeof x.raw);
   return x;
 }
+PYLO_HD RawWide load_doubles(const double* at) {
+  RawWide x;
+  __builtin_memcpy(&x, at, sizeof x);
+  return x;
+}
 PYLO_HD void store(float* at, Vec x) { __builtin_memcpy(at, &x.raw, sizeof x.raw); }
 
 #if defined(__AVX512F__)
@@ -132,6 +137,79 @@ PYLO_HD Vec scale2_(Vec y, Vec rounded) {
   const RawInt n = (RawInt)(bits - ROUND_TO_INTEGER_BITS), half = n >> 1;
   const RawUint low = (RawUint)(half + 127) << 23, high = (RawUint)(n - half + 127) << 23;
   return {y.raw * (RawVec)low * (RawVec)high};
+}
+
+// V vectors that the functions of math.h and mlp.h take as one number, step by step: while one
+// vector waits for its result, the others go on.
+template <int V>
+struct Vecs {
+  Vec v[V];
+};
+
+template <int V, class Work>
+PYLO_HD Vecs<V> each(const Work& work) {
+  Vecs<V> to;
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) to.v[i] = work(i);
+  return to;
+}
+
+template <int V>
+PYLO_HD Vecs<V> load(const float* at) {
+  return each<V>([&](int i) { return load(at + i * W); });
+}
+template <int V>
+PYLO_HD void store(float* at, Vecs<V> x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) store(at + i * W, x.v[i]);
+}
+template <int V>
+PYLO_HD Vecs<V> operator-(Vecs<V> a, Vecs<V> b) {
+  return each<V>([&](int i) { return a.v[i] - b.v[i]; });
+}
+template <int V>
+PYLO_HD Vecs<V> operator*(Vecs<V> a, Vecs<V> b) {
+  return each<V>([&](int i) { return a.v[i] * b.v[i]; });
+}
+template <int V>
+PYLO_HD Vecs<V> operator-(Vecs<V> a, float b) {
+  return each<V>([&](int i) { return a.v[i] - b; });
+}
+template <int V>
+PYLO_HD Vecs<V> operator*(Vecs<V> a, float b) {
+  return each<V>([&](int i) { return a.v[i] * b; });
+}
+template <int V>
+PYLO_HD Vecs<V> fma_(Vecs<V> a, Vecs<V> b, Vecs<V> c) {
+  return each<V>([&](int i) { return fma_(a.v[i], b.v[i], c.v[i]); });
+}
+template <>
+PYLO_HD Vecs<1> splat_<Vecs<1>>(float x) {
+  return each<1>([&](int) { return splat_<Vec>(x); });
+}
+template <>
+PYLO_HD Vecs<2> splat_<Vecs<2>>(float x) {
+  return each<2>([&](int) { return splat_<Vec>(x); });
+}
+template <>
+PYLO_HD Vecs<3> splat_<Vecs<3>>(float x) {
+  return each<3>([&](int) { return splat_<Vec>(x); });
+}
+template <>
+PYLO_HD Vecs<4> splat_<Vecs<4>>(float x) {
+  return each<4>([&](int) { return splat_<Vec>(x); });
+}
+template <int V>
+PYLO_HD Vecs<V> max_(Vecs<V> x, float floor) {
+  return each<V>([&](int i) { return max_(x.v[i], floor); });
+}
+template <int V>
+PYLO_HD Vecs<V> min_(Vecs<V> x, float ceiling) {
+  return each<V>([&](int i) { return min_(x.v[i], ceiling); });
+}
+template <int V>
+PYLO_HD Vecs<V> scale2_(Vecs<V> y, Vecs<V> rounded) {
+  return each<V>([&](int i) { return scale2_(y.v[i], rounded.v[i]); });
 }
 
 // Whether fma_ rounds once.

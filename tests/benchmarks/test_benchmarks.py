@@ -24,6 +24,7 @@ import bench_builds
 import bench_checkpoint
 import bench_host
 import bench_memory
+import bench_passes
 import bench_quality
 import bench_train
 import plots
@@ -526,6 +527,12 @@ def test_two_builds_are_measured_in_turns(tmp_path: Path) -> None:
     (row,) = result["rows"]
     assert 0.1 < row["ratio"] < 10  # the same build twice
     assert not [key for key in record.REQUIRED if not json.loads(out.read_text()).get(key)]
+
+
+def test_passes_are_measured_in_turns() -> None:
+    row = bench_passes.measured(("VeLO", "baseline", "64x64"), ROOT, 1, starts=1)
+    assert row["all_ns"] == pytest.approx(row["A_ns"] + row["B_ns"] + row["C_ns"])
+    assert 0.1 < row["all_ratio"] < 10  # the same build twice
 
 
 def test_checkpoints_are_measured_beside_those_of_torch(tmp_path: Path) -> None:

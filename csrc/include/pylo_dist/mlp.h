@@ -10,8 +10,9 @@
 //   r  = 0    + sum of the factor features of the constant side      (depends on the row alone)
 //   a  = (u + r) + sum of the element features in order
 // clang-format on
-// A side's six features are its K factors, then their K rsqrt. The vector side is `col` unless
-// Item::vector_is_row. All sums are chains of fma_.
+// Small networks on a CPU add the element features up in an order of their own, which is the same
+// in all layouts too (csrc/cpu_updates.h). A side's six features are its K factors, then their K
+// rsqrt. The vector side is `col` unless Item::vector_is_row. All sums are chains of fma_.
 #pragma once
 
 #include "features.h"
