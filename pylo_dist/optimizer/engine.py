@@ -461,7 +461,9 @@ class _PendingErrors:
             raise ValueError(
                 "this optimizer reads the training loss, and some rank gave none: call "
                 "step(loss), step(loss=loss) or step(closure) on every rank, or set_loss(loss) "
-                "before a step() that you do not call yourself"
+                "before a step() that you do not call yourself; for the Trainer of transformers "
+                "callbacks=[pylo_dist.huggingface.LossCallback()] does so, for models that return "
+                "their loss pylo_dist.keep_loss(model, optimizer), once"
             )
         if settings is not None:
             raise settings
