@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 INK, FAINT = "#7a7a7a", "#7a7a7a55"
 COLOURS = {"AdafacLO": "#2f81bd", "VeLO": "#d4603f", "AdamW": "#868686", "Muon": "#5c9a45"}
 COLOURS |= {"CELO2": "#9467c4", "Celo": "#b98018"}
+LAYOUTS = {"plain": "one process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2"}
+LAYOUTS |= {"fsdp2": "FSDP2", "hsdp": "HSDP", "tp": "TP", "torch zero": "torch's ZeRO"}
+LAYOUTS |= {f"deepspeed{stage}": f"DeepSpeed {stage}" for stage in (1, 2, 3)}
 LIGHT = 0.45  # opacity of what is beside the point
 STYLE = {
     "svg.hashsalt": "pylo_dist",
@@ -127,7 +130,8 @@ def seed_figures(result: Result) -> Figure:
         f"{millis(row['step_ms'])}, {row['launches']} launch{'es' * (row['launches'] > 1)}"
         for row in rows.values()
     ]
-    bars(axes, list(rows), [row["step_ms"] for row in rows.values()], texts)
+    names = [", ".join([optimizer_in(name), *name.split(", ")[1:]]) for name in rows]
+    bars(axes, names, [row["step_ms"] for row in rows.values()], texts)
     axes.set_title(f"One step of one 1000 x 1000 layer\n{clock}")
 
     axes, sizes = panels[1][0], result["gpt2"]
@@ -213,9 +217,7 @@ def training(result: Result) -> Figure:
     """Tokens per second beside AdamW by layout, at the fewest and the most tokens."""
     run = result["runs"][-1]
     rows = {name: row for name, row in run["contenders"].items() if name != run["baseline"]}
-    layouts = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "deepspeed2": "DeepSpeed 2"}
-
-    ranked = [*layouts, *(name.split(", ")[1] for name in rows)]
+    ranked = [*LAYOUTS, *(name.split(", ")[1] for name in rows)]
     from_below = [*rows.items()][::-1]
     rows = dict(sorted(from_below, key=lambda item: -ranked.index(item[0].split(", ")[1])))
     figure = Figure(figsize=(9, 0.32 * len(rows) + 1.9), layout="constrained")
@@ -229,7 +231,7 @@ def training(result: Result) -> Figure:
         at_the_end(axes, max(few, many), place, f"{many:.2f}", colour_of(name))
     pairs = [name.split(", ") for name in names]
     axes.set_yticks(
-        range(len(names)), [f"{layouts.get(where, where)}, {name}" for name, where in pairs]
+        range(len(names)), [f"{LAYOUTS.get(where, where)}, {name}" for name, where in pairs]
     )
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color(colour_of(name))
@@ -349,11 +351,14 @@ def memory(result: Result) -> Figure:
         )
         for place, value in zip(places, peak, strict=True):
             axes.text(place, value, f"{value:.1f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(layouts)), layouts)
+    peaks = {(row["layout"], row["optimizer"]): row["bytes_per_parameter"]["peak"] for row in rows}
+    more = sorted(peaks[layout, "AdafacLO"] - peaks[layout, "AdamW"] for layout in layouts)
+    axes.set_xticks(range(len(layouts)), [LAYOUTS.get(layout, layout) for layout in layouts])
     axes.set_ylabel("bytes per parameter on a rank")
+    parameters = f"{result['layouts']['parameters'] / 1e6:.1f}M parameters"
     axes.set_title(
-        f"Memory of a rank, {ranks} ranks, float32, {result['layouts']['parameters'] / 1e6:.1f}M "
-        "parameters (gloo)"
+        f"AdafacLO's peak is {more[-1]:.0f} bytes per parameter above AdamW's, sharded "
+        f"{more[0]:.0f} to {more[-2]:.0f}\n{ranks} ranks, float32, {parameters} (gloo)"
     )
     axes.legend(fontsize=7)
     return figure
@@ -378,9 +383,11 @@ def quality(result: Result) -> Figure:
                 found.steps, found.losses, marker="o", label=f"{name} ({seeds}{left})", **style
             )
             by_second.plot(found.cpu_s, found.losses, marker="o", **style)
-        by_step.set(xlabel="step", ylabel="held-out loss, nats", title=task)
+        by_step.set(xlabel="step", ylabel="held-out loss, nats: lower is better", title=task)
         by_step.legend(fontsize=7)
-        by_second.set(xlabel="CPU seconds in forward, backward and step", title=f"{task}, by cost")
+        by_second.set(
+            xlabel="CPU seconds in forward, backward and step", title="the same by CPU second"
+        )
     return figure
 
 
