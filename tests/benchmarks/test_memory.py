@@ -9,6 +9,7 @@ shard's gradients, the smallest thing that can be held in vain, would add 10 to 
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,29 @@ def test_state_is_what_the_formula_says(state_dtype: str) -> None:
     name = {"float32": "AdafacLO", "bfloat16": HALVED}[state_dtype]
     computed = memory_formula(shapes, name, ranks=1, stage=0).state
     assert sum(row["state_bytes"] for row in optimizer.report()) == computed
+
+
+def test_computed_tables_are_those_of_the_formula() -> None:
+    """Both of docs/memory.md, in GB: what changes the formula changes them."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if row and row[0] in PRESETS and row[2] in ("-", "1", "2")]
+    assert {len(row) for row in rows} == {7, 9}
+    for name, ranks, stage, *told in rows:
+        of = {"ranks": int(ranks), "stage": 0 if stage == "-" else int(stage)}
+        full, halved, adamw = (
+            formula_of(PRESETS[name], optimizer, **of)
+            for optimizer in ("AdafacLO", HALVED, "AdamW")
+        )
+        if len(told) == 4:
+            bytes_ = [halved.state, halved.peak]
+            ratios = [halved.state / full.state, halved.peak / adamw.peak]
+            assert told[1::2] == [f"{ratios[0]:.3f}", f"{ratios[1]:.4f}"], (name, ranks, stage)
+            told = told[::2]
+        else:
+            bytes_ = [full.parameters, full.gradients, full.state, full.peak]
+            bytes_ += [adamw.state, adamw.peak]
+        assert told == [f"{x / 1e9:.3f}" for x in bytes_], (name, ranks, stage)
 
 
 def test_gpt2_124m_on_many_ranks_has_little_but_parameters() -> None:
