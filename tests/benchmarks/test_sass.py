@@ -42,6 +42,35 @@ def test_the_figures_are_of_these_sources() -> None:
     assert RESULT["before"]["csrc"] != RESULT["csrc"]
 
 
+# Rows of the table in docs/kernels.md, and the passes whose numbers stand there.
+TOLD = {
+    "A": ("A",),
+    "B, small_fc / VeLO": ("B small_fc", "B VeLO"),
+    "C, VeLO / CELO2": ("C VeLO", "C CELO2"),
+    "C, small_fc, high / medium": ("C high", "C medium"),
+    "copy into a bucket": ("copy",),
+    "AdamW": ("AdamW",),
+}
+
+
+def test_the_docs_tell_these_figures() -> None:
+    """To the last digit that stands there."""
+    text = (sass.CSRC.parent / "docs" / "kernels.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    told = {row[0].strip(): row[1:] for row in rows if len(row) == 4}
+    now, before = RESULT["passes"]["90"], RESULT["before"]["passes"]["90"]
+    for label, names in TOLD.items():
+        columns = (before, ""), (now, ""), (now, sass.HALVED)
+        for cell, (passes, suffix) in zip(told[label], columns, strict=True):
+            numbers = cell.strip().split(" / ")
+            if numbers in ([""], ["the same"], ["not counted"]):
+                continue
+            for number, name in zip(numbers, names, strict=True):
+                unit = 0.1 if "." in number else 1.0
+                found = passes[name + suffix]["instructions"]
+                assert float(number) == pytest.approx(found, abs=0.51 * unit), (label, name)
+
+
 # What the extension is built for, and sm_89, which runs the code of sm_80.
 BUILT = ("80", "89", "90", "100")
 # Bytes that are spilled all the same, before and after the loop over elements.
