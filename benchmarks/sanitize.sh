@@ -17,6 +17,6 @@ for sanitizer in address undefined; do
   library=$(gcc -print-file-name="$([ "$sanitizer" = address ] && echo libasan.so || echo libubsan.so)")
   # Python itself leaks; torch and Python throw across libraries that were not built with the sanitizer
   LD_PRELOAD="$library $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$root/.venv/bin/python" -m pytest -q -p no:cacheprovider tests/maths/test_kernels.py "$@"
+    "$root/.venv/bin/python" -m pytest -q -p no:cacheprovider tests/maths/test_kernels.py tests/maths/test_adamw.py "$@"
   echo "$sanitizer: clean"
 done
