@@ -331,7 +331,7 @@ class GradientReducer:
             else None
             for grad, member in zip(found, bucket.members, strict=True)
         ]
-        flat = [None if grad is None else grad.detach().reshape(-1) for grad in dense]
+        flat = [None if grad is None else grad.detach().reshape(-1).contiguous() for grad in dense]
         left = [grad for grad in flat if grad is not None]
         # before they are copied, or in that reading: whatever changes one meanwhile is noticed
         later = self._frees or copies.serves(left, _dtype_of_sums(bucket, self._dtype))
