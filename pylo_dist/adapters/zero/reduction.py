@@ -126,7 +126,7 @@ class GradientReducer:
         self._aside = Aside(apart=overlap)
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
-        if overlap and sharing.group is not None:
+        if overlap and sharing.holders is not None:
             self._take_own_groups()
 
     def _take_own_groups(self) -> None:
