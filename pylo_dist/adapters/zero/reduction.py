@@ -17,10 +17,12 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -66,6 +68,9 @@ class _Flight:
     over_replicas: bool = False  # whether these have been asked for theirs
 
 
+# a member of a bucket and its gradient (numel,); None where nothing is copied
+_Leaving = tuple[BucketParam, Union[Tensor, None]]
+
 _COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
 _OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
@@ -110,10 +115,10 @@ class GradientReducer:
         self._arrived: set[tuple[int, int]] = set()
         self._missing: list[int] = []
         # the bucket that leaves next, how many slices of it have left and, once one is to, its
-        # gradients by member: as they were found, and (numel,), None where nothing is copied
+        # gradients: by member as they were found, and of every slice those that reach into it
         self._next, self._sent = 0, 0
         self._found: list[Tensor | None] = []
-        self._leaving: list[Tensor | None] | None = None
+        self._leaving: list[list[_Leaving]] | None = None
         self._landing: Tensor | None = None  # the shard's gradient of which slices have landed
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
@@ -126,7 +131,7 @@ class GradientReducer:
         self._aside = Aside(apart=overlap)
         self._number = next(_COUNT)
         self._own: list[comm.OwnGroup] = []
-        if overlap and sharing.group is not None:
+        if overlap and sharing.holders is not None:
             self._take_own_groups()
 
     def _take_own_groups(self) -> None:
@@ -288,13 +293,13 @@ class GradientReducer:
         if self._leaving is None:
             if b == 0 and not self._frees:
                 self.nonfinite.forget()  # of gradients that this round replaces
-            self._leaving = self._taken(bucket, self._found)
+            self._leaving = _by_slice(bucket, self._taken(bucket, self._found))
         dtype = _dtype_of_sums(bucket, self._dtype)
         first, stop = bucket.slices[self._sent]
         width = stop - first
         # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
         full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
-        ends = self._pack(bucket, self._leaving, full, first, stop)
+        ends = self._pack(bucket, self._leaving[self._sent], full, first, stop)
         added = self._sharing.ranks * self._sharing.replicas
         full[:, width] = (ends.abs() * added * 0.0).sum()
         # only now: an error above leaves the round as it was
@@ -331,7 +336,7 @@ class GradientReducer:
             else None
             for grad, member in zip(found, bucket.members, strict=True)
         ]
-        flat = [None if grad is None else grad.detach().reshape(-1) for grad in dense]
+        flat = [None if grad is None else grad.detach().reshape(-1).contiguous() for grad in dense]
         left = [grad for grad in flat if grad is not None]
         # before they are copied, or in that reading: whatever changes one meanwhile is noticed
         later = self._frees or copies.serves(left, _dtype_of_sums(bucket, self._dtype))
@@ -341,7 +346,7 @@ class GradientReducer:
         return flat
 
     def _pack(
-        self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor, first: int, stop: int
+        self, bucket: Bucket, leaving: Sequence[_Leaving], full: Tensor, first: int, stop: int
     ) -> Tensor:
         """Write a slice of the gradients that leave, the elements first .. stop of every rank's
         part, to their places in `full` (ranks, stop - first and more), zeros elsewhere.
@@ -355,7 +360,7 @@ class GradientReducer:
         of_member: list[tuple[BucketParam, int]] = []  # where the sources of each end
         part, columns = bucket.shard_numel, (first, stop)
         empty = _places(full, part, columns, bucket.numel, full.shape[0] * part)[0]
-        for member, grad in zip(bucket.members, leaving, strict=True):
+        for member, grad in leaving:
             places, parts = _places(full, part, columns, member.offset, member.end, grad)
             if grad is None:
                 empty += places
@@ -523,6 +528,27 @@ def _boxes(part: int, begin: int, end: int) -> list[tuple[range, int, int]]:
     if last * part < end:
         boxes.append((range(last, last + 1), 0, end - last * part))
     return boxes
+
+
+def _by_slice(bucket: Bucket, flat: Sequence[Tensor | None]) -> list[list[_Leaving]]:
+    """Of every slice the members that reach into it: a large one has many slices, of which small
+    ones beside it would be asked in vain.
+
+    Args:
+        flat: the members' gradients.
+    """
+    pairs = [*zip(bucket.members, flat, strict=True)]
+    if len(bucket.slices) == 1:
+        return [pairs]
+    found: list[list[_Leaving]] = [[] for _ in bucket.slices]
+    stops = [stop for _, stop in bucket.slices]
+    for pair in pairs:
+        numbers: set[int] = set()
+        for _, low, high in _boxes(bucket.shard_numel, pair[0].offset, pair[0].end):
+            numbers.update(range(bisect_right(stops, low), bisect_left(stops, high) + 1))
+        for number in numbers:
+            found[number].append(pair)
+    return found
 
 
 def _end_of_pass(reducer: GradientReducer) -> None:

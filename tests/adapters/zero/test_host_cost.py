@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,23 +47,28 @@ def built(name: str, tensors: int) -> tuple[list[nn.Parameter], pylo_dist.ZeroOp
     return params, optimizer
 
 
-def calls_of_a_step(name: str, tensors: int) -> int:
-    params, optimizer = built(name, tensors)
+def counted_calls(work: Callable[[], object]) -> int:
     counted = 0
 
     def count(frame: Any, event: str, of: Any) -> None:
         nonlocal counted
         counted += event in ("call", "c_call")
 
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def calls_of_a_step(name: str, tensors: int) -> int:
+    params, optimizer = built(name, tensors)
+    counted = 0
     for _ in range(3):  # the first ones make tables
         for param in params:
             param.grad = torch.zeros_like(param)
-        counted = 0
-        sys.setprofile(count)
-        try:
-            optimizer.step(torch.tensor(1.0))
-        finally:
-            sys.setprofile(None)
+        counted = counted_calls(lambda: optimizer.step(torch.tensor(1.0)))
     return counted
 
 
@@ -82,6 +87,25 @@ def test_a_step_costs_the_host_as_much_per_tensor_in_many_buckets_as_in_few(name
     with world_of(8):
         few, many = calls_of_a_step(name, 16), calls_of_a_step(name, 128)
     assert many <= 1.05 * 8 * few, (few, many)
+
+
+def calls_of_sending(in_slices: bool) -> int:
+    """A large tensor that leaves in slices of 1 MB, and many small ones beside it."""
+    params = [nn.Parameter(torch.zeros(n)) for n in (5 * 2**20, *[16] * 400)]
+    optimizer = pylo_dist.ZeroOptimizer(params, torch.optim.SGD, stage=2, bucket_cap_mb=1.0)
+    (bucket,) = optimizer.buckets
+    assert len(bucket.slices) == 20
+    if not in_slices:
+        bucket.slices = [(0, bucket.shard_numel)]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    return counted_calls(optimizer.reduce_gradients)
+
+
+def test_small_tensors_beside_a_large_one_cost_the_host_no_more_for_its_slices() -> None:
+    with world_of(8):
+        slices, one = calls_of_sending(True), calls_of_sending(False)
+    assert slices <= 1.5 * one, (slices, one)
 
 
 def test_what_thousands_of_ranks_hold_takes_no_memory() -> None:

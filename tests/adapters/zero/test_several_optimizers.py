@@ -247,6 +247,10 @@ def others(rank: int, world: int) -> dict[str, Any]:
         )
         for stage, cap, overlap in every
     }
+    alone = [dist.new_group([member]) for member in range(world)][rank]
+    found["stage 2, whole replicas"] = two_optimizers(
+        rank, stage=2, process_group=alone, replicate_group=dist.group.WORLD, bucket_cap_mb=SMALL
+    )
     found["collectives"] = beside_collectives(rank)
     found["ddp"] = inside_ddp(rank)
     found["groups"] = with_groups(rank)

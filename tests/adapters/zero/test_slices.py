@@ -79,7 +79,7 @@ def trained(rank: int, in_slices: bool, case: dict[str, Any]) -> dict[str, Any]:
     settings = dict(case)
     dtype = settings.pop("dtype", torch.float32)
     model, cap_mb = Words(dtype), CAP_MB * dtype.itemsize / 4
-    passes, poisoned = settings.pop("passes", 1), settings.pop("poisoned", False)
+    passes, poisoned = settings.pop("passes", 1), settings.pop("poisoned", None)
     learned = {"weights": small_fc(), "nonfinite": "skip"}
     optimizer = pylo_dist.ZeroOptimizer(
         model, pylo_dist.AdafacLO, bucket_cap_mb=cap_mb, **learned, **settings
@@ -94,10 +94,10 @@ def trained(rank: int, in_slices: bool, case: dict[str, Any]) -> dict[str, Any]:
             for _ in range(passes):
                 tokens = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
                 model(tokens).backward()
-            if poisoned and step == 1 and rank == 1:  # the last element of the table
+            if poisoned is not None and step == 1 and rank == 1:
                 table = model.table.weight
                 assert table.grad is not None
-                table.grad[-1, -1] = torch.inf
+                table.grad.view(-1)[poisoned] = torch.inf
             grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
             found += [torch.zeros(0) if grad is None else grad.clone() for grad in grads]
             optimizer.step()
@@ -108,7 +108,8 @@ def trained(rank: int, in_slices: bool, case: dict[str, Any]) -> dict[str, Any]:
 
 CASES: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": 1},
-    "stage 1, no overlap, inf": {"stage": 1, "overlap": False, "poisoned": True},
+    "stage 1, no overlap, inf at last": {"stage": 1, "overlap": False, "poisoned": -1},
+    "stage 1, no overlap, inf at first": {"stage": 1, "overlap": False, "poisoned": 0},
     "stage 2, three passes": {"stage": 2, "passes": 3},
     "stage 2, bfloat16": {"stage": 2, "dtype": torch.bfloat16},
     "stage 2, sums in bfloat16": {"stage": 2, "reduce_dtype": torch.bfloat16},
@@ -125,9 +126,9 @@ def with_masters(cap_mb: float | None, seed: int) -> tuple[nn.Module, Any]:
 
 def saved_and_loaded(rank: int) -> dict[str, Any]:
     """The whole state of an optimizer in many buckets, and of one in other buckets that has loaded
-    it.
+    it; what is left of a table that was overwritten after that, behind a step without gradients.
     """
-    (model, saver), (other, loader) = with_masters(CAP_MB / 8, seed=0), with_masters(None, seed=1)
+    (model, saver), (other, loader) = with_masters(CAP_MB / 8, seed=0), with_masters(CAP_MB, seed=1)
     for optimizer, of, steps in ((saver, model, 2), (loader, other, 1)):
         for step in range(steps):
             of(torch.arange(rank + step, 400, 3)).backward()
@@ -136,9 +137,14 @@ def saved_and_loaded(rank: int) -> dict[str, Any]:
     saved = pylo_dist.full_state_dict(saver, rank0_only=False)
     other.load_state_dict(model.state_dict())
     loader.load_state_dict(saved)
+    loaded = pylo_dist.full_state_dict(loader, rank0_only=False)
+    other.table.weight.data.fill_(0.5)
+    loader.step()
     return {
+        "overwritten": other.table.weight.detach().clone(),
+        "slices": len(loader.buckets[0].slices),
         "buckets": [len(saver.buckets), len(loader.buckets)],
-        "states": [saved, pylo_dist.full_state_dict(loader, rank0_only=False)],
+        "states": [saved, loaded],
     }
 
 
@@ -179,6 +185,8 @@ def test_states_go_from_some_buckets_to_others(outcome: list[dict[str, Any]]) ->
     for result in outcome:
         many, one = result["loaded"]["buckets"]
         assert many > one == 1
+        assert result["loaded"]["slices"] > 1
+        assert bool((result["loaded"]["overwritten"] == 0.5).all())
         saved, loaded = result["loaded"]["states"]
         assert saved["state"].keys() == loaded["state"].keys()
         for i, entries in saved["state"].items():

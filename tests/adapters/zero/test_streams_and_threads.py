@@ -298,8 +298,15 @@ def look_and_scale(_: Branches, optimizer: Any) -> None:
     pylo_dist.clip_grad_norm_(optimizer, 0.1)
 
 
+def set_by_hand(model: Branches, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 0.1)
+    optimizer.reduce_gradients()
+
+
 @pytest.mark.usefixtures("two_ranks")
-@pytest.mark.parametrize("then", [one_more_pass, look_and_scale])
+@pytest.mark.parametrize("then", [one_more_pass, look_and_scale, set_by_hand])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_whoever_comes_after_backward_sees_its_gradients(
     stage: int, then: Callable[[Branches, Any], object], monkeypatch: pytest.MonkeyPatch
@@ -309,6 +316,21 @@ def test_whoever_comes_after_backward_sees_its_gradients(
     with monkeypatch.context() as patch:
         plain = trained(stage, patch, then=then, streams=False)
     assert all(map(torch.equal, run.params, plain.params))
+
+
+def test_whoever_calls_backward_waits_although_all_was_made_on_another_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine, own = Machine(), Aside(apart=True)
+    machine.install(monkeypatch)
+    machine.now = Stream(machine, "second")
+    with own.behind(torch.device("cpu")):
+        pass
+    machine.now = machine.compute
+    own.join()
+    assert machine.log[0] == ("aside 0", "waits for second")
+    joined = [("compute", "waits for aside 0"), ("second", "waits for aside 0")]
+    assert sorted(machine.log[1:]) == joined
 
 
 def test_sums_over_replicas_are_waited_for_aside(monkeypatch: pytest.MonkeyPatch) -> None:
