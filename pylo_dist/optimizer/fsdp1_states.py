@@ -67,26 +67,17 @@ def _only_one(kind: type, model: Any) -> Any:
     Raises:
         ValueError: there are several.
     """
-    found = _owners(kind, model)
-    if len(found) > 1:
-        found.clear()
-        gc.collect()  # of those that nobody keeps, ranks have collected different ones
-        found = _owners(kind, model)
-    if len(found) > 1:
-        raise ValueError(
-            f"{len(found)} optimizers have parameters of this model: name the one meant, optim="
-        )
-    return found[0] if found else None
-
-
-def _owners(kind: type, model: Any) -> list[Any]:
-    """The optimizers of this kind whose parameters are all of this model."""
+    gc.collect()  # of those that nobody keeps, ranks have collected different ones
     tree, found = Tree([model]), []
     for optimizer in living((kind,)):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if params and all(tree.find(param) is not None for param in params):
             found.append(optimizer)
-    return found
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} optimizers have parameters of this model: name the one meant, optim="
+        )
+    return found[0] if found else None
 
 
 def _by_key(state_dict: Mapping[str, Any], optimizer: Any) -> dict[Any, Tensor]:
