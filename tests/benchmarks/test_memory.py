@@ -35,6 +35,10 @@ from support.ranks import run_ranks
 
 CASES = [("AdafacLO", 1), ("AdafacLO", 2), (HALVED, 2), ("AdamW", 2)]
 CAP_MB = 0.5
+# Bytes of copies that gloo's threads free, of buckets on their way: how many are still there when
+# the next one leaves is a matter of time, and on a busy machine 2 MB were seen. Without threads the
+# peak is held to 2 % below.
+LATE = 4e6
 
 
 def _measure(rank: int, world: int) -> list[Measured]:
@@ -50,7 +54,7 @@ def test_peak_and_state_are_as_promised() -> None:
         for rank, measured in enumerate(found):
             where = f"{optimizer}, stage {stage}, rank {rank}: {measured} against {computed}"
             assert measured.parameters == computed.parameters == 4 * elements, where
-            assert measured.peak == pytest.approx(computed.peak, rel=0.05), where
+            assert 0.95 * computed.peak < measured.peak < 1.05 * computed.peak + LATE, where
             assert measured.gradients == pytest.approx(computed.gradients, rel=0.05), where
             # buckets are padded to 16 elements per rank, and cut evenly but for that
             assert measured.state == pytest.approx(computed.state, rel=0.01), where
