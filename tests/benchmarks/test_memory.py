@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from bench_memory import (
     HALVED,
     SMALL,
@@ -27,18 +26,14 @@ from bench_memory import (
 from presets import PRESETS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
 from pylo_dist.maths import compiled
+from support.fake_ranks import world_of
 from support.ranks import run_ranks
 
 CASES = [("AdafacLO", 1), ("AdafacLO", 2), (HALVED, 2), ("AdamW", 2)]
 CAP_MB = 0.5
-# Bytes of copies that gloo's threads free, of buckets on their way: how many are still there when
-# the next one leaves is a matter of time, and on a busy machine 2 MB were seen. Without threads the
-# peak is held to 2 % below.
-LATE = 4e6
 
 
 def _measure(rank: int, world: int) -> list[Measured]:
@@ -50,11 +45,16 @@ def test_peak_and_state_are_as_promised() -> None:
     elements = sum(torch.Size(shape).numel() for shape in shapes_of(SMALL).values())
     for i, (optimizer, stage) in enumerate(CASES):
         found = [measured[i] for measured in per_rank]
-        computed = formula_of(SMALL, optimizer, ranks=2, stage=stage, cap_mb=CAP_MB, wire_copies=1)
+        computed, usual = (
+            formula_of(SMALL, name, ranks=2, stage=stage, cap_mb=CAP_MB, wire_copies=1)
+            # what is beyond the formula, tables of the passes and copies that gloo's threads have
+            # yet to free, is as many bytes with half the state
+            for name in (optimizer, "AdafacLO" if optimizer == HALVED else optimizer)
+        )
         for rank, measured in enumerate(found):
             where = f"{optimizer}, stage {stage}, rank {rank}: {measured} against {computed}"
             assert measured.parameters == computed.parameters == 4 * elements, where
-            assert 0.95 * computed.peak < measured.peak < 1.05 * computed.peak + LATE, where
+            assert measured.peak == pytest.approx(computed.peak, abs=0.05 * usual.peak), where
             assert measured.gradients == pytest.approx(computed.gradients, rel=0.05), where
             # buckets are padded to 16 elements per rank, and cut evenly but for that
             assert measured.state == pytest.approx(computed.state, rel=0.01), where
@@ -86,13 +86,10 @@ def test_a_large_embedding_is_in_memory_twice_and_no_more(stage: int) -> None:
     """
     tokens, table = torch.arange(8), 4 * 40_960 * 64
     shapes = {fqn: tuple(p.shape) for fqn, p in Words().named_parameters()}
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
-    try:
+    with world_of(2):
         measured = measure_training(
             Words, lambda model: model(tokens), "AdamW", stage, bucket_cap_mb=1.0, steps=2
         )
-    finally:
-        dist.destroy_process_group()
     computed = memory_formula(shapes, "AdamW", ranks=2, stage=stage, bucket_cap_mb=1.0)
     assert measured.peak == pytest.approx(computed.peak, rel=0.02), (measured, computed)
     # this rank's half of the gradient, and slices

@@ -157,6 +157,10 @@ def test_beside_it_adamw_sees_the_same_samples(
     assert curve(out, tokens_folder, *command, "--resume", "auto") == both
     assert (out / "beside" / "metrics.jsonl").read_bytes() == before  # with its times
     assert len(drawn[-1]["beside"].rows) == 12
+    config = json.loads((out / "beside" / "config.json").read_text())
+    (out / "beside" / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
+    assert curve(out, tokens_folder, *command, "--resume", "auto") == both
+    assert (out / "beside" / "metrics.jsonl").read_bytes() != before  # of other settings
     (out / "beside" / "metrics.jsonl").write_bytes(before[: len(before) // 2])
     assert curve(out, tokens_folder, *command, "--resume", "auto") == both
     assert len(rows_of(out / "beside")) == 12

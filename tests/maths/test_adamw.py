@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pylo_dist.core.pieces import bind_shard
-from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
-from pylo_dist.testing import VirtualGroup
 from support.adamw_checks import (
     CASES,
     LENGTHS,
@@ -26,7 +23,7 @@ from support.adamw_checks import (
     long_problem,
     same_bits,
 )
-from support.kernels import random_cuts, random_problem, run
+from support.kernels import across_32_bits, random_cuts, random_problem, run
 from support.virtual import SETTINGS
 
 pytestmark = pytest.mark.skipif(bool(compiled.library("cpu")), reason=compiled.library("cpu"))
@@ -110,27 +107,10 @@ def test_threads_and_long_tensors() -> None:
 
 def test_elements_beyond_32_bits_are_rounded_alike() -> None:
     """A piece across the place where the upper word of an element's number changes."""
-    numel, start, size = 1 << 33, (1 << 32) - 70, 200
-    peers = [
-        TensorShard.interval("w", (numel,), start, start + size),
-        TensorShard.interval("w", (numel,), start + size, numel),
-    ]
-    ends = []
-    for kernels in (True, False):
-        param = torch.nn.Parameter(torch.ones(size))
-        bind_shard(param, peers, 0, VirtualGroup(2))
-        optimizer = SETTINGS["CeloAdam_halved"].build([("w", param)])
-        with compiled.use_kernels(kernels):
-            for step in range(3):
-                generator = torch.Generator().manual_seed(step)
-                param.grad = torch.randn(size, generator=generator)
-                optimizer.set_loss(1.0)
-                for _ in optimizer.phases():  # the sums of this rank alone
-                    pass
-        ends.append([optimizer.state[param][key] for key in ("exp_avg", "exp_avg_sq")])
-    for ours, wanted in zip(*ends, strict=True):
-        assert torch.equal(ours, wanted)
-        assert bool((ours != 0).all())
+    ours, wanted = across_32_bits("CeloAdam_halved")
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(ours[key], wanted[key])
+        assert bool((ours[key] != 0).all())
 
 
 def test_a_step_that_is_not_taken_changes_nothing() -> None:

@@ -25,16 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 from pylo_dist.__main__ import main
-from pylo_dist.core.pieces import bind_shard
-from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
-from pylo_dist.testing import VirtualGroup, largest_changes, layout_error, run_virtual
+from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from support import copies
 from support.golden import velo_weights
 from support.kernels import (
     FLOOR,
     TENSORS,
     Problem,
+    across_32_bits,
     in_float64,
     random_cuts,
     random_problem,
@@ -264,28 +263,9 @@ def test_halved_state_has_the_same_bits_everywhere(
 
 
 def test_elements_beyond_32_bits_are_rounded_alike() -> None:
-    """A piece of a tensor of 2^33 elements, across the place where the upper word of an element's
-    number changes.
-    """
-    numel, start, size = 1 << 33, (1 << 32) - 70, 200
-    peers = [
-        TensorShard.interval("w", (numel,), start, start + size),
-        TensorShard.interval("w", (numel,), start + size, numel),
-    ]
-    ends = []
-    for kernels in (True, False):
-        param = torch.nn.Parameter(torch.ones(size))
-        bind_shard(param, peers, 0, VirtualGroup(2))
-        optimizer = SETTINGS["AdafacLO_halved"].build([("w", param)])
-        with compiled.use_kernels(kernels):
-            for step in range(3):
-                generator = torch.Generator().manual_seed(step)
-                param.grad = torch.randn(size, generator=generator)
-                for _ in optimizer.phases():  # the sums of this rank alone
-                    pass
-        ends.append(optimizer.state[param]["momentum"])
-    assert torch.equal(*ends)
-    assert bool((ends[0] != 0).all())
+    ours, wanted = (state["momentum"] for state in across_32_bits("AdafacLO_halved"))
+    assert torch.equal(ours, wanted)
+    assert bool((ours != 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

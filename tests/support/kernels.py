@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylo_dist.core.pieces import bind_shard
+from pylo_dist.core.shards import TensorShard
 from pylo_dist.maths import compiled
-from pylo_dist.testing import VirtualRun, run_virtual
+from pylo_dist.testing import VirtualGroup, VirtualRun, run_virtual
 from support.virtual import SETTINGS, random_shards
 
 TENSORS = 10  # of a random problem
@@ -90,3 +92,28 @@ def random_cuts(rng: random.Random, params: Mapping[str, Tensor], ranks: int) ->
 # Beside 2x the PyTorch path's own error an error of some roundings is no fault: that of one run on
 # one small tensor can be zero.
 FLOOR = 16 * torch.finfo(torch.float32).eps
+
+
+def across_32_bits(name: str) -> list[dict[str, Tensor]]:
+    """The state of a piece of a tensor of 2^33 elements, across the place where the upper word of
+    an element's number changes, after three steps: with kernels and without.
+    """
+    numel, start, size = 1 << 33, (1 << 32) - 70, 200
+    peers = [
+        TensorShard.interval("w", (numel,), start, start + size),
+        TensorShard.interval("w", (numel,), start + size, numel),
+    ]
+    ends = []
+    for kernels in (True, False):
+        param = torch.nn.Parameter(torch.ones(size))
+        bind_shard(param, peers, 0, VirtualGroup(2))
+        optimizer = SETTINGS[name].build([("w", param)])
+        with compiled.use_kernels(kernels):
+            for step in range(3):
+                generator = torch.Generator().manual_seed(step)
+                param.grad = torch.randn(size, generator=generator)
+                optimizer.set_loss(1.0)
+                for _ in optimizer.phases():  # the sums of this rank alone
+                    pass
+        ends.append(optimizer.state[param])
+    return ends

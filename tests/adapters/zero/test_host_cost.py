@@ -7,28 +7,17 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
 from pylo_dist.adapters.zero.reduction import _places
+from support.fake_ranks import world_of
 from support.optimizers import OPTIMIZERS
-
-
-@contextmanager
-def world_of(ranks: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def built(name: str, tensors: int) -> tuple[list[nn.Parameter], pylo_dist.ZeroOptimizer]:

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
@@ -22,6 +20,7 @@ from pylo_dist.adapters.zero import reduction
 from pylo_dist.adapters.zero.buckets import ALIGNMENT
 from pylo_dist.maths import compiled
 from support.copies import same_bits
+from support.fake_ranks import world_of
 from support.optimizers import small_fc
 
 RANKS = 3
@@ -38,11 +37,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _three_ranks() -> Iterator[None]:
-    dist.init_process_group("fake", store=dist.HashStore(), rank=1, world_size=RANKS)
-    try:
+    with world_of(RANKS, rank=1):
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 class Reader(TorchDispatchMode):

@@ -7,20 +7,17 @@ ranks' numbers are added in rank order wherever they lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 from pylo_dist.adapters.zero import buckets
 from pylo_dist.core import trace
+from support.fake_ranks import world_of
 from support.optimizer_cases import snapshot
 from support.optimizers import small_fc
 from support.ranks import run_ranks
@@ -193,16 +190,6 @@ def test_states_go_from_some_buckets_to_others(outcome: list[dict[str, Any]]) ->
             assert "master" in entries
             for name, tensor in entries.items():
                 assert torch.equal(loaded["state"][i][name], tensor), (i, name)
-
-
-@contextmanager
-def world_of(ranks: int) -> Iterator[None]:
-    """Rank 0 of ranks that are not there."""
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def test_buckets_grow_with_the_ranks_up_to_a_share_of_the_model(

@@ -11,7 +11,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
 
 import pylo_dist
 from pylo_dist import comm
 from pylo_dist.adapters.zero import aside, gathering, reduction
 from pylo_dist.adapters.zero.aside import Aside
 from pylo_dist.optimizer import early
+from support.fake_ranks import world_of
 from support.optimizers import small_fc
 from support.streams import Machine, Stream
 
@@ -184,15 +183,6 @@ def _share_streams(model: Branches, machine: Machine, patch: pytest.MonkeyPatch)
         end(reducer)
 
     patch.setattr(reduction, "_end_of_pass", end_of_pass)
-
-
-@contextmanager
-def world_of(ranks: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture
