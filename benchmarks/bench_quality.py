@@ -482,20 +482,26 @@ class Ledger:
         write({**self.head, **others, part: value}, self.out)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command_line(description: str, weights: str) -> argparse.ArgumentParser:
+    """What any benchmark of such runs is asked for. `weights`: the files of their folder."""
     parser = argparse.ArgumentParser(
-        description="Learned optimizers beside tuned AdamW and Muon; hours on one CPU core, goes "
-        "on where it was interrupted."
+        description=f"{description}; goes on where it was interrupted."
     )
-    parser.add_argument(
-        "--weights", type=Path, help="folder of celo2.safetensors, celo.safetensors"
-    )
+    parser.add_argument("--weights", type=Path, help=f"folder of {weights}")
     parser.add_argument(
         "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
     )
-    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--table", action="store_true", help="print what is there, do nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_line(
+        "Learned optimizers beside tuned AdamW and Muon; hours on one CPU core",
+        "celo2.safetensors, celo.safetensors",
+    )
     args = parser.parse_args(argv)
     out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "quality.json"
     tasks, seeds = (QUICK, SEEDS[:1]) if args.quick else (TASKS, SEEDS)

@@ -13,7 +13,6 @@ here, where settings and weights are the same; each says which commit it measure
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -34,6 +33,7 @@ from bench_quality import (
     at_hand,
     bytes_task,
     chosen,
+    command_line,
 )
 from place import Place
 from quality import final, mean_sd
@@ -194,14 +194,9 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Training with state in bfloat16 beside float32, and figures of it; goes on "
-        "where it was interrupted."
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        help="folder of celo2.safetensors, celo.safetensors, celo_adam.safetensors",
+    parser = command_line(
+        "Training with state in bfloat16 beside float32, and figures of it",
+        "celo2.safetensors, celo.safetensors, celo_adam.safetensors",
     )
     parser.add_argument(
         "--parts",
@@ -211,17 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"of runs, {', '.join(PARTS)} these alone; figures also where they are there",
     )
     parser.add_argument(
-        "--only", nargs="+", default=(), help='runs whose name holds all of these, as "seed 0"'
-    )
-    parser.add_argument(
         "--quality",
         type=Path,
         default=RESULTS / "quality.json",
         help="JSON of bench_quality.py, whose float32 runs count",
     )
-    parser.add_argument("--table", action="store_true", help="print what is there, do nothing")
-    parser.add_argument("--quick", action="store_true", help="a few steps of tiny models")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     out = args.out or (RESULTS / "quick" if args.quick else RESULTS) / "state.json"
     cases, seeds = (QUICK_CASES, SEEDS[:1]) if args.quick else (CASES, SEEDS)

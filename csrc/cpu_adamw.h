@@ -21,7 +21,7 @@ PYLO_HD float* staged(const void* from, int64_t type, int64_t at, int count, flo
 PYLO_HD void adamw_words(const AdamWShard& shard, uint32_t key, int64_t at, int count,
                          uint32_t* words) {
   const int64_t first = number_of(shard, at), last = number_of(shard, at + count - 1);
-  if (last - first == count - 1 && first >> 32 == last >> 32) {
+  if (last - first == count - 1 && share_a_key(first, last)) {
     const uint32_t start = static_cast<uint32_t>(first) + key_of(key, 0, first);
     for (int o = 0; o < TILE; o += W) {
       const RawUint word = mix(counting() + (start + static_cast<uint32_t>(o)));
@@ -34,21 +34,20 @@ PYLO_HD void adamw_words(const AdamWShard& shard, uint32_t key, int64_t at, int 
 }
 
 PYLO_HD void write_rounded(void* to, int64_t at, int count, const float* from,
-                           const uint32_t* words, bool odd) {
+                           const uint32_t* words, int slot) {
   uint16_t* const half = static_cast<uint16_t*>(to) + at;
   if (count == TILE) {
     for (int o = 0; o < TILE; o += W) {
       RawUint word;
       __builtin_memcpy(&word, words + o, sizeof word);
-      const RawUint bits = (RawUint)load(from + o).raw, random = odd ? word >> 16 : word & 0xffffu;
+      const RawUint bits = (RawUint)load(from + o).raw, random = random_of(word, slot);
       const RawHalf rounded = __builtin_convertvector(round_to_bfloat16(bits, random), RawHalf);
       __builtin_memcpy(half + o, &rounded, sizeof rounded);
     }
     return;
   }
   for (int i = 0; i < count; ++i) {
-    const uint32_t random = odd ? words[i] >> 16 : words[i] & 0xffffu;
-    half[i] = static_cast<uint16_t>(round_to_bfloat16(to_bits(from[i]), random));
+    half[i] = static_cast<uint16_t>(round_to_bfloat16(to_bits(from[i]), random_of(words[i], slot)));
   }
 }
 
@@ -80,8 +79,8 @@ static double adamw(const AdamWTensors& t, const AdamWRule& rule, const AdamWNum
     if (p == buffers[1]) write(t.value, t.value_type, at, p, count);
     if (key) {
       adamw_words(t.shard, static_cast<uint32_t>(*key), at, count, words);
-      write_rounded(t.mean, at, count, m, words, false);
-      write_rounded(t.square, at, count, v, words, true);
+      write_rounded(t.mean, at, count, m, words, 0);
+      write_rounded(t.square, at, count, v, words, 1);
     } else if (m == buffers[2]) {
       write(t.mean, FLOAT32, at, m, count);
       write(t.square, FLOAT32, at, v, count);

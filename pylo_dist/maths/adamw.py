@@ -197,7 +197,7 @@ class _Passes:
     @staticmethod
     def serve(batch: Batch, items: Sequence[int]) -> bool:
         """Whether there are compiled passes for these items, on their device."""
-        if batch.device.type not in ("cpu", "cuda") or compiled.library(batch.device.type):
+        if compiled.missing(batch.device):
             return False
         states = [batch.items[i].state[name] for i in items for name in ("exp_avg", "exp_avg_sq")]
         kinds = (torch.float32, torch.bfloat16)

@@ -82,6 +82,12 @@ def library(device_type: str) -> str:
     return ""
 
 
+def missing(device: torch.device) -> str:
+    """Why there are no kernels for a device, "" where there are."""
+    known = device.type in ("cpu", "cuda")
+    return library(device.type) if known else "no kernels for this kind of device"
+
+
 @cache
 def row_orders(device_type: str) -> dict[str, RowOrder]:
     """By table the order in which the library of a kind of device wants the fields of a row.
@@ -423,11 +429,7 @@ def servable(batch: Batch, features: FeatureSet, hidden: int) -> bool:
     """Whether there are kernels for this device, these dtypes and this network; says so once where
     a library is missing.
     """
-    reason = (
-        library(batch.device.type)
-        if batch.device.type in ("cpu", "cuda")
-        else "no kernels for this kind of device"
-    )
+    reason = missing(batch.device)
     if reason:
         _say_once(batch.device.type, reason)
         return False

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from . import compiled
 
-DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
 
 def serves(sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether there is a kernel that copies these, all of one device, to places of this dtype."""
     return (
         bool(sources)
         and compiled.enabled()
-        and dtype in DTYPES
-        and sources[0].device.type in ("cpu", "cuda")
-        and not compiled.library(sources[0].device.type)
-        and {source.dtype for source in sources} <= DTYPES
+        and {dtype, *(source.dtype for source in sources)} <= {*compiled.DTYPES}
+        and not compiled.missing(sources[0].device)
         and not any(map(Tensor.is_neg, sources))
     )
 
