@@ -31,7 +31,6 @@ from .plain import is_dtensor
 
 LOOKS = 10  # steps in which whole parameters ask whether others wait for DTensors
 _TOLD = "_pylo_dist_told"  # on an exception: the ranks that wait know of it
-_NOT_GIVEN = ("params", "weights", "process_group")
 _UNORDERED = (set, frozenset, WeakSet)
 Groups = list[list[Any]]
 T = TypeVar("T")
@@ -40,8 +39,8 @@ T = TypeVar("T")
 class Announced(ABCMeta):
     """A class whose instances are built on all ranks, or on none.
 
-    An instance remembers as `given` what it was built with, by name, for adapters that build it
-    anew over pieces of its parameters: without these, the weights and the ranks.
+    An instance knows as `given` what it is built with, by name, without the parameters: its
+    constructor already, and adapters that build it anew over pieces of these.
     """
 
     @property
@@ -61,9 +60,11 @@ class Announced(ABCMeta):
                 args = (params, *args[1:])
             elif "params" in kwargs:
                 kwargs["params"] = params
-            made = super().__call__(*args, **kwargs)
-        named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
-        made.given = {key: value for key, value in named.items() if key not in _NOT_GIVEN}
+            named = {**dict(zip(cls.__signature__.parameters, args, strict=False)), **kwargs}
+            new: Any = cls.__new__
+            made = new(cls, *args, **kwargs)
+            made.given = {key: value for key, value in named.items() if key != "params"}
+            made.__init__(*args, **kwargs)
         return made
 
 

@@ -31,6 +31,7 @@ from .settings import (
     REFUSED,
     GroupNumbers,
     Habits,
+    check_arguments,
     check_device_numbers,
     check_group,
     check_seed,
@@ -128,6 +129,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            served = {*self.defaults, *self.group_keys, loading.SEED}
+            check_arguments(type(self), self.given, group, served)
             self._check_group(group)
             check_device_numbers(group)
             for name, param in zip(
@@ -389,6 +392,8 @@ class LearnedOptimizer(torch.optim.Optimizer, metaclass=construction.Announced):
                     "save it with pylo_dist.checkpoint"
                 )
         kept = {name: value for name, value in self.__dict__.items() if name in _PICKLED}
+        apart = ("weights", "process_group")  # kept as they were understood, if at all
+        kept["given"] = {name: value for name, value in self.given.items() if name not in apart}
         if self.process_group is False:
             kept["process_group"] = False
         return {**super().__getstate__(), **kept}

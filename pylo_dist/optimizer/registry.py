@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from typing import Any
 
 from ..weights import Architecture, Registered, register_architecture
 from .learned import LearnedOptimizer
+from .settings import REQUIRED, arguments_of
 
-REQUIRED: Any = inspect.Parameter.empty  # stands for the default of an argument that has none
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -70,7 +69,7 @@ class Registration:
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of the face, see `arguments_of`."""
-        return arguments_of(self.face)
+        return dict(arguments_of(self.face))
 
     def example(self) -> str:
         """Code that builds the optimizer on weights, for their model card."""
@@ -86,26 +85,6 @@ class Registration:
         else:
             head, call = f"from {module} import {face}", face
         return f"{head}\noptimizer = {call}({', '.join(arguments)})"
-
-
-def arguments_of(face: type[LearnedOptimizer]) -> dict[str, Any]:
-    """What a face takes by name after `params`, also what it hands on to the classes it derives
-    from, with the defaults; REQUIRED for those without.
-    """
-    found: dict[str, Any] = {}
-    for cls in face.__mro__:
-        constructor = vars(cls).get("__init__")
-        if constructor is None:
-            continue
-        parameters = list(inspect.signature(constructor).parameters.values())
-        named = parameters[2:] if not found else []  # without self and params
-        named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        for p in named:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                found.setdefault(p.name, p.default)
-        if cls is LearnedOptimizer or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
 
 
 _ENTRIES: dict[str, Registration] = {}

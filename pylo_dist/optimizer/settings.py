@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Union
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core.rule import is_capturing
 from ..core.scalars import as_python
-from .checks import LARGEST, LARGEST_SEED, as_number, refused, whole
+from .checks import LARGEST, LARGEST_SEED, as_number, refused, shown, whole
 
+REQUIRED: Any = inspect.Parameter.empty  # stands for the default of an argument that has none
 REFUSED = ("foreach", "fused", "capturable", "differentiable", "maximize")  # modes of torch's own
 # what groups may say at most; an exponent of e is bounded by what float32 reaches
 LARGEST_OF = {"lr": LARGEST, "weight_decay": LARGEST, "exp_mult": 10.0, "step_mult": LARGEST}
@@ -85,16 +86,50 @@ def check_device_numbers(group: dict[str, Any]) -> None:
             check_group({key: value.detach().cpu()})
 
 
-@cache
-def default_of(face: type, name: str) -> Any:
-    """The default of a constructor's argument, also of one handed on to a class that `face` derives
-    from; `inspect.Parameter.empty` where there is none.
+def check_arguments(
+    face: type, given: Mapping[str, Any], group: dict[str, Any], served: Collection[str]
+) -> None:
+    """Raise ValueError for an argument of the constructor in a new group, where nobody reads it.
+
+    Args:
+        given: what the constructor was given. Wrappers that write all of it into every group
+            (torch's ZeroRedundancyOptimizer) lose nothing.
+        served: keys that a group of this optimizer may have.
     """
+    for name in arguments_of(face):
+        if name not in group or name in served or _is_same(group[name], given.get(name, REQUIRED)):
+            continue
+        raise ValueError(
+            f"{name}={shown(group[name])} in a parameter group: it holds for all parameters of an "
+            f"optimizer; give it to {face.__name__}(...), and parameters that want another to an "
+            "optimizer of their own"
+        )
+
+
+def _is_same(one: object, other: object) -> bool:
+    plain = isinstance(one, (bool, int, float, str, tuple, type(None), torch.dtype))
+    return one is other or (plain and one == other)
+
+
+@cache
+def arguments_of(face: type) -> dict[str, Any]:
+    """What a face takes by name after `params`, also what it hands on to the classes it derives
+    from, with the defaults; REQUIRED for those without.
+    """
+    found: dict[str, Any] = {}
     for cls in face.__mro__:
-        parameter = inspect.signature(cls.__init__).parameters.get(name)  # type: ignore[misc]
-        if parameter is not None:
-            return parameter.default
-    return inspect.Parameter.empty
+        constructor = vars(cls).get("__init__")
+        if constructor is None:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())
+        named = parameters[2:] if not found else []  # without self and params
+        named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        for p in named:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 # --------------------------------------------------------------------------------------- warnings
@@ -160,7 +195,7 @@ def _adamw_habit(face: type, group: dict[str, Any]) -> str | None:
         "; docs/coming-from-adamw.md says more, and "
         "warnings.simplefilter('ignore', pylo_dist.LearningRateWarning) silences this"
     )
-    if lr < LOWEST_LR and default_of(face, "lr") == 1.0:
+    if lr < LOWEST_LR and arguments_of(face).get("lr") == 1.0:
         return (
             f"lr={lr:g}: the lr of {face.__name__} multiplies a learned step and belongs around 1, "
             "with such a value as AdamW takes training stands still; leave it out, and let "
@@ -216,7 +251,9 @@ class GroupNumbers:
     ) -> None:
         self._keys = (*(key for key in defaults if key not in REFUSED), *further)
         self._defaults, self._check = defaults, check
-        self._optional = {key for key in self._keys if default_of(face, key) is None}
+        self._optional = {
+            key for key in self._keys if arguments_of(face).get(key, REQUIRED) is None
+        }
         self._optional.add("max_grad_norm")
         self._groups: Sequence[dict[str, Any]] = ()
         self._seen: list[list[_Seen] | None] = []  # per group; None: not good

@@ -24,7 +24,7 @@ from torch import nn
 import pylo_dist
 from pylo_dist.adapters.deepspeed.arguments import probe
 from pylo_dist.optimizer.checks import shown
-from pylo_dist.optimizer.registry import arguments_of
+from pylo_dist.optimizer.settings import arguments_of
 from support.optimizers import CELO2, Roles, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # odd values are warned of, too

@@ -17,6 +17,7 @@ import pylo_dist
 from pylo_dist import comm
 from pylo_dist.layouts.plain import collect
 from pylo_dist.optimizer.engine import Engine
+from pylo_dist.optimizer.settings import arguments_of
 from support.optimizer_cases import (
     SHAPES,
     adafac,
@@ -151,6 +152,26 @@ def test_modes_of_torch_optimizers_are_refused(mode: str) -> None:
     with pytest.raises(TypeError, match=mode):
         adafac(named, **{mode: True})
     adafac([{"params": named, mode: False}])
+
+
+@pytest.mark.parametrize("name", ["AdafacLO", "CELO2", "VeLO"])
+def test_arguments_that_no_group_has_are_refused_in_one(name: str) -> None:
+    """They would be kept in it, and read by nobody."""
+    named = make_params()
+    optimizer = build(name, named, [{"params": named[:2]}])
+    served = {*optimizer.defaults, *optimizer.group_keys, "state_seed"}
+    elsewhere = {*arguments_of(type(optimizer))} - served
+    assert {"state_dtype", "weights", "nonfinite", "process_group", "precision"} <= elsewhere
+    for key in sorted(elsewhere):
+        with pytest.raises(ValueError, match=f"{key}=.* in a parameter group: .*{name}"):
+            optimizer.add_param_group({"params": named[2:], key: None})
+    with pytest.raises(ValueError, match="state_dtype='bfloat16' in a parameter group"):
+        build(name, named, [{"params": named, "state_dtype": "bfloat16"}])
+    assert len(optimizer.param_groups) == 1
+    further = dict(optimizer.param_groups[0])
+    optimizer.add_param_group({**further, "params": named[2:], "param_names": None, "tag": "mine"})
+    # as of wrappers that write into every group what they give the constructor
+    build(name, named, [{"params": named, "nonfinite": "skip"}], nonfinite="skip")
 
 
 def test_parameters_on_two_devices_step_in_lock_step() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import pylo_dist
 from pylo_dist import Architecture, Registered, Registration, register_optimizer
-from pylo_dist.optimizer.registry import REQUIRED
+from pylo_dist.optimizer.settings import REQUIRED
 from pylo_dist.weights import architectures
 from support.registry import restored, tables
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ... import comm
 from ...optimizer import LearnedOptimizer, checks
-from ...optimizer.registry import REQUIRED, arguments_of
+from ...optimizer.settings import REQUIRED, arguments_of
 
 T = TypeVar("T")
 _CLIPPING = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...optimizer import LearnedOptimizer
 from ...optimizer.loading import marks_of
 from ...optimizer.parameters import names_of
-from ...optimizer.registry import arguments_of
+from ...optimizer.settings import arguments_of
 from .arguments import check_groups, checked_arguments, together
 from .optimizer import DeepSpeedOptimizer
 
@@ -63,8 +63,8 @@ def _settings(
             "initialize (pylo_dist.deepspeed.load_checkpoint, or .states(engine))"
         )
     kwargs: dict[str, Any] = {**client.given, "weights": client.weights}
-    if client.process_group is not None:
-        kwargs["process_group"] = client.process_group
+    if client.process_group is None:
+        kwargs.pop("process_group", None)
     groups = [_group(client, group, names) for group in client.param_groups]
     for key in client.group_keys:
         by_name = [group[key] for group in groups if isinstance(group.get(key), Mapping)]
