@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = turns.parsed(parser, argv, lambda *_: None)
     assert args is not None, "there is no --worker"
     return turns.write(
-        "bench_zero.py of this checkout and another one, in turns within one run: milliseconds of a "
-        "step, CPU time or a phase; medians over turns, and over the replicated run beside it",
+        "bench_zero.py of this checkout and another one, in turns within one run: milliseconds of "
+        "a step, CPU time or a phase; medians over turns, and over the replicated run beside it",
         args,
         {"turns": args.turns, "rounds": args.rounds, "cases": CASES},
         lambda: [

@@ -24,6 +24,7 @@ from ... import comm
 from ...core.cuts import EvenCuts
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, set_raw_grad
 from ...core.shards import TensorShard
+from .boxes import SliceBoxes, boxes_by_slice
 from .sharing import Sharing
 
 T = TypeVar("T")
@@ -99,6 +100,17 @@ class Bucket:
     slices: list[tuple[int, int]]
     master: Tensor | None = None
     grad: Tensor | None = None
+    _boxes: tuple[list[tuple[int, int]], list[SliceBoxes]] | None = None
+
+    @property
+    def boxes(self) -> list[SliceBoxes]:
+        """Of every slice where its members lie in it."""
+        if self._boxes is None or self._boxes[0] is not self.slices:
+            extents = [(member.offset, member.end) for member in self.members]
+            ranks = self.flat.numel() // max(1, self.shard_numel)
+            found = boxes_by_slice(extents, self.numel, self.shard_numel, ranks, self.slices)
+            self._boxes = self.slices, found
+        return self._boxes[1]
 
     @property
     def shard(self) -> Tensor:

@@ -49,11 +49,11 @@ class Departed:
         else:
             self._left[id(param)] = grad, grad._version, largest
 
-    def note_parts(self, param: Tensor, largest: Tensor) -> None:
-        """Of parts of a gradient that has left, the maximum of each, (n,)."""
+    def note_parts(self, param: Tensor, largest: Sequence[Tensor]) -> None:
+        """Of parts of a gradient that has left, the maximum of each, 0-d."""
         grad, version, before = self._left[id(param)]
-        of_parts = largest[0] if len(largest) == 1 else largest.max()
-        of_all = of_parts if before is None else torch.maximum(before, of_parts)
+        parts = largest if before is None else (before, *largest)
+        of_all = parts[0] if len(parts) == 1 else torch.stack([*parts]).amax()
         self._left[id(param)] = grad, version, of_all
 
     def is_other(self, param: Tensor) -> bool:

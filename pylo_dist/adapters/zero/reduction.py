@@ -17,12 +17,10 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -68,9 +66,6 @@ class _Flight:
     over_replicas: bool = False  # whether these have been asked for theirs
 
 
-# a member of a bucket and its gradient (numel,); None where nothing is copied
-_Leaving = tuple[BucketParam, Union[Tensor, None]]
-
 _COUNT = itertools.count()  # reducers, in an order that is the same on all ranks
 _OVERLAPPING: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
@@ -115,10 +110,10 @@ class GradientReducer:
         self._arrived: set[tuple[int, int]] = set()
         self._missing: list[int] = []
         # the bucket that leaves next, how many slices of it have left and, once one is to, its
-        # gradients: by member as they were found, and of every slice those that reach into it
+        # gradients by member: as they were found, and flat, those that can be copied
         self._next, self._sent = 0, 0
         self._found: list[Tensor | None] = []
-        self._leaving: list[list[_Leaving]] | None = None
+        self._leaving: list[Tensor | None] | None = None
         self._landing: Tensor | None = None  # the shard's gradient of which slices have landed
         self._rounds = 0
         self._flights: deque[_Flight] = deque()
@@ -293,13 +288,14 @@ class GradientReducer:
         if self._leaving is None:
             if b == 0 and not self._frees:
                 self.nonfinite.forget()  # of gradients that this round replaces
-            self._leaving = _by_slice(bucket, self._taken(bucket, self._found))
+            self._leaving = self._taken(bucket, self._found)
         dtype = _dtype_of_sums(bucket, self._dtype)
         first, stop = bucket.slices[self._sent]
         width = stop - first
         # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
         full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
-        ends = self._pack(bucket, self._leaving[self._sent], full, first, stop)
+        full[:, width:].zero_()
+        ends = self._pack(bucket, self._leaving, full)
         added = self._sharing.ranks * self._sharing.replicas
         full[:, width] = (ends.abs() * added * 0.0).sum()
         # only now: an error above leaves the round as it was
@@ -336,7 +332,7 @@ class GradientReducer:
             else None
             for grad, member in zip(found, bucket.members, strict=True)
         ]
-        flat = [None if grad is None else grad.detach().reshape(-1).contiguous() for grad in dense]
+        flat = [None if grad is None else grad.reshape(-1).contiguous() for grad in dense]
         left = [grad for grad in flat if grad is not None]
         # before they are copied, or in that reading: whatever changes one meanwhile is noticed
         later = self._frees or copies.serves(left, _dtype_of_sums(bucket, self._dtype))
@@ -345,41 +341,39 @@ class GradientReducer:
             self._take(member, grad, None if copied is None else next(marks, None))
         return flat
 
-    def _pack(
-        self, bucket: Bucket, leaving: Sequence[_Leaving], full: Tensor, first: int, stop: int
-    ) -> Tensor:
-        """Write a slice of the gradients that leave, the elements first .. stop of every rank's
-        part, to their places in `full` (ranks, stop - first and more), zeros elsewhere.
+    def _pack(self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor) -> Tensor:
+        """Write the gradients in the slice that leaves to their places in `full` (ranks, its
+        columns and more), zeros where there is none.
 
         Returns:
             Numbers of `full`, of its dtype; one of them is as large as any, or NaN if any is.
         """
-        full[:, stop - first :].zero_()
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         of_member: list[tuple[BucketParam, int]] = []  # where the sources of each end
-        part, columns = bucket.shard_numel, (first, stop)
-        empty = _places(full, part, columns, bucket.numel, full.shape[0] * part)[0]
-        for member, grad in leaving:
-            places, parts = _places(full, part, columns, member.offset, member.end, grad)
+        boxes = bucket.boxes[self._sent]
+        empty = [*boxes.padding]
+        for i, of_it in boxes.members:
+            grad = leaving[i]
             if grad is None:
-                empty += places
-            else:
-                targets += places
-                sources += parts
-                of_member.append((member, len(sources)))
-        for place in empty:
-            place.zero_()
+                empty += of_it
+                continue
+            for box in of_it:
+                targets.append(box.place(full))
+                sources.append(box.source(grad))
+            of_member.append((bucket.members[i], len(sources)))
+        for box in empty:
+            box.place(full).zero_()
         if not copies.serves(sources, full.dtype):
             if targets:
                 torch._foreach_copy_(targets, sources)
             return torch.stack(torch.aminmax(full))
         ends = copies.copy_with_ends(targets, sources)
-        begin = 0
-        for member, end in of_member if not self._frees else ():
-            if begin < end:
-                self._departed.note_parts(member.param, ends[begin:end, 1])
-            begin = end
+        if not self._frees:
+            largest, begin = ends[:, 1].unbind(), 0
+            for member, end in of_member:
+                self._departed.note_parts(member.param, largest[begin:end])
+                begin = end
         return ends.to(full.dtype)
 
     def _take(self, member: BucketParam, grad: Tensor | None, mark: Tensor | None) -> None:
@@ -477,78 +471,6 @@ class GradientReducer:
 def _dtype_of_sums(bucket: Bucket, wanted: torch.dtype | None) -> torch.dtype:
     """In which a bucket's gradients are added."""
     return wanted or state_dtype(bucket.flat.dtype)
-
-
-def _places(
-    full: Tensor,
-    part: int,
-    columns: tuple[int, int],
-    begin: int,
-    end: int,
-    flat: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Where the elements begin .. end of a bucket lie in a slice of it, views in their order: the
-    end of a rank's part, whole parts of ranks, the beginning of one. Three at most, however many
-    ranks they reach over.
-
-    Args:
-        full: (ranks, stop - first and more), the slice of every rank.
-        part: elements of a rank's part.
-        columns: first and stop of the slice in it.
-        flat: (end - begin,) those elements, or None.
-
-    Returns:
-        Views of `full`, (n, m) each, and those of `flat` that belong there.
-    """
-    (first, stop), places, parts = columns, [], []
-    for rows, low, high in _boxes(part, begin, end):
-        left, right = max(low, first), min(high, stop)
-        if left >= right:
-            continue
-        places.append(full[rows.start : rows.stop, left - first : right - first])
-        if flat is not None:
-            start = rows.start * part + low - begin
-            box = flat[start : start + len(rows) * (high - low)].view(len(rows), high - low)
-            parts.append(box if right - left == high - low else box[:, left - low : right - low])
-    return places, parts
-
-
-def _boxes(part: int, begin: int, end: int) -> list[tuple[range, int, int]]:
-    """The elements begin .. end as ranks and, of their parts, the elements from one to another."""
-    if begin >= end:  # also where nobody has a part
-        return []
-    first, last = -(-begin // part), end // part  # ranks whose part is wholly inside
-    if first > last:
-        return [(range(last, last + 1), begin - last * part, end - last * part)]
-    boxes = []
-    if begin < first * part:
-        boxes.append((range(first - 1, first), begin - (first - 1) * part, part))
-    if first < last:
-        boxes.append((range(first, last), 0, part))
-    if last * part < end:
-        boxes.append((range(last, last + 1), 0, end - last * part))
-    return boxes
-
-
-def _by_slice(bucket: Bucket, flat: Sequence[Tensor | None]) -> list[list[_Leaving]]:
-    """Of every slice the members that reach into it: a large one has many slices, of which small
-    ones beside it would be asked in vain.
-
-    Args:
-        flat: the members' gradients.
-    """
-    pairs = [*zip(bucket.members, flat, strict=True)]
-    if len(bucket.slices) == 1:
-        return [pairs]
-    found: list[list[_Leaving]] = [[] for _ in bucket.slices]
-    stops = [stop for _, stop in bucket.slices]
-    for pair in pairs:
-        numbers: set[int] = set()
-        for _, low, high in _boxes(bucket.shard_numel, pair[0].offset, pair[0].end):
-            numbers.update(range(bisect_right(stops, low), bisect_left(stops, high) + 1))
-        for number in numbers:
-            found[number].append(pair)
-    return found
 
 
 def _end_of_pass(reducer: GradientReducer) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pylo_dist
-from pylo_dist.adapters.zero.reduction import _places
+from pylo_dist.adapters.zero.boxes import boxes_in
 from support.fake_ranks import world_of
 from support.optimizers import OPTIMIZERS
 
@@ -125,8 +125,10 @@ def test_gradients_find_their_places_whatever_the_cuts() -> None:
         first, stop = sorted(drawn(0, part + 1) for _ in range(2))
         flat = torch.arange(float(begin), float(end))
         full = torch.full((ranks, stop - first + gap), -1.0)
-        places, parts = _places(full, part, (first, stop), begin, end, flat)
-        assert len(places) <= 3
+        boxes = boxes_in(part, (first, stop), begin, end)
+        assert len(boxes) <= 3
+        places = [box.place(full) for box in boxes]
+        parts = [box.source(flat) for box in boxes]
         if places:
             torch._foreach_copy_(places, parts)
         wanted = torch.full((total,), -1.0)
