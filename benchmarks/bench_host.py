@@ -36,6 +36,7 @@ CASES = (
     *(("default", "AdafacLO", str(world)) for world in (8, 512, 4096)),
     ("zero", "CELO2", "4096"),
     ("zero", "AdamW", "512"),
+    *(("small", name, "2000") for name in ("AdafacLO", "AdamW")),
     *(("plain", name, str(tensors)) for name in ("AdafacLO", "VeLO") for tensors in (10, 1000)),
     ("plain", "CELO2", "1000"),
     ("plain", "AdamW", "1000"),
@@ -137,6 +138,34 @@ def zero(name: str, world: int, cap_mb: float = LIKE_25_MB) -> Callable[[], Figu
     optimizer = build()
     step()
     return lambda: {**once, **step()}
+
+
+def small(name: str, tensors: int) -> Callable[[], Figures]:
+    """Stage 1 on two ranks, of gradients that are on the parameters: microseconds per tensor, AdamW
+    fused.
+    """
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+    import pylo_dist
+    from pylo_dist.core import trace
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    named = small_tensors(tensors)
+    kind, settings = optimizer_of(name)
+    settings = {"fused": True} if name == "AdamW" else settings
+    optimizer = pylo_dist.ZeroOptimizer(named, kind, **settings)
+
+    def turn() -> Figures:
+        for _, param in named:
+            param.grad = torch.zeros_like(param)
+        watch, begin = InCollectives(), time.process_time()
+        with trace.observe(watch):
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"step_us": 1e6 * (time.process_time() - begin - watch.seconds) / tensors}
+
+    turn()
+    return turn
 
 
 def plain(name: str, tensors: int) -> Callable[[], Figures]:
@@ -302,6 +331,7 @@ def worker(kind: str, name: str, count: str) -> None:
     makers: dict[str, Callable[[str, int], Callable[[], Figures]]] = {
         "zero": zero,
         "default": default,
+        "small": small,
         "plain": plain,
         "deepspeed": deepspeed,
         "meet": meet,
