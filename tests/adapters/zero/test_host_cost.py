@@ -5,6 +5,7 @@ there.
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import pylo_dist
-from pylo_dist.adapters.zero.boxes import boxes_in
+from pylo_dist.adapters.zero.boxes import boxes_by_slice, boxes_in
 from support.fake_ranks import world_of
 from support.optimizers import OPTIMIZERS
 
@@ -136,3 +137,30 @@ def test_gradients_find_their_places_whatever_the_cuts() -> None:
         where = (ranks, part, gap, begin, end, first, stop)
         assert torch.equal(full[:, : stop - first], wanted.view(ranks, part)[:, first:stop]), where
         assert torch.equal(full[:, stop - first :], torch.full((ranks, gap), -1.0)), where
+
+
+def test_slices_hold_every_member_and_the_padding_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def cuts(total: int, most: int) -> list[tuple[int, int]]:
+        inner = torch.randint(0, total + 1, (most,), generator=generator).tolist()
+        return [*itertools.pairwise(sorted({0, *inner, total}))]
+
+    for _ in range(300):
+        ranks, part = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(2))
+        extents, slices = cuts(ranks * part, 6)[:5], cuts(part, 3)
+        end = extents[-1][1]
+        flats = [torch.arange(float(first), float(stop)) for first, stop in extents]
+        found = boxes_by_slice(extents, end, part, ranks, slices)
+        sent = []
+        for (first, stop), inside in zip(slices, found, strict=True):
+            full = torch.full((ranks, stop - first + 2), -1.0)
+            for i, boxes in inside.members:
+                for box in boxes:
+                    box.place(full).copy_(box.source(flats[i]))
+            for box in inside.padding:
+                box.place(full).zero_()
+            assert torch.equal(full[:, stop - first :], torch.full((ranks, 2), -1.0))
+            sent.append(full[:, : stop - first])
+        wanted = torch.cat([torch.arange(float(end)), torch.zeros(ranks * part - end)])
+        assert torch.equal(torch.cat(sent, 1), wanted.view(ranks, part)), (ranks, part, extents)
