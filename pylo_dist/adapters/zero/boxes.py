@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class SliceBox:
     """Some elements of a tensor in a slice: the same columns of several ranks.
 
     Attributes:
@@ -48,7 +48,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceBoxes:
+class SliceLayout:
     """What is in a slice.
 
     Attributes:
@@ -56,8 +56,8 @@ class SliceBoxes:
         padding: the elements behind the last member.
     """
 
-    members: tuple[tuple[int, tuple[Box, ...]], ...]
-    padding: tuple[Box, ...]
+    members: tuple[tuple[int, tuple[SliceBox, ...]], ...]
+    padding: tuple[SliceBox, ...]
 
 
 def boxes_by_slice(
@@ -66,7 +66,7 @@ def boxes_by_slice(
     part: int,
     ranks: int,
     slices: Sequence[tuple[int, int]],
-) -> list[SliceBoxes]:
+) -> list[SliceLayout]:
     """Of every slice what is in it.
 
     Args:
@@ -74,7 +74,7 @@ def boxes_by_slice(
         part: elements of a rank's part.
         slices: first and stop in every rank's part, one behind the other.
     """
-    members: list[list[tuple[int, tuple[Box, ...]]]] = [[] for _ in slices]
+    members: list[list[tuple[int, tuple[SliceBox, ...]]]] = [[] for _ in slices]
     stops = [stop for _, stop in slices]
     for i, (begin, stop) in enumerate(extents):
         # a large member has many slices, of which small ones beside it are asked in vain
@@ -86,12 +86,12 @@ def boxes_by_slice(
             if boxes:
                 members[number].append((i, boxes))
     return [
-        SliceBoxes(tuple(found), boxes_in(part, columns, end, ranks * part))
+        SliceLayout(tuple(found), boxes_in(part, columns, end, ranks * part))
         for found, columns in zip(members, slices, strict=True)
     ]
 
 
-def boxes_in(part: int, columns: tuple[int, int], begin: int, end: int) -> tuple[Box, ...]:
+def boxes_in(part: int, columns: tuple[int, int], begin: int, end: int) -> tuple[SliceBox, ...]:
     """The elements begin .. end of a bucket in a slice of it, in their order: the end of a rank's
     part, whole parts of ranks, the beginning of one. Three at most, however many ranks they reach
     over.
@@ -105,7 +105,7 @@ def boxes_in(part: int, columns: tuple[int, int], begin: int, end: int) -> tuple
         left, right = max(low, first), min(high, stop)
         if left < right:
             start = rows.start * part + left - begin
-            found.append(Box(rows.start, len(rows), left - first, right - left, start, part))
+            found.append(SliceBox(rows.start, len(rows), left - first, right - left, start, part))
     return tuple(found)
 
 

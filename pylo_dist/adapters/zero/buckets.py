@@ -24,7 +24,7 @@ from ... import comm
 from ...core.cuts import EvenCuts
 from ...core.pieces import PieceParameter, ShardBinding, bind_shard, set_raw_grad
 from ...core.shards import TensorShard
-from .boxes import SliceBoxes, boxes_by_slice
+from .boxes import SliceLayout, boxes_by_slice
 from .sharing import Sharing
 
 T = TypeVar("T")
@@ -100,10 +100,10 @@ class Bucket:
     slices: list[tuple[int, int]]
     master: Tensor | None = None
     grad: Tensor | None = None
-    _boxes: tuple[list[tuple[int, int]], list[SliceBoxes]] | None = None
+    _boxes: tuple[list[tuple[int, int]], list[SliceLayout]] | None = None
 
     @property
-    def boxes(self) -> list[SliceBoxes]:
+    def boxes(self) -> list[SliceLayout]:
         """Of every slice where its members lie in it."""
         if self._boxes is None or self._boxes[0] is not self.slices:
             extents = [(member.offset, member.end) for member in self.members]
