@@ -88,6 +88,24 @@ class InCollectives:
             self.seconds += time.process_time() - self.begun
 
 
+def seconds_outside(work: Callable[[], Any]) -> float:
+    """CPU seconds of `work` without those inside collectives."""
+    from pylo_dist.core import trace
+
+    watch, begin = InCollectives(), time.process_time()
+    with trace.observe(watch):
+        work()
+    return time.process_time() - begin - watch.seconds
+
+
+def enter_world(ranks: int, store: Any = None) -> None:
+    """Be rank 0 of so many on torch's fake process group, which sends nothing."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
+
+    store = dist.HashStore() if store is None else store
+    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
+
+
 TENSORS = 580
 LIKE_25_MB = 0.25  # of TENSORS tensors in 145 buckets, as 1.5B parameters are in buckets of 25 MB
 
@@ -107,12 +125,9 @@ def default(name: str, world: int) -> Callable[[], Figures]:
 
 def zero(name: str, world: int, cap_mb: float = LIKE_25_MB) -> Callable[[], Figures]:
     """TENSORS tensors in buckets of this size."""
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  (the backend "fake")
-
     import pylo_dist
-    from pylo_dist.core import trace
 
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=world)
+    enter_world(world)
     named = [(f"p{i}", nn.Parameter(torch.zeros(128, 128))) for i in range(TENSORS)]
     kind, settings = optimizer_of(name)
 
@@ -122,10 +137,7 @@ def zero(name: str, world: int, cap_mb: float = LIKE_25_MB) -> Callable[[], Figu
     def step() -> Figures:
         for _, param in named:
             param.grad = torch.zeros_like(param)
-        watch, begin = InCollectives(), time.process_time()
-        with trace.observe(watch):
-            optimizer.step()
-        return {"step_ms": 1e3 * (time.process_time() - begin - watch.seconds)}
+        return {"step_ms": 1e3 * seconds_outside(optimizer.step)}
 
     begin = time.process_time()
     optimizer = build()
@@ -144,25 +156,22 @@ def small(name: str, tensors: int) -> Callable[[], Figures]:
     """Stage 1 on two ranks, of gradients that are on the parameters: microseconds per tensor, AdamW
     fused.
     """
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401
-
     import pylo_dist
-    from pylo_dist.core import trace
 
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    enter_world(2)
     named = small_tensors(tensors)
     kind, settings = optimizer_of(name)
     settings = {"fused": True} if name == "AdamW" else settings
     optimizer = pylo_dist.ZeroOptimizer(named, kind, **settings)
 
+    def work() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
     def turn() -> Figures:
         for _, param in named:
             param.grad = torch.zeros_like(param)
-        watch, begin = InCollectives(), time.process_time()
-        with trace.observe(watch):
-            optimizer.step()
-            optimizer.zero_grad()
-        return {"step_us": 1e6 * (time.process_time() - begin - watch.seconds) / tensors}
+        return {"step_us": 1e6 * seconds_outside(work) / tensors}
 
     turn()
     return turn
@@ -309,12 +318,10 @@ class CountedStore(dist.Store):  # type: ignore[misc]
 
 def meet(_: str, world: int) -> Callable[[], Figures]:
     """Calls of the store by one rank that waits 1.5 s for others."""
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401
-
     from pylo_dist import comm
 
     store = CountedStore(world - 1)
-    dist.init_process_group("fake", store=store, rank=0, world_size=world)
+    enter_world(world, store)
 
     def turn() -> Figures:
         store.calls = 0
@@ -383,12 +390,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "turns within one run, medians; calls of the store by a rank that waits",
         args,
         {"turns": args.turns},
-        lambda: [
-            row
-            for case in CASES
-            if turns.is_chosen(case, args)
-            for row in measured(case, args.other, args.turns)
-        ],
+        CASES,
+        lambda case: measured(case, args.other, args.turns),
         ".3g",
     )
 

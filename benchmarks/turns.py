@@ -11,10 +11,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import record
 from record import ROOT, markdown
+
+Case = TypeVar("Case", bound=Sequence[str])  # the words by which it is chosen
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """Of a process that imports from these folders first, and computes on one thread."""
+    path = os.pathsep.join(map(str, folders))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 class Build:
@@ -35,12 +43,8 @@ class Build:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ
+                env=environment(root, ROOT / "benchmarks", ROOT / "tests")
                 | {
-                    "PYTHONPATH": os.pathsep.join(
-                        [str(root), str(ROOT / "benchmarks"), str(ROOT / "tests")]
-                    ),
-                    "OMP_NUM_THREADS": "1",
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(ranks),
@@ -129,30 +133,39 @@ def parsed(
     if args.worker:
         worker(*args.worker)
         return None
+    return checked(parser, args)
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with the other checkout as a whole path; ends the process where none is."""
     if args.other is None or not (args.other / "pylo_dist").is_dir():
         parser.error(f"--other must be a checkout of pylo_dist, not {args.other}")
     args.other = args.other.resolve()
     return args
 
 
-def is_chosen(case: Sequence[str], args: argparse.Namespace) -> bool:
-    return not args.cases or args.cases in " ".join(case)
-
-
 def write(
     what: str,
     args: argparse.Namespace,
     settings: dict[str, Any],
-    rows: Callable[[], list[dict[str, Any]]],
+    cases: Sequence[Case],
+    measured: Callable[[Case], list[dict[str, Any]]],
     shown: str,
 ) -> dict[str, Any]:
-    """Take the rows, write the JSON and print a table of them, its numbers formatted as `shown`."""
+    """Measure the cases that are chosen, write the JSON and print a table of its rows, numbers
+    formatted as `shown`.
+    """
     result = {
         "what": what,
         **record.environment(),
         "other_commit": commit_of(args.other),
         "settings": settings,
-        "rows": rows(),
+        "rows": [
+            row
+            for case in cases
+            if not args.cases or args.cases in " ".join(case)
+            for row in measured(case)
+        ],
     }
     record.write(result, args.out)
     columns = list(result["rows"][0])

@@ -12,10 +12,10 @@ makes them longer than they are. Ratios are of medians over turns, this build / 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,25 +24,26 @@ import record
 import turns
 from record import ROOT
 
-# name of the case: what bench_zero.py is told
-CASES = {
-    "mini, 2 ranks": ["--preset", "mini", "--ranks", "2"],
-    "mini, 4 ranks": [*("--preset", "mini", "--ranks", "4", "--only"), "ZeRO-2 VeLO", "DDP + VeLO"],
-}
+# name of the case, and what bench_zero.py is told
+CASES = (
+    ("mini, 2 ranks", "--preset", "mini", "--ranks", "2"),
+    ("mini, 4 ranks", *("--preset", "mini", "--ranks", "4", "--only"), "ZeRO-2 VeLO", "DDP + VeLO"),
+)
 PHASES = ("reduce-scatter: pack", "B", "C")
 
 
-def figures(root: Path, words: list[str], rounds: int) -> dict[tuple[str, str], float]:
+def figures(root: Path, words: Sequence[str], rounds: int) -> dict[tuple[str, str], float]:
     """By contender and figure: milliseconds of one run of the script of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "zero.json"
-        path = [str(root / name) for name in ("", "benchmarks", "tests", "launch")]
         done = subprocess.run(
             [
                 *(sys.executable, str(root / "benchmarks" / "bench_zero.py"), *words),
                 *("--rounds", str(rounds), "--no-profiles", "--out", str(out)),
             ],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            env=turns.environment(
+                root, *(root / name for name in ("benchmarks", "tests", "launch"))
+            ),
             cwd=folder,  # where ranks look first: the folder of a checkout would bring its package
             stdout=subprocess.DEVNULL,
             check=False,
@@ -57,13 +58,14 @@ def figures(root: Path, words: list[str], rounds: int) -> dict[tuple[str, str], 
     return found
 
 
-def compared(case: str, other: Path, count: int, rounds: int) -> list[dict[str, Any]]:
+def compared(case: tuple[str, ...], other: Path, count: int, rounds: int) -> list[dict[str, Any]]:
     """The rows of a case: medians of both, their ratio, and for whole steps this build's over its
     own replicated run, where the case has one.
     """
+    called, *words = case
     taken: list[list[dict[tuple[str, str], float]]] = [[], []]
     for i in turns.in_turns(count):
-        taken[i].append(figures((ROOT, other)[i], CASES[case], rounds))
+        taken[i].append(figures((ROOT, other)[i], words, rounds))
     rows = []
     for name, figure in taken[0][0]:
         both = [median(run[name, figure] for run in runs) for runs in taken]
@@ -75,7 +77,7 @@ def compared(case: str, other: Path, count: int, rounds: int) -> list[dict[str, 
         ]
         rows.append(
             {
-                "case": case,
+                "case": called,
                 "contender": name,
                 "figure": f"{figure}, ms",
                 "this": both[0],
@@ -95,19 +97,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         record.RESULTS / "zero_builds.json",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of bench_zero.py, in a turn")
-    args = turns.parsed(parser, argv, lambda *_: None)
-    assert args is not None, "there is no --worker"
+    args = turns.checked(parser, parser.parse_args(argv))
     return turns.write(
         "bench_zero.py of this checkout and another one, in turns within one run: milliseconds of "
         "a step, CPU time or a phase; medians over turns, and over the replicated run beside it",
         args,
-        {"turns": args.turns, "rounds": args.rounds, "cases": CASES},
-        lambda: [
-            row
-            for case in CASES
-            if turns.is_chosen([case], args)
-            for row in compared(case, args.other, args.turns, args.rounds)
-        ],
+        {
+            "turns": args.turns,
+            "rounds": args.rounds,
+            "cases": {name: words for name, *words in CASES},
+        },
+        CASES,
+        lambda case: compared(case, args.other, args.turns, args.rounds),
         ".3f",
     )
 

@@ -82,9 +82,7 @@ def boxes_by_slice(
         for _, low, high in _spans(part, begin, stop):
             reached.update(range(bisect_right(stops, low), bisect_left(stops, high) + 1))
         for number in sorted(reached):
-            boxes = boxes_in(part, slices[number], begin, stop)
-            if boxes:
-                members[number].append((i, boxes))
+            members[number].append((i, boxes_in(part, slices[number], begin, stop)))
     return [
         SliceLayout(tuple(found), boxes_in(part, columns, end, ranks * part))
         for found, columns in zip(members, slices, strict=True)

@@ -156,6 +156,7 @@ def test_slices_hold_every_member_and_the_padding_once() -> None:
         for (first, stop), inside in zip(slices, found, strict=True):
             full = torch.full((ranks, stop - first + 2), -1.0)
             for i, boxes in inside.members:
+                assert boxes
                 for box in boxes:
                     box.place(full).copy_(box.source(flats[i]))
             for box in inside.padding:
