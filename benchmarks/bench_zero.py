@@ -237,7 +237,8 @@ class Trainee:
         self.losses: list[float] = []
         self.gradients = 0
 
-    def step(self) -> None:
+    def step(self, look: bool = False) -> None:
+        """One step; `look` at the gradients, too, which takes time."""
         with self._clock.phase(FORWARD):
             loss = self.forward(self._idx[:, :-1], self._idx[:, 1:])[1]
         with self._clock.phase(BACKWARD):
@@ -247,9 +248,9 @@ class Trainee:
                 self.optimizer.step(loss=loss)
             else:
                 self.optimizer.step()
-            self.gradients = sum(
-                num_bytes(param.grad) for param in self.model.parameters() if param.grad is not None
-            )
+            if look:
+                grads = [param.grad for param in self.model.parameters()]
+                self.gradients = sum(num_bytes(grad) for grad in grads if grad is not None)
             self.optimizer.zero_grad()
         self.losses.append(float(loss.detach()))
 
@@ -369,7 +370,7 @@ def take_turn(
     """
     clock.waits_for_device = device.type == "cuda" and not trainee.contender.overlap
     dist.barrier()
-    trainee.step()
+    trainee.step(look=True)
     taken = []
     for _ in range(steps):
         clock.start()

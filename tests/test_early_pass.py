@@ -22,6 +22,7 @@ from pylo_dist.core.shards import TensorShard
 from pylo_dist.core.state import StateField
 from pylo_dist.maths.reference import commit, gradient_sums, move
 from pylo_dist.weights import Architecture, MetaNetwork, load_weights
+from support.streams import early_pass_on_a_cpu
 
 SHAPES = {"matrix": (6, 5), "bias": (5,), "scalar": ()}
 
@@ -352,7 +353,10 @@ def _run(name: str, stage: int | None) -> tuple[nn.Module, Any]:
     if stage is None:
         optimizer = FACES[name](model.named_parameters())
     else:
-        optimizer = pylo_dist.ZeroOptimizer(model, FACES[name], stage=stage, bucket_cap_mb=0.0001)
+        with early_pass_on_a_cpu():
+            optimizer = pylo_dist.ZeroOptimizer(
+                model, FACES[name], stage=stage, bucket_cap_mb=0.0001
+            )
     generator = torch.Generator().manual_seed(5)
     for step in range(6):
         x = torch.randn(4, 5, generator=generator)

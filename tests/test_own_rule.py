@@ -33,6 +33,7 @@ from pylo_dist.testing import largest_changes, layout_error, run_virtual
 from pylo_dist.weights import Architecture, MetaNetwork, load_weights
 from support.ranks import run_ranks
 from support.registry import restored
+from support.streams import early_pass_on_a_cpu
 from support.virtual import golden_problem, random_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -378,9 +379,10 @@ def early_ranks(rank: int, world: int) -> dict[str, Any]:
     """Steps whose gradients come out of backward; how often the rule saw them before the step."""
     named = {fqn: torch.nn.Parameter(p) for fqn, p in initial().items()}
     # small buckets, so that there is more than one
-    optimizer = pylo_dist.ZeroOptimizer(
-        named.items(), Compass, weights=weights(), bucket_cap_mb=0.002, max_grad_norm=1.0
-    )
+    with early_pass_on_a_cpu():
+        optimizer = pylo_dist.ZeroOptimizer(
+            named.items(), Compass, weights=weights(), bucket_cap_mb=0.002, max_grad_norm=1.0
+        )
     calls: list[int] = []
     rule, read = optimizer.inner.rule, CompassRule.gradient_pass
 

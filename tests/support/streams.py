@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pylo_dist.adapters.zero import aside, gathering, reduction
+from pylo_dist.adapters.zero import optimizer as zero_optimizer
 from pylo_dist.optimizer import early
+
+MODULES = (aside, gathering, reduction, early, zero_optimizer)  # that ask for streams
+
+
+@contextmanager
+def early_pass_on_a_cpu() -> Iterator[None]:
+    """Inside, a `ZeroOptimizer` is built to read gradients as they arrive, as it does where work is
+    queued.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_optimizer, "stream_of", lambda device: device)
+        yield
 
 
 class Event:
@@ -97,7 +112,7 @@ class Machine(TorchDispatchMode):
         rank's part times the ranks, noted where they begin ("sends b", "adds") and where they are
         waited for ("has b", "has added"), with the number of the bucket.
         """
-        for module in (aside, gathering, reduction, early):
+        for module in MODULES:
             patch.setattr(module, "stream_of", lambda device: self.now)
         patch.setattr(
             aside, "new_stream", lambda device: Stream(self, f"aside {next(self._numbers)}")

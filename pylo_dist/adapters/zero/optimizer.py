@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 
 from ... import comm
 from ...core import trace
+from ...core.devices import stream_of
 from ...core.pieces import raw_grad, set_raw_grad
 from ...core.scalars import as_python, with_python_numbers
 from ...optimizer.callbacks import evaluate, with_hooks
@@ -190,6 +191,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.state = self.inner.state
         self._watch = ModelWatch(model_or_params, self.buckets, frozen)
+        # on a CPU, which queues nothing, pass A would only take its turn, and in more calls
+        queued = any(stream_of(bucket.flat.device) is not None for bucket in self.buckets)
         self._reducer = GradientReducer(
             self.buckets,
             self.sharing,
@@ -197,7 +200,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             overlap=overlap_backward,
             dtype=reduce_dtype,
             timeout=timeout,
-            landed=self._inner.gradients_arrived if overlap_backward else None,
+            landed=self._inner.gradients_arrived if overlap_backward and queued else None,
         )
         self._gatherer = ParameterGatherer(
             self.buckets, self.sharing, overlap=overlap, timeout=timeout

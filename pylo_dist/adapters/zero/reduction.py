@@ -294,10 +294,9 @@ class GradientReducer:
         width = stop - first
         # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
         full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
-        full[:, width:].zero_()
-        ends = self._pack(bucket, self._leaving, full)
+        ends = self._pack(bucket, self._leaving, full[:, :width])
         added = self._sharing.ranks * self._sharing.replicas
-        full[:, width] = (ends.abs() * added * 0.0).sum()
+        full[:, width:] = ends.mul(added).mul_(0.0).sum()
         # only now: an error above leaves the round as it was
         self._sent += 1
         what = f"the reduce-scatter of gradients, bucket {b}"
@@ -343,7 +342,7 @@ class GradientReducer:
 
     def _pack(self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor) -> Tensor:
         """Write the gradients in the slice that leaves to their places in `full` (ranks, its
-        columns and more), zeros where there is none.
+        columns), zeros where there is none.
 
         Returns:
             Numbers of `full`, of its dtype; one of them is as large as any, or NaN if any is.
@@ -367,7 +366,7 @@ class GradientReducer:
         if not copies.serves(sources, full.dtype):
             if targets:
                 torch._foreach_copy_(targets, sources)
-            return torch.stack(torch.aminmax(full))
+            return torch.stack(torch.aminmax(full)) if full.numel() else full
         ends = copies.copy_with_ends(targets, sources)
         if not self._frees:
             largest, begin = ends[:, 1].unbind(), 0

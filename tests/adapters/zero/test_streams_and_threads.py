@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 import pylo_dist
 from pylo_dist import comm
-from pylo_dist.adapters.zero import aside, gathering, reduction
+from pylo_dist.adapters.zero import gathering, reduction
 from pylo_dist.adapters.zero.aside import Aside
-from pylo_dist.optimizer import early
 from support.fake_ranks import world_of
 from support.optimizers import small_fc
-from support.streams import Machine, Stream
+from support.streams import MODULES, Machine, Stream
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def trained(
     machine = Machine()
     machine.install(patch)
     if not streams:
-        for module in (aside, early, gathering, reduction):
+        for module in MODULES:
             patch.setattr(module, "stream_of", lambda device: None)
     with machine:
         model = Branches()

@@ -29,6 +29,7 @@ from pylo_dist.testing import largest_changes, layout_error
 from support.optimizer_cases import snapshot
 from support.optimizers import Roles, cases, small_fc
 from support.ranks import run_ranks
+from support.streams import early_pass_on_a_cpu
 
 STEPS = 6
 MICRO = 4  # micro-batches of a step
@@ -252,9 +253,10 @@ def early_pass(rank: int) -> list[list[int]]:
     changed.
     """
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
-    )
+    with early_pass_on_a_cpu():
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
+        )
     calls: list[int] = []
     rule = optimizer.inner.rule
     original = rule.gradient_pass
@@ -287,9 +289,10 @@ def early_pass(rank: int) -> list[list[int]]:
 def edited_pieces(rank: int) -> list[Gradients]:
     """Gradients of the pieces may be changed between backward and step."""
     model = Net(seed=rank)
-    optimizer = pylo_dist.ZeroOptimizer(
-        model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
-    )
+    with early_pass_on_a_cpu():
+        optimizer = pylo_dist.ZeroOptimizer(
+            model, pylo_dist.AdafacLO, weights=small_fc(), stage=2, bucket_cap_mb=0.0005
+        )
     history = [snapshot(model)]
     for step in range(STEPS):
         backward(model, optimizer, step, rank, 1, False)
@@ -362,9 +365,10 @@ def scaled(rank: int, world: int) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     for stage in (1, 2):
         model = Net(seed=rank)
-        optimizer = pylo_dist.ZeroOptimizer(
-            model, pylo_dist.AdafacLO, weights=small_fc(), stage=stage, bucket_cap_mb=0.0005
-        )
+        with early_pass_on_a_cpu():
+            optimizer = pylo_dist.ZeroOptimizer(
+                model, pylo_dist.AdafacLO, weights=small_fc(), stage=stage, bucket_cap_mb=0.0005
+            )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         history, scales = [snapshot(model)], []
         for step in range(STEPS):
