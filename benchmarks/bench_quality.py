@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -51,6 +52,7 @@ from record import RESULTS, environment, write
 from run import open_data
 from seed_figures import ViT
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from watch import Row
 
 import pylo_dist
@@ -168,6 +170,36 @@ QUICK = (
 # -------------------------------------------------------------------------------------- optimizers
 
 
+class RoundedProducts(TorchFunctionMode):
+    """Inside, products of bfloat16 matrices are float32 products, rounded once: the numbers that a
+    CPU with instructions for them makes, but for the order of sums. On one without, torch's own
+    take thirty times as long, most of a run of Muon.
+    """
+
+    NAMES = frozenset(("__matmul__", "matmul", "addmm"))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES and args[0].dtype is torch.bfloat16:
+            return func(*(x.float() for x in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
+@lru_cache
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices about as fast as those of float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(128, 128, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            torch.mm(x, x)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 4 * seconds(torch.float32)
+
+
 class MuonAndAdamW:
     """torch.optim.Muon for hidden matrices and AdamW for the rest, as one optimizer of the
     parameters `named`.
@@ -186,8 +218,9 @@ class MuonAndAdamW:
         return [group for part in self._parts for group in part.param_groups]
 
     def step(self) -> None:
-        for part in self._parts:
-            part.step()
+        with nullcontext() if has_bfloat16_products() else RoundedProducts():
+            for part in self._parts:
+                part.step()
 
     def zero_grad(self) -> None:
         for part in self._parts:

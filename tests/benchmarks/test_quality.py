@@ -12,7 +12,8 @@ from typing import Any
 import bench_quality
 import pytest
 import quality
-from bench_quality import CONTENDERS, QUICK, TASKS, MuonAndAdamW, Pupil, Run
+import torch
+from bench_quality import CONTENDERS, QUICK, TASKS, MuonAndAdamW, Pupil, RoundedProducts, Run
 from safetensors.torch import save_file
 
 import pylo_dist
@@ -159,3 +160,18 @@ def test_rates_are_searched_on_the_first_seed() -> None:
 def test_the_page_shows_what_the_json_holds() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
     assert quality.report(result) in (ROOT / "docs" / "quality.md").read_text()
+
+
+def test_products_in_float32_are_those_of_bfloat16() -> None:
+    """Where sums are exact, to the bit, rounded once; others are left alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, z = torch.randint(-9, 9, (3, 40, 40), generator=generator).bfloat16()
+    wanted = x @ y, torch.addmm(z, x, y, beta=2.0, alpha=3.0)
+    assert float((wanted[0].float() - x.float() @ y.float()).abs().max()) > 0.0  # some are rounded
+    with RoundedProducts():
+        found = x @ y, torch.addmm(z, x, y, beta=2.0, alpha=3.0)
+        single = x.float() @ y.float()
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a, b)
+        assert b.dtype is torch.bfloat16
+    assert single.dtype is torch.float32
