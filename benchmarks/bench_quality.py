@@ -17,7 +17,9 @@ the first seed, and the other seeds run at the best alone. Muon takes hidden mat
 rest, under one rate ("match_rms_adamw" of torch.optim.Muon). For each seed all see the same initial
 parameters, the same samples in the same order, and the same held-out samples.
 
-Times are CPU seconds of one thread in forward, backward and step; validation is left out.
+Times are CPU seconds of one thread in forward, backward and step; validation is left out. Muon
+multiplies bfloat16 matrices; a run says whether those are the CPU's own products or, where it has
+none, float32's.
 """
 
 from __future__ import annotations
@@ -171,9 +173,9 @@ QUICK = (
 
 
 class RoundedProducts(TorchFunctionMode):
-    """Inside, products of bfloat16 matrices are float32 products, rounded once: the numbers that a
-    CPU with instructions for them makes, but for the order of sums. On one without, torch's own
-    take thirty times as long, most of a run of Muon.
+    """Inside, products of bfloat16 matrices are float32 products, rounded once: as of a CPU with
+    instructions for them, about. On one without, torch's own take thirty times as long, most of a
+    run of Muon.
     """
 
     NAMES = frozenset(("__matmul__", "matmul", "addmm"))
@@ -218,9 +220,10 @@ class MuonAndAdamW:
         return [group for part in self._parts for group in part.param_groups]
 
     def step(self) -> None:
+        muon, others = self._parts
         with nullcontext() if has_bfloat16_products() else RoundedProducts():
-            for part in self._parts:
-                part.step()
+            muon.step()
+        others.step()
 
     def zero_grad(self) -> None:
         for part in self._parts:
@@ -374,7 +377,8 @@ def measure(run: Run, weights: Path | None) -> dict[str, Any]:
     options = run.options(weights)
     torch.set_num_threads(1)
     place = Place.find(options)
-    pupil = Pupil(run.task, options, muon=run.flags["optimizer"] == "muon")
+    muon = run.flags["optimizer"] == "muon"
+    pupil = Pupil(run.task, options, muon=muon)
     curve = Curve(pupil)
     diverged: int | None = None
     try:
@@ -392,6 +396,7 @@ def measure(run: Run, weights: Path | None) -> dict[str, Any]:
         "cpu_s": curve.cpu_s,
         "optimizer_share": round(pupil.spent["optimizer"] / sum(pupil.spent.values()), 3),
         "diverged_at": diverged,
+        **({"bfloat16_products": "own" if has_bfloat16_products() else "float32"} if muon else {}),
     }
 
 

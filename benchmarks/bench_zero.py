@@ -237,8 +237,8 @@ class Trainee:
         self.losses: list[float] = []
         self.gradients = 0
 
-    def step(self, look: bool = False) -> None:
-        """One step; `look` at the gradients, too, which takes time."""
+    def step(self, count_gradients: bool = False) -> None:
+        """One step; `count_gradients`: note how many bytes of them there are, which takes time."""
         with self._clock.phase(FORWARD):
             loss = self.forward(self._idx[:, :-1], self._idx[:, 1:])[1]
         with self._clock.phase(BACKWARD):
@@ -248,7 +248,7 @@ class Trainee:
                 self.optimizer.step(loss=loss)
             else:
                 self.optimizer.step()
-            if look:
+            if count_gradients:
                 grads = [param.grad for param in self.model.parameters()]
                 self.gradients = sum(num_bytes(grad) for grad in grads if grad is not None)
             self.optimizer.zero_grad()
@@ -370,7 +370,7 @@ def take_turn(
     """
     clock.waits_for_device = device.type == "cuda" and not trainee.contender.overlap
     dist.barrier()
-    trainee.step(look=True)
+    trainee.step(count_gradients=True)
     taken = []
     for _ in range(steps):
         clock.start()

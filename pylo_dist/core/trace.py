@@ -30,7 +30,7 @@ of `ZeroOptimizer`, around and beside them:
     reduce: launch              a bucket's gradients are packed and leave
     reduce: land                ... have arrived and become those of the pieces; within it
     reduce: wait                until those of the other ranks are there
-    step: early                 what A reads of the gradients of a bucket that has arrived
+    step: early                 what A reads of the gradients of a bucket that has arrived; on GPUs
     step: inner                 the step of the optimizer over the pieces
     gather: start               updated parameters leave
     gather: wait                until those of a bucket are there

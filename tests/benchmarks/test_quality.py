@@ -15,6 +15,7 @@ import quality
 import torch
 from bench_quality import CONTENDERS, QUICK, TASKS, MuonAndAdamW, Pupil, RoundedProducts, Run
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylo_dist
 
@@ -162,16 +163,59 @@ def test_the_page_shows_what_the_json_holds() -> None:
     assert quality.report(result) in (ROOT / "docs" / "quality.md").read_text()
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("mm", "matmul", "dot")):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_muons_products_are_the_cpus_own_or_float32s(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_quality, "has_bfloat16_products", lambda: own)
+    run = Run(QUICK[0], "Muon 0.001", CONTENDERS["Muon 0.001"], 0)
+    pupil = Pupil(QUICK[0], run.options(None), muon=True)
+    for param in pupil.model.parameters():
+        param.grad = torch.ones_like(param)
+    with Products() as seen:
+        pupil.optimizer.step()
+    assert seen.dtypes == {torch.bfloat16 if own else torch.float32}
+    record = bench_quality.measure(run, None)
+    assert record["bfloat16_products"] == ("own" if own else "float32")
+
+
 def test_products_in_float32_are_those_of_bfloat16() -> None:
     """Where sums are exact, to the bit, rounded once; others are left alone."""
     generator = torch.Generator().manual_seed(0)
     x, y, z = torch.randint(-9, 9, (3, 40, 40), generator=generator).bfloat16()
     wanted = x @ y, torch.addmm(z, x, y, beta=2.0, alpha=3.0)
     assert float((wanted[0].float() - x.float() @ y.float()).abs().max()) > 0.0  # some are rounded
-    with RoundedProducts():
+    with RoundedProducts(), Products() as seen:
         found = x @ y, torch.addmm(z, x, y, beta=2.0, alpha=3.0)
-        single = x.float() @ y.float()
     for a, b in zip(wanted, found, strict=True):
         assert torch.equal(a, b)
         assert b.dtype is torch.bfloat16
-    assert single.dtype is torch.float32
+    assert seen.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(("slower", "own"), [(1.0, True), (9.0, False)])
+def test_how_fast_a_cpu_multiplies_is_measured(
+    slower: float, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, multiply = [0.0], torch.mm
+
+    def mm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        clock[0] += slower if x.dtype is torch.bfloat16 else 1.0
+        return multiply(x, y)
+
+    monkeypatch.setattr(bench_quality.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(torch, "mm", mm)
+    assert bench_quality.has_bfloat16_products.__wrapped__() == own

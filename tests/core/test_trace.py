@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pylo_dist.core import trace
 from pylo_dist.maths import compiled
 from support.optimizers import CELO2, small_fc
 from support.ranks import run_ranks
+from support.streams import early_pass_on_a_cpu
 
 PACKAGE = Path(pylo_dist.__file__).parent
 
@@ -61,10 +63,11 @@ def adafac(model: nn.Module, **kwargs: Any) -> pylo_dist.ZeroOptimizer:
     return pylo_dist.ZeroOptimizer(model, pylo_dist.AdafacLO, weights=small_fc(), **kwargs)
 
 
-def observed(rank: int, world: int, overlap: bool) -> dict[str, Any]:
-    """A step and the forward pass after it, with two buckets."""
+def observed(rank: int, world: int, overlap: bool, early: bool = False) -> dict[str, Any]:
+    """A step and the forward pass after it, with two buckets; `early`: as where work is queued."""
     heard, model = Heard(), model_of(16, 24, 8)
-    optimizer = adafac(model, overlap=overlap, stage=2, bucket_cap_mb=0.0005)
+    with early_pass_on_a_cpu() if early else nullcontext():
+        optimizer = adafac(model, overlap=overlap, stage=2, bucket_cap_mb=0.0005)
     found: dict[str, Any] = {"buckets": len(optimizer.buckets)}
     with compiled.use_kernels(False):
         model(torch.ones(2, 16)).sum().backward()
@@ -93,10 +96,11 @@ INNER = (
 LAUNCH = "reduce: launch(collective: reduce_scatter)"
 
 
-def test_phases_of_a_zero_step_in_order() -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_phases_of_a_zero_step_in_order(early: bool) -> None:
     gather = "gather: start(collective: all_gather, collective: all_gather)"
-    land = "reduce: land(reduce: wait, step: early)"
-    for found in run_ranks(2, observed, True):
+    land = f"reduce: land(reduce: wait{', step: early' if early else ''})"
+    for found in run_ranks(2, observed, True, early):
         assert found["buckets"] == 2
         # the parameters that the step before had sent arrive in the forward pass
         assert found["backward"] == ["gather: wait", "gather: wait", LAUNCH, LAUNCH, land, land]

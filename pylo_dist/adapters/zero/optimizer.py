@@ -191,7 +191,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.state = self.inner.state
         self._watch = ModelWatch(model_or_params, self.buckets, frozen)
-        # on a CPU, which queues nothing, pass A would only take its turn, and in more calls
+        # on a CPU, which queues nothing, pass A would take backward's time, and in more calls
         queued = any(stream_of(bucket.flat.device) is not None for bucket in self.buckets)
         self._reducer = GradientReducer(
             self.buckets,

@@ -294,7 +294,7 @@ class GradientReducer:
         width = stop - first
         # per rank its part and a warning: 0, or NaN if this rank's gradients cannot be added
         full = bucket.flat.new_empty(self._sharing.ranks, width + ALIGNMENT, dtype=dtype)
-        ends = self._pack(bucket, self._leaving, full[:, :width])
+        ends = self._pack(bucket, self._leaving, full)
         added = self._sharing.ranks * self._sharing.replicas
         full[:, width:] = ends.mul(added).mul_(0.0).sum()
         # only now: an error above leaves the round as it was
@@ -342,7 +342,7 @@ class GradientReducer:
 
     def _pack(self, bucket: Bucket, leaving: Sequence[Tensor | None], full: Tensor) -> Tensor:
         """Write the gradients in the slice that leaves to their places in `full` (ranks, its
-        columns), zeros where there is none.
+        columns and ALIGNMENT more, which hold anything afterwards), zeros where there is none.
 
         Returns:
             Numbers of `full`, of its dtype; one of them is as large as any, or NaN if any is.
@@ -366,7 +366,8 @@ class GradientReducer:
         if not copies.serves(sources, full.dtype):
             if targets:
                 torch._foreach_copy_(targets, sources)
-            return torch.stack(torch.aminmax(full)) if full.numel() else full
+            full[:, -ALIGNMENT:].zero_()
+            return torch.stack(torch.aminmax(full))
         ends = copies.copy_with_ends(targets, sources)
         if not self._frees:
             largest, begin = ends[:, 1].unbind(), 0
