@@ -6,8 +6,9 @@
 # accelerate 1.15.0, torch 2.13.0, safetensors 0.8.0. Parameters as views of one flat buffer are what sharded and fused optimizers make of
 # a model; no two of these four share an element. save_model takes tensors of one storage for tied ones, keeps the first name and drops the
 # rest; a log line says that this "should be OK", and to look for a warning while reloading. The file has 1 of 4 tensors.
-# load_checkpoint_in_model into a model of the same kind gives no warning and raises nothing: the other three keep their random numbers. safetensors' own save_model refuses the same model with a RuntimeError, and a storage
-# of its own per parameter (dlpack over the same memory) is written whole. Exit code 0 as long as that is so.
+# load_checkpoint_in_model into a model of the same kind gives no warning and raises nothing: the other three keep their random numbers.
+# safetensors' own save_model refuses the same model with a RuntimeError, and a storage of its own per parameter (dlpack over the same
+# memory) is written whole. Exit code 0 as long as that is so.
 set -euo pipefail
 
 folder=$(mktemp -d)
